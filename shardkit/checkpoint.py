@@ -1,0 +1,245 @@
+"""What is there: every tensor of a checkpoint, its file and its byte range, without loading any."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from shardkit.errors import CheckpointError
+from shardkit.layout import (
+    architecture,
+    config_dtype,
+    find_weights,
+    is_index,
+    output_stem,
+    read_config,
+    read_weight_map,
+    sort_out,
+    ties_weights,
+)
+from shardkit.pickle_file import scan_pickles
+from shardkit.record import Record, Summary, Table, listed, plural
+from shardkit.safetensors_file import read_header
+from shardkit.sizes import format_size
+from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
+
+
+@dataclass(frozen=True)
+class Checkpoint(Record):
+    """A checkpoint on disk: its tensors, files, config, and all else that belongs to it.
+
+    Attributes
+    ----------
+    source
+        What was opened, as an absolute path.
+    folder
+        The folder that holds its files.
+    format
+        "safetensors" or "pickle".
+    stem
+        What files written from it are called: "model" for ``model-00001-of-00008.safetensors``.
+    files
+        Names of the weight files, in order of their tensors.
+    tensors
+        By name, in order of file and offset.
+    metadata
+        ``__metadata__`` of the first file.
+    config
+        ``config.json`` (or ``adapter_config.json``); None where there is none.
+    side_files
+        All that is not weights, with sizes in bytes; they go with the model.
+    left_out
+        Weights in other formats, which do not go with it.
+    aliases
+        Tied tensors of a pickle that share another's storage: dropped name to kept name.
+    notes
+        What a person should be told.
+    """
+
+    source: str
+    folder: str
+    format: Literal["safetensors", "pickle"]
+    stem: str
+    files: tuple[str, ...]
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+    side_files: dict[str, int] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    aliases: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def open(
+        cls, source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+    ) -> Self:
+        """Open a checkpoint: read and validate its headers, none of its weights.
+
+        Parameters
+        ----------
+        source
+            A folder, a weights file, an index file, or a snapshot folder of the Hub's cache.
+        revision, token
+            For Hub ids, which are not read yet: download first.
+
+        Raises
+        ------
+        CheckpointError
+            If there is no checkpoint, or a file of it is damaged or hostile; names file, tensor, numbers.
+        """
+        path = Path(os.path.abspath(os.path.expanduser(source)))
+        if path.is_dir():
+            folder, config = path, read_config(path)
+            chosen = find_weights(folder, config)
+        elif path.is_file():
+            folder, chosen = path.parent, path.name
+            config = read_config(folder)
+        else:
+            raise CheckpointError(_not_found(os.fspath(source), revision, token))
+        return cls._open_chosen(path, folder, chosen, config)
+
+    @classmethod
+    def _open_chosen(cls, path: Path, folder: Path, chosen: str, config: dict[str, Any] | None) -> Self:
+        files: tuple[str, ...] = (chosen,)
+        weight_map: dict[str, str] = {}
+        if is_index(chosen):
+            weight_map = read_weight_map(folder, chosen)
+            files = tuple(sorted(set(weight_map.values())))
+        is_pickle = not files[0].endswith(".safetensors")
+        if is_pickle:
+            tensors, aliases, notes = scan_pickles(folder, files, ties_weights(config))
+            metadata: dict[str, str] = {}
+        else:
+            tensors, metadata = _scan_safetensors(folder, files)
+            aliases, notes = {}, ()
+        _check_weight_map(weight_map, tensors, aliases, chosen)
+        # A file that lies beside no config is alone: what surrounds it is none of its business.
+        belongs = path.is_dir() or config is not None
+        side_files, left_out = sort_out(folder, {chosen, *files}) if belongs else ({}, ())
+        return cls(
+            source=str(path),
+            folder=str(folder),
+            format="pickle" if is_pickle else "safetensors",
+            stem=output_stem(chosen),
+            files=files,
+            tensors=tensors,
+            metadata=metadata,
+            config=config,
+            side_files=side_files,
+            left_out=left_out,
+            aliases=aliases,
+            notes=notes,
+        )
+
+    @cached_property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @cached_property
+    def dtypes(self) -> dict[str, int]:
+        """Bytes by dtype, largest first."""
+        count: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            count[tensor.dtype] += tensor.nbytes
+        return dict(count.most_common())
+
+    @cached_property
+    def largest(self) -> TensorInfo | None:
+        """The largest tensor; None in an empty checkpoint."""
+        return max(self.tensors.values(), key=lambda tensor: tensor.nbytes, default=None)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of elements in all tensors (buffers included, tied weights as often as stored)."""
+        return sum(tensor.elements for tensor in self.tensors.values())
+
+    @property
+    def architecture(self) -> str | None:
+        """The model class that the config names."""
+        return architecture(self.config)
+
+    def path(self, file: str) -> str:
+        """Return the path of one of the checkpoint's files."""
+        return os.path.join(self.folder, file)
+
+    def summary(self) -> Summary:
+        """Return what a person wants to know before sharding it."""
+        beside = sum(self.side_files.values())
+        facts = (
+            ("source", self.source),
+            ("architecture", self.architecture or "not said (no config.json)"),
+            ("parameters", f"{self.parameters:,} in {plural(len(self.tensors), 'tensor')}"),
+            (
+                "weights",
+                f"{format_size(self.total_bytes)} in {plural(len(self.files), 'file')} ({self.format})",
+            ),
+            ("largest tensor", str(self.largest or "none")),
+            ("config says", self._config_against_files()),
+            ("beside weights", f"{plural(len(self.side_files), 'file')}, {format_size(beside)}"),
+        )
+        dtypes = Table(
+            ("dtype", "bytes", "share"),
+            tuple(
+                (DTYPE_NAMES[dtype], format_size(size), f"{size / max(self.total_bytes, 1):.1%}")
+                for dtype, size in self.dtypes.items()
+            ),
+        )
+        return Summary("Checkpoint", facts, (dtypes,), self._notes())
+
+    def _config_against_files(self) -> str:
+        said = config_dtype(self.config)
+        held = [DTYPE_NAMES[dtype] for dtype in self.dtypes if dtype in FLOAT_DTYPES]
+        if said is None:
+            return "no dtype"
+        if not held:
+            return f"{said}; the files hold no plain floating-point tensors"
+        if held[0] == said:
+            return f"{said}, as the files hold"
+        return f"{said}, but the files hold mostly {held[0]}"
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = list(self.notes)
+        if self.aliases:
+            notes.append(f"{plural(len(self.aliases), 'tied tensor')} stored once: {listed(self.aliases)}")
+        if self.left_out:
+            notes.append(f"other weights in the folder, not part of this checkpoint: {listed(self.left_out)}")
+        return tuple(notes)
+
+
+def _not_found(source: str, revision: str | None, token: str | None) -> str:
+    message = f"{source!r} is neither a folder nor a file here"
+    if revision or token or re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        message += f"; if it is a Hub id, run `hf download {source}` and give the folder that it prints"
+    return message
+
+
+def _scan_safetensors(folder: Path, files: tuple[str, ...]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    tensors: dict[str, TensorInfo] = {}
+    first_metadata: dict[str, str] | None = None
+    for file in files:
+        entries, metadata, start = read_header(folder / file)
+        first_metadata = metadata if first_metadata is None else first_metadata
+        for name, dtype, shape, begin, end in entries:
+            if name in tensors:
+                raise CheckpointError(
+                    f"is also in {tensors[name].file}", file=str(folder / file), tensor=name
+                )
+            tensors[name] = TensorInfo(name, dtype, shape, file, start + begin, end - begin)
+    return tensors, first_metadata or {}
+
+
+def _check_weight_map(
+    weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo], aliases: Mapping[str, str], index: str
+) -> None:
+    for name, file in weight_map.items():
+        held = tensors.get(aliases.get(name, name))
+        if held is None or (held.file != file and name not in aliases):
+            where = f"it is in {held.file}" if held else "no file of the index holds it"
+            raise CheckpointError(f"{index} says it is in {file}, but {where}", tensor=name)

@@ -1,0 +1,69 @@
+"""What shardkit raises: one base class, a few children, messages that say what to do next."""
+
+from __future__ import annotations
+
+
+class ShardkitError(Exception):
+    """Base of every error that shardkit raises on purpose."""
+
+
+class CheckpointError(ShardkitError):
+    """A checkpoint, or a file of one, is missing, damaged or not what it claims to be.
+
+    Attributes
+    ----------
+    file, tensor
+        Where it was found, when known.
+    """
+
+    def __init__(self, message: str, *, file: str | None = None, tensor: str | None = None) -> None:
+        self.file, self.tensor = file, tensor
+        where = ", ".join(
+            part for part in (file, f"tensor {tensor!r}" if tensor is not None else None) if part
+        )
+        super().__init__(f"{where}: {message}" if where else message)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The composed message must survive a process pool, where exceptions travel by pickle.
+        return _rebuild, (type(self), self.args, self.file, self.tensor)
+
+
+def _rebuild(
+    cls: type[CheckpointError], args: tuple[object, ...], file: str | None, tensor: str | None
+) -> CheckpointError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, *args)
+    error.file, error.tensor = file, tensor
+    return error
+
+
+class SizeError(ShardkitError, ValueError):
+    """A size such as ``max_shard_size`` could not be understood."""
+
+
+class PlanError(ShardkitError, ValueError):
+    """A plan was asked for that cannot be made (unknown strategy or dtype, quantised weights)."""
+
+
+class CastError(ShardkitError):
+    """A cast would have turned finite values into infinities."""
+
+
+class DestinationError(ShardkitError):
+    """The destination exists, overlaps the source, or cannot be written."""
+
+
+class SpaceError(DestinationError):
+    """The disk cannot hold the result."""
+
+
+class VerificationError(ShardkitError):
+    """The copy does not hold the same tensors as its source."""
+
+
+class Cancelled(ShardkitError):  # noqa: N818  the user asked for it: no error
+    """The progress callback asked to stop."""
+
+
+class MeasurementError(ShardkitError):
+    """A load could not be measured at all (a load that fails is a result, not an error)."""

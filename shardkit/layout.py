@@ -1,0 +1,233 @@
+"""Which files of a folder are the weights, and which go with them.
+
+The order is that of transformers (`modeling_utils._get_resolved_checkpoint_files`): a file named by the
+config, then `model.safetensors`, its index, `pytorch_model.bin`, its index; then the stems of diffusers
+and peft. A folder is hostile until checked: an index names files only inside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shardkit.errors import CheckpointError
+from shardkit.record import listed
+from shardkit.safetensors_file import load_json
+from shardkit.sizes import format_size
+
+CANONICAL_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
+CONFIG_FILES = ("config.json", "adapter_config.json")
+
+_MAX_JSON_BYTES = 100_000_000
+_INDEX = re.compile(r".*\.(safetensors|bin)\.index(\.[^.]+)?\.json")
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|ot|tflite)")
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
+# Folders of the clients and tools that made the copy, not of the model.
+_NOT_OURS = {".git", ".cache", "__pycache__", ".ipynb_checkpoints"}
+
+
+def is_index(name: str) -> bool:
+    """Whether a file name is that of an index: ``model.safetensors.index.json``."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file name is that of weights, in any format, or of their index."""
+    return _WEIGHTS.fullmatch(name) is not None or is_index(name)
+
+
+def output_stem(chosen: str) -> str:
+    """Return what files made from `chosen` are called, so that plain `from_pretrained` finds them."""
+    for stem in CANONICAL_STEMS[1:]:
+        if chosen.startswith(stem):
+            return stem
+    return CANONICAL_STEMS[0]
+
+
+def architecture(config: Mapping[str, Any] | None) -> str | None:
+    """Return the model class that a config names, of transformers, diffusers or peft."""
+    config = config or {}
+    names = config.get("architectures")
+    found = (
+        names[0]
+        if isinstance(names, list) and names
+        else config.get("_class_name") or config.get("peft_type")
+    )
+    return str(found) if found else None
+
+
+def config_dtype(config: Mapping[str, Any] | None) -> str | None:
+    """Return the dtype that a config asks for ("bfloat16"), or None."""
+    config = config or {}
+    said = config.get("dtype") or config.get("torch_dtype")
+    return said.removeprefix("torch.") if isinstance(said, str) else None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"is larger than {format_size(_MAX_JSON_BYTES)}", file=str(path))
+        return load_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", file=str(path)) from error
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Return the config of transformers, diffusers or peft in `folder`; None where there is none."""
+    for name in CONFIG_FILES:
+        if (folder / name).is_file():
+            config = _read_json(folder / name)
+            if not isinstance(config, dict):
+                raise CheckpointError("is not a JSON object", file=str(folder / name))
+            return config
+    return None
+
+
+def adapted_config(config: Mapping[str, Any], dtype: str | None) -> str | None:
+    """Return the JSON of a config that fits the new files; None where it fits as it is.
+
+    A cast is followed by every dtype that the config names, those of its parts included; and a file name
+    of weights (`transformers_weights`) would name one that is gone.
+    """
+    adapted = {key: value for key, value in config.items() if key != "transformers_weights"}
+    if dtype is not None:
+        adapted = _with_dtype(adapted, dtype)
+        if config_dtype(adapted) is None and "architectures" in adapted:
+            adapted["dtype"] = dtype
+    return json.dumps(adapted, indent=2, ensure_ascii=False) + "\n" if adapted != config else None
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    return {
+        key: dtype
+        if key in ("dtype", "torch_dtype") and isinstance(value, str)
+        else _with_dtype(value, dtype)
+        if isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }
+
+
+def ties_weights(config: Mapping[str, Any] | None) -> bool:
+    """Whether a load will tie weights again; only a config that says no is believed to mean it."""
+    text = (config or {}).get("text_config")
+    nested = text if isinstance(text, dict) else {}
+    return (config or {}).get("tie_word_embeddings", nested.get("tie_word_embeddings")) is not False
+
+
+def find_weights(folder: Path, config: Mapping[str, Any] | None) -> str:
+    """Return the name of the weights file, or of the index, that a load of `folder` would read.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or several of equal right.
+    """
+    if isinstance(named := (config or {}).get("transformers_weights"), str):
+        _check_inside(folder, named, CONFIG_FILES[0])
+        return named
+    stems = (("model", "pytorch_model"), ("diffusion_pytorch_model",) * 2, ("adapter_model",) * 2)
+    for safetensors, pickle in stems:
+        for name in (f"{safetensors}.safetensors", f"{pickle}.bin"):
+            for candidate in (name, f"{name}.index.json"):
+                if (folder / candidate).is_file():
+                    return candidate
+    return _find_only_candidate(folder)
+
+
+def _find_only_candidate(folder: Path) -> str:
+    """Choose weights of another name (a variant, an original release) where there is just one."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    for pattern in (r".*\.safetensors\.index(\.[^.]+)?\.json", r".*\.safetensors", r".*\.bin"):
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        if len(found) == 1:
+            return found[0]
+        if found and all(_SHARD.fullmatch(name.rsplit(".", 1)[0]) for name in found):
+            raise CheckpointError(
+                f"holds shards ({listed(found)}) but no index that says what is in them: "
+                "the download may have been cut",
+                file=str(folder),
+            )
+        if found:
+            raise CheckpointError(
+                f"holds several checkpoints ({listed(found)}): give the path of the one you mean",
+                file=str(folder),
+            )
+    inside = sorted(
+        {str(p.parent.relative_to(folder)) for p in folder.glob("*/*") if _WEIGHTS.fullmatch(p.name)}
+    )
+    hint = f"; its folders {listed(inside)} do: give the path of one" if inside else ""
+    raise CheckpointError(f"holds no weights (no .safetensors, no .bin){hint}", file=str(folder))
+
+
+def read_weight_map(folder: Path, index: str) -> dict[str, str]:
+    """Return which file holds which tensor, every file checked to lie inside `folder`.
+
+    Raises
+    ------
+    CheckpointError
+        If the index is damaged, or names files that are missing or outside.
+    """
+    document = _read_json(folder / index)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError("has no weight_map of tensor names to file names", file=str(folder / index))
+    if not weight_map:
+        raise CheckpointError("its weight_map is empty", file=str(folder / index))
+    for file in sorted(set(weight_map.values())):
+        _check_inside(folder, file, index)
+    kinds = {Path(file).suffix for file in weight_map.values()}
+    if len(kinds) > 1:
+        raise CheckpointError(f"mixes formats: {', '.join(sorted(kinds))}", file=str(folder / index))
+    return dict(weight_map)
+
+
+def _check_inside(folder: Path, file: str, named_in: str) -> None:
+    """Refuse a file name that leaves the folder, by itself or through a link.
+
+    Snapshots of the Hub's cache are links into the cache's own `blobs`, and those are followed.
+    """
+    where = str(folder / named_in)
+    if not file.isprintable() or os.path.isabs(file) or ".." in Path(file).parts or "\\" in file:
+        raise CheckpointError(f"names a file outside the folder: {file!r}", file=where)
+    path = folder / file
+    if not path.is_file():
+        raise CheckpointError(
+            f"names {file!r}, which is not there: the download may have been cut", file=where
+        )
+    real, home = path.resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
+        raise CheckpointError(f"names {file!r}, a link that leaves the folder, to {real}", file=where)
+
+
+def sort_out(folder: Path, weights: set[str]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Tell what goes with the model from weights in other formats."""
+    side_files: dict[str, int] = {}
+    left_out: list[str] = []
+    for file in _walk(folder):
+        name = os.path.basename(file)
+        # A subfolder with a config of its own is a module of the model (sentence-transformers' 2_Dense),
+        # unlike the folders of other formats (onnx, original), and would be missed.
+        module = os.sep in file and (folder / file).parent.joinpath("config.json").is_file()
+        kept = module and re.fullmatch(r"(model|pytorch_model)\.(safetensors|bin)", name)
+        if file in weights:
+            continue
+        if is_weights(name) and not kept:
+            left_out.append(file)
+        else:
+            side_files[file] = (folder / file).stat().st_size
+    return side_files, tuple(left_out)
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in _NOT_OURS)
+        for name in sorted(names):
+            path = os.path.join(root, name)
+            if os.path.isfile(path):  # neither pipes nor dangling links
+                yield os.path.relpath(path, folder)

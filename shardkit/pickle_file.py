@@ -1,0 +1,140 @@
+"""Checkpoints in torch's pickle format: what is in them, and their bytes, by torch's safe reader alone.
+
+Zip pickles are mapped, so that their tensors stay on disk until they are copied. Legacy pickles (before
+torch 1.6) cannot be mapped: they are loaded one file at a time. Only `weights_only=True` is ever used.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardkit.errors import CheckpointError
+from shardkit.safetensors_file import tensor_bytes
+from shardkit.tensor import DTYPE_NAMES, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+Scan = tuple[dict[str, TensorInfo], dict[str, str], tuple[str, ...]]
+
+
+def scan_pickles(folder: Path, files: tuple[str, ...], ties_weights: bool) -> Scan:
+    """List the tensors of pickle files: tensors by name, aliases (dropped to kept), notes.
+
+    Names that share one storage, shape and strides are aliases. Transformers writes only one of them,
+    the module that was registered first, and ties the others to it after loading; so do we, unless the
+    config says that it does not tie (`ties_weights` false), when each is written.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is damaged, holds anything but tensors, or wants more than tensors when loaded.
+    """
+    names = {f"torch.{name}": dtype for dtype, name in DTYPE_NAMES.items()}
+    tensors: dict[str, TensorInfo] = {}
+    aliases: dict[str, str] = {}
+    notes: list[str] = []
+    for file in files:
+        path = str(folder / file)
+        first: dict[object, str] = {}
+        if not zipfile.is_zipfile(path):
+            notes.append(f"{file} is a legacy pickle: it is loaded whole, one such file at a time")
+        for name, tensor in _load(path).items():
+            if name in tensors or name in aliases:
+                raise CheckpointError("is in two files", file=path, tensor=name)
+            dtype = names.get(str(tensor.dtype))
+            if dtype is None:
+                raise CheckpointError(f"safetensors has no dtype for {tensor.dtype}", file=path, tensor=name)
+            kept = first.setdefault(_identity(tensor), name) if tensor.numel() else name
+            if kept != name and ties_weights:
+                aliases[name] = kept
+            else:
+                shape = tuple(tensor.shape)
+                tensors[name] = TensorInfo(name, dtype, shape, file, None, tensor_bytes(dtype, shape))
+    return tensors, aliases, tuple(notes)
+
+
+def read_tensor(path: str, name: str) -> memoryview:
+    """Return the bytes of one tensor of the pickle at `path`, mapped where the format allows."""
+    import torch
+
+    tensor = _OPEN.get(path)[name].detach().contiguous()
+    if not tensor.numel():
+        return memoryview(b"")
+    flat = tensor.reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy()).toreadonly()
+
+
+def _identity(tensor: torch.Tensor) -> object:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _load(path: str) -> Mapping[str, torch.Tensor]:
+    import torch
+
+    mapped = zipfile.is_zipfile(path)
+    if mapped:
+        _check_stored(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch raises whatever its parsers do
+        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+        raise CheckpointError(f"not a pickle of tensors alone, refused: {reason}", file=path) from error
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]  # as trainers save it; transformers looks there, too
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"holds a {type(loaded).__name__}, not a map of tensors", file=path)
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{name!r} is a {type(value).__name__}, not a tensor", file=path)
+        if value.layout != torch.strided or value.is_quantized:
+            raise CheckpointError("is sparse or quantised, not a plain tensor", file=path, tensor=name)
+    return loaded
+
+
+def _check_stored(path: str) -> None:
+    """Refuse compressed records: torch never writes them, and a small one can unpack to any size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise CheckpointError(
+                        f"record {record.filename!r} is compressed ({record.compress_size} bytes to "
+                        f"{record.file_size}), which torch never writes",
+                        file=path,
+                    )
+    except (zipfile.BadZipFile, OSError) as error:
+        raise CheckpointError(f"not a readable zip archive: {error}", file=path) from error
+
+
+class _OpenPickles:
+    """Keeps pickles open between tensors: several mapped ones, but only one that is in memory."""
+
+    def __init__(self, mapped: int) -> None:
+        self._limit, self._lock = mapped, threading.Lock()
+        self._files: dict[tuple[str, int, int], Mapping[str, torch.Tensor]] = {}
+
+    def get(self, path: str) -> Mapping[str, torch.Tensor]:
+        with self._lock:
+            status = os.stat(path)
+            key = (path, status.st_mtime_ns, status.st_size)
+            if key not in self._files:
+                limit = self._limit if zipfile.is_zipfile(path) else 1
+                while len(self._files) >= limit:
+                    self._files.pop(next(iter(self._files)))
+                self._files[key] = _load(path)
+            return self._files[key]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._files.clear()
+
+
+_OPEN = _OpenPickles(mapped=4)
+close_pickles = _OPEN.clear

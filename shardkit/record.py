@@ -1,0 +1,147 @@
+"""What every result has in common: JSON that round-trips, and one summary shown as text or HTML.
+
+A result describes itself once, as a `Summary`; text and HTML are two renderings of it, so they cannot
+say different things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from html import escape
+from importlib.resources import files
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from shardkit.errors import ShardkitError
+
+if TYPE_CHECKING:
+    import cattrs
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under column names; the first column is left-aligned, the others right-aligned."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def text(self) -> str:
+        """Return the table with its columns aligned by spaces."""
+        lines = [self.columns, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+    def html(self) -> str:
+        """Return the table as HTML, every cell escaped."""
+        head = "".join(f'<th scope="col">{escape(name)}</th>' for name in self.columns)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A title, labelled facts, tables and notes: what a person wants to know of a result."""
+
+    title: str
+    facts: tuple[tuple[str, str], ...] = ()
+    tables: tuple[Table, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """Return the summary as plain text."""
+        width = max((len(label) for label, _ in self.facts), default=0)
+        lines = [self.title, *(f"  {label:<{width}}  {value}" for label, value in self.facts)]
+        for table in self.tables:
+            lines += ["", *(f"  {line}" for line in table.text().splitlines())]
+        return "\n".join([*lines, *(f"  ! {note}" for note in self.notes)])
+
+    def html(self) -> str:
+        """Return the summary as HTML, every value escaped."""
+        facts = "".join(
+            f'<tr><th scope="row">{escape(label)}</th><td>{escape(value)}</td></tr>'
+            for label, value in self.facts
+        )
+        tables = "".join(table.html() for table in self.tables)
+        notes = "".join(f'<p class="sk-note">⚠ {escape(note)}</p>' for note in self.notes)
+        return (
+            f'<style>{_stylesheet()}</style><div class="shardkit"><h4>{escape(self.title)}</h4>'
+            f'<table class="sk-facts"><tbody>{facts}</tbody></table>{tables}{notes}</div>'
+        )
+
+
+class Record:
+    """Base of the result types (frozen dataclasses)."""
+
+    schema: ClassVar[int] = SCHEMA_VERSION
+
+    def summary(self) -> Summary:
+        """Return what `__str__` and `_repr_html_` show."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.summary().text()
+
+    def _repr_html_(self) -> str:
+        return self.summary().html()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON-ready data, its ``schema`` named: ``shardkit/ShardPlan/1``."""
+        return {"schema": self._schema_name(), **_converter().unstructure(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Return the record that `to_dict` wrote.
+
+        Raises
+        ------
+        ShardkitError
+            If `data` is another record, another schema version, or lacks a field.
+        """
+        if (found := data.get("schema")) != cls._schema_name():
+            raise ShardkitError(f"this is {found!r}, not {cls._schema_name()!r}")
+        try:
+            return _converter().structure({k: v for k, v in data.items() if k != "schema"}, cls)
+        except Exception as error:
+            raise ShardkitError(f"{cls._schema_name()}: not readable: {error}") from error
+
+    @classmethod
+    def _schema_name(cls) -> str:
+        return f"shardkit/{cls.__name__}/{cls.schema}"
+
+
+def plural(count: int, noun: str) -> str:
+    """Return ``1 file``, ``1,024 files``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Iterable[str], limit: int = 4) -> str:
+    """Return the first names and how many more there are."""
+    names = list(names)
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+@cache
+def _converter() -> cattrs.Converter:
+    import cattrs.preconf.json
+
+    converter = cattrs.preconf.json.make_converter()
+    converter.register_unstructure_hook(PurePath, str)
+    return converter
+
+
+@cache
+def _stylesheet() -> str:
+    return files("shardkit").joinpath("static/report.css").read_text(encoding="utf-8")

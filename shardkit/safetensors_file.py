@@ -1,0 +1,257 @@
+"""The safetensors file format, and nothing else: read, validate and write one header.
+
+A file is 8 bytes of little-endian header length, a JSON header, then the tensors' bytes. Every rule that
+makes a file legal is checked here and nowhere else, before any number in it is trusted. The rules are
+those of the format's reference reader: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeGuard
+
+from shardkit.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+PREFIX_BYTES = 8
+FORMAT_METADATA = {"format": "pt"}
+
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+class Entry(NamedTuple):
+    """One tensor of a header; `begin` and `end` count bytes from the start of the data section."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Header(NamedTuple):
+    """A validated header: entries by offset, and where the data section starts in the file."""
+
+    entries: tuple[Entry, ...]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Return the size of a tensor in bytes.
+
+    Raises
+    ------
+    ValueError
+        If the dtype is not one of the format's, the size overflows 63 bits, or the tensor does not
+        fill whole bytes (4 and 6 bit dtypes).
+    """
+    if dtype not in DTYPE_BITS:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPE_BITS)}")
+    elements = 1
+    for length in shape:
+        elements *= length
+        if elements >= 1 << 60:  # checked at each step: the product of a hostile shape is never formed
+            raise ValueError("the shape has 2**60 elements or more")
+    bits = elements * DTYPE_BITS[dtype]
+    if bits % 8:
+        raise ValueError(f"{elements} elements of {DTYPE_BITS[dtype]} bits do not fill whole bytes")
+    return bits // 8
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read and validate the header of the safetensors file at `path`.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be read or breaks a rule of the format; names file, tensor and numbers.
+    """
+    file = os.fspath(path)
+    try:
+        # O_NONBLOCK: opening a named pipe must fail the check below, not wait for a writer.
+        with open(os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as handle:
+            status = os.fstat(handle.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError("is not a regular file", file=file)
+            raw = _read_raw(handle, status.st_size, file)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", file=file) from error
+    return parse_header(raw, status.st_size - PREFIX_BYTES - len(raw), file)
+
+
+def _read_raw(handle: BinaryIO, file_bytes: int, file: str) -> bytes:
+    prefix = handle.read(PREFIX_BYTES)
+    if len(prefix) < PREFIX_BYTES:
+        raise CheckpointError(
+            f"has {file_bytes} bytes, a safetensors file has at least {PREFIX_BYTES}: "
+            "the download may have been cut",
+            file=file,
+        )
+    if prefix.startswith(b"version "):
+        raise CheckpointError(
+            "is a Git LFS pointer, not the weights: run `git lfs pull` in its repository", file=file
+        )
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"says its header has {length} bytes, more than the format's limit of {MAX_HEADER_BYTES}: "
+            "this is not a safetensors file",
+            file=file,
+        )
+    if PREFIX_BYTES + length > file_bytes:
+        raise CheckpointError(
+            f"says its header has {length} bytes, the file has only {file_bytes}: "
+            "the download may have been cut",
+            file=file,
+        )
+    raw = handle.read(length)
+    if len(raw) < length:
+        raise CheckpointError(f"ended after {len(raw)} of {length} header bytes", file=file)
+    return raw
+
+
+def parse_header(raw: bytes, data_bytes: int, file: str) -> Header:
+    """Validate a raw JSON header against the `data_bytes` that follow it in the file.
+
+    Raises
+    ------
+    CheckpointError
+        As `read_header`; `file` is the name to give in the message.
+    """
+    document = load_json(raw, file)
+    if not raw.startswith(b"{") or not isinstance(document, dict):
+        raise CheckpointError("the header is not a JSON object", file=file)
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError("__metadata__ is not a map of strings", file=file)
+    entries = sorted(
+        (_entry(name, value, file) for name, value in document.items()),
+        key=lambda entry: (entry.begin, entry.end),
+    )
+    _check_layout(entries, data_bytes, file)
+    return Header(tuple(entries), metadata, PREFIX_BYTES + len(raw))
+
+
+def load_json(raw: bytes, file: str) -> Any:
+    """Parse strict JSON from a file that may be hostile: no duplicate keys, no NaN, no deep nesting.
+
+    Raises
+    ------
+    CheckpointError
+        If `raw` is anything else; `file` is the name to give in the message.
+    """
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except RecursionError:
+        raise CheckpointError("the JSON is nested too deeply", file=file) from None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError included
+        raise CheckpointError(f"not valid JSON: {str(error)[:200]}", file=file) from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice[:200]!r} appears twice")
+    return unique
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _entry(name: str, value: Any, file: str) -> Entry:
+    if not name.isprintable():
+        raise CheckpointError("the name has control or other unprintable characters", file=file, tensor=name)
+    if not isinstance(value, dict):
+        raise CheckpointError("the header entry is not a JSON object", file=file, tensor=name)
+    dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str):
+        raise CheckpointError(f"dtype is {_clip(dtype)}, not a string", file=file, tensor=name)
+    if not _is_counts(shape):
+        raise CheckpointError(f"shape is {_clip(shape)}, not a list of counts", file=file, tensor=name)
+    if not _is_counts(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"data_offsets is {_clip(offsets)}, not two counts", file=file, tensor=name)
+    try:
+        expected = tensor_bytes(dtype, shape)
+    except ValueError as error:
+        raise CheckpointError(str(error), file=file, tensor=name) from None
+    begin, end = offsets
+    if end - begin != expected:
+        raise CheckpointError(
+            f"data_offsets hold {_clip(end - begin)} bytes, {dtype} {_clip(shape)} needs {expected}",
+            file=file,
+            tensor=name,
+        )
+    return Entry(name, dtype, tuple(shape), begin, end)
+
+
+def _is_counts(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _clip(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_layout(entries: Sequence[Entry], data_bytes: int, file: str) -> None:
+    position = 0
+    for entry in entries:
+        if entry.begin != position:
+            problem = "overlaps the tensor before it" if entry.begin < position else "leaves a hole"
+            raise CheckpointError(
+                f"starts at byte {_clip(entry.begin)} of the data, the tensor before it ends at "
+                f"{position}: it {problem}",
+                file=file,
+                tensor=entry.name,
+            )
+        position = entry.end
+        if position > data_bytes:
+            raise CheckpointError(
+                f"ends at byte {_clip(position)} of the data, the file has only {data_bytes}: "
+                "the download may have been cut",
+                file=file,
+                tensor=entry.name,
+            )
+    if position != data_bytes:
+        raise CheckpointError(
+            f"the tensors end at byte {position} of the data, the file has {data_bytes}: "
+            f"{data_bytes - position} bytes belong to no tensor",
+            file=file,
+        )
+
+
+def entry_text(name: str, dtype: str, shape: Sequence[int], begin: int, end: int) -> str:
+    """Return one header entry as the reference writer formats it (compact, not ASCII-escaped)."""
+    lengths = ",".join(map(str, shape))
+    return (
+        f'{json.dumps(name, ensure_ascii=False)}:{{"dtype":"{dtype}","shape":[{lengths}],'
+        f'"data_offsets":[{begin},{end}]}}'
+    )
+
+
+def build_header(entries: Iterable[Entry]) -> bytes:
+    """Return length prefix and header of a file with these entries, padded to 8 bytes by spaces."""
+    metadata = json.dumps(FORMAT_METADATA, separators=(",", ":"))
+    text = ",".join([f'"__metadata__":{metadata}', *(entry_text(*entry) for entry in entries)])
+    raw = f"{{{text}}}".encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(PREFIX_BYTES, "little") + raw
+
+
+def header_bytes(entry_chars: int, entries: int) -> int:
+    """Return the length of `build_header`, prefix included, from the bytes its entries take."""
+    empty = len('{"__metadata__":{"format":"pt"}}')
+    raw = empty + entry_chars + entries  # a comma before each entry
+    return PREFIX_BYTES + raw + -raw % 8

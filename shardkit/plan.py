@@ -1,0 +1,276 @@
+"""Which tensor goes into which shard. Pure: reads no file, takes no lock, knows no disk.
+
+Sizes are those of the files, headers included, so `max_shard_size` bounds what lies on disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
+from typing import Any, Literal, get_args
+
+from shardkit.checkpoint import Checkpoint
+from shardkit.errors import PlanError
+from shardkit.packing import Item, layout, pack_balanced, pack_by_layer, pack_by_size
+from shardkit.record import Record, Summary, Table, listed, plural
+from shardkit.safetensors_file import Entry
+from shardkit.sizes import format_size, parse_size
+from shardkit.tensor import DTYPE_NAMES, TensorInfo
+
+Strategy = Literal["size", "layer", "balanced"]
+CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+
+_SHOWN_SHARDS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor of the source, and what becomes of it in a shard.
+
+    Attributes
+    ----------
+    source
+        The tensor as it is on disk.
+    dtype
+        What it is written as, in safetensors' words.
+    begin, nbytes
+        Its place in the shard's data section, in bytes.
+    """
+
+    source: TensorInfo
+    dtype: str
+    begin: int
+    nbytes: int
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether its bytes change."""
+        return self.dtype != self.source.dtype
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to write: its tensors in order of their offsets, and its exact size."""
+
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+    header_bytes: int
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.tensors[-1].begin + self.tensors[-1].nbytes if self.tensors else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file: header and tensors."""
+        return self.header_bytes + self.data_bytes
+
+    def entries(self) -> list[Entry]:
+        """Return the entries of its header."""
+        return [
+            Entry(t.source.name, t.dtype, t.source.shape, t.begin, t.begin + t.nbytes) for t in self.tensors
+        ]
+
+
+@dataclass(frozen=True)
+class ShardPlan(Record):
+    """How a checkpoint would be sharded.
+
+    Attributes
+    ----------
+    source
+        What it was planned for.
+    stem
+        What its files are called: "model" for ``model-00001-of-00008.safetensors``.
+    strategy, max_shard_size, dtype
+        As asked for; the size in bytes, dtype None where nothing is cast.
+    shards
+        The files, in order.
+    oversized
+        Names of tensors too large for `max_shard_size`, each in a file of its own.
+    side_bytes
+        Bytes of all that goes along and is not weights.
+    """
+
+    source: str
+    stem: str
+    strategy: Strategy
+    max_shard_size: int
+    dtype: str | None
+    shards: tuple[Shard, ...]
+    oversized: tuple[str, ...]
+    side_bytes: int
+
+    @cached_property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(shard.data_bytes for shard in self.shards)
+
+    @property
+    def largest_file(self) -> Shard:
+        """The largest shard."""
+        return max(self.shards, key=attrgetter("nbytes"))
+
+    @property
+    def index_file(self) -> str | None:
+        """Name of the index; None where there is one file, which needs none."""
+        return f"{self.stem}.safetensors.index.json" if len(self.shards) > 1 else None
+
+    @cached_property
+    def index(self) -> str | None:
+        """The index as the Hub's conventions have it, in JSON."""
+        if self.index_file is None:
+            return None
+        weight_map = {t.source.name: shard.file for shard in self.shards for t in shard.tensors}
+        document = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that the destination will take, all files included; nothing more is needed on the way."""
+        index = len(self.index.encode()) if self.index else 0
+        return sum(shard.nbytes for shard in self.shards) + index + self.side_bytes
+
+    def summary(self) -> Summary:
+        """Return the plan as a person reads it."""
+        facts = (
+            ("source", self.source),
+            ("strategy", f"{self.strategy}, at most {format_size(self.max_shard_size)} a file"),
+            ("dtype", f"cast to {self.dtype}" if self.dtype else "as in the source"),
+            ("files", f"{len(self.shards):,}, the largest {format_size(self.largest_file.nbytes)}"),
+            ("weights", format_size(self.total_bytes)),
+            ("disk needed", format_size(self.disk_bytes)),
+        )
+        return Summary("Shard plan", facts, (self._table(),), self._notes())
+
+    def _table(self) -> Table:
+        shards: list[Shard | None] = list(self.shards)
+        if len(shards) > _SHOWN_SHARDS:
+            shards[_SHOWN_SHARDS - 2 : -1] = [None]
+        rows = (
+            (s.file, f"{len(s.tensors):,}", format_size(s.nbytes)) if s else ("...", "", "") for s in shards
+        )
+        return Table(("file", "tensors", "size"), tuple(rows))
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = []
+        if self.oversized:
+            notes.append(
+                f"{plural(len(self.oversized), 'tensor')} larger than {format_size(self.max_shard_size)}, "
+                f"each in a file of its own: {listed(self.oversized)}"
+            )
+        if self.stem == "adapter_model" and len(self.shards) > 1:
+            notes.append("peft loads an adapter from one file only: raise max_shard_size to merge it")
+        return tuple(notes)
+
+
+def plan_shards(
+    checkpoint: Checkpoint,
+    *,
+    max_shard_size: int | str = "2GB",
+    strategy: Strategy = "size",
+    dtype: object = None,
+) -> ShardPlan:
+    """Plan how to shard a checkpoint; a `max_shard_size` larger than the model merges it into one file.
+
+    Parameters
+    ----------
+    checkpoint
+        What `Checkpoint.open` returned.
+    max_shard_size
+        The most bytes that a file may have, header included: "500MB", "1.5GiB", or a number of bytes.
+        A tensor larger than that gets a file of its own.
+    strategy
+        "size" fills one file after the other in the order of the source. For sizes
+        [6, 6, 2, 6, 2, 2] and a limit of 10 it gives [6], [6, 2], [6, 2, 2]. "layer" writes one file
+        for each decoder block, embeddings and head apart; a block above the limit is split.
+        "balanced" writes the fewest files within the limit (by best-fit decreasing), as equal as can be.
+    dtype
+        "float16", "bfloat16" or "float32" (or the torch dtype): what floating-point tensors are cast to.
+
+    Raises
+    ------
+    SizeError
+        If `max_shard_size` is not a size.
+    PlanError
+        If the strategy or dtype is unknown, or a cast is asked of quantised weights.
+    """
+    limit = parse_size(max_shard_size)
+    if strategy not in get_args(Strategy):
+        raise PlanError(f"strategy {strategy!r} is not one of {', '.join(get_args(Strategy))}")
+    target = parse_dtype(dtype)
+    if target is not None:
+        _refuse_quantised(checkpoint)
+    items = [Item.of(tensor, target) for tensor in checkpoint.tensors.values()]
+    shards = _name(_STRATEGIES[strategy](items, limit), checkpoint.stem)
+    return ShardPlan(
+        source=checkpoint.source,
+        stem=checkpoint.stem,
+        strategy=strategy,
+        max_shard_size=limit,
+        dtype=DTYPE_NAMES[target] if target else None,
+        shards=shards,
+        oversized=tuple(s.tensors[0].source.name for s in shards if s.tensors and s.nbytes > limit),
+        side_bytes=sum(checkpoint.side_files.values()),
+    )
+
+
+def parse_dtype(dtype: object) -> str | None:
+    """Return the dtype that a cast is to end in, in safetensors' words; None for none.
+
+    Raises
+    ------
+    PlanError
+        If it is not one of those that can be cast to.
+    """
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.").lower()
+    if name not in CAST_DTYPES:
+        raise PlanError(f"dtype {str(dtype)!r} is not one of {', '.join(CAST_DTYPES)}")
+    return CAST_DTYPES[name]
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    if method := _quantization(checkpoint.config or {}):
+        raise PlanError(
+            f"{checkpoint.source}: the weights are quantised ({method}) and a cast would destroy them: "
+            "leave out dtype"
+        )
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype.startswith(("F8", "F6", "F4")):
+            raise PlanError(
+                f"{checkpoint.source}: tensor {tensor.name!r} is {DTYPE_NAMES[tensor.dtype]}, quantised with "
+                "scales that are elsewhere, and a cast would destroy it: leave out dtype"
+            )
+
+
+def _quantization(config: dict[str, Any]) -> str | None:
+    if isinstance(found := config.get("quantization_config"), dict) and found:
+        return str(found.get("quant_method", "quantization_config"))
+    nested = (_quantization(value) for value in config.values() if isinstance(value, dict))
+    return next(filter(None, nested), None)
+
+
+_STRATEGIES: dict[str, Callable[[Sequence[Item], int], list[list[Item]]]] = {
+    "size": pack_by_size,
+    "layer": pack_by_layer,
+    "balanced": pack_balanced,
+}
+
+
+def _name(packed: Sequence[Sequence[Item]], stem: str) -> tuple[Shard, ...]:
+    if len(packed) == 1:
+        return (_shard(packed[0], f"{stem}.safetensors"),)
+    names = (f"{stem}-{n:05d}-of-{len(packed):05d}.safetensors" for n in range(1, len(packed) + 1))
+    return tuple(_shard(items, name) for items, name in zip(packed, names, strict=True))
+
+
+def _shard(items: Sequence[Item], file: str) -> Shard:
+    placed, header = layout(items)
+    tensors = tuple(PlannedTensor(item.tensor, item.dtype, begin, item.nbytes) for item, begin in placed)
+    return Shard(file, tensors, header)

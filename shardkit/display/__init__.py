@@ -1,0 +1,1 @@
+"""Showing what the engine found: plots, progress, widgets."""

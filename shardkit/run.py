@@ -1,0 +1,87 @@
+"""Carrying out many small tasks: a few at a time, counting bytes, stopping when asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+from shardkit.errors import Cancelled
+
+TaskT = TypeVar("TaskT")
+ResultT = TypeVar("ResultT")
+
+_AHEAD = 2  # tasks under way for each worker: enough to keep it busy, few enough to stop soon
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a job stands: what it is doing ("copy", "verify"), bytes done, bytes in all."""
+
+    stage: str
+    done_bytes: int
+    total_bytes: int
+
+
+# Returning False asks the job to stop; None and True let it go on.
+ProgressCallback = Callable[[Progress], bool | None]
+
+
+def default_workers() -> int:
+    """Return how many threads keep a disk busy: four, or fewer where there are fewer cores."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+@contextmanager
+def worker_pool(workers: int | None, executor: Executor | None) -> Iterator[tuple[Executor, int]]:
+    """Give the caller's executor, or threads of our own, and how many tasks to keep under way."""
+    count = workers or default_workers()
+    if executor is not None:
+        yield executor, count * _AHEAD
+        return
+    pool = ThreadPoolExecutor(count, thread_name_prefix="shardkit")
+    try:
+        yield pool, count * _AHEAD
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_all(
+    function: Callable[[TaskT], ResultT], tasks: Iterable[TaskT], executor: Executor, under_way: int
+) -> Iterator[tuple[TaskT, ResultT]]:
+    """Yield each task with its result as it finishes; the first failure cancels what has not begun."""
+    waiting = iter(tasks)
+    running: dict[Future[ResultT], TaskT] = {}
+    try:
+        while True:
+            for task in islice(waiting, under_way - len(running)):
+                running[executor.submit(function, task)] = task
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    finally:
+        for future in running:
+            future.cancel()
+        wait(running)
+
+
+class ProgressCount:
+    """Adds up bytes and reports them; raises `Cancelled` when the callback says stop."""
+
+    def __init__(self, callback: ProgressCallback | None, stage: str, total_bytes: int) -> None:
+        self._callback, self._stage, self._total = callback, stage, total_bytes
+        self._done = 0
+        self.add(0)
+
+    def add(self, nbytes: int) -> None:
+        """Count bytes as done."""
+        self._done += nbytes
+        if self._callback is None:
+            return
+        if self._callback(Progress(self._stage, self._done, self._total)) is False:
+            raise Cancelled(f"stopped as asked, after {self._done} of {self._total} bytes ({self._stage})")

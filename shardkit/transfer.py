@@ -1,0 +1,304 @@
+"""Moving bytes: from file to file in the kernel, through a cast, or out of a pickle.
+
+A `Task` is plain data and `run_task` a plain function, so any executor can carry them out, in threads,
+processes or on other machines that see the same disk. A task holds one chunk in memory, however large its
+tensors are.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from shardkit.errors import CheckpointError
+from shardkit.plan import Shard
+from shardkit.safetensors_file import DTYPE_BITS
+
+TASK_BYTES = 64 << 20
+CHUNK_BYTES = 1 << 20
+
+# What a kernel or filesystem says when it cannot copy this way; the next way is tried then.
+_CANNOT = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ENOTSUP, errno.EBADF}
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Source bytes, and where they go.
+
+    Attributes
+    ----------
+    path
+        The source file.
+    offset
+        First byte in it; in a pickle, first byte in `tensor`.
+    nbytes
+        How many bytes of the source; whole elements where they are cast.
+    target_offset
+        First byte in the shard file.
+    tensor
+        The tensor's name; that of the first where a range covers several.
+    dtype, target
+        What to cast from and to; the same where bytes are only copied.
+    is_pickle
+        Whether torch has to read it.
+    """
+
+    path: str
+    offset: int
+    nbytes: int
+    target_offset: int
+    tensor: str
+    dtype: str
+    target: str
+    is_pickle: bool = False
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether bytes change on the way."""
+        return self.dtype != self.target
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Ranges that go into one shard file: about `TASK_BYTES` of them."""
+
+    path: str
+    ranges: tuple[Range, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Source bytes."""
+        return sum(r.nbytes for r in self.ranges)
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """What the cast of one tensor lost: finite values that became infinite, others that became zero."""
+
+    tensor: str
+    overflowed: int
+    flushed: int
+
+
+def shard_ranges(shard: Shard, folder: str) -> list[Range]:
+    """Return what makes up a shard's data, neighbours in both files joined into one range."""
+    ranges: list[Range] = []
+    for planned in shard.tensors:
+        tensor = planned.source
+        if not tensor.nbytes:
+            continue
+        new = Range(
+            os.path.join(folder, tensor.file),
+            tensor.offset or 0,
+            tensor.nbytes,
+            shard.header_bytes + planned.begin,
+            tensor.name,
+            tensor.dtype,
+            planned.dtype,
+            tensor.offset is None,
+        )
+        if ranges and _are_neighbours(ranges[-1], new):
+            new = _joined(ranges.pop(), new)
+        ranges.append(new)
+    return ranges
+
+
+def _are_neighbours(first: Range, second: Range) -> bool:
+    return (
+        first.path == second.path
+        and not (first.is_pickle or first.is_cast or second.is_cast)
+        and first.offset + first.nbytes == second.offset
+        and first.target_offset + first.nbytes == second.target_offset
+    )
+
+
+def _joined(first: Range, second: Range) -> Range:
+    return _part(first, 0, first.nbytes + second.nbytes)
+
+
+def _part(whole: Range, start: int, nbytes: int) -> Range:
+    written = start * DTYPE_BITS[whole.target] // DTYPE_BITS[whole.dtype]
+    return Range(
+        whole.path,
+        whole.offset + start,
+        nbytes,
+        whole.target_offset + written,
+        whole.tensor,
+        whole.dtype,
+        whole.target,
+        whole.is_pickle,
+    )
+
+
+def shard_tasks(shard: Shard, folder: str, path: str) -> list[Task]:
+    """Cut a shard, to be written at `path`, into tasks of about `TASK_BYTES`."""
+    tasks: list[Task] = []
+    pending: list[Range] = []
+    room = TASK_BYTES
+    for whole in shard_ranges(shard, folder):
+        for start in range(0, whole.nbytes, TASK_BYTES):
+            part = _part(whole, start, min(TASK_BYTES, whole.nbytes - start))
+            if pending and part.nbytes > room:
+                tasks.append(Task(path, tuple(pending)))
+                pending, room = [], TASK_BYTES
+            pending.append(part)
+            room -= part.nbytes
+    # A shard of empty tensors has a task as well, so that it finishes as the others do.
+    return [*tasks, Task(path, tuple(pending))] if pending or not tasks else tasks
+
+
+def run_task(task: Task) -> list[Lost]:
+    """Write a task's ranges into its shard file, which exists; return what casts lost.
+
+    Raises
+    ------
+    CheckpointError
+        If a source file ends before its header says.
+    OSError
+        If the disk is full or fails.
+    """
+    overflowed: Counter[str] = Counter()
+    flushed: Counter[str] = Counter()
+    target = os.open(task.path, os.O_WRONLY)
+    try:
+        for part in task.ranges:
+            if part.is_cast:
+                _write_cast(part, target, overflowed, flushed)
+            elif part.is_pickle:
+                _write_all(target, part.target_offset, _pickled(part))
+            else:
+                _copy_range(part, target)
+    finally:
+        os.close(target)
+    names = sorted((+overflowed).keys() | (+flushed).keys())
+    return [Lost(name, overflowed[name], flushed[name]) for name in names]
+
+
+def read_chunks(part: Range) -> Iterator[memoryview]:
+    """Yield the source bytes of a range, at most `CHUNK_BYTES` at a time, in a buffer used again.
+
+    Raises
+    ------
+    CheckpointError
+        If the file ends before the range does.
+    """
+    if part.is_pickle:
+        data = _pickled(part)
+        yield from (data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES))
+        return
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, part.nbytes)))
+    source = os.open(part.path, os.O_RDONLY)
+    try:
+        done = 0
+        while done < part.nbytes:
+            chunk = buffer[: part.nbytes - done]
+            _read_exactly(source, chunk, part.offset + done, part)
+            yield chunk
+            done += len(chunk)
+    finally:
+        os.close(source)
+
+
+def cast_chunks(part: Range) -> Iterator[tuple[memoryview, int, int]]:
+    """Yield the bytes of a range as they are in the shard, and how many values overflowed and flushed."""
+    if not part.is_cast:
+        yield from ((chunk, 0, 0) for chunk in read_chunks(part))
+        return
+    from shardkit.cast import cast
+
+    for chunk in read_chunks(part):
+        yield cast(chunk, part.dtype, part.target)
+
+
+def _write_cast(part: Range, target: int, overflowed: Counter[str], flushed: Counter[str]) -> None:
+    position = part.target_offset
+    for data, to_infinity, to_zero in cast_chunks(part):
+        _write_all(target, position, data)
+        position += len(data)
+        overflowed[part.tensor] += to_infinity
+        flushed[part.tensor] += to_zero
+
+
+def _pickled(part: Range) -> memoryview:
+    from shardkit.pickle_file import read_tensor
+
+    return read_tensor(part.path, part.tensor)[part.offset : part.offset + part.nbytes]
+
+
+def _read_exactly(source: int, buffer: memoryview, offset: int, part: Range) -> None:
+    filled = 0
+    while filled < len(buffer):
+        count = os.preadv(source, [buffer[filled:]], offset + filled)
+        if not count:
+            raise _truncated(part, offset + filled)
+        filled += count
+
+
+def _truncated(part: Range, at: int) -> CheckpointError:
+    return CheckpointError(
+        f"ends at byte {at}, the data goes on to {part.offset + part.nbytes}: "
+        "it was cut short while it was read",
+        file=part.path,
+        tensor=part.tensor,
+    )
+
+
+def _write_all(target: int, position: int, data: memoryview) -> None:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(target, data[written:], position + written)
+
+
+def _copy_range(part: Range, target: int) -> None:
+    """Copy in the kernel where it can: `copy_file_range`, then `sendfile`, then through a buffer."""
+    source = os.open(part.path, os.O_RDONLY)
+    try:
+        done = 0
+        for copy in (_copy_file_range, _sendfile):
+            done += copy(source, target, part, done)
+        if done < part.nbytes:
+            for chunk in read_chunks(_part(part, done, part.nbytes - done)):
+                _write_all(target, part.target_offset + done, chunk)
+                done += len(chunk)
+    finally:
+        os.close(source)
+
+
+def _copy_file_range(source: int, target: int, part: Range, done: int) -> int:
+    """Copy as much as the kernel will; return how many bytes."""
+    start = done
+    try:
+        while done < part.nbytes:
+            count = os.copy_file_range(
+                source, target, part.nbytes - done, part.offset + done, part.target_offset + done
+            )
+            if not count:
+                break  # the end of the file, or a filesystem that copies nothing: the buffer tells which
+            done += count
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+    except AttributeError:  # not on this system
+        pass
+    return done - start
+
+
+def _sendfile(source: int, target: int, part: Range, done: int) -> int:
+    """As `_copy_file_range`; sendfile writes at the descriptor's own position."""
+    start = done
+    try:
+        os.lseek(target, part.target_offset + done, os.SEEK_SET)
+        while done < part.nbytes:
+            count = os.sendfile(target, source, part.offset + done, part.nbytes - done)
+            if not count:
+                break
+            done += count
+    except OSError as error:
+        if error.errno not in _CANNOT | {errno.ENOTSOCK}:
+            raise
+    except AttributeError:
+        pass
+    return done - start

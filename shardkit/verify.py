@@ -1,0 +1,258 @@
+"""Proof that two checkpoints hold the same tensors, however they are laid out.
+
+Every tensor of both sides is read and digested (XXH3, 128 bits) by itself: the digest depends on its bytes
+alone, not on its file, its offset or its neighbours. Where the copy has another floating-point dtype, the
+cast is computed again from the source, and the copy has to hold exactly that.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import xxhash
+
+from shardkit.checkpoint import Checkpoint
+from shardkit.plan import CAST_DTYPES, PlannedTensor, Shard
+from shardkit.record import Record, Summary, Table, listed, plural
+from shardkit.run import ProgressCallback, ProgressCount, run_all, worker_pool
+from shardkit.safetensors_file import build_header
+from shardkit.sizes import format_size
+from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
+from shardkit.transfer import Range, cast_chunks
+
+_BATCH_BYTES = 32 << 20
+_BATCH_TENSORS = 512
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A tensor that differs, and how: its dtype, its shape, or its bytes."""
+
+    tensor: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verification(Record):
+    """What a comparison of two checkpoints found.
+
+    Attributes
+    ----------
+    source, destination
+        What was compared.
+    tensors, nbytes
+        How many tensors were found on both sides, and the bytes of them in the source.
+    cast
+        How many of them have another floating-point dtype in the destination, and hold just what the
+        cast of the source gives.
+    mismatches, missing, extra
+        Tensors that differ; that only the source has; that only the destination has.
+    digests
+        XXH3-128 by tensor, of the bytes in the destination.
+    seconds
+        How long it took.
+    """
+
+    source: str
+    destination: str
+    tensors: int
+    nbytes: int
+    cast: int
+    mismatches: tuple[Mismatch, ...]
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    digests: dict[str, str] = field(repr=False)
+    seconds: float
+
+    @property
+    def equal(self) -> bool:
+        """Whether the destination holds the source's tensors, all of them and nothing else."""
+        return not (self.mismatches or self.missing or self.extra)
+
+    def summary(self) -> Summary:
+        """Return the finding as a person reads it."""
+        facts: tuple[tuple[str, str], ...] = (
+            ("source", self.source),
+            ("destination", self.destination),
+            ("result", "equal" if self.equal else "NOT EQUAL"),
+            ("tensors", f"{self.tensors:,} compared, {format_size(self.nbytes)}"),
+        )
+        if self.cast:
+            facts += (("cast", f"{plural(self.cast, 'tensor')} compared with the cast computed again"),)
+        facts += (("missing", listed(self.missing)),) * bool(self.missing)
+        facts += (("extra", listed(self.extra)),) * bool(self.extra)
+        rows = tuple((m.tensor, m.reason) for m in self.mismatches)
+        tables = (Table(("tensor", "differs in"), rows),) if rows else ()
+        return Summary("Verification", facts, tables)
+
+
+def verify_checkpoint(
+    source: str | os.PathLike[str] | Checkpoint,
+    destination: str | os.PathLike[str] | Checkpoint,
+    *,
+    workers: int | None = None,
+    executor: Executor | None = None,
+    progress: ProgressCallback | None = None,
+) -> Verification:
+    """Compare two checkpoints tensor by tensor, reading every byte of both.
+
+    Parameters
+    ----------
+    source, destination
+        Folders, files or open checkpoints. Their order matters only after a cast, which is computed
+        from `source`.
+    workers, executor
+        Threads to read with (default: up to four), or an executor of your own.
+    progress
+        Called with a `Progress`; returning False stops.
+
+    Raises
+    ------
+    CheckpointError
+        If either side cannot be read. That they differ is a result, not an error.
+    """
+    start = time.perf_counter()
+    ours, theirs = (s if isinstance(s, Checkpoint) else Checkpoint.open(s) for s in (source, destination))
+    pairs = _pairs(ours, theirs)
+    comparable = [pair for pair in pairs if pair.obstacle is None]
+    ranges = [_range(ours, pair.ours, pair.theirs.dtype) for pair in comparable]
+    ranges += [_range(theirs, pair.theirs, pair.theirs.dtype) for pair in comparable]
+    digests = _digest_all(ranges, workers, executor, progress)
+    expected, found = digests[: len(comparable)], digests[len(comparable) :]
+    mismatches = [Mismatch(pair.ours.name, pair.obstacle) for pair in pairs if pair.obstacle]
+    mismatches += [
+        Mismatch(pair.ours.name, f"bytes: {ours_digest} in the source, {theirs_digest} in the destination")
+        for pair, ours_digest, theirs_digest in zip(comparable, expected, found, strict=True)
+        if ours_digest != theirs_digest
+    ]
+    return Verification(
+        source=ours.source,
+        destination=theirs.source,
+        tensors=len(pairs),
+        nbytes=sum(pair.ours.nbytes for pair in pairs),
+        cast=sum(pair.ours.dtype != pair.theirs.dtype for pair in comparable),
+        mismatches=tuple(mismatches),
+        missing=tuple(name for name in ours.tensors if _find(theirs, name) is None),
+        extra=tuple(name for name in theirs.tensors if _find(ours, name) is None),
+        digests={pair.ours.name: digest for pair, digest in zip(comparable, found, strict=True)},
+        seconds=time.perf_counter() - start,
+    )
+
+
+def damaged_shards(
+    checkpoint: Checkpoint,
+    shards: Sequence[Shard],
+    folder: str | os.PathLike[str],
+    workers: int | None = None,
+    executor: Executor | None = None,
+) -> list[str]:
+    """Return which of the shard files in `folder` do not hold just what the source gives."""
+    intact = [s for s in shards if _has_header(os.path.join(folder, s.file), build_header(s.entries()))]
+    owners = [shard for shard in intact for _ in shard.tensors]
+    planned = [tensor for shard in intact for tensor in shard.tensors]
+    ranges = [_range(checkpoint, tensor.source, tensor.dtype) for tensor in planned]
+    ranges += [_staged(folder, *pair) for pair in zip(owners, planned, strict=True)]
+    digests = _digest_all(ranges, workers, executor, None)
+    half = len(planned)
+    good = {shard.file for shard in intact}
+    good -= {o.file for o, a, b in zip(owners, digests[:half], digests[half:], strict=True) if a != b}
+    return [shard.file for shard in shards if shard.file not in good]
+
+
+def _has_header(path: str, header: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(header)) == header
+
+
+def _staged(folder: str | os.PathLike[str], shard: Shard, planned: PlannedTensor) -> Range:
+    path, offset = os.path.join(folder, shard.file), shard.header_bytes + planned.begin
+    return Range(path, offset, planned.nbytes, 0, planned.source.name, planned.dtype, planned.dtype)
+
+
+class _Pair(NamedTuple):
+    ours: TensorInfo
+    theirs: TensorInfo
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the bytes need not be compared: they cannot be equal."""
+        ours, theirs = self
+        if ours.shape != theirs.shape:
+            return f"shape: {list(ours.shape)} in the source, {list(theirs.shape)} in the destination"
+        is_cast = ours.dtype in FLOAT_DTYPES and theirs.dtype in CAST_DTYPES.values()
+        if ours.dtype != theirs.dtype and not is_cast:
+            names = DTYPE_NAMES[ours.dtype], DTYPE_NAMES[theirs.dtype]
+            return "dtype: {} in the source, {} in the destination".format(*names)
+        return None
+
+
+def _find(checkpoint: Checkpoint, name: str) -> TensorInfo | None:
+    """Find a tensor under its name, or under the name that a pickle's alias of it is kept as."""
+    return checkpoint.tensors.get(checkpoint.aliases.get(name, name))
+
+
+def _pairs(ours: Checkpoint, theirs: Checkpoint) -> list[_Pair]:
+    names = dict.fromkeys([*ours.tensors, *theirs.tensors])
+    found = ((_find(ours, name), _find(theirs, name)) for name in names)
+    return [_Pair(left, right) for left, right in found if left and right]
+
+
+def _range(checkpoint: Checkpoint, tensor: TensorInfo, target: str) -> Range:
+    return Range(
+        checkpoint.path(tensor.file),
+        tensor.offset or 0,
+        tensor.nbytes,
+        0,
+        tensor.name,
+        tensor.dtype,
+        target,
+        tensor.offset is None,
+    )
+
+
+class _Batch(NamedTuple):
+    """Ranges read by one task: small tensors together, large ones alone."""
+
+    first: int
+    ranges: tuple[Range, ...]
+
+
+def _batches(ranges: Sequence[Range]) -> Iterator[_Batch]:
+    first = size = 0
+    for place, part in enumerate(ranges):
+        size += part.nbytes
+        if size >= _BATCH_BYTES or place - first >= _BATCH_TENSORS or place == len(ranges) - 1:
+            yield _Batch(first, tuple(ranges[first : place + 1]))
+            first, size = place + 1, 0
+
+
+def _digest_all(
+    ranges: Sequence[Range],
+    workers: int | None,
+    executor: Executor | None,
+    progress: ProgressCallback | None,
+) -> list[str]:
+    count = ProgressCount(progress, "verify", sum(part.nbytes for part in ranges))
+    digests = [""] * len(ranges)
+    with worker_pool(workers, executor) as (pool, under_way):
+        for batch, found in run_all(digest_ranges, _batches(ranges), pool, under_way):
+            digests[batch.first : batch.first + len(found)] = found
+            count.add(sum(part.nbytes for part in batch.ranges))
+    return digests
+
+
+def digest_ranges(batch: _Batch) -> list[str]:
+    """Return the XXH3-128 of each range, after its cast."""
+    return [_digest(part) for part in batch.ranges]
+
+
+def _digest(part: Range) -> str:
+    digest = xxhash.xxh3_128()
+    for chunk, _, _ in cast_chunks(part):
+        digest.update(chunk)
+    return digest.hexdigest()

@@ -24,7 +24,7 @@ from shardkit.layout import (
     ties_weights,
 )
 from shardkit.pickle_file import scan_pickles
-from shardkit.record import Record, Summary, Table, listed, plural
+from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.safetensors_file import read_header
 from shardkit.sizes import format_size
 from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
@@ -173,7 +173,7 @@ class Checkpoint(Record):
         """Return what a person wants to know before sharding it."""
         beside = sum(self.side_files.values())
         facts = (
-            ("source", self.source),
+            ("source", shown_path(self.source)),
             ("architecture", self.architecture or "not said (no config.json)"),
             ("parameters", f"{self.parameters:,} in {plural(len(self.tensors), 'tensor')}"),
             (

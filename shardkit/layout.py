@@ -178,9 +178,10 @@ def read_weight_map(folder: Path, index: str) -> dict[str, str]:
         raise CheckpointError("has no weight_map of tensor names to file names", file=str(folder / index))
     if not weight_map:
         raise CheckpointError("its weight_map is empty", file=str(folder / index))
-    for file in sorted(set(weight_map.values())):
+    files = sorted(set(weight_map.values()))
+    for file in files:
         _check_inside(folder, file, index)
-    kinds = {Path(file).suffix for file in weight_map.values()}
+    kinds = {Path(file).suffix for file in files}
     if len(kinds) > 1:
         raise CheckpointError(f"mixes formats: {', '.join(sorted(kinds))}", file=str(folder / index))
     return dict(weight_map)

@@ -6,6 +6,7 @@ say different things.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -131,6 +132,12 @@ def listed(names: Iterable[str], limit: int = 4) -> str:
     names = list(names)
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def shown_path(path: str) -> str:
+    """Return a path as a person would write it here: relative to this folder where it lies inside."""
+    here = os.getcwd()
+    return os.path.relpath(path, here) if path.startswith(here + os.sep) else path
 
 
 @cache

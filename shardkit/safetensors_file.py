@@ -11,6 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Sequence
+from json.encoder import encode_basestring
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeGuard
 
 from shardkit.errors import CheckpointError
@@ -236,8 +237,7 @@ def entry_text(name: str, dtype: str, shape: Sequence[int], begin: int, end: int
     """Return one header entry as the reference writer formats it (compact, not ASCII-escaped)."""
     lengths = ",".join(map(str, shape))
     return (
-        f'{json.dumps(name, ensure_ascii=False)}:{{"dtype":"{dtype}","shape":[{lengths}],'
-        f'"data_offsets":[{begin},{end}]}}'
+        f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":[{lengths}],"data_offsets":[{begin},{end}]}}'
     )
 
 

@@ -254,7 +254,8 @@ def _fingerprint(checkpoint: Checkpoint, plan: ShardPlan) -> str:
         seen = [(file, *_stat(Path(checkpoint.path(file)))) for file in files]
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", file=error.filename) from error
-    return xxhash.xxh3_128_hexdigest(json.dumps([seen, plan.to_dict()]).encode())
+    planned = [(s.file, [(t.source.name, t.dtype, t.begin) for t in s.tensors]) for s in plan.shards]
+    return xxhash.xxh3_128_hexdigest(json.dumps([seen, planned]).encode())
 
 
 def _stat(path: Path) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import xxhash
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.plan import CAST_DTYPES, PlannedTensor, Shard
-from shardkit.record import Record, Summary, Table, listed, plural
+from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import ProgressCallback, ProgressCount, run_all, worker_pool
 from shardkit.safetensors_file import build_header
 from shardkit.sizes import format_size
@@ -27,6 +27,7 @@ from shardkit.transfer import Range, cast_chunks
 
 _BATCH_BYTES = 32 << 20
 _BATCH_TENSORS = 512
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class Verification(Record):
     def summary(self) -> Summary:
         """Return the finding as a person reads it."""
         facts: tuple[tuple[str, str], ...] = (
-            ("source", self.source),
-            ("destination", self.destination),
+            ("source", shown_path(self.source)),
+            ("destination", shown_path(self.destination)),
             ("result", "equal" if self.equal else "NOT EQUAL"),
             ("tensors", f"{self.tensors:,} compared, {format_size(self.nbytes)}"),
         )
@@ -86,9 +87,11 @@ class Verification(Record):
             facts += (("cast", f"{plural(self.cast, 'tensor')} compared with the cast computed again"),)
         facts += (("missing", listed(self.missing)),) * bool(self.missing)
         facts += (("extra", listed(self.extra)),) * bool(self.extra)
-        rows = tuple((m.tensor, m.reason) for m in self.mismatches)
+        rows = tuple((m.tensor, m.reason) for m in self.mismatches[:_SHOWN])
         tables = (Table(("tensor", "differs in"), rows),) if rows else ()
-        return Summary("Verification", facts, tables)
+        rest = len(self.mismatches) - len(rows)
+        notes = (f"{plural(rest, 'more tensor')} differ",) if rest else ()
+        return Summary("Verification", facts, tables, notes)
 
 
 def verify_checkpoint(
@@ -126,7 +129,10 @@ def verify_checkpoint(
     expected, found = digests[: len(comparable)], digests[len(comparable) :]
     mismatches = [Mismatch(pair.ours.name, pair.obstacle) for pair in pairs if pair.obstacle]
     mismatches += [
-        Mismatch(pair.ours.name, f"bytes: {ours_digest} in the source, {theirs_digest} in the destination")
+        Mismatch(
+            pair.ours.name,
+            f"bytes: digest {ours_digest[:12]} in the source, {theirs_digest[:12]} in the destination",
+        )
         for pair, ours_digest, theirs_digest in zip(comparable, expected, found, strict=True)
         if ours_digest != theirs_digest
     ]

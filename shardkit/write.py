@@ -19,7 +19,7 @@ from shardkit.checkpoint import Checkpoint
 from shardkit.errors import CastError, SpaceError, VerificationError
 from shardkit.layout import CONFIG_FILES, adapted_config
 from shardkit.plan import ShardPlan, Strategy, plan_shards
-from shardkit.record import Record, Summary, Table, listed, plural
+from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import ProgressCallback, ProgressCount, run_all, worker_pool
 from shardkit.safetensors_file import build_header
 from shardkit.sizes import format_size
@@ -76,8 +76,8 @@ class ShardReport(Record):
         rate = format_size(self.nbytes / max(self.copy_seconds, 1e-9))
         check = self.verification
         facts: tuple[tuple[str, str], ...] = (
-            ("source", self.source),
-            ("destination", self.destination),
+            ("source", shown_path(self.source)),
+            ("destination", shown_path(self.destination)),
             ("written", f"{format_size(self.nbytes)} in {plural(len(self.files), 'file')}"),
             ("dtype", f"cast to {self.dtype}" if self.dtype else "as in the source"),
             ("written in", f"{self.copy_seconds:.2f} s, {rate}/s"),

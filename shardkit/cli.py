@@ -1,0 +1,161 @@
+"""The command line: the package's functions under the same names, and nothing else.
+
+Exit status: 0 done; 1 it could not be done, or did not verify (one line on stderr); 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shardkit.display.progress import ProgressBar
+from shardkit.errors import ShardkitError
+from shardkit.plan import Strategy
+from shardkit.record import Record
+from shardkit.sizes import format_size
+
+app = typer.Typer(
+    help="Reshard any Hugging Face checkpoint without loading it, and prove that nothing was lost.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+Source = Annotated[str, typer.Argument(help="A folder, a weights file, or a snapshot of the Hub's cache.")]
+MaxShardSize = Annotated[str, typer.Option(help='The most bytes a file may have: "500MB", "1.5GiB".')]
+StrategyOption = Annotated[
+    Strategy, typer.Option(help="Fill files in order, one per layer, or as few and as equal as can be.")
+]
+Dtype = Annotated[str | None, typer.Option(help="Cast floating-point tensors: float16, bfloat16 or float32.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Files written at once (default: up to 4).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
+
+
+@app.command()
+def inspect(source: Source, as_json: Json = False) -> None:
+    """Say what a checkpoint holds, from its headers alone."""
+    from shardkit.checkpoint import Checkpoint
+
+    _show(Checkpoint.open(source), as_json)
+
+
+@app.command()
+def plan(
+    source: Source,
+    max_shard_size: MaxShardSize = "2GB",
+    strategy: StrategyOption = "size",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Say which files sharding would write, and write none."""
+    from shardkit.checkpoint import Checkpoint
+    from shardkit.plan import plan_shards
+
+    checkpoint = Checkpoint.open(source)
+    made = plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
+    _show(made, as_json)
+    if not as_json:
+        free = shutil.disk_usage(Path.cwd()).free
+        verdict = "enough" if free >= made.disk_bytes else "NOT enough"
+        print(f"\n  {format_size(free)} free on the disk of this folder: {verdict}")
+
+
+@app.command()
+def shard(
+    source: Source,
+    destination: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    max_shard_size: MaxShardSize = "2GB",
+    strategy: StrategyOption = "size",
+    dtype: Dtype = None,
+    workers: Workers = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint that is there, once this one is whole.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            " /--no-resume", show_default=False, help="Write again what an interrupted run finished."
+        ),
+    ] = True,
+    verify: Annotated[
+        bool,
+        typer.Option(" /--no-verify", show_default=False, help="Skip reading both sides again at the end."),
+    ] = True,
+    allow_overflow: Annotated[
+        bool, typer.Option("--allow-overflow", help="Let a cast turn finite values into infinities.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Rewrite a checkpoint as shards, without loading it, and verify them."""
+    from shardkit.write import shard_checkpoint
+
+    with ProgressBar(disable=None) as bar:
+        report = shard_checkpoint(
+            source,
+            destination,
+            max_shard_size=max_shard_size,
+            strategy=strategy,
+            dtype=dtype,
+            workers=workers,
+            overwrite=overwrite,
+            resume=resume,
+            verify=verify,
+            allow_overflow=allow_overflow,
+            progress=bar,
+        )
+    _show(report, as_json)
+
+
+@app.command()
+def verify(source: Source, destination: Source, workers: Workers = None, as_json: Json = False) -> None:
+    """Compare two checkpoints tensor by tensor, however they are laid out."""
+    from shardkit.verify import verify_checkpoint
+
+    with ProgressBar(disable=None) as bar:
+        found = verify_checkpoint(source, destination, workers=workers, progress=bar)
+    _show(found, as_json)
+    if not found.equal:
+        raise ShardkitError(f"{destination} does not hold the same tensors as {source}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="The folder to make it in.")] = Path("mistral-demo"),
+    size: Annotated[str, typer.Option(help="Bytes of its weights, from 5MB to 14.5GB.")] = "512MB",
+    as_json: Json = False,
+) -> None:
+    """Make a small Mistral checkpoint with random weights and a tokenizer, to try things on."""
+    from shardkit.demo import make_demo_checkpoint
+
+    _show(make_demo_checkpoint(output, size=size), as_json)
+
+
+def _show(record: Record, as_json: bool) -> None:
+    print(json.dumps(record.to_dict()) if as_json else record)
+
+
+def main() -> None:
+    """Run the command line; every error that is not a bug ends in one line and status 1."""
+    try:
+        app()
+    except ShardkitError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on from here", status=130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        _fail(f"{error.filename or 'system'}: {error.strerror or error}")
+
+
+def _fail(message: str, status: int = 1) -> None:
+    print(f"shardkit: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -42,7 +42,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and n
 def inspect(source: Source, as_json: Json = False) -> None:
     """Say what a checkpoint holds, from its headers alone."""
     from shardkit.checkpoint import Checkpoint
+    from shardkit.staging import leftovers
 
+    for path in leftovers(source):
+        print(
+            f"shardkit: an interrupted run left {path}: the same `shardkit shard` goes on from there, "
+            f"`shardkit clean {source}` removes it",
+            file=sys.stderr,
+        )
     _show(Checkpoint.open(source), as_json)
 
 
@@ -123,6 +130,40 @@ def verify(source: Source, destination: Source, workers: Workers = None, as_json
     _show(found, as_json)
     if not found.equal:
         raise ShardkitError(f"{destination} does not hold the same tensors as {source}")
+
+
+@app.command()
+def clean(destination: Annotated[str, typer.Argument(help="The folder that was being written.")]) -> None:
+    """Remove what interrupted runs have left beside a destination; the destination itself stays."""
+    from shardkit.staging import remove_leftovers
+
+    removed = remove_leftovers(destination)
+    print("\n".join(f"removed {path}" for path in removed) or f"nothing was left beside {destination}")
+
+
+@app.command()
+def compare(
+    original: Source,
+    sharded: Source,
+    dtype: Annotated[str | None, typer.Option(help="What both are loaded in: float16, ...")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of loads.")] = 5,
+    cache: Annotated[str, typer.Option(help="cold: read from the disk; warm: from the page cache.")] = "cold",
+    output: Annotated[Path | None, typer.Option(help="Write everything here, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it here: .png or .svg.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Load both in turn, each time in a fresh process, and say what differs."""
+    from shardkit.compare import compare_loads
+
+    def progress(done: int, total: int, label: str) -> None:
+        print(f"  {done}/{total} {label}", file=sys.stderr)
+
+    found = compare_loads(original, sharded, dtype=dtype, repeats=repeats, cache=cache, progress=progress)
+    if output is not None:
+        found.save(output)
+    if plot is not None:
+        found.plot(plot)
+    _show(found, as_json)
 
 
 @app.command()

@@ -33,6 +33,7 @@ from shardkit.checkpoint import Checkpoint
 from shardkit.errors import CheckpointError, DestinationError, PlanError, SizeError, SpaceError
 from shardkit.safetensors_file import Entry, build_header
 from shardkit.sizes import format_size, parse_size
+from shardkit.staging import sync
 
 _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
@@ -167,13 +168,13 @@ def make_demo_checkpoint(
     if (existing := _existing_demo(target, weights, made_by)) is not None:
         return existing
     _check_space(target, sum(file.nbytes for file in weights) + _SIDE_FILES_BYTES)
-    staging = target.with_name(f".{target.name}.{uuid4().hex[:8]}.partial")
+    staging = target.with_name(f".{target.name}.shardkit-demo-{uuid4().hex[:8]}")
     try:
         staging.mkdir(parents=True)
         _write_weights(staging, weights, dtype, seed)
         _write_side_files(staging, _side_files(shape, dtype, made_by) | _index(weights))
         os.rename(staging, target)  # fails, as it should, if another process has filled the folder since
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise DestinationError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:
@@ -296,7 +297,7 @@ def _write_weights(folder: Path, weights: Sequence[_File], dtype: str, seed: int
     finally:
         pool.shutdown(cancel_futures=True)
     for file in weights:
-        _sync(folder / file.name)
+        sync(folder / file.name)
 
 
 def _draw_tensor(
@@ -319,16 +320,8 @@ def _write_side_files(folder: Path, documents: dict[str, Any]) -> None:
     for name, content in documents.items():
         text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
         (folder / name).write_text(text.rstrip() + "\n", encoding="utf-8", newline="\n")
-        _sync(folder / name)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(folder / name)
+    sync(folder)
 
 
 def _side_files(shape: DemoShape, dtype: str, made_by: dict[str, Any]) -> dict[str, Any]:

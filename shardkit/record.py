@@ -97,6 +97,10 @@ class Record:
     def _repr_html_(self) -> str:
         return self.summary().html()
 
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        # For notebooks, where a dataclass's own repr would store every tensor of a plan as text.
+        return {"text/plain": str(self), "text/html": self._repr_html_()}
+
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON-ready data, its ``schema`` named: ``shardkit/ShardPlan/1``."""
         return {"schema": self._schema_name(), **_converter().unstructure(self)}

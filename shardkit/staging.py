@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from shardkit.transfer import Lost
 
 _JOURNAL = ".journal.jsonl"
 _LOCK_SECONDS = 2.0
+_LOCK_SUFFIX = ".shardkit-lock"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -98,15 +100,15 @@ class Staging:
         self._check_unchanged()
         for entry in sorted(self.folder.rglob("*")):
             if entry.name not in self._stats:
-                _fsync(entry)
+                sync(entry)
         (self.folder / _JOURNAL).unlink()
-        _fsync(self.folder)
+        sync(self.folder)
         if self.destination.exists() and any(self.destination.iterdir()):
             _exchange(self.folder, self.destination)
             shutil.rmtree(self.folder)
         else:
             self.folder.rename(self.destination)
-        _fsync(self.destination.parent)
+        sync(self.destination.parent)
 
     def _check_unchanged(self) -> None:
         if _fingerprint(self._checkpoint, self._plan) != self._fingerprint:
@@ -120,7 +122,7 @@ class Staging:
                 )
 
     def _sync(self, file: str, lost: list[Lost]) -> None:
-        _fsync(self.path(file))
+        sync(self.path(file))
         self._stats[file] = _stat(self.path(file))
         losses = [[x.tensor, x.overflowed, x.flushed] for x in lost]
         self._append({"shard": file, "lost": losses})
@@ -194,6 +196,31 @@ def staging_folder(destination: Path) -> Path:
     return destination.parent / f".{destination.name}.shardkit-staging"
 
 
+def leftovers(destination: str | os.PathLike[str]) -> list[Path]:
+    """Return what interrupted runs have left beside a destination: staging folders, mostly."""
+    target = Path(os.path.realpath(os.path.expanduser(destination)))
+    pattern = f".{glob.escape(target.name)}.shardkit-*"
+    found = target.parent.glob(pattern) if target.parent.is_dir() else ()
+    return sorted(path for path in found if not path.name.endswith(_LOCK_SUFFIX))
+
+
+def remove_leftovers(destination: str | os.PathLike[str]) -> list[Path]:
+    """Remove what interrupted runs have left, and return what it was.
+
+    Raises
+    ------
+    DestinationError
+        If a run is writing the destination just now.
+    """
+    target = Path(os.path.realpath(os.path.expanduser(destination)))
+    found = leftovers(target)
+    if found:
+        with _locked(target):
+            for path in found:
+                shutil.rmtree(path)
+    return found
+
+
 def check_destination(checkpoint: Checkpoint, target: Path, overwrite: bool) -> None:
     """Refuse a destination that overlaps the source, or holds something that is not to be replaced."""
     source, folder = Path(checkpoint.source).resolve(), Path(checkpoint.folder).resolve()
@@ -232,7 +259,7 @@ def _full(plan: ShardPlan, held: Staging) -> SpaceError:
 
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    path = target.parent / f".{target.name}.shardkit-lock"
+    path = target.parent / f".{target.name}{_LOCK_SUFFIX}"
     lock = filelock.FileLock(path, timeout=_LOCK_SECONDS)
     try:
         lock.acquire()
@@ -263,7 +290,8 @@ def _stat(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -17,7 +17,7 @@ from shardkit.errors import CheckpointError
 from shardkit.plan import Shard
 from shardkit.safetensors_file import DTYPE_BITS
 
-TASK_BYTES = 64 << 20
+TASK_BYTES = 16 << 20  # small enough to stop within a second, whatever the disk
 CHUNK_BYTES = 1 << 20
 
 # What a kernel or filesystem says when it cannot copy this way; the next way is tried then.
@@ -171,10 +171,22 @@ def run_task(task: Task) -> list[Lost]:
                 _write_all(target, part.target_offset, _pickled(part))
             else:
                 _copy_range(part, target)
+        _start_writeback(target, task)
     finally:
         os.close(target)
     names = sorted((+overflowed).keys() | (+flushed).keys())
     return [Lost(name, overflowed[name], flushed[name]) for name in names]
+
+
+def _start_writeback(target: int, task: Task) -> None:
+    """Let the disk begin at once, so that the sync at the end finds little left to do.
+
+    Linux answers POSIX_FADV_DONTNEED on dirty pages by writing them; none is dropped before that.
+    """
+    if hasattr(os, "posix_fadvise") and task.ranges:
+        first, last = task.ranges[0], task.ranges[-1]
+        end = last.target_offset + last.nbytes
+        os.posix_fadvise(target, first.target_offset, end - first.target_offset, os.POSIX_FADV_DONTNEED)
 
 
 def read_chunks(part: Range) -> Iterator[memoryview]:

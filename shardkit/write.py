@@ -18,9 +18,16 @@ from pathlib import Path
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import CastError, SpaceError, VerificationError
 from shardkit.layout import CONFIG_FILES, adapted_config
-from shardkit.plan import ShardPlan, Strategy, plan_shards
+from shardkit.plan import Shard, ShardPlan, Strategy, plan_shards
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
-from shardkit.run import ProgressCallback, ProgressCount, run_all, worker_pool
+from shardkit.run import (
+    ProgressCallback,
+    ProgressCount,
+    default_workers,
+    run_all,
+    take_turns,
+    worker_pool,
+)
 from shardkit.safetensors_file import build_header
 from shardkit.sizes import format_size
 from shardkit.staging import Staging, staging
@@ -213,17 +220,18 @@ def _write_shards(
     lost: defaultdict[str, list[Lost]] = defaultdict(list)
     count = ProgressCount(progress, "copy", sum(t.source.nbytes for s in todo for t in s.tensors))
 
-    def tasks() -> Iterator[Task]:
-        for shard in todo:
-            path = stage.path(shard.file)
-            path.write_bytes(build_header(shard.entries()))
-            os.truncate(path, shard.nbytes)
-            cut = shard_tasks(shard, checkpoint.folder, str(path))
-            tasks_left[shard.file] = len(cut)
-            yield from cut
+    def tasks_of(shard: Shard) -> Iterator[Task]:
+        path = stage.path(shard.file)
+        path.write_bytes(build_header(shard.entries()))
+        os.truncate(path, shard.nbytes)
+        cut = shard_tasks(shard, checkpoint.folder, str(path))
+        tasks_left[shard.file] = len(cut)
+        yield from cut
 
+    # Writes into one file wait for each other in the kernel: keep as many files going as there are workers.
+    tasks = take_turns(map(tasks_of, todo), workers or default_workers())
     with worker_pool(workers, executor) as (pool, under_way):
-        for task, losses in run_all(run_task, tasks(), pool, under_way):
+        for task, losses in run_all(run_task, tasks, pool, under_way):
             file = os.path.basename(task.path)
             lost[file] += losses
             tasks_left[file] -= 1

@@ -1,0 +1,122 @@
+"""The command line, run as a user runs it: a process, its output, its exit status."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from shardkit.demo import make_demo_checkpoint
+
+SHARDKIT = [sys.executable, "-c", "from shardkit.cli import main; main()"]
+
+
+def run(*arguments, **options):
+    return subprocess.run([*SHARDKIT, *map(str, arguments)], capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return make_demo_checkpoint(tmp_path_factory.mktemp("cli") / "demo", size="20MB").source
+
+
+def test_the_whole_job_from_demo_to_verified_shards(tmp_path):
+    source, target = tmp_path / "demo", tmp_path / "sharded"
+    assert run("demo", "--output", source, "--size", "10MB").returncode == 0
+    assert "MistralForCausalLM" in run("inspect", source).stdout
+    assert "enough" in run("plan", source, "--max-shard-size", "3MB").stdout
+    done = run("shard", source, target, "--max-shard-size", "3MB", "--dtype", "float16")
+    assert done.returncode == 0, done.stderr
+    assert max(file.stat().st_size for file in target.glob("*.safetensors")) <= 3_000_000
+    assert "equal" in done.stdout
+    verified = run("verify", source, target)
+    assert verified.returncode == 0
+    assert "computed again" in verified.stdout
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan", "verify", "shard"])
+def test_json_is_one_object_and_nothing_else(command, demo, tmp_path):
+    arguments = {"verify": [demo], "shard": [tmp_path / "out"]}.get(command, [])
+    done = run(command, demo, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["schema"].startswith("shardkit/")
+
+
+def test_a_difference_is_exit_status_one_and_names_the_tensor(demo, tmp_path):
+    target = tmp_path / "sharded"
+    assert run("shard", demo, target).returncode == 0
+    with (target / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    done = run("verify", demo, target)
+    assert done.returncode == 1
+    assert "lm_head.weight" in done.stdout
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+WRONG = {
+    "no such source": ("{folder}/nothing", "{folder}/out"),
+    "source is no checkpoint": ("{folder}/file", "{folder}/out"),
+    "source is damaged": ("{folder}/damaged.safetensors", "{folder}/out"),
+    "destination is a file": ("{demo}", "{folder}/file"),
+    "destination is below a file": ("{demo}", "{folder}/file/out"),
+    "destination is the source": ("{demo}", "{demo}"),
+    "destination is inside the source": ("{demo}", "{demo}/sharded"),
+    "size is no size": ("{demo}", "{folder}/out", "--max-shard-size", "2 parsecs"),
+    "dtype is unknown": ("{demo}", "{folder}/out", "--dtype", "int3"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_anything_wrong_ends_in_one_line_and_status_one(case, demo, tmp_path):
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "damaged.safetensors").write_bytes(b"\xff" * 40)
+    done = run("shard", *(word.format(demo=demo, folder=tmp_path) for word in WRONG[case]))
+    assert done.returncode == 1, done
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["shard"], ["shard", "a", "b", "--strategy", "magic"], ["conquer"]])
+def test_wrong_usage_is_status_two(arguments):
+    assert run(*arguments).returncode == 2
+
+
+def test_interrupt_leaves_no_destination_and_the_same_command_goes_on(tmp_path):
+    source, target = tmp_path / "demo", tmp_path / "sharded"
+    make_demo_checkpoint(source, size="600MB")
+    command = [*SHARDKIT, "shard", str(source), str(target), "--max-shard-size", "20MB", "--dtype", "float32"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    staging = tmp_path / ".sharded.shardkit-staging"
+    while not (staging.is_dir() and (staging / ".journal.jsonl").is_file()
+               and (staging / ".journal.jsonl").read_text().count("shard") > 2):  # fmt: skip
+        assert process.poll() is None, "it ended before it could be interrupted"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert not target.exists()
+    assert "interrupted run" in run("inspect", target).stderr
+    resumed = run(*command[len(SHARDKIT) :])
+    assert resumed.returncode == 0, resumed.stderr
+    assert "reused" in resumed.stdout
+    assert not staging.exists()
+
+
+def test_clean_removes_what_an_interrupted_run_left(tmp_path):
+    left = tmp_path / ".out.shardkit-staging"
+    left.mkdir()
+    (left / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    done = run("clean", tmp_path / "out")
+    assert done.returncode == 0
+    assert str(left) in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    assert "nothing" in run("clean", tmp_path / "out").stdout

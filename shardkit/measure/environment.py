@@ -1,0 +1,113 @@
+"""The machine and the stack that a figure belongs to."""
+
+from __future__ import annotations
+
+import os
+import platform
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# cgroup v1 writes "no limit" as the largest page-aligned number.
+_NO_LIMIT = 2**60
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Machine and software under which a load was measured; None where the system does not tell.
+
+    Attributes
+    ----------
+    platform, cpu, gpu
+        Names.
+    cores
+        Cores that this process may use.
+    threads
+        Threads that torch uses.
+    ram_bytes, memory_limit_bytes
+        Installed memory, and the control group's limit if there is one.
+    filesystem, read_ahead_bytes
+        Where the weights lie.
+    versions
+        Python and packages of the process that loaded.
+    """
+
+    platform: str
+    cpu: str
+    cores: int
+    ram_bytes: int | None
+    memory_limit_bytes: int | None
+    filesystem: str | None
+    read_ahead_bytes: int | None
+    versions: dict[str, str] = field(default_factory=dict)
+    threads: int | None = None
+    gpu: str | None = None
+
+
+def describe_machine(
+    folder: str, versions: dict[str, str], threads: int | None, gpu: str | None
+) -> Environment:
+    """Return the environment of a load from `folder`, with what the child said of itself."""
+    import psutil
+
+    affinity = getattr(os, "sched_getaffinity", None)
+    return Environment(
+        platform=platform.platform(),
+        cpu=_cpu_model(),
+        cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
+        ram_bytes=psutil.virtual_memory().total,
+        memory_limit_bytes=memory_limit(),
+        filesystem=filesystem(folder),
+        read_ahead_bytes=_read_ahead(folder),
+        versions=versions,
+        threads=threads,
+        gpu=gpu,
+    )
+
+
+def _cpu_model() -> str:
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def filesystem(folder: str) -> str | None:
+    """Return the type of the file system that holds `folder`: "ext4"."""
+    path, best, found = os.path.realpath(folder), "", None
+    with suppress(OSError), open("/proc/self/mountinfo") as file:
+        for line in file:
+            before, _, after = line.partition(" - ")
+            mount = before.split()[4].replace("\\040", " ")
+            if os.path.commonpath([path, mount]) == mount and len(mount) >= len(best):
+                best, found = mount, after.split()[0]
+    return found
+
+
+def _read_ahead(folder: str) -> int | None:
+    device = os.stat(folder).st_dev
+    with suppress(OSError, ValueError):
+        path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+        return int(Path(path).read_text()) * 1024
+    return None
+
+
+def memory_limit(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int | None:
+    """Return the smallest memory limit of our control group and its ancestors (v1 or v2), in bytes."""
+    limits = []
+    with suppress(OSError):
+        for line in Path(own).read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers == "":
+                base, name = Path(root), "memory.max"
+            elif "memory" in controllers.split(","):
+                base, name = Path(root, "memory"), "memory.limit_in_bytes"
+            else:
+                continue
+            relative = Path(group.lstrip("/"))
+            for folder in (relative, *relative.parents):
+                with suppress(OSError, ValueError):  # a container may show only the root of its own tree
+                    limits.append(int((base / folder / name).read_text()))
+    limits = [limit for limit in limits if limit < _NO_LIMIT]
+    return min(limits, default=None)

@@ -1,0 +1,231 @@
+"""One load, run in a fresh process and made into a `LoadMeasurement`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from shardkit.errors import MeasurementError
+from shardkit.layout import find_weights, is_index, read_config, read_weight_map
+from shardkit.measure import page_cache
+from shardkit.measure.child import ChildEnd, run_child
+from shardkit.measure.environment import describe_machine
+from shardkit.measure.measurement import LOAD, LoadMeasurement, MemoryCurve, Phase, SamplerCost
+from shardkit.measure.sampler import Reading
+from shardkit.sizes import format_size
+
+WORKER = Path(__file__).with_name("worker.py")
+_CURVE_POINTS = 500
+# A load from a folder has no business on the network, whose delays would count as the load's.
+_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+Outcome = Literal["ok", "failed", "killed", "timeout"]
+
+
+def measure_load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    cache: str = "cold",
+    generate: int = 1,
+    python: str | os.PathLike[str] | None = None,
+    timeout: float | None = None,
+) -> LoadMeasurement:
+    """Load a checkpoint with `from_pretrained` in a fresh process, and measure it.
+
+    A load that raises, is killed or takes too long is a result, not an error; the process never
+    outlives the call, or its caller.
+
+    Parameters
+    ----------
+    source
+        Folder of a checkpoint.
+    dtype
+        Asked of `from_pretrained`: "float16", "bfloat16", "float32", "auto"; None asks for nothing.
+    device
+        "cpu", or a `device_map` of transformers: "cuda", "cuda:1", "auto".
+    cache
+        State of the page cache before the load: "cold" evicts the weights from memory, "warm" reads
+        them; either is proven, or the result says that it could not be.
+    generate
+        Tokens after the load. The first is a forward pass of a fixed prompt, which pays for what the
+        load put off (for a model that generates nothing, a forward pass alone); 0 leaves it out.
+    python
+        The interpreter that loads, when it is not ours: its environment may hold other versions.
+    timeout
+        Seconds.
+
+    Raises
+    ------
+    MeasurementError
+        If an argument is not understood.
+    CheckpointError
+        If `source` holds no checkpoint.
+    """
+    if cache not in ("cold", "warm"):
+        raise MeasurementError(f'cache is {cache!r}: give "cold" or "warm"')
+    if generate < 0:
+        raise MeasurementError(f"generate is {generate}: give a number of tokens, or 0 for none")
+    folder = os.path.abspath(os.path.expanduser(source))
+    files = _weight_files(folder)
+    job = {"folder": folder, "dtype": dtype, "device": device, "generate": generate}
+    command = [os.fspath(python or sys.executable), str(WORKER)]
+    state = page_cache.prepare(files, cache)
+    end = run_child(command, job, timeout=timeout, environment=_ENVIRONMENT)
+    state = dataclasses.replace(state, resident_bytes_after=page_cache.resident_bytes(files))
+    return _measurement(job, state, end)
+
+
+def _weight_files(folder: str) -> list[str]:
+    path = Path(folder)
+    if not path.is_dir():
+        raise MeasurementError(f"{folder!r} is not a folder: give the folder that holds config.json")
+    chosen = find_weights(path, read_config(path))
+    names = set(read_weight_map(path, chosen).values()) if is_index(chosen) else {chosen}
+    return [str(path / name) for name in sorted(names)]
+
+
+def _measurement(job: dict[str, Any], cache: page_cache.CacheState, end: ChildEnd) -> LoadMeasurement:
+    events = {event["event"]: event for event in end.events}
+    begins = {event["name"]: event for event in end.events if event["event"] == "begin"}
+    stack = events.get("stack", {})
+    load = begins.get(LOAD, {"at": end.ended_at, "peak_reset": True})
+    peaks = _peaks(end, load["at"], load["peak_reset"])
+    outcome, reason = _outcome(end, events, _where(end), peaks["peak_total_bytes"])
+    notes = [event["text"] for event in end.events if event["event"] == "note"]
+    if not load["peak_reset"]:
+        notes.append(
+            "the kernel's memory peak could not be reset: peaks are sampled, short ones may be missing"
+        )
+    return LoadMeasurement(
+        source=job["folder"],
+        dtype=job["dtype"],
+        device=job["device"],
+        generate=job["generate"],
+        outcome=outcome,
+        reason=reason,
+        phases=tuple(_phase(event, end) for event in end.events if event["event"] == "end"),
+        **peaks,
+        peak_device_bytes=events.get("device", {}).get("peak_bytes"),
+        cache=cache,
+        model_class=events.get("model", {}).get("name"),
+        token_ids=tuple(events.get("tokens", {}).get("ids", ())),
+        curve=_curve(end),
+        sampler=_sampler_cost(end, load["at"]),
+        environment=describe_machine(
+            job["folder"], stack.get("versions", {}), stack.get("threads"), stack.get("gpu")
+        ),
+        output="" if outcome == "ok" else end.output,
+        notes=tuple(notes),
+    )
+
+
+def _where(end: ChildEnd) -> str:
+    """Say how far it got: " during load", " after first token"."""
+    marks = [event for event in end.events if event["event"] in ("begin", "end")]
+    if not marks:
+        return ""
+    return f" {'during' if marks[-1]['event'] == 'begin' else 'after'} {marks[-1]['name']}"
+
+
+def _outcome(end: ChildEnd, events: Mapping[str, Any], where: str, peak: int | None) -> tuple[Outcome, str]:
+    when = f"{where}, {end.ended_at - end.started_at:.1f} s after its start"
+    memory = f", at {format_size(peak)}" if peak is not None else ""
+    last = (end.output.strip().splitlines() or [""])[-1].strip()[:300]
+    if end.return_code is None:
+        return "failed", f"the interpreter could not be started: {end.output}"
+    if end.timed_out:
+        return "timeout", f"stopped{when}{memory}"
+    if "error" in events:
+        return "failed", f"{events['error']['reason']}{where}"
+    if end.return_code < 0:
+        name = _signal_name(-end.return_code)
+        hint = ": as the kernel does when memory runs out" if name == "SIGKILL" else ""
+        return "killed", f"by {name}{when}{memory}{hint}"
+    if "done" in events and end.return_code == 0:
+        return "ok", ""
+    said = f"; it last printed: {last}" if last else ""
+    return "failed", f"ended with status {end.return_code}{where} and no result{said}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _phase(event: Mapping[str, Any], end: ChildEnd) -> Phase:
+    start, stop = event["at"], event["at"] + event["wall_seconds"]
+    inside = [reading for reading in end.readings if start <= reading.at <= stop]
+    return Phase(
+        name=event["name"],
+        start_seconds=start - end.started_at,
+        wall_seconds=event["wall_seconds"],
+        user_seconds=event["user_seconds"],
+        system_seconds=event["system_seconds"],
+        peak_total_bytes=event["peak_total_bytes"],
+        # What the worker itself saw at the end counts too: a phase may be shorter than a pause.
+        peak_anonymous_bytes=_largest([event["anonymous_bytes"], *(r.anonymous_bytes for r in inside)]),
+        peak_file_bytes=_largest([event["file_bytes"], *(r.file_bytes for r in inside)]),
+        major_faults=event["major_faults"],
+        read_bytes=event["read_bytes"],
+    )
+
+
+def _peaks(end: ChildEnd, load_at: float, was_reset: bool) -> dict[str, Any]:
+    phases = [event for event in end.events if event["event"] == "end" and event["at"] >= load_at]
+    readings = [reading for reading in end.readings if reading.at >= load_at]
+    if was_reset and readings:
+        # A phase that was cut short reports nothing: its running peak, as last seen, stands in.
+        total = [*(event["peak_total_bytes"] for event in phases), readings[-1].peak_total_bytes]
+    else:
+        total = [size for at, size in end.portable_readings if at >= load_at]
+        total += [reading.anonymous_bytes + reading.file_bytes for reading in readings]
+    anonymous = [event["anonymous_bytes"] for event in phases] + [r.anonymous_bytes for r in readings]
+    file = [event["file_bytes"] for event in phases] + [r.file_bytes for r in readings]
+    return {
+        "peak_total_bytes": _largest(total),
+        "peak_anonymous_bytes": _largest(anonymous),
+        "peak_file_bytes": _largest(file),
+        "peak_is_kernels": was_reset and bool(readings),
+    }
+
+
+def _largest(numbers: Iterable[int | None]) -> int | None:
+    return max((number for number in numbers if number is not None), default=None)
+
+
+def _sampler_cost(end: ChildEnd, load_at: float) -> SamplerCost:
+    times = [reading.at for reading in end.readings]
+    gaps = [later - earlier for earlier, later in pairwise(times) if later > load_at]
+    share = end.sampler_cpu_seconds / (end.ended_at - end.started_at)
+    return SamplerCost(len(times), max(gaps, default=None), share)
+
+
+def _curve(end: ChildEnd) -> MemoryCurve:
+    fine = [
+        (r.at - end.started_at, r.anonymous_bytes, r.file_bytes)
+        for r in _thinned(end.readings, _CURVE_POINTS)
+    ]
+    seconds, anonymous, file = zip(*fine, strict=True) if fine else ((), (), ())
+    profiler = [(at - end.started_at, size) for at, size in end.portable_readings]
+    profiler = profiler[:: -(-len(profiler) // _CURVE_POINTS) or 1]
+    at, size = zip(*profiler, strict=True) if profiler else ((), ())
+    return MemoryCurve(
+        tuple(round(s, 4) for s in seconds), anonymous, file, tuple(round(s, 4) for s in at), size
+    )
+
+
+def _thinned(readings: Sequence[Reading], points: int) -> list[Reading]:
+    """Keep at most `points` readings, each with the peaks of those it stands for."""
+    step = -(-len(readings) // points) or 1
+    groups = [readings[start : start + step] for start in range(0, len(readings), step)]
+    return [Reading(*(max(values) for values in zip(*group, strict=True))) for group in groups]

@@ -1,0 +1,261 @@
+"""What one measured load says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Literal
+
+from shardkit.measure.environment import Environment
+from shardkit.measure.page_cache import CacheState
+from shardkit.record import Record, Summary, Table
+from shardkit.sizes import format_size
+
+LOAD = "load"
+FIRST_TOKEN = "first token"  # noqa: S105 - a phase, not a password
+
+_LONG_GAP_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One step of a load, by its own clocks; the whole process with all its threads.
+
+    Attributes
+    ----------
+    name
+        "imports", "tokenizer", "load", "first token" or "further tokens".
+    start_seconds
+        Since the process was started.
+    wall_seconds, user_seconds, system_seconds
+        Time, and CPU time in the program and in the kernel.
+    peak_total_bytes
+        The kernel's own peak of resident memory within the phase (VmHWM, reset before it).
+    peak_anonymous_bytes, peak_file_bytes
+        Peaks of memory that must exist, and of file pages that the kernel may drop.
+    major_faults, read_bytes
+        Page faults that had to wait for the disk, and bytes that really came from it.
+
+    What the system did not tell is None.
+    """
+
+    name: str
+    start_seconds: float
+    wall_seconds: float
+    user_seconds: float
+    system_seconds: float
+    peak_total_bytes: int | None
+    peak_anonymous_bytes: int | None
+    peak_file_bytes: int | None
+    major_faults: int | None
+    read_bytes: int | None
+
+    @property
+    def cpu_seconds(self) -> float:
+        """User and system time together."""
+        return self.user_seconds + self.system_seconds
+
+
+@dataclass(frozen=True)
+class MemoryCurve:
+    """Resident memory over time; a point is the largest reading since the point before it.
+
+    Attributes
+    ----------
+    seconds
+        Since the process was started.
+    anonymous_bytes, file_bytes
+        The split that Linux tells; empty elsewhere.
+    profiler_seconds, profiler_bytes
+        All resident memory as memory_profiler reads it, on every system.
+    """
+
+    seconds: tuple[float, ...] = ()
+    anonymous_bytes: tuple[int, ...] = ()
+    file_bytes: tuple[int, ...] = ()
+    profiler_seconds: tuple[float, ...] = ()
+    profiler_bytes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class SamplerCost:
+    """How closely memory was watched, and at what price.
+
+    Attributes
+    ----------
+    readings
+        How many.
+    longest_gap_seconds
+        Longest time between two: a shorter spike may be missing from the anonymous and file peaks.
+    cpu_share
+        Share of one core that the sampler took.
+    """
+
+    readings: int
+    longest_gap_seconds: float | None
+    cpu_share: float
+
+
+@dataclass(frozen=True)
+class LoadMeasurement(Record):
+    """One load of one checkpoint in a fresh process.
+
+    Attributes
+    ----------
+    source, dtype, device, generate
+        What was asked for; dtype None leaves the choice to transformers.
+    outcome
+        "ok"; "failed" (it raised, or ended without a result), "killed" (by a signal), "timeout".
+    reason
+        Why it is not "ok": one line.
+    phases
+        Those that were completed, in order.
+    peak_total_bytes, peak_anonymous_bytes, peak_file_bytes
+        Largest from the start of the load to the end of the process: all resident memory, memory that
+        must exist, file pages that the kernel may drop. None where the system does not tell.
+    peak_is_kernels
+        Whether the total is the kernel's own figure (VmHWM, reset before the load) or a sampler's.
+    peak_device_bytes
+        Largest memory allocated on a GPU.
+    cache
+        State of the page cache, and whether it was proven.
+    model_class, token_ids
+        What was loaded, and the tokens that it gave for the fixed prompt.
+    curve, sampler
+        Memory over time, and how it was taken.
+    environment
+        Machine and stack.
+    output
+        The end of what the process printed, kept where it did not end well.
+    notes
+        What a person should be told.
+    """
+
+    source: str
+    dtype: str | None
+    device: str
+    generate: int
+    outcome: Literal["ok", "failed", "killed", "timeout"]
+    reason: str
+    phases: tuple[Phase, ...]
+    peak_total_bytes: int | None
+    peak_anonymous_bytes: int | None
+    peak_file_bytes: int | None
+    peak_is_kernels: bool
+    peak_device_bytes: int | None
+    cache: CacheState
+    model_class: str | None
+    token_ids: tuple[int, ...]
+    curve: MemoryCurve
+    sampler: SamplerCost
+    environment: Environment
+    output: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was asked for was done."""
+        return self.outcome == "ok"
+
+    def phase(self, name: str) -> Phase | None:
+        """Return a completed phase by name, or None."""
+        return next((phase for phase in self.phases if phase.name == name), None)
+
+    @property
+    def load_wall_seconds(self) -> float | None:
+        """Wall time of `from_pretrained`."""
+        return phase.wall_seconds if (phase := self.phase(LOAD)) else None
+
+    @property
+    def load_cpu_seconds(self) -> float | None:
+        """CPU time of `from_pretrained`, user and system."""
+        return phase.cpu_seconds if (phase := self.phase(LOAD)) else None
+
+    @property
+    def time_to_first_token_seconds(self) -> float | None:
+        """Wall time of the load and the first forward pass, which pays for what the load put off."""
+        load, first = self.phase(LOAD), self.phase(FIRST_TOKEN)
+        return load.wall_seconds + first.wall_seconds if load and first else None
+
+    @property
+    def cpu_to_first_token_seconds(self) -> float | None:
+        """CPU time of the load and the first forward pass, user and system."""
+        load, first = self.phase(LOAD), self.phase(FIRST_TOKEN)
+        return load.cpu_seconds + first.cpu_seconds if load and first else None
+
+    def time_line(self) -> str:
+        """Return the load's times in the words of IPython's ``%%time``."""
+        if (load := self.phase(LOAD)) is None:
+            return "not completed"
+        return format_time_line(load.user_seconds, load.system_seconds, load.wall_seconds)
+
+    def summary(self) -> Summary:
+        """Return outcome, times and peaks, phase by phase."""
+        facts = (
+            ("source", self.source),
+            ("asked for", f"{self.dtype or 'no dtype'} on {self.device}"),
+            ("outcome", f"{self.outcome}: {self.reason}" if self.reason else self.outcome),
+            ("load", self.time_line()),
+            ("time to first token", format_seconds(self.time_to_first_token_seconds)),
+            ("peak anonymous", f"{_size(self.peak_anonymous_bytes)} (memory that must exist)"),
+            ("peak file-backed", f"{_size(self.peak_file_bytes)} (pages that the kernel may drop)"),
+            ("peak total", f"{_size(self.peak_total_bytes)} ({self._peak_source()})"),
+            ("page cache", f"{self.cache.asked}, {'proven' if self.cache.proven else 'not proven'}"),
+            ("stack", self.stack()),
+            ("machine", f"{self.environment.cpu}, {self.environment.cores} cores"),
+        )
+        phases = Table(
+            ("phase", "wall", "user", "sys", "peak anonymous", "peak total", "from disk"),
+            tuple(
+                (
+                    phase.name,
+                    *map(format_seconds, (phase.wall_seconds, phase.user_seconds, phase.system_seconds)),
+                    *map(_size, (phase.peak_anonymous_bytes, phase.peak_total_bytes, phase.read_bytes)),
+                )
+                for phase in self.phases
+            ),
+        )
+        tables = (phases,) if self.phases else ()
+        return Summary(f"Load of {PurePath(self.source).name}", facts, tables, self.warnings())
+
+    def stack(self) -> str:
+        """Return what loaded, in short: ``transformers 5.23.0, torch 2.13.0``."""
+        versions = self.environment.versions
+        told = [f"{name} {versions[name]}" for name in ("transformers", "torch") if name in versions]
+        return ", ".join(told) or "not told"
+
+    def _peak_source(self) -> str:
+        return "the kernel's own figure" if self.peak_is_kernels else "as sampled"
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return what makes the figures weaker than they look."""
+        notes = list(self.notes)
+        if not self.cache.proven:
+            notes.append(f"page cache: asked for {self.cache.asked}, not proven: {self.cache.why_not}")
+        gap = self.sampler.longest_gap_seconds
+        if gap is not None and gap > _LONG_GAP_SECONDS:
+            notes.append("memory was not seen for more than 100 ms at a time: a short peak may be missing")
+        return tuple(notes)
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Return a time as people read it: ``2.31 s``, ``345 ms``, ``2 min 5 s``."""
+    if seconds is None:
+        return "-"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.3g} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    return f"{round(seconds) // 60} min {round(seconds) % 60} s"
+
+
+def format_time_line(user: float, system: float, wall: float) -> str:
+    """Return times in the words of IPython's ``%%time``, on one line."""
+    cpu = (
+        f"user {format_seconds(user)}, sys: {format_seconds(system)}, total: {format_seconds(user + system)}"
+    )
+    return f"CPU times: {cpu} / Wall time: {format_seconds(wall)}"
+
+
+def _size(number: int | None) -> str:
+    return "-" if number is None else format_size(number)

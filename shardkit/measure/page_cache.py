@@ -1,0 +1,128 @@
+"""Which pages of the weight files are in memory before a load: brought about, then proven by `mincore`."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+_WINDOW_BYTES = 2**30
+_MAP_FAILED = ctypes.c_void_p(-1).value
+# Read-ahead around a page that somebody else touches must not spoil a proof.
+_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """What of the weight files was in the page cache.
+
+    Attributes
+    ----------
+    asked
+        "cold" or "warm".
+    proven
+        Whether the files were seen in that state just before the load.
+    why_not
+        If not proven: the reason.
+    total_bytes, resident_bytes_before, resident_bytes_after
+        Of the weight files; None where the system does not tell.
+    """
+
+    asked: str
+    proven: bool
+    why_not: str
+    total_bytes: int
+    resident_bytes_before: int | None
+    resident_bytes_after: int | None
+
+
+def prepare(files: Iterable[str], asked: str) -> CacheState:
+    """Evict the files ("cold") or read them ("warm"), and see whether that worked.
+
+    `resident_bytes_after` is filled in by the caller, after the load.
+    """
+    files = list(files)
+    why_not = ""
+    for file in files:
+        try:
+            evict(file) if asked == "cold" else read_through(file)
+        except (OSError, AttributeError) as error:
+            why_not = f"{os.path.basename(file)}: {error}"
+    total = sum(os.stat(file).st_size for file in files)
+    resident = resident_bytes(files)
+    if resident is None:
+        why_not = why_not or "this system does not tell which pages of these files are in memory"
+    elif abs(resident - (0 if asked == "cold" else total)) > _TOLERANCE * total:
+        why_not = why_not or f"{resident / max(total, 1):.0%} was in memory before the load"
+    return CacheState(asked, not why_not, why_not, total, resident, None)
+
+
+def evict(file: str) -> None:
+    """Drop a file's pages; the kernel skips, without a word, those that are dirty or mapped."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a read-only file system has nothing to sync
+            os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
+
+
+def read_through(file: str) -> None:
+    """Read a file into the page cache through a small buffer."""
+    buffer = bytearray(2**20)
+    with open(file, "rb", buffering=0) as handle:
+        while handle.readinto(buffer):
+            pass
+
+
+def resident_bytes(files: Iterable[str]) -> int | None:
+    """Return how many bytes of the files are in the page cache; None where the system does not tell."""
+    total = 0
+    for file in files:
+        found = _resident_bytes(file)
+        if found is None:
+            return None
+        total += found
+    return total
+
+
+def _resident_bytes(file: str) -> int | None:
+    # To anyone who neither owns a file nor may write it, Linux calls every page resident.
+    if not hasattr(os, "geteuid"):
+        return None
+    if os.geteuid() not in (0, os.stat(file).st_uid) and not os.access(file, os.W_OK):
+        return None
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_int64)
+        libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+        libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    except (OSError, AttributeError):
+        return None
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        size = os.fstat(handle).st_size
+        windows = [(start, min(_WINDOW_BYTES, size - start)) for start in range(0, size, _WINDOW_BYTES)]
+        counts = [_resident_in_window(libc, handle, start, length) for start, length in windows]
+    finally:
+        os.close(handle)
+    return None if None in counts else min(size, sum(count or 0 for count in counts))
+
+
+def _resident_in_window(libc: ctypes.CDLL, handle: int, start: int, length: int) -> int | None:
+    address = libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, handle, start)
+    if address in (None, _MAP_FAILED):
+        return None
+    try:
+        pages = -(-length // mmap.PAGESIZE)
+        flags = ctypes.create_string_buffer(pages)
+        if libc.mincore(address, length, flags):
+            return None
+        return (pages - flags.raw[:pages].count(0)) * mmap.PAGESIZE
+    finally:
+        libc.munmap(address, length)

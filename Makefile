@@ -42,9 +42,7 @@ bench: $(MARK)
 
 # Execute the notebooks where they stand, so that what is stored is what was run.
 notebooks: $(MARK)
-	for notebook in $(NOTEBOOKS); do \
-	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace $$notebook || exit 1; \
-	done
+	$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
 
 clean:
 	rm -rf $(OUTPUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,6 +34,8 @@ from shardkit.staging import Staging, staging
 from shardkit.transfer import Lost, Task, run_task, shard_tasks
 from shardkit.verify import Verification, damaged_shards, verify_checkpoint
 
+_SHOWN_LOSSES = 3
+
 
 @dataclass(frozen=True)
 class ShardReport(Record):
@@ -92,11 +94,14 @@ class ShardReport(Record):
             ("went along", listed(self.side_files) or "nothing"),
         )
         facts += (("reused", listed(self.reused)),) * bool(self.reused)
-        rows = tuple((x.tensor, f"{x.overflowed:,}", f"{x.flushed:,}") for x in self.lost[:8])
-        lost = (Table(("values lost in the cast", "became infinite", "became zero"), rows),) if rows else ()
+        if self.dtype:
+            infinite, zero = (sum(getattr(x, of) for x in self.lost) for of in ("overflowed", "flushed"))
+            words = f"{plural(infinite, 'value')} became infinite, {zero:,} became zero"
+            facts += (("lost in the cast", f"{words}, in {plural(len(self.lost), 'tensor')}"),)
+        worst = sorted(self.lost, key=lambda x: (-x.overflowed, -x.flushed))[:_SHOWN_LOSSES]
+        rows = tuple((x.tensor, f"{x.overflowed:,}", f"{x.flushed:,}") for x in worst)
+        lost = (Table(("most was lost in", "became infinite", "became zero"), rows),) if rows else ()
         notes = self.notes
-        if len(self.lost) > len(rows):
-            notes += (f"{len(self.lost) - len(rows)} more tensors lost values in the cast",)
         if self.left_out:
             notes += (f"weights in other formats stay behind: {listed(self.left_out)}",)
         return Summary("Sharded checkpoint", facts, lost, notes)

@@ -113,7 +113,7 @@ class TestVerdict:
         quiet = fake_comparison(1.0, 0.003).ratios["load_wall_seconds"]
         assert quiet.words() == "no difference within ±5 %"
         noisy = fake_comparison(1.0, 0.1).ratios["load_wall_seconds"]
-        assert noisy.words().startswith("undecided: ")
+        assert noisy.words().startswith("undecided (")
         assert "repeats" in noisy.words()
 
     def test_memory_has_its_own_words(self):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from shardkit.errors import MeasurementError
 from shardkit.measure.intervals import Conclusion, conclude, paired_interval, repeats_to_decide
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement, format_seconds
-from shardkit.record import Record, Summary, Table, plural
+from shardkit.record import Record, Summary, Table, plural, shown_path
 from shardkit.sizes import format_size
 from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES
 
@@ -104,7 +104,7 @@ class Ratio:
             return f"{self.ratio:.3g}x {more} ({self.low:.3g}x to {self.high:.3g}x)"
         count = self.repeats_to_decide
         enough = f"about {count} repeats would decide" if count else "more than 200 repeats would be needed"
-        return f"undecided: {self.low:.3g}x to {self.high:.3g}x; {enough}"
+        return f"undecided ({self.low:.3g}x to {self.high:.3g}x): {enough}"
 
     def shown(self, arm: ArmName) -> str:
         """Return one arm's median as people read it."""
@@ -241,9 +241,9 @@ class Comparison(Record):
         pairs = plural(len({sample.pair for sample in self.samples}), "pair")
         stacks = dict.fromkeys(s.measurement.stack() for s in self.samples)
         facts = (
-            ("verdict", self.verdict),
+            *(("verdict" if not line else "", words) for line, words in enumerate(self.verdict.split("; "))),
             *((f"{arm}, median run", run.time_line()) for arm in ARMS if (run := self.typical(arm))),
-            *((f"{arm} from", getattr(self, arm).source) for arm in ARMS),
+            *((f"{arm} from", shown_path(getattr(self, arm).source)) for arm in ARMS),
             *((f"{arm} stored", self.explain(arm)) for arm in ARMS),
             ("runs", f"{pairs} in ABBA order, one warm-up each, {self.cache} page cache"),
             ("stack", " | ".join(stacks) or "not told"),

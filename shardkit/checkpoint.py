@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 from shardkit.errors import CheckpointError
 from shardkit.layout import (
+    CONFIG_FILES,
     architecture,
     config_dtype,
     find_weights,
@@ -49,7 +50,7 @@ class Checkpoint(Record):
     tensors
         By name, in order of file and offset.
     metadata
-        ``__metadata__`` of the first file.
+        ``__metadata__`` of its files; where they differ, the first counts.
     config
         ``config.json`` (or ``adapter_config.json``); None where there is none.
     side_files
@@ -94,10 +95,10 @@ class Checkpoint(Record):
             If there is no checkpoint, or a file of it is damaged or hostile; names file, tensor, numbers.
         """
         path = Path(os.path.abspath(os.path.expanduser(source)))
-        if path.is_dir():
+        if os.path.isdir(path):  # which, unlike Path, takes any text for an answer
             folder, config = path, read_config(path)
             chosen = find_weights(folder, config)
-        elif path.is_file():
+        elif os.path.isfile(path):
             folder, chosen = path.parent, path.name
             config = read_config(folder)
         else:
@@ -161,6 +162,11 @@ class Checkpoint(Record):
         return sum(tensor.elements for tensor in self.tensors.values())
 
     @property
+    def config_file(self) -> str | None:
+        """Name of the file that `config` comes from."""
+        return next((name for name in CONFIG_FILES if name in self.side_files), None)
+
+    @property
     def architecture(self) -> str | None:
         """The model class that the config names."""
         return architecture(self.config)
@@ -214,7 +220,7 @@ class Checkpoint(Record):
 
 
 def _not_found(source: str, revision: str | None, token: str | None) -> str:
-    message = f"{source!r} is neither a folder nor a file here"
+    message = f"{source[:200]!r} is neither a folder nor a file here"
     if revision or token or re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         message += f"; if it is a Hub id, run `hf download {source}` and give the folder that it prints"
     return message
@@ -222,17 +228,17 @@ def _not_found(source: str, revision: str | None, token: str | None) -> str:
 
 def _scan_safetensors(folder: Path, files: tuple[str, ...]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     tensors: dict[str, TensorInfo] = {}
-    first_metadata: dict[str, str] | None = None
+    metadata: dict[str, str] = {}
     for file in files:
-        entries, metadata, start = read_header(folder / file)
-        first_metadata = metadata if first_metadata is None else first_metadata
+        entries, found, start = read_header(folder / file)
+        metadata = found | metadata
         for name, dtype, shape, begin, end in entries:
             if name in tensors:
                 raise CheckpointError(
                     f"is also in {tensors[name].file}", file=str(folder / file), tensor=name
                 )
             tensors[name] = TensorInfo(name, dtype, shape, file, start + begin, end - begin)
-    return tensors, first_metadata or {}
+    return tensors, metadata
 
 
 def _check_weight_map(

@@ -42,12 +42,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and n
 def inspect(source: Source, as_json: Json = False) -> None:
     """Say what a checkpoint holds, from its headers alone."""
     from shardkit.checkpoint import Checkpoint
-    from shardkit.staging import leftovers
+    from shardkit.destination import leftovers
 
     for path in leftovers(source):
         print(
-            f"shardkit: an interrupted run left {path}: the same `shardkit shard` goes on from there, "
-            f"`shardkit clean {source}` removes it",
+            f"shardkit: an interrupted run left {path}: `shardkit clean {source}` removes it; "
+            "the same `shardkit shard` as before goes on from there",
             file=sys.stderr,
         )
     _show(Checkpoint.open(source), as_json)
@@ -135,7 +135,7 @@ def verify(source: Source, destination: Source, workers: Workers = None, as_json
 @app.command()
 def clean(destination: Annotated[str, typer.Argument(help="The folder that was being written.")]) -> None:
     """Remove what interrupted runs have left beside a destination; the destination itself stays."""
-    from shardkit.staging import remove_leftovers
+    from shardkit.destination import remove_leftovers
 
     removed = remove_leftovers(destination)
     print("\n".join(f"removed {path}" for path in removed) or f"nothing was left beside {destination}")

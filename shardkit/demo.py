@@ -30,10 +30,10 @@ import ml_dtypes
 import numpy as np
 
 from shardkit.checkpoint import Checkpoint
+from shardkit.destination import sync
 from shardkit.errors import CheckpointError, DestinationError, PlanError, SizeError, SpaceError
 from shardkit.safetensors_file import Entry, build_header
 from shardkit.sizes import format_size, parse_size
-from shardkit.staging import sync
 
 _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),

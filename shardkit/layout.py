@@ -23,11 +23,12 @@ CANONICAL_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 CONFIG_FILES = ("config.json", "adapter_config.json")
 
 _MAX_JSON_BYTES = 100_000_000
+_MAX_JSON_DEPTH = 100
 _INDEX = re.compile(r".*\.(safetensors|bin)\.index(\.[^.]+)?\.json")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|ot|tflite)")
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
-# Folders of the clients and tools that made the copy, not of the model.
-_NOT_OURS = {".git", ".cache", "__pycache__", ".ipynb_checkpoints"}
+# Folders of the tools that made the copy, and a trainer's earlier states: not of the model.
+_NOT_OURS = re.compile(r"\.git|\.cache|__pycache__|\.ipynb_checkpoints|checkpoint-\d+|\..*\.shardkit-.*")
 
 
 def is_index(name: str) -> bool:
@@ -71,9 +72,16 @@ def _read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(f"is larger than {format_size(_MAX_JSON_BYTES)}", file=str(path))
-        return load_json(path.read_bytes(), str(path))
+        document = load_json(path.read_bytes(), str(path))
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", file=str(path)) from error
+    level = [document] if isinstance(document, (dict, list)) else []
+    for _ in range(_MAX_JSON_DEPTH):
+        children = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [v for values in children for v in values if isinstance(v, (dict, list))]
+        if not level:
+            return document
+    raise CheckpointError(f"is nested more than {_MAX_JSON_DEPTH} levels deep", file=str(path))
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -188,46 +196,69 @@ def read_weight_map(folder: Path, index: str) -> dict[str, str]:
 
 
 def _check_inside(folder: Path, file: str, named_in: str) -> None:
-    """Refuse a file name that leaves the folder, by itself or through a link.
-
-    Snapshots of the Hub's cache are links into the cache's own `blobs`, and those are followed.
-    """
+    """Refuse a file name that leaves the folder, by itself or through a link."""
     where = str(folder / named_in)
     if not file.isprintable() or os.path.isabs(file) or ".." in Path(file).parts or "\\" in file:
         raise CheckpointError(f"names a file outside the folder: {file!r}", file=where)
     path = folder / file
-    if not path.is_file():
+    if not _is_file(path):
         raise CheckpointError(
             f"names {file!r}, which is not there: the download may have been cut", file=where
         )
-    real, home = path.resolve(), folder.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
+    if (real := leaves(folder, file)) is not None:
         raise CheckpointError(f"names {file!r}, a link that leaves the folder, to {real}", file=where)
 
 
+def leaves(folder: Path, file: str) -> Path | None:
+    """Return where a file really is, if that is outside its folder.
+
+    Snapshots of the Hub's cache are links into the cache's own `blobs`, and those are followed.
+    """
+    real, home = (folder / file).resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    return None if real.is_relative_to(home) or real.is_relative_to(blobs) else real
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that the file system cannot have
+        return False
+
+
 def sort_out(folder: Path, weights: set[str]) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Tell what goes with the model from weights in other formats."""
+    """Tell what goes with the model, with sizes in bytes, from weights that do not."""
     side_files: dict[str, int] = {}
     left_out: list[str] = []
+    modules = _modules(folder)
     for file in _walk(folder):
-        name = os.path.basename(file)
-        # A subfolder with a config of its own is a module of the model (sentence-transformers' 2_Dense),
-        # unlike the folders of other formats (onnx, original), and would be missed.
-        module = os.sep in file and (folder / file).parent.joinpath("config.json").is_file()
-        kept = module and re.fullmatch(r"(model|pytorch_model)\.(safetensors|bin)", name)
         if file in weights:
             continue
-        if is_weights(name) and not kept:
+        if is_weights(os.path.basename(file)) and os.path.dirname(file) not in modules:
             left_out.append(file)
+        elif (real := leaves(folder, file)) is not None:
+            raise CheckpointError(
+                f"is a link that leaves the folder, to {real}: put a copy in its place, so that what goes "
+                "with the model is what you mean",
+                file=str(folder / file),
+            )
         else:
             side_files[file] = (folder / file).stat().st_size
     return side_files, tuple(left_out)
 
 
+def _modules(folder: Path) -> set[str]:
+    """Return the subfolders whose weights are part of the model: sentence-transformers lists them."""
+    if not (folder / "modules.json").is_file():
+        return set()
+    listed_modules = _read_json(folder / "modules.json")
+    modules = listed_modules if isinstance(listed_modules, list) else []
+    return {str(module.get("path")) for module in modules if isinstance(module, dict)} - {""}
+
+
 def _walk(folder: Path) -> Iterator[str]:
     for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in _NOT_OURS)
+        folders[:] = sorted(name for name in folders if not _NOT_OURS.fullmatch(name))
         for name in sorted(names):
             path = os.path.join(root, name)
             if os.path.isfile(path):  # neither pipes nor dangling links

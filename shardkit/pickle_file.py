@@ -7,6 +7,7 @@ torch 1.6) cannot be mapped: they are loaded one file at a time. Only `weights_o
 from __future__ import annotations
 
 import os
+import re
 import threading
 import zipfile
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardkit.errors import CheckpointError
-from shardkit.safetensors_file import tensor_bytes
+from shardkit.safetensors_file import check_name, refuse_lfs_pointer, tensor_bytes
 from shardkit.tensor import DTYPE_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def scan_pickles(folder: Path, files: tuple[str, ...], ties_weights: bool) -> Sc
             if kept != name and ties_weights:
                 aliases[name] = kept
             else:
-                shape = tuple(tensor.shape)
+                shape = _shape(tensor, dtype)
                 tensors[name] = TensorInfo(name, dtype, shape, file, None, tensor_bytes(dtype, shape))
     return tensors, aliases, tuple(notes)
 
@@ -63,11 +64,17 @@ def read_tensor(path: str, name: str) -> memoryview:
     """Return the bytes of one tensor of the pickle at `path`, mapped where the format allows."""
     import torch
 
-    tensor = _OPEN.get(path)[name].detach().contiguous()
+    tensor = _OPEN.get(path)[name].detach().resolve_conj().resolve_neg().contiguous()
     if not tensor.numel():
         return memoryview(b"")
     flat = tensor.reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy()).toreadonly()
+
+
+def _shape(tensor: torch.Tensor, dtype: str) -> tuple[int, ...]:
+    """Return the shape in elements; torch counts float4 in pairs, along the last dimension."""
+    shape = tuple(tensor.shape)
+    return (*shape[:-1], shape[-1] * 2) if dtype == "F4" and shape else shape
 
 
 def _identity(tensor: torch.Tensor) -> object:
@@ -78,14 +85,17 @@ def _identity(tensor: torch.Tensor) -> object:
 def _load(path: str) -> Mapping[str, torch.Tensor]:
     import torch
 
+    with open(path, "rb") as file:
+        refuse_lfs_pointer(file.read(16), path)
     mapped = zipfile.is_zipfile(path)
     if mapped:
         _check_stored(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises whatever its parsers do
-        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
-        raise CheckpointError(f"not a pickle of tensors alone, refused: {reason}", file=path) from error
+        raise CheckpointError(
+            f"not a pickle of tensors alone, refused: {_reason(error)}", file=path
+        ) from error
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]  # as trainers save it; transformers looks there, too
     if not isinstance(loaded, Mapping):
@@ -93,9 +103,23 @@ def _load(path: str) -> Mapping[str, torch.Tensor]:
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{name!r} is a {type(value).__name__}, not a tensor", file=path)
-        if value.layout != torch.strided or value.is_quantized:
-            raise CheckpointError("is sparse or quantised, not a plain tensor", file=path, tensor=name)
+        check_name(name, path)
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise CheckpointError(
+                "is sparse, quantised or without data, not a plain tensor", file=path, tensor=name
+            )
     return loaded
+
+
+def _reason(error: Exception) -> str:
+    """Say why torch refused, without its advice to load the file all the same."""
+    text = str(error)
+    if asked := re.search(r"GLOBAL (\S+)", text):
+        return f"it asks for {asked[1]}, which is more than tensors"
+    if said := re.search(r"WeightsUnpickler error: *(.+)", text):
+        return said[1][:300]
+    first = text.strip().split("\n")[0][:300]
+    return type(error).__name__ if not first or "weights_only" in first else first
 
 
 def _check_stored(path: str) -> None:

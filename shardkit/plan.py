@@ -16,9 +16,9 @@ from shardkit.checkpoint import Checkpoint
 from shardkit.errors import PlanError
 from shardkit.packing import Item, layout, pack_balanced, pack_by_layer, pack_by_size
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
-from shardkit.safetensors_file import Entry
+from shardkit.safetensors_file import FORMAT_METADATA, Entry, build_header, empty_header_chars
 from shardkit.sizes import format_size, parse_size
-from shardkit.tensor import DTYPE_NAMES, TensorInfo
+from shardkit.tensor import DTYPE_NAMES, QUANTISED_DTYPES, TensorInfo
 
 Strategy = Literal["size", "layer", "balanced"]
 CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -94,6 +94,8 @@ class ShardPlan(Record):
         Names of tensors too large for `max_shard_size`, each in a file of its own.
     side_bytes
         Bytes of all that goes along and is not weights.
+    metadata
+        ``__metadata__`` of every file: that of the source.
     """
 
     source: str
@@ -104,6 +106,7 @@ class ShardPlan(Record):
     shards: tuple[Shard, ...]
     oversized: tuple[str, ...]
     side_bytes: int
+    metadata: dict[str, str]
 
     @cached_property
     def total_bytes(self) -> int:
@@ -136,6 +139,10 @@ class ShardPlan(Record):
         """Bytes that the destination will take, all files included; nothing more is needed on the way."""
         index = len(self.index.encode()) if self.index else 0
         return sum(shard.nbytes for shard in self.shards) + index + self.side_bytes
+
+    def header(self, shard: Shard) -> bytes:
+        """Return what the file of one of the shards begins with."""
+        return build_header(shard.entries(), self.metadata)
 
     def summary(self) -> Summary:
         """Return the plan as a person reads it."""
@@ -208,7 +215,9 @@ def plan_shards(
     if target is not None:
         _refuse_quantised(checkpoint)
     items = [Item.of(tensor, target) for tensor in checkpoint.tensors.values()]
-    shards = _name(_STRATEGIES[strategy](items, limit), checkpoint.stem)
+    metadata = _metadata(checkpoint)
+    empty = empty_header_chars(metadata)
+    shards = _name(_STRATEGIES[strategy](items, limit, empty), checkpoint.stem, empty)
     return ShardPlan(
         source=checkpoint.source,
         stem=checkpoint.stem,
@@ -216,6 +225,7 @@ def plan_shards(
         max_shard_size=limit,
         dtype=DTYPE_NAMES[target] if target else None,
         shards=shards,
+        metadata=metadata,
         oversized=tuple(s.tensors[0].source.name for s in shards if s.tensors and s.nbytes > limit),
         side_bytes=sum(checkpoint.side_files.values()),
     )
@@ -237,6 +247,11 @@ def parse_dtype(dtype: object) -> str | None:
     return CAST_DTYPES[name]
 
 
+def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """Keep the source's metadata; name dropped aliases as huggingface_hub does, which restores them."""
+    return {**FORMAT_METADATA, **checkpoint.metadata, **checkpoint.aliases}
+
+
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
     if method := _quantization(checkpoint.config or {}):
         raise PlanError(
@@ -244,7 +259,7 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
             "leave out dtype"
         )
     for tensor in checkpoint.tensors.values():
-        if tensor.dtype.startswith(("F8", "F6", "F4")):
+        if tensor.dtype in QUANTISED_DTYPES:
             raise PlanError(
                 f"{checkpoint.source}: tensor {tensor.name!r} is {DTYPE_NAMES[tensor.dtype]}, quantised with "
                 "scales that are elsewhere, and a cast would destroy it: leave out dtype"
@@ -258,21 +273,21 @@ def _quantization(config: dict[str, Any]) -> str | None:
     return next(filter(None, nested), None)
 
 
-_STRATEGIES: dict[str, Callable[[Sequence[Item], int], list[list[Item]]]] = {
+_STRATEGIES: dict[str, Callable[[Sequence[Item], int, int], list[list[Item]]]] = {
     "size": pack_by_size,
     "layer": pack_by_layer,
     "balanced": pack_balanced,
 }
 
 
-def _name(packed: Sequence[Sequence[Item]], stem: str) -> tuple[Shard, ...]:
+def _name(packed: Sequence[Sequence[Item]], stem: str, empty: int) -> tuple[Shard, ...]:
     if len(packed) == 1:
-        return (_shard(packed[0], f"{stem}.safetensors"),)
+        return (_shard(packed[0], f"{stem}.safetensors", empty),)
     names = (f"{stem}-{n:05d}-of-{len(packed):05d}.safetensors" for n in range(1, len(packed) + 1))
-    return tuple(_shard(items, name) for items, name in zip(packed, names, strict=True))
+    return tuple(_shard(items, name, empty) for items, name in zip(packed, names, strict=True))
 
 
-def _shard(items: Sequence[Item], file: str) -> Shard:
-    placed, header = layout(items)
+def _shard(items: Sequence[Item], file: str, empty: int) -> Shard:
+    placed, header = layout(items, empty)
     tensors = tuple(PlannedTensor(item.tensor, item.dtype, begin, item.nbytes) for item, begin in placed)
     return Shard(file, tensors, header)

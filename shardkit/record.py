@@ -32,7 +32,7 @@ class Table:
 
     def text(self) -> str:
         """Return the table with its columns aligned by spaces."""
-        lines = [self.columns, *self.rows]
+        lines = [tuple(map(_printable, line)) for line in (self.columns, *self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
         return "\n".join(
             "  ".join(
@@ -44,9 +44,9 @@ class Table:
 
     def html(self) -> str:
         """Return the table as HTML, every cell escaped."""
-        head = "".join(f'<th scope="col">{escape(name)}</th>' for name in self.columns)
+        head = "".join(f'<th scope="col">{_escaped(name)}</th>' for name in self.columns)
         body = "".join(
-            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows
+            "<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in row) + "</tr>" for row in self.rows
         )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -63,21 +63,22 @@ class Summary:
     def text(self) -> str:
         """Return the summary as plain text."""
         width = max((len(label) for label, _ in self.facts), default=0)
-        lines = [self.title, *(f"  {label:<{width}}  {value}" for label, value in self.facts)]
+        lines = [self.title]
+        lines += (f"  {label:<{width}}  {_printable(value)}".rstrip() for label, value in self.facts)
         for table in self.tables:
             lines += ["", *(f"  {line}" for line in table.text().splitlines())]
-        return "\n".join([*lines, *(f"  ! {note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"  ! {_printable(note)}" for note in self.notes)])
 
     def html(self) -> str:
         """Return the summary as HTML, every value escaped."""
         facts = "".join(
-            f'<tr><th scope="row">{escape(label)}</th><td>{escape(value)}</td></tr>'
+            f'<tr><th scope="row">{_escaped(label)}</th><td>{_escaped(value)}</td></tr>'
             for label, value in self.facts
         )
         tables = "".join(table.html() for table in self.tables)
-        notes = "".join(f'<p class="sk-note">⚠ {escape(note)}</p>' for note in self.notes)
+        notes = "".join(f'<p class="sk-note">⚠ {_escaped(note)}</p>' for note in self.notes)
         return (
-            f'<style>{_stylesheet()}</style><div class="shardkit"><h4>{escape(self.title)}</h4>'
+            f'<style>{_stylesheet()}</style><div class="shardkit"><h4>{_escaped(self.title)}</h4>'
             f'<table class="sk-facts"><tbody>{facts}</tbody></table>{tables}{notes}</div>'
         )
 
@@ -124,6 +125,17 @@ class Record:
     @classmethod
     def _schema_name(cls) -> str:
         return f"shardkit/{cls.__name__}/{cls.schema}"
+
+
+def _printable(text: str) -> str:
+    """Escape what could move a terminal's cursor: names come from files that strangers wrote."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _escaped(text: str) -> str:
+    return escape(_printable(text))
 
 
 def plural(count: int, noun: str) -> str:

@@ -38,37 +38,43 @@ def default_workers() -> int:
 
 
 @contextmanager
-def worker_pool(workers: int | None, executor: Executor | None) -> Iterator[tuple[Executor, int]]:
-    """Give the caller's executor, or threads of our own, and how many tasks to keep under way."""
-    count = workers or default_workers()
-    if executor is not None:
-        yield executor, count * _AHEAD
-        return
-    pool = ThreadPoolExecutor(count, thread_name_prefix="shardkit")
-    try:
-        yield pool, count * _AHEAD
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 def run_all(
-    function: Callable[[TaskT], ResultT], tasks: Iterable[TaskT], executor: Executor, under_way: int
-) -> Iterator[tuple[TaskT, ResultT]]:
-    """Yield each task with its result as it finishes; the first failure cancels what has not begun."""
-    waiting = iter(tasks)
+    function: Callable[[TaskT], ResultT],
+    tasks: Iterable[TaskT],
+    workers: int | None = None,
+    executor: Executor | None = None,
+) -> Iterator[Iterator[tuple[TaskT, ResultT]]]:
+    """Give an iterator of tasks with their results, as they finish.
+
+    Leaving the block cancels what has not begun and waits for what has: nothing runs on behind it.
+    """
+    count = workers or default_workers()
+    pool = executor or ThreadPoolExecutor(count, thread_name_prefix="shardkit")
     running: dict[Future[ResultT], TaskT] = {}
     try:
-        while True:
-            for task in islice(waiting, under_way - len(running)):
-                running[executor.submit(function, task)] = task
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+        yield _results(function, iter(tasks), pool, running, count * _AHEAD)
     finally:
         for future in running:
             future.cancel()
         wait(running)
+        if pool is not executor:
+            pool.shutdown()
+
+
+def _results(
+    function: Callable[[TaskT], ResultT],
+    waiting: Iterator[TaskT],
+    pool: Executor,
+    running: dict[Future[ResultT], TaskT],
+    under_way: int,
+) -> Iterator[tuple[TaskT, ResultT]]:
+    while True:
+        for task in islice(waiting, under_way - len(running)):
+            running[pool.submit(function, task)] = task
+        if not running:
+            return
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            yield running.pop(future), future.result()
 
 
 def take_turns(streams: Iterable[Iterator[TaskT]], width: int) -> Iterator[TaskT]:

@@ -8,9 +8,10 @@ those of the format's reference reader: https://github.com/huggingface/safetenso
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from json.encoder import encode_basestring
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeGuard
 
@@ -19,6 +20,7 @@ from shardkit.errors import CheckpointError
 MAX_HEADER_BYTES = 100_000_000
 PREFIX_BYTES = 8
 FORMAT_METADATA = {"format": "pt"}
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -60,7 +62,7 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
     elements = 1
     for length in shape:
         elements *= length
-        if elements >= 1 << 60:  # checked at each step: the product of a hostile shape is never formed
+        if elements >= 1 << 60 or length >= 1 << 60:  # at each step: a hostile product is never formed
             raise ValueError("the shape has 2**60 elements or more")
     bits = elements * DTYPE_BITS[dtype]
     if bits % 8:
@@ -97,10 +99,7 @@ def _read_raw(handle: BinaryIO, file_bytes: int, file: str) -> bytes:
             "the download may have been cut",
             file=file,
         )
-    if prefix.startswith(b"version "):
-        raise CheckpointError(
-            "is a Git LFS pointer, not the weights: run `git lfs pull` in its repository", file=file
-        )
+    refuse_lfs_pointer(prefix, file)
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
@@ -118,6 +117,14 @@ def _read_raw(handle: BinaryIO, file_bytes: int, file: str) -> bytes:
     if len(raw) < length:
         raise CheckpointError(f"ended after {len(raw)} of {length} header bytes", file=file)
     return raw
+
+
+def refuse_lfs_pointer(beginning: bytes, file: str) -> None:
+    """Tell a file that Git has put in place of the weights from weights that are damaged."""
+    if beginning.startswith(b"version "):
+        raise CheckpointError(
+            "is a Git LFS pointer, not the weights: run `git lfs pull` in its repository", file=file
+        )
 
 
 def parse_header(raw: bytes, data_bytes: int, file: str) -> Header:
@@ -151,7 +158,20 @@ def load_json(raw: bytes, file: str) -> Any:
         If `raw` is anything else; `file` is the name to give in the message.
     """
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        document = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_integer if b"-0" in raw else None,
+        )
+        if b"\\u" in raw:  # only an escape can hide half of a surrogate pair, which is no text
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
+        return document
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            "a name or value has unprintable halves of surrogate pairs", file=file
+        ) from None
     except RecursionError:
         raise CheckpointError("the JSON is nested too deeply", file=file) from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError included
@@ -171,11 +191,25 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text[:80]} is too large a number")
+    return number
+
+
+def _integer(text: str) -> float:
+    # The reference reader takes -0 for a float, which is no count; int("-0") would be one.
+    return -0.0 if text == "-0" else int(text)
+
+
 def _entry(name: str, value: Any, file: str) -> Entry:
-    if not name.isprintable():
-        raise CheckpointError("the name has control or other unprintable characters", file=file, tensor=name)
+    check_name(name, file)
     if not isinstance(value, dict):
         raise CheckpointError("the header entry is not a JSON object", file=file, tensor=name)
+    if any(isinstance(value[key], (dict, list)) for key in value.keys() - _ENTRY_KEYS):
+        raise CheckpointError(
+            "the header entry has an unknown key with a nested value", file=file, tensor=name
+        )
     dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str):
         raise CheckpointError(f"dtype is {_clip(dtype)}, not a string", file=file, tensor=name)
@@ -197,12 +231,23 @@ def _entry(name: str, value: Any, file: str) -> Entry:
     return Entry(name, dtype, tuple(shape), begin, end)
 
 
+def check_name(name: str, file: str) -> None:
+    """Refuse a tensor name that could deceive a terminal, or that a header could not hold."""
+    if not name.isprintable():
+        raise CheckpointError("the name has control or other unprintable characters", file=file, tensor=name)
+    if name == "__metadata__":
+        raise CheckpointError("the name is one that the format keeps for itself", file=file, tensor=name)
+
+
 def _is_counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 def _clip(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -241,17 +286,24 @@ def entry_text(name: str, dtype: str, shape: Sequence[int], begin: int, end: int
     )
 
 
-def build_header(entries: Iterable[Entry]) -> bytes:
+def build_header(entries: Iterable[Entry], metadata: Mapping[str, str] = FORMAT_METADATA) -> bytes:
     """Return length prefix and header of a file with these entries, padded to 8 bytes by spaces."""
-    metadata = json.dumps(FORMAT_METADATA, separators=(",", ":"))
-    text = ",".join([f'"__metadata__":{metadata}', *(entry_text(*entry) for entry in entries)])
+    text = ",".join([_metadata_text(metadata), *(entry_text(*entry) for entry in entries)])
     raw = f"{{{text}}}".encode()
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(PREFIX_BYTES, "little") + raw
 
 
-def header_bytes(entry_chars: int, entries: int) -> int:
-    """Return the length of `build_header`, prefix included, from the bytes its entries take."""
-    empty = len('{"__metadata__":{"format":"pt"}}')
-    raw = empty + entry_chars + entries  # a comma before each entry
+def empty_header_chars(metadata: Mapping[str, str]) -> int:
+    """Return how many bytes of JSON a header has before its first entry."""
+    return len(f"{{{_metadata_text(metadata)}}}".encode())
+
+
+def header_bytes(empty_chars: int, entry_chars: int, entries: int) -> int:
+    """Return the length of `build_header`, prefix included, from what its parts take."""
+    raw = empty_chars + entry_chars + entries  # a comma before each entry
     return PREFIX_BYTES + raw + -raw % 8
+
+
+def _metadata_text(metadata: Mapping[str, str]) -> str:
+    return f'"__metadata__":{json.dumps(dict(metadata), ensure_ascii=False, separators=(",", ":"))}'

@@ -9,7 +9,7 @@ from shardkit.errors import SizeError
 
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{suffix}": base**power
-    for power, letter in enumerate("KMGT", start=1)
+    for power, letter in enumerate("KMGTPE", start=1)
     for suffix, base in (("B", 1000), ("IB", 1024))
 }
 _SIZE = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
@@ -19,7 +19,7 @@ _ACCEPTED = 'a positive number of bytes, or text such as "500MB", "2GB" (decimal
 def parse_size(size: int | str) -> int:
     """Return `size` in bytes.
 
-    Units are decimal (KB, MB, GB, TB) or binary (KiB, MiB, GiB, TiB), in any letter case; a fraction
+    Units are decimal (KB, MB, GB, TB, PB, EB) or binary (KiB, MiB, ...), in any letter case; a fraction
     of a byte is dropped. The Hub writes sizes in decimal units, and so do we.
 
     Raises
@@ -40,7 +40,8 @@ def parse_size(size: int | str) -> int:
 
 def format_size(number: float) -> str:
     """Return a number of bytes as people read it, in decimal units: ``14.5 GB``."""
-    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+    for power, unit in reversed(list(enumerate(("KB", "MB", "GB", "TB", "PB", "EB"), start=1))):
+        scale = 1000**power
         if abs(number) >= 0.9995 * scale:
             return f"{number / scale:.3g} {unit}"
     return f"{number:.0f} B"

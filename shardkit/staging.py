@@ -1,54 +1,58 @@
-"""The folder that a destination grows in: locked, journaled, resumable, published by one rename.
+"""The folder that a destination grows in: journaled, resumable, published at the end.
 
-Beside a destination `out` lies `.out.shardkit-staging` while it is written, and `.out.shardkit-lock` while
-somebody writes it. The journal in the staging folder is bound to source and plan by a fingerprint, and a
-shard enters it only when its bytes are on the disk.
+The journal is bound to source and plan by a fingerprint, and a shard enters it only when its bytes are on
+the disk.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import glob
 import json
 import os
 import shutil
-import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import xxhash
 
 from shardkit.checkpoint import Checkpoint
+from shardkit.destination import check_destination, locked, put_in_place, resolve, staging_folder, sync
 from shardkit.errors import Cancelled, CheckpointError, DestinationError, ShardkitError, SpaceError
-from shardkit.layout import is_weights
+from shardkit.pickle_file import close_pickles
 from shardkit.plan import ShardPlan
 from shardkit.sizes import format_size
 from shardkit.transfer import Lost
 
 _JOURNAL = ".journal.jsonl"
-_LOCK_SECONDS = 2.0
-_LOCK_SUFFIX = ".shardkit-lock"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class Staging:
-    """A staging folder, held by a lock; `staging` makes one."""
+    """A staging folder; `staging` makes one and holds its lock.
 
-    def __init__(self, checkpoint: Checkpoint, plan: ShardPlan, destination: Path) -> None:
-        self.destination = destination
-        self.folder = staging_folder(destination)
+    Attributes
+    ----------
+    destination, folder
+        What it will be, what it is.
+    finished
+        Shards that are written, with what casts lost in them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plan: ShardPlan, destination: Path, overwrite: bool) -> None:
+        self.destination, self.folder = destination, staging_folder(destination)
         self.finished: dict[str, list[Lost]] = {}
-        self._checkpoint, self._plan = checkpoint, plan
+        self._checkpoint, self._plan, self._overwrite = checkpoint, plan, overwrite
         self._fingerprint = _fingerprint(checkpoint, plan)
         self._syncing = ThreadPoolExecutor(2, thread_name_prefix="shardkit-sync")
         self._synced: list[Future[None]] = []
         self._stats: dict[str, tuple[int, int]] = {}
+
+    def check_destination(self) -> None:
+        """Refuse a destination that overlaps the source, or holds what is not to be replaced."""
+        check_destination(self._checkpoint, self.destination, self._overwrite)
 
     def open(self, resume: bool) -> None:
         """Create the folder, or take over what an earlier run of the same job has left."""
@@ -56,9 +60,12 @@ class Staging:
             self.finished = self._read_journal() if resume else {}
             if not self.finished:
                 shutil.rmtree(self.folder)
-        if not self.folder.exists():
-            self.folder.mkdir()
-            self._append({"fingerprint": self._fingerprint})
+        self.folder.mkdir(exist_ok=True)
+        # Written anew, without the line that a kill has torn.
+        (self.folder / _JOURNAL).write_text("", encoding="utf-8")
+        self._append({"fingerprint": self._fingerprint})
+        for file, lost in self.finished.items():
+            self._append(_entry(file, lost))
 
     def path(self, file: str) -> Path:
         """Return where a file is written."""
@@ -66,7 +73,7 @@ class Staging:
 
     def staged_bytes(self) -> int:
         """Bytes that are there already."""
-        return sum(entry.stat().st_blocks * 512 for entry in self.folder.iterdir() if entry.is_file())
+        return sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
 
     def finish(self, file: str, lost: Sequence[Lost]) -> None:
         """Sync a shard whose last byte was written, off the caller's thread, and journal it."""
@@ -82,10 +89,6 @@ class Staging:
         for future in self._synced:
             future.result()
 
-    def close(self) -> None:
-        """End the sync threads."""
-        self._syncing.shutdown(wait=True, cancel_futures=True)
-
     def publish(self) -> None:
         """Sync what is left and rename the folder to the destination.
 
@@ -94,7 +97,7 @@ class Staging:
         CheckpointError
             If the source or a shard changed since it was copied.
         DestinationError
-            If the destination appeared meanwhile.
+            If something appeared at the destination meanwhile.
         """
         self.wait()
         self._check_unchanged()
@@ -103,12 +106,33 @@ class Staging:
                 sync(entry)
         (self.folder / _JOURNAL).unlink()
         sync(self.folder)
-        if self.destination.exists() and any(self.destination.iterdir()):
-            _exchange(self.folder, self.destination)
-            shutil.rmtree(self.folder)
-        else:
-            self.folder.rename(self.destination)
-        sync(self.destination.parent)
+        self.check_destination()
+        put_in_place(self.folder, self.destination)
+
+    def close(self) -> None:
+        """End the sync threads, and let go of pickles."""
+        self._syncing.shutdown(wait=True, cancel_futures=True)
+        close_pickles()
+
+    @contextmanager
+    def kept_for_resume(self) -> Iterator[None]:
+        """Remove the folder after an error that running again will not mend."""
+        try:
+            yield
+        except (Cancelled, SpaceError):
+            raise
+        except ShardkitError:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+    def full(self) -> SpaceError:
+        """Return the error that says how many bytes are short."""
+        disk = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
+        short = max(1, self._plan.disk_bytes - self.staged_bytes() - shutil.disk_usage(disk).free)
+        return SpaceError(
+            f"{self.destination}: the disk is full, {short:,} bytes ({format_size(short)}) short; "
+            "make space and run the same again to go on"
+        )
 
     def _check_unchanged(self) -> None:
         if _fingerprint(self._checkpoint, self._plan) != self._fingerprint:
@@ -124,8 +148,7 @@ class Staging:
     def _sync(self, file: str, lost: list[Lost]) -> None:
         sync(self.path(file))
         self._stats[file] = _stat(self.path(file))
-        losses = [[x.tensor, x.overflowed, x.flushed] for x in lost]
-        self._append({"shard": file, "lost": losses})
+        self._append(_entry(file, lost))
 
     def _append(self, entry: dict[str, Any]) -> None:
         with (self.folder / _JOURNAL).open("a", encoding="utf-8") as journal:
@@ -135,21 +158,27 @@ class Staging:
 
     def _read_journal(self) -> dict[str, list[Lost]]:
         """Return the finished shards; none where the journal is of another job, or unreadable."""
-        sizes = {shard.file: shard.nbytes for shard in self._plan.shards}
+        shards = {shard.file: shard for shard in self._plan.shards}
+        kept = {}
+        for entry in self._journal_entries():
+            try:
+                shard, lost = shards[entry["shard"]], [Lost(*loss) for loss in entry["lost"]]
+            except (KeyError, TypeError):
+                continue
+            path = self.path(shard.file)
+            if path.is_file() and path.stat().st_size == shard.nbytes:
+                kept[shard.file] = lost
+                self._stats[shard.file] = _stat(path)
+        return kept
+
+    def _journal_entries(self) -> list[Any]:
         try:
             first, *lines = (self.folder / _JOURNAL).read_text(encoding="utf-8").splitlines()
             if json.loads(first) != {"fingerprint": self._fingerprint}:
-                return {}
-            entries = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be torn
+                return []
+            return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be torn
         except (OSError, ValueError):
-            return {}
-        kept = {}
-        for entry in entries:
-            path = self.path(entry["shard"])
-            if path.is_file() and path.stat().st_size == sizes[entry["shard"]]:
-                kept[entry["shard"]] = [Lost(*loss) for loss in entry["lost"]]
-                self._stats[entry["shard"]] = _stat(path)
-        return kept
+            return []
 
 
 @contextmanager
@@ -165,114 +194,29 @@ def staging(
     Raises
     ------
     DestinationError
-        If the destination must not be written, or another run is writing it.
+        If the destination must not be written, cannot be, or another run is writing it.
     SpaceError
-        If the disk fills up inside the block.
+        If the disk fills up.
     """
-    target = Path(os.path.realpath(os.path.expanduser(destination)))
-    check_destination(checkpoint, target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target):
-        held = Staging(checkpoint, plan, target)
-        try:
+    held = Staging(checkpoint, plan, resolve(destination), overwrite)
+    try:
+        held.check_destination()
+        held.destination.parent.mkdir(parents=True, exist_ok=True)
+        with locked(held.destination), held.kept_for_resume():
+            held.check_destination()  # another run may just have published it
             held.open(resume)
             yield held
-        except OSError as error:
-            if error.errno in _FULL:
-                raise _full(plan, held) from error
-            raise DestinationError(
-                f"{target}: {error.strerror or error} ({error.filename or held.folder})"
-            ) from error
-        except ShardkitError as error:
-            if not _can_resume(error):
-                shutil.rmtree(held.folder, ignore_errors=True)
-            raise
-        finally:
-            held.close()
-
-
-def staging_folder(destination: Path) -> Path:
-    """Return where a destination is staged."""
-    return destination.parent / f".{destination.name}.shardkit-staging"
-
-
-def leftovers(destination: str | os.PathLike[str]) -> list[Path]:
-    """Return what interrupted runs have left beside a destination: staging folders, mostly."""
-    target = Path(os.path.realpath(os.path.expanduser(destination)))
-    pattern = f".{glob.escape(target.name)}.shardkit-*"
-    found = target.parent.glob(pattern) if target.parent.is_dir() else ()
-    return sorted(path for path in found if not path.name.endswith(_LOCK_SUFFIX))
-
-
-def remove_leftovers(destination: str | os.PathLike[str]) -> list[Path]:
-    """Remove what interrupted runs have left, and return what it was.
-
-    Raises
-    ------
-    DestinationError
-        If a run is writing the destination just now.
-    """
-    target = Path(os.path.realpath(os.path.expanduser(destination)))
-    found = leftovers(target)
-    if found:
-        with _locked(target):
-            for path in found:
-                shutil.rmtree(path)
-    return found
-
-
-def check_destination(checkpoint: Checkpoint, target: Path, overwrite: bool) -> None:
-    """Refuse a destination that overlaps the source, or holds something that is not to be replaced."""
-    source, folder = Path(checkpoint.source).resolve(), Path(checkpoint.folder).resolve()
-    if target in (source, folder):
-        raise DestinationError(f"{target}: destination and source are the same; give another folder")
-    if folder in target.parents and (source == folder or checkpoint.config is not None):
-        raise DestinationError(f"{target}: the destination lies inside the source {folder}")
-    for file in (checkpoint.folder, *(checkpoint.path(name) for name in checkpoint.files)):
-        if Path(file).resolve().is_relative_to(target):
-            raise DestinationError(f"{target}: {file}, of the source, lies inside the destination")
-    if target.is_file():
-        raise DestinationError(f"{target}: is a file; give a folder")
-    if not target.is_dir() or not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise DestinationError(
-            f"{target}: already exists and is not empty; give another folder, or overwrite it"
-        )
-    if not any(is_weights(entry.name) for entry in target.iterdir()):
-        raise DestinationError(
-            f"{target}: holds no checkpoint, and would be replaced whole: remove it yourself"
-        )
-
-
-def _can_resume(error: ShardkitError) -> bool:
-    return isinstance(error, (Cancelled, SpaceError))
-
-
-def _full(plan: ShardPlan, held: Staging) -> SpaceError:
-    short = max(1, plan.disk_bytes - held.staged_bytes() - shutil.disk_usage(held.folder).free)
-    return SpaceError(
-        f"{held.destination}: the disk is full, {short:,} bytes ({format_size(short)}) short; "
-        "make space and run the same again to go on"
-    )
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    path = target.parent / f".{target.name}{_LOCK_SUFFIX}"
-    lock = filelock.FileLock(path, timeout=_LOCK_SECONDS)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        with suppress(OSError):
-            raise DestinationError(f"{target}: another run is writing it ({path.read_text()})") from None
-        raise DestinationError(f"{target}: another run is writing it") from None
-    try:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise held.full() from error
+        where = error.filename or held.folder
+        raise DestinationError(f"{held.destination}: {error.strerror or error} ({where})") from error
     finally:
-        path.unlink(missing_ok=True)  # while held: whoever waits for it sees that it is gone, and retries
-        lock.release()
+        held.close()
+
+
+def _entry(file: str, lost: Sequence[Lost]) -> dict[str, Any]:
+    return {"shard": file, "lost": [[x.tensor, x.overflowed, x.flushed] for x in lost]}
 
 
 def _fingerprint(checkpoint: Checkpoint, plan: ShardPlan) -> str:
@@ -288,24 +232,3 @@ def _fingerprint(checkpoint: Checkpoint, plan: ShardPlan) -> str:
 def _stat(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
-
-
-def sync(path: Path) -> None:
-    """Return when a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders in one step where the system can; otherwise by way of a third name."""
-    renameat2: Callable[..., int] | None = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    names = os.fsencode(new), os.fsencode(old)
-    if renameat2 and not renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
-        return
-    aside = old.parent / f".{old.name}.shardkit-old"
-    old.rename(aside)
-    new.rename(old)
-    aside.rename(new)

@@ -18,6 +18,7 @@ DTYPE_NAMES = {
 
 # The dtypes that a cast may start from or end in; anything smaller is quantised.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+QUANTISED_DTYPES = tuple(name for name in DTYPE_NAMES if name == "F4" or name.startswith(("F6_", "F8_")))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import xxhash
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.plan import CAST_DTYPES, PlannedTensor, Shard
+from shardkit.pickle_file import close_pickles
+from shardkit.plan import CAST_DTYPES, PlannedTensor, Shard, ShardPlan
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
-from shardkit.run import ProgressCallback, ProgressCount, run_all, worker_pool
-from shardkit.safetensors_file import build_header
+from shardkit.run import ProgressCallback, ProgressCount, run_all
 from shardkit.sizes import format_size
 from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
 from shardkit.transfer import Range, cast_chunks
@@ -125,7 +125,10 @@ def verify_checkpoint(
     comparable = [pair for pair in pairs if pair.obstacle is None]
     ranges = [_range(ours, pair.ours, pair.theirs.dtype) for pair in comparable]
     ranges += [_range(theirs, pair.theirs, pair.theirs.dtype) for pair in comparable]
-    digests = _digest_all(ranges, workers, executor, progress)
+    try:
+        digests = _digest_all(ranges, workers, executor, progress)
+    finally:
+        close_pickles()
     expected, found = digests[: len(comparable)], digests[len(comparable) :]
     mismatches = [Mismatch(pair.ours.name, pair.obstacle) for pair in pairs if pair.obstacle]
     mismatches += [
@@ -152,13 +155,14 @@ def verify_checkpoint(
 
 def damaged_shards(
     checkpoint: Checkpoint,
+    plan: ShardPlan,
     shards: Sequence[Shard],
     folder: str | os.PathLike[str],
     workers: int | None = None,
     executor: Executor | None = None,
 ) -> list[str]:
     """Return which of the shard files in `folder` do not hold just what the source gives."""
-    intact = [s for s in shards if _has_header(os.path.join(folder, s.file), build_header(s.entries()))]
+    intact = [s for s in shards if _has_header(os.path.join(folder, s.file), plan.header(s))]
     owners = [shard for shard in intact for _ in shard.tensors]
     planned = [tensor for shard in intact for tensor in shard.tensors]
     ranges = [_range(checkpoint, tensor.source, tensor.dtype) for tensor in planned]
@@ -245,8 +249,8 @@ def _digest_all(
 ) -> list[str]:
     count = ProgressCount(progress, "verify", sum(part.nbytes for part in ranges))
     digests = [""] * len(ranges)
-    with worker_pool(workers, executor) as (pool, under_way):
-        for batch, found in run_all(digest_ranges, _batches(ranges), pool, under_way):
+    with run_all(digest_ranges, _batches(ranges), workers, executor) as results:
+        for batch, found in results:
             digests[batch.first : batch.first + len(found)] = found
             count.add(sum(part.nbytes for part in batch.ranges))
     return digests

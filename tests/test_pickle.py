@@ -1,0 +1,443 @@
+"""Pickles: what is in them survives, aliases as transformers treats them, and nothing in them is executed."""
+
+import collections
+import gc
+import importlib
+import json
+import os
+import pickle
+import subprocess
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from shardkit import Checkpoint, CheckpointError, shard_checkpoint, verify_checkpoint
+from shardkit.tensor import DTYPE_NAMES
+
+ZIP, LEGACY = True, False
+FORMATS = pytest.mark.parametrize("zipped", [ZIP, LEGACY], ids=["zip", "legacy"])
+
+
+def save(state: object, path: Path, zipped: bool = ZIP) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    return path.parent
+
+
+def save_sharded(states: list[dict[str, torch.Tensor]], folder: Path, zipped: bool = ZIP) -> Path:
+    names = [f"pytorch_model-{n:05d}-of-{len(states):05d}.bin" for n in range(1, len(states) + 1)]
+    for name, state in zip(names, states, strict=True):
+        save(state, folder / name, zipped)
+    weight_map = {key: name for name, state in zip(names, states, strict=True) for key in state}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def sharded(source: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """Shard a folder, and read the result with safetensors' own reader."""
+    report = shard_checkpoint(source, out, **{"max_shard_size": 2000} | options)
+    assert report.verification is not None
+    return {name: tensor for file in report.files for name, tensor in load_file(out / file).items()}
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    raw = [t.contiguous().reshape(-1).view(torch.uint8) for t in (ours, theirs)]
+    return ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(*raw)
+
+
+def every_kind(zipped: bool) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(12, 10, generator=generator)
+    new = ["float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "uint16", "uint32", "uint64"]
+    byte_dtypes = ["bfloat16", "int8", *(new if zipped else [])]  # the legacy format knows no new ones
+    raw = torch.randint(0, 255, (64,), dtype=torch.uint8, generator=generator)
+    return {
+        "large": torch.randn(40, 30, generator=generator),
+        "scalar": torch.tensor(3.5),
+        "bool scalar": torch.tensor(True),
+        "empty": torch.empty(0, 7),
+        "transposed": base.t(),
+        "strided": base[::2, 1::3],
+        "expanded": torch.ones(3, 1).expand(3, 5),
+        "parameter": torch.nn.Parameter(torch.randn(5, generator=generator)),
+        "int64": torch.arange(9),
+        "complex64": torch.view_as_complex(torch.randn(3, 2, generator=generator)),
+        **{name: raw.clone().view(getattr(torch, name)) for name in byte_dtypes},
+    }
+
+
+@FORMATS
+def test_tensors_of_every_kind_survive(zipped: bool, tmp_path: Path) -> None:
+    state = every_kind(zipped)
+    found = sharded(save(state, tmp_path / "source" / "pytorch_model.bin", zipped), tmp_path / "out")
+    assert found.keys() == state.keys()
+    assert [name for name in state if not same(found[name], state[name])] == []
+
+
+@FORMATS
+def test_sharded_pickle_is_read_by_its_index(zipped: bool, tmp_path: Path) -> None:
+    states = [{f"t{i}.{n}": torch.randn(20) for n in range(5)} for i in range(3)]
+    source = save_sharded(states, tmp_path / "source", zipped)
+    found = sharded(source, tmp_path / "out", max_shard_size=500)
+    assert all(same(found[name], tensor) for state in states for name, tensor in state.items())
+    assert len(found) == 15
+    assert not list((tmp_path / "out").glob("*.bin*"))
+
+
+@FORMATS
+def test_pickle_can_be_cast(zipped: bool, tmp_path: Path) -> None:
+    state = {"w": torch.randn(700), "n": torch.arange(3)}
+    found = sharded(
+        save(state, tmp_path / "a" / "pytorch_model.bin", zipped), tmp_path / "out", dtype="bfloat16"
+    )
+    assert same(found["w"], state["w"].bfloat16())
+    assert same(found["n"], state["n"])
+
+
+def test_legacy_pickle_says_that_it_is_loaded_whole(tmp_path: Path) -> None:
+    for zipped in (ZIP, LEGACY):
+        folder = save({"w": torch.ones(3)}, tmp_path / str(zipped) / "pytorch_model.bin", zipped)
+        assert ("loaded whole" in str(Checkpoint.open(folder))) == (zipped is LEGACY)
+
+
+@FORMATS
+def test_nothing_of_a_pickle_stays_in_memory_after_the_job(zipped: bool, tmp_path: Path) -> None:
+    length = 34_567
+    source = save({"w": torch.ones(length)}, tmp_path / "source" / "pytorch_model.bin", zipped)
+    shard_checkpoint(source, tmp_path / "out")
+    gc.collect()
+    alive = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+    assert [tensor.shape for tensor in alive if tensor.shape == (length,)] == []
+
+
+def test_state_dict_of_a_trainer_is_found_where_transformers_looks_for_it(tmp_path: Path) -> None:
+    state = {"state_dict": {"w": torch.ones(3)}, "epoch": 3}
+    assert list(sharded(save(state, tmp_path / "a" / "pytorch_model.bin"), tmp_path / "out")) == ["w"]
+
+
+def test_ordered_dict_of_a_module_is_a_state_dict(tmp_path: Path) -> None:
+    state = torch.nn.Linear(3, 2).state_dict()
+    assert isinstance(state, collections.OrderedDict)
+    found = sharded(save(state, tmp_path / "a" / "pytorch_model.bin"), tmp_path / "out")
+    assert all(same(found[name], tensor) for name, tensor in state.items())
+
+
+def test_packed_float4_keeps_all_its_bytes(tmp_path: Path) -> None:
+    packed = torch.arange(6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    found = sharded(save({"w": packed}, tmp_path / "a" / "pytorch_model.bin"), tmp_path / "out")
+    assert same(found["w"].view(torch.uint8), packed.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (torch.tensor([1 + 2j, 3 - 1j]).conj(), torch.tensor([1 - 2j, 3 + 1j])),
+        (torch.tensor([1 + 2j, 3 - 1j]).conj().imag, torch.tensor([-2.0, 1.0])),
+    ],
+    ids=["conjugate", "negative"],
+)
+def test_view_that_is_resolved_when_read_is_written_resolved(
+    value: torch.Tensor, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    found = sharded(save({"w": value}, tmp_path / "a" / "pytorch_model.bin"), tmp_path / "out")
+    assert same(found["w"], expected)
+
+
+# Tied weights ----------------------------------------------------------------------------------------
+
+
+def saved_model(model: Any, folder: Path, zipped: bool = ZIP) -> Path:
+    """Save as people did before safetensors: the whole state dict, aliases and all."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    return save(model.state_dict(), folder / "pytorch_model.bin", zipped)
+
+
+def logits(model: Any, kind: str) -> torch.Tensor:
+    tokens = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        return model(tokens, decoder_input_ids=tokens).logits if kind == "t5" else model(tokens).logits
+
+
+ALIASES = {
+    "gpt2": {"lm_head.weight": "transformer.wte.weight"},
+    "t5": {
+        "encoder.embed_tokens.weight": "shared.weight",
+        "decoder.embed_tokens.weight": "shared.weight",
+        "lm_head.weight": "shared.weight",
+    },
+    "bert": {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+}
+
+
+@FORMATS
+@pytest.mark.parametrize("kind", ALIASES)
+def test_model_with_tied_weights_loads_equal(
+    kind: str, zipped: bool, tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny_model(kind, tie_word_embeddings=True)
+    source = saved_model(model, tmp_path / "source", zipped)
+    assert Checkpoint.open(source).aliases == ALIASES[kind]
+    found = sharded(source, tmp_path / "out", max_shard_size=20_000)
+    assert found.keys() == model.state_dict().keys() - ALIASES[kind].keys()
+    loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    ours, theirs = loaded.state_dict(), model.state_dict()
+    assert [name for name in theirs if not same(ours[name], theirs[name])] == []
+    assert torch.equal(logits(loaded, kind), logits(model, kind))
+    assert verify_checkpoint(source, tmp_path / "out").equal
+
+
+def test_what_is_kept_of_tied_weights_is_what_transformers_keeps(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    for kind in ALIASES:
+        model = tiny_model(kind, tie_word_embeddings=True)
+        model.save_pretrained(tmp_path / kind / "theirs")
+        found = sharded(saved_model(model, tmp_path / kind / "source"), tmp_path / kind / "ours")
+        assert found.keys() == load_file(tmp_path / kind / "theirs" / "model.safetensors").keys()
+
+
+def test_dropped_aliases_are_named_in_the_metadata_of_a_file_that_hub_reads(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = saved_model(tiny_model("t5", tie_word_embeddings=True), tmp_path / "source")
+    found = sharded(source, tmp_path / "out", max_shard_size="1GB")
+    path = tmp_path / "out" / "model.safetensors"
+    with safetensors.safe_open(path, framework="pt") as reader:
+        assert reader.metadata() == {"format": "pt", **ALIASES["t5"]}
+    assert huggingface_hub.load_state_dict_from_file(path).keys() == found.keys()
+
+
+def test_config_that_does_not_tie_gets_every_tensor_of_shared_storage(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny_model("gpt2", tie_word_embeddings=True)
+    model.config.tie_word_embeddings = False
+    source = saved_model(model, tmp_path / "source")
+    found = sharded(source, tmp_path / "out")
+    assert same(found["lm_head.weight"], found["transformer.wte.weight"])
+    loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    assert loaded.lm_head.weight.data_ptr() != loaded.transformer.wte.weight.data_ptr()
+    assert torch.equal(logits(loaded, "gpt2"), logits(model, "gpt2"))
+
+
+def test_safetensors_that_hold_a_tied_weight_twice_keep_both(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny_model("gpt2", tie_word_embeddings=True)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    source = tmp_path / "source"
+    model.config.save_pretrained(source)
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    found = sharded(source, tmp_path / "out")
+    assert found.keys() == state.keys()
+    assert same(found["lm_head.weight"], state["lm_head.weight"])
+
+
+@FORMATS
+def test_views_of_one_storage_that_differ_are_each_written(zipped: bool, tmp_path: Path) -> None:
+    base = torch.arange(12.0)
+    state = {
+        "whole": base,
+        "half": base[:6],
+        "end": base[6:],
+        "matrix": base.view(3, 4),
+        "t": base.view(3, 4).t(),
+    }
+    found = sharded(save(state, tmp_path / "a" / "pytorch_model.bin", zipped), tmp_path / "out")
+    assert [name for name in state if not same(found[name], state[name])] == []
+
+
+# What is refused -------------------------------------------------------------------------------------
+
+
+class Runs:
+    """Pickles to a call of `function` with `arguments`, as a hostile file would hold it."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return self.call
+
+
+def hostile(marker: Path) -> dict[str, object]:
+    """Objects that leave a file behind when they are unpickled."""
+    touch = f"open({os.fspath(marker)!r}, 'w').close()"
+    return {
+        "os.system": Runs(os.system, f"touch '{marker}'"),
+        "exec": Runs(exec, touch),
+        "eval": Runs(eval, touch),
+        "subprocess": Runs(subprocess.check_output, ["touch", os.fspath(marker)]),
+        "open": Runs(open, os.fspath(marker), "w"),
+        "a chain": Runs(
+            list,
+            Runs(map, Runs(getattr, Runs(importlib.import_module, "os"), "system"), [f"touch '{marker}'"]),
+        ),
+        "pickle in a pickle": Runs(pickle.loads, pickle.dumps(Runs(os.system, f"touch '{marker}'"))),
+        "Path.touch": Runs(Path.touch, marker),
+    }
+
+
+KINDS = list(hostile(Path()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hostile_pickle_runs_where_nobody_stops_it(kind: str, tmp_path: Path) -> None:
+    # Without this, the refusals below would prove nothing.
+    pickle.loads(pickle.dumps(hostile(tmp_path / "executed")[kind], protocol=2))
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("where", ["alone", "beside weights", "as a name", "in a state dict"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle"])
+def test_pickle_that_wants_to_run_code_is_refused_and_not_run(
+    form: str, kind: str, where: str, tmp_path: Path
+) -> None:
+    marker = tmp_path / "executed"
+    evil = hostile(marker)[kind]
+    content: object = {
+        "alone": evil,
+        "beside weights": {"w": torch.ones(2), "evil": evil},
+        "as a name": [(evil, torch.ones(2))],
+        "in a state dict": {"state_dict": {"w": torch.ones(2)}, "optimizer": evil},
+    }[where]
+    path = tmp_path / "source" / "pytorch_model.bin"
+    if form == "bare pickle":
+        path.parent.mkdir()
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        save(content, path, form == "zip")
+    with pytest.raises(CheckpointError) as caught:
+        shard_checkpoint(path.parent, tmp_path / "out")
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not marker.exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_refusal_does_not_advise_to_run_the_code(tmp_path: Path) -> None:
+    folder = save({"w": Runs(os.system, "true")}, tmp_path / "a" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"system") as caught:
+        Checkpoint.open(folder)
+    assert "weights_only" not in str(caught.value)
+    assert "will likely succeed" not in str(caught.value)
+
+
+def quantised() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is about to drop them; files with them stay
+        return torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)
+
+
+NOT_PLAIN: dict[str, tuple[object, list[str]]] = {
+    "tensor": (torch.ones(3), ["Tensor", "not a map of tensors"]),
+    "list": ([torch.ones(3)], ["list", "not a map of tensors"]),
+    "number": ({"w": torch.ones(3), "epoch": 3}, ["'epoch'", "int"]),
+    "number as name": ({1: torch.ones(3)}, ["1", "not a tensor"]),
+    "sparse": ({"w": torch.eye(3).to_sparse()}, ["'w'", "sparse"]),
+    "quantised": ({"w": quantised()}, ["quantised"]),
+    "complex128": ({"w": torch.ones(3, dtype=torch.complex128)}, ["'w'", "complex128"]),
+    "no data": ({"w": torch.ones(3, device="meta")}, ["'w'"]),
+    "escape": ({"a\x1b[2J": torch.ones(3)}, ["unprintable"]),
+    "newline": ({"a\nb": torch.ones(3)}, ["unprintable"]),
+    "surrogate": ({"\ud800": torch.ones(3)}, ["unprintable"]),
+    "name of the metadata": ({"__metadata__": torch.ones(3)}, ["__metadata__"]),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+def test_pickle_of_anything_but_plain_tensors_is_refused(kind: str, tmp_path: Path) -> None:
+    content, words = NOT_PLAIN[kind]
+    save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(tmp_path)
+    assert str(tmp_path / "pytorch_model.bin") in str(caught.value)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressed_record_is_refused_with_its_sizes(compression: int, tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    save({"w": torch.zeros(1_000_000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, data, compression if name.endswith("data/0") else zipfile.ZIP_STORED)
+    assert path.stat().st_size < 10_000  # a bomb, in small
+    with pytest.raises(CheckpointError, match=r"data/0' is compressed \(\d+ bytes to 4000000\)"):
+        Checkpoint.open(tmp_path)
+
+
+BROKEN: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _: b"",
+    "cut": lambda raw: raw[: len(raw) // 2],
+    "zeros": lambda raw: bytes(len(raw)),
+    "not a pickle": lambda _: b"hello world",
+    "zip without records": lambda _: b"PK\5\6" + bytes(18),
+    "no directory": lambda raw: raw[:-22],
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+@FORMATS
+def test_broken_pickle_is_one_clear_error(damage: str, zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    save({"w": torch.randn(500)}, path, zipped)
+    path.write_bytes(BROKEN[damage](path.read_bytes()))
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(tmp_path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_git_lfs_pointer_in_place_of_a_pickle_is_told_from_weights(tmp_path: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 90868376\n"
+    (tmp_path / "pytorch_model.bin").write_text(pointer)
+    with pytest.raises(CheckpointError, match=r"Git LFS pointer.*git lfs pull"):
+        Checkpoint.open(tmp_path)
+
+
+def test_tensor_in_two_pickles_is_refused(tmp_path: Path) -> None:
+    save_sharded(
+        [{"a": torch.ones(1), "w": torch.ones(1)}, {"b": torch.ones(1), "w": torch.ones(1)}], tmp_path
+    )
+    with pytest.raises(CheckpointError, match=r"00002\.bin.*'w'.*two files"):
+        Checkpoint.open(tmp_path)
+
+
+def test_pickle_that_lacks_a_tensor_of_its_index_is_refused(tmp_path: Path) -> None:
+    save_sharded([{"a": torch.ones(1), "w": torch.ones(1)}, {"b": torch.ones(1)}], tmp_path)
+    save({"a": torch.ones(1)}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(CheckpointError, match=r"'w'.*no file of the index holds it"):
+        Checkpoint.open(tmp_path)
+
+
+def test_missing_shard_of_a_pickle_is_named(tmp_path: Path) -> None:
+    save_sharded([{"a": torch.ones(1)}, {"b": torch.ones(1)}], tmp_path)
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"pytorch_model-00002-of-00002\.bin.*not there"):
+        Checkpoint.open(tmp_path)
+
+
+def test_every_dtype_of_torch_that_safetensors_knows_is_listed_under_its_name(tmp_path: Path) -> None:
+    for name in set(DTYPE_NAMES.values()) - {"float6_e2m3fn", "float6_e3m2fn", "float4_e2m1fn_x2"}:
+        state = {"w": torch.zeros(16, dtype=torch.uint8).view(getattr(torch, name))}
+        (tensor,) = Checkpoint.open(save(state, tmp_path / name / "pytorch_model.bin")).tensors.values()
+        assert DTYPE_NAMES[tensor.dtype] == name
+        assert tensor.nbytes == 16

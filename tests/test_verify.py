@@ -1,0 +1,225 @@
+"""Verification finds whatever differs, and nothing else; it does not care how the two sides are laid out."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from shardkit import Cancelled, Checkpoint, Progress, Verification, shard_checkpoint, verify_checkpoint
+from tests.support import (
+    FreshFolder,
+    Tensor,
+    Tensors,
+    checkpoints,
+    data_offsets,
+    safetensors_bytes,
+    tensors,
+    union,
+    write_checkpoint,
+)
+
+
+def floats(*values: float) -> Tensor:
+    return Tensor("F32", (len(values),), struct.pack(f"<{len(values)}f", *values))
+
+
+def put(folder: Path, made: Tensors) -> Path:
+    return write_checkpoint(folder, [made])
+
+
+def differing(found: Verification) -> list[str]:
+    return [mismatch.tensor for mismatch in found.mismatches]
+
+
+MADE: Tensors = {"a": floats(1, 2), "b": floats(3), "scalar": Tensor("F32", (), b"\0\0\x80?")}
+
+
+@settings(max_examples=40)
+@given(files=checkpoints(), data=st.data())
+def test_checkpoint_equals_itself_in_any_layout(
+    files: list[Tensors], data: st.DataObject, fresh_folder: FreshFolder
+) -> None:
+    made = union(files)
+    shuffled = {name: made[name] for name in data.draw(st.permutations(list(made)))}
+    with fresh_folder() as folder:
+        one, other = write_checkpoint(folder / "one", files), put(folder / "other", shuffled)
+        found = verify_checkpoint(one, other, workers=2)
+        back = verify_checkpoint(other, one, workers=1)
+    assert found.equal
+    assert back.equal
+    assert (found.tensors, found.nbytes) == (len(made), sum(len(t.data) for t in made.values()))
+    assert found.digests == back.digests
+    assert found.digests.keys() == made.keys()
+
+
+@settings(max_examples=60)
+@given(made=tensors(max_size=30), data=st.data(), side=st.sampled_from(["source", "destination"]))
+def test_one_flipped_bit_on_either_side_is_found_with_its_tensor(
+    made: Tensors, data: st.DataObject, side: str, fresh_folder: FreshFolder
+) -> None:
+    names = [name for name, tensor in made.items() if tensor.data]
+    if not names:
+        return
+    name = data.draw(st.sampled_from(names))
+    place = data.draw(st.integers(0, 8 * len(made[name].data) - 1))
+    with fresh_folder() as folder:
+        put(folder / "source", made)
+        shard_checkpoint(folder / "source", folder / "destination", max_shard_size=3000, verify=False)
+        (path,) = (p for p in (folder / side).glob("*.safetensors") if name in data_offsets(p))
+        raw = bytearray(path.read_bytes())
+        raw[data_offsets(path)[name] + place // 8] ^= 1 << place % 8
+        path.write_bytes(raw)
+        found = verify_checkpoint(folder / "source", folder / "destination", workers=2)
+    assert not found.equal
+    assert differing(found) == [name]
+    assert "bytes" in found.mismatches[0].reason
+    assert (found.missing, found.extra) == ((), ())
+
+
+def test_large_tensor_is_read_to_its_last_bit(tmp_path: Path) -> None:
+    made = {"large": Tensor("U8", (3_333_333,), bytes(3_333_333))}
+    flipped = {"large": made["large"]._replace(data=bytes(3_333_332) + b"\1")}
+    assert not verify_checkpoint(put(tmp_path / "a", made), put(tmp_path / "b", flipped)).equal
+
+
+def without(name: str) -> Tensors:
+    return {key: tensor for key, tensor in MADE.items() if key != name}
+
+
+def test_missing_and_extra_tensors_are_named(tmp_path: Path) -> None:
+    ours, theirs = put(tmp_path / "ours", without("a")), put(tmp_path / "theirs", without("b"))
+    found = verify_checkpoint(ours, theirs)
+    assert not found.equal
+    assert (found.missing, found.extra, found.mismatches) == (("b",), ("a",), ())
+    assert "NOT EQUAL" in str(found)
+
+
+def test_renamed_tensor_is_missing_and_extra(tmp_path: Path) -> None:
+    renamed = {("A" if name == "a" else name): tensor for name, tensor in MADE.items()}
+    found = verify_checkpoint(put(tmp_path / "ours", MADE), put(tmp_path / "theirs", renamed))
+    assert (found.missing, found.extra) == (("a",), ("A",))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (MADE["a"]._replace(shape=(2, 1)), ["shape", "[2]", "[2, 1]"]),
+        (MADE["a"]._replace(dtype="I32"), ["dtype", "float32", "int32"]),
+        (Tensor("I64", (2,), bytes(16)), ["dtype", "float32", "int64"]),
+        (floats(2, 1), ["bytes"]),
+        (floats(1, -2), ["bytes"]),
+    ],
+)
+def test_tensor_that_differs_is_named_with_the_way_it_differs(
+    changed: Tensor, words: list[str], tmp_path: Path
+) -> None:
+    ours, theirs = put(tmp_path / "ours", MADE), put(tmp_path / "theirs", MADE | {"a": changed})
+    for found in (verify_checkpoint(ours, theirs), verify_checkpoint(theirs, ours)):
+        assert differing(found) == ["a"]
+        assert [word for word in words if word not in found.mismatches[0].reason] == []
+        assert found.mismatches[0].reason in str(found)
+
+
+def test_zero_and_minus_zero_differ_and_a_nan_equals_itself(tmp_path: Path) -> None:
+    ours = put(tmp_path / "ours", {"zero": floats(0.0), "nan": floats(float("nan"))})
+    theirs = put(tmp_path / "theirs", {"zero": floats(-0.0), "nan": floats(float("nan"))})
+    assert differing(verify_checkpoint(ours, theirs)) == ["zero"]
+
+
+def test_swapped_tensors_of_one_size_are_both_found(tmp_path: Path) -> None:
+    ours = put(tmp_path / "ours", {"a": floats(1), "b": floats(2)})
+    theirs = put(tmp_path / "theirs", {"a": floats(2), "b": floats(1)})
+    assert differing(verify_checkpoint(ours, theirs)) == ["a", "b"]
+
+
+def test_formats_do_not_matter(tmp_path: Path) -> None:
+    state = {"w": torch.randn(7, 5), "n": torch.arange(3), "b": torch.tensor(True)}
+    folders = [tmp_path / name for name in ("safetensors", "zip", "legacy")]
+    for folder in folders:
+        folder.mkdir()
+    save_file(state, folders[0] / "model.safetensors")
+    torch.save(state, folders[1] / "pytorch_model.bin")
+    torch.save(state, folders[2] / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    digests = [verify_checkpoint(a, b).digests for a in folders for b in folders]
+    assert all(verify_checkpoint(a, b).equal for a in folders for b in folders)
+    assert all(digest == digests[0] for digest in digests)
+
+
+def cast_pair(tmp_path: Path, dtype: str) -> tuple[Path, Path]:
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    source.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    state = {f"t{i}": torch.randn(333, generator=generator) for i in range(4)} | {"n": torch.arange(5)}
+    save_file(state, source / "model.safetensors")
+    shard_checkpoint(source, destination, max_shard_size=1000, dtype=dtype, verify=False)
+    return source, destination
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_cast_is_proved_from_the_source(dtype: str, tmp_path: Path) -> None:
+    found = verify_checkpoint(*cast_pair(tmp_path, dtype))
+    assert found.equal
+    assert (found.tensors, found.cast) == (5, 4)
+    assert "4 tensors compared with the cast computed again" in str(found)
+
+
+@pytest.mark.parametrize("place", [0, 1, 300, -1])
+def test_one_flipped_bit_after_a_cast_is_found(place: int, tmp_path: Path) -> None:
+    source, destination = cast_pair(tmp_path, "bfloat16")
+    (path,) = (p for p in destination.glob("*.safetensors") if "t2" in data_offsets(p))
+    raw = bytearray(path.read_bytes())
+    raw[data_offsets(path)["t2"] + place if place >= 0 else place] ^= 1
+    path.write_bytes(raw)
+    found = verify_checkpoint(source, destination)
+    expected = "t2" if place >= 0 else max(data_offsets(path), key=data_offsets(path).__getitem__)
+    assert differing(found) == [expected]
+
+
+def test_rounding_another_way_is_not_taken_for_the_cast(tmp_path: Path) -> None:
+    source = put(tmp_path / "source", {"w": floats(1 / 3)})
+    (bits,) = struct.unpack("<I", struct.pack("<f", 1 / 3))
+    cut = Tensor("BF16", (1,), struct.pack("<H", bits >> 16))  # truncated, where torch rounds to nearest
+    assert not verify_checkpoint(source, put(tmp_path / "destination", {"w": cut})).equal
+
+
+def test_cast_to_integers_is_no_cast(tmp_path: Path) -> None:
+    source = put(tmp_path / "source", {"w": floats(1, 2)})
+    destination = put(tmp_path / "destination", {"w": Tensor("I16", (2,), struct.pack("<2h", 1, 2))})
+    assert "dtype" in verify_checkpoint(source, destination).mismatches[0].reason
+
+
+def test_open_checkpoints_are_as_good_as_paths(tmp_path: Path) -> None:
+    folder = put(tmp_path / "ours", MADE)
+    assert verify_checkpoint(Checkpoint.open(folder), folder / "model.safetensors").equal
+
+
+def test_verification_can_be_stopped(tmp_path: Path) -> None:
+    folder = put(tmp_path / "ours", MADE)
+    with pytest.raises(Cancelled, match="verify"):
+        verify_checkpoint(folder, folder, progress=lambda _: False)
+
+
+def test_progress_of_a_verification_counts_both_sides(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    folder = put(tmp_path / "ours", MADE)
+    verify_checkpoint(folder, folder, progress=seen.append)
+    assert seen[-1] == Progress("verify", 32, 32)
+
+
+def test_empty_checkpoints_are_equal(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(safetensors_bytes({}))
+    assert verify_checkpoint(tmp_path / "a", tmp_path / "b").equal
+
+
+def test_finding_survives_json(tmp_path: Path) -> None:
+    ours, theirs = put(tmp_path / "ours", MADE), put(tmp_path / "theirs", without("a") | {"b": floats(4)})
+    found = verify_checkpoint(ours, theirs)
+    assert found.mismatches
+    assert Verification.from_dict(json.loads(json.dumps(found.to_dict()))) == found

@@ -1,0 +1,974 @@
+"""A destination is absent or whole; what is in it is what every reader finds in the source."""
+
+import errno
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from shardkit import (
+    Cancelled,
+    Checkpoint,
+    CheckpointError,
+    DestinationError,
+    Progress,
+    ShardkitError,
+    SpaceError,
+    VerificationError,
+    destination,
+    shard_checkpoint,
+    staging,
+    transfer,
+    verify_checkpoint,
+    write,
+)
+from tests.support import (
+    FreshFolder,
+    Tensors,
+    bits,
+    checkpoints,
+    data_offsets,
+    limits,
+    read_checkpoint,
+    read_file,
+    union,
+    weight_files,
+    write_checkpoint,
+)
+
+LIMIT = 2000
+COUNT = 6
+
+
+def source_of(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """A checkpoint of `COUNT` tensors, each of which fills a shard of `LIMIT` bytes."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    elements = 1600 // dtype.itemsize
+    tensors = {f"t{i}": torch.randn(elements, generator=generator).to(dtype) for i in range(COUNT)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text('{"architectures": ["Tiny"], "dtype": "float32"}')
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return source_of(tmp_path / "source")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def shard(source: Path, out: Path, **options: object) -> write.ShardReport:
+    return shard_checkpoint(source, out, **{"max_shard_size": LIMIT, "workers": 1} | options)  # type: ignore[arg-type]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def beside(folder: Path) -> set[str]:
+    """What lies beside the source and the destination: locks, staging folders."""
+    return {path.name for path in folder.parent.iterdir()} - {"source", "out"}
+
+
+@settings(max_examples=70)
+@given(files=checkpoints(), data=st.data(), strategy=st.sampled_from(["size", "layer", "balanced"]))
+def test_union_of_the_shards_is_the_source_for_every_reader(
+    files: list[Tensors], data: st.DataObject, strategy: str, fresh_folder: FreshFolder
+) -> None:
+    made = union(files)
+    limit = data.draw(limits(made))
+    with fresh_folder() as folder:
+        source = write_checkpoint(folder / "source", files)
+        report = shard(source, folder / "out", max_shard_size=limit, strategy=strategy, workers=2)
+        assert read_checkpoint(folder / "out") == made
+        weights = weight_files(folder / "out")
+        assert {path.name: path.stat().st_size for path in weights} == report.files
+        for path in weights:
+            offsets = data_offsets(path)
+            assert path.stat().st_size <= limit or len(offsets) == 1
+            assert all(offset % max(1, bits(made[name].dtype) // 8) == 0 for name, offset in offsets.items())
+        assert {path.name for path in folder.iterdir()} == {"source", "out"}
+        index = {"model.safetensors.index.json"} if len(weights) > 1 else set()
+        assert {path.name for path in (folder / "out").iterdir()} == {*report.files, *index}
+        assert read_checkpoint_of_source(source, files) == made  # as it was
+
+
+def read_checkpoint_of_source(source: Path, files: list[Tensors]) -> Tensors:
+    shards = [path for path in sorted(source.iterdir()) if path.suffix == ".safetensors"]
+    assert len(shards) == len(files)
+    return union([read_file(path) for path in shards])
+
+
+@settings(max_examples=25)
+@given(
+    sizes=st.lists(st.integers(0, 300), min_size=1, max_size=40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn]),
+    limit=st.integers(500, 3000),
+)
+def test_merged_shards_are_the_file_that_safetensors_itself_writes(
+    sizes: list[int], dtype: torch.dtype, limit: int, fresh_folder: FreshFolder
+) -> None:
+    tensors = {f"layers.{i}.größe": torch.arange(size).to(dtype) for i, size in enumerate(sizes)}
+    with fresh_folder() as folder:
+        (folder / "source").mkdir()
+        save_file(tensors, folder / "source" / "model.safetensors", metadata={"format": "pt"})
+        shard(folder / "source", folder / "sharded", max_shard_size=limit)
+        shard(folder / "sharded", folder / "merged", max_shard_size="1GB")
+        assert list(contents(folder / "merged")) == ["model.safetensors"]
+        assert contents(folder / "merged") == contents(folder / "source")
+
+
+def test_metadata_of_the_source_is_kept_in_every_file(source: Path, out: Path) -> None:
+    metadata = {"format": "pt", "trained_on": 'größe "quoted"'}
+    save_file({"a": torch.ones(400), "b": torch.ones(400)}, source / "model.safetensors", metadata=metadata)
+    report = shard(source, out)
+    assert len(report.files) == 2
+    for file, size in report.files.items():
+        with safetensors.safe_open(out / file, framework="pt") as reader:
+            assert reader.metadata() == metadata
+        assert (out / file).stat().st_size == size <= LIMIT
+
+
+def test_shards_can_be_read_by_name_of_the_index_in_transformers(source: Path, out: Path) -> None:
+    report = shard(source, out)
+    assert [path.name for path in weight_files(out)] == list(report.files)
+    assert len(report.files) == COUNT
+
+
+def test_plan_knew_how_much_disk_the_destination_takes(source: Path, out: Path) -> None:
+    plan = plan_shards(Checkpoint.open(source), max_shard_size=LIMIT)
+    shard(source, out)
+    assert plan.disk_bytes == sum(len(content) for content in contents(out).values())
+
+
+def test_all_that_is_not_weights_comes_along_unchanged(source: Path, out: Path) -> None:
+    (source / "README.md").write_text("card")
+    (source / "tf_model.h5").write_bytes(b"other")
+    report = shard(source, out)
+    assert (out / "README.md").read_text() == "card"
+    assert (out / "1_Pooling" / "config.json").read_text() == "{}"
+    assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert not (out / "tf_model.h5").exists()
+    assert set(report.side_files) == {"README.md", "config.json", os.path.join("1_Pooling", "config.json")}
+    assert report.left_out == ("tf_model.h5",)
+    assert "tf_model.h5" in str(report)
+
+
+def test_cast_is_followed_by_every_dtype_of_the_config(source: Path, out: Path) -> None:
+    config = {"architectures": ["T"], "dtype": "float32", "vision_config": {"torch_dtype": "float32", "n": 1}}
+    (source / "config.json").write_text(json.dumps(config))
+    shard(source, out, dtype="bfloat16")
+    expected = {
+        "architectures": ["T"],
+        "dtype": "bfloat16",
+        "vision_config": {"torch_dtype": "bfloat16", "n": 1},
+    }
+    assert json.loads((out / "config.json").read_text()) == expected
+
+
+def test_cast_adds_a_dtype_to_the_config_of_a_model_that_names_none(source: Path, out: Path) -> None:
+    (source / "config.json").write_text('{"architectures": ["Größe"]}')
+    shard(source, out, dtype="float16")
+    assert json.loads((out / "config.json").read_text()) == {"architectures": ["Größe"], "dtype": "float16"}
+
+
+def test_name_of_a_weights_file_leaves_the_config_with_the_file(source: Path, out: Path) -> None:
+    (source / "model.safetensors").rename(source / "special.safetensors")
+    (source / "config.json").write_text('{"transformers_weights": "special.safetensors", "n": 1}')
+    shard(source, out)
+    assert json.loads((out / "config.json").read_text()) == {"n": 1}
+
+
+def test_config_of_an_adapter_stays_its_own_beside_a_model_config(source: Path, out: Path) -> None:
+    (source / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    shard(source, out, dtype="float16")
+    assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_destination_has_the_rights_that_the_umask_gives(source: Path, out: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        shard(source, out)
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()} == {0o640}
+    assert out.stat().st_mode & 0o777 == 0o750
+
+
+def test_paths_with_spaces_and_umlauts_are_as_good_as_any(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "мо дель" / "größe 'n' \"more\"")
+    shard(source, tmp_path / "ein neues" / "ziel 層")
+    assert verify_checkpoint(source, tmp_path / "ein neues" / "ziel 層").equal
+
+
+def test_relative_destination_is_as_good_as_an_absolute_one(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(out.parent)
+    assert shard(Path("source"), Path("out")).destination == str(out)
+    assert verify_checkpoint(source, out).equal
+
+
+def test_empty_folder_is_a_destination(source: Path, out: Path) -> None:
+    out.mkdir()
+    shard(source, out)
+    assert verify_checkpoint(source, out).equal
+
+
+def test_link_to_an_empty_folder_is_a_destination(source: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    out.symlink_to("elsewhere")
+    shard(source, out)
+    assert out.is_symlink()
+    assert verify_checkpoint(source, tmp_path / "elsewhere").equal
+
+
+# Moving bytes ------------------------------------------------------------------------------------------
+
+
+def fails_with(number: int) -> Callable[..., int]:
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def limited(name: str, calls: int, error: int) -> Callable[..., int]:
+    """A system call that copies 100 bytes at a time, and after so many calls says that it cannot."""
+    real, left = getattr(os, name), iter(range(calls))
+    place = 2 if name == "copy_file_range" else 3  # of the argument that says how many bytes
+
+    def copy(*args: int) -> int:
+        if next(left, None) is None:
+            raise OSError(error, os.strerror(error))
+        return real(*args[:place], min(args[place], 100), *args[place + 1 :])
+
+    return copy
+
+
+WAYS: dict[str, dict[str, Callable[..., int] | None]] = {
+    "another device": {"copy_file_range": fails_with(errno.EXDEV)},
+    "not in this kernel": {"copy_file_range": fails_with(errno.ENOSYS)},
+    "not on this system": {"copy_file_range": None},
+    "copies nothing": {"copy_file_range": lambda *_: 0},
+    "no sendfile either": {"copy_file_range": fails_with(errno.EXDEV), "sendfile": fails_with(errno.EINVAL)},
+    "neither on this system": {"copy_file_range": None, "sendfile": None},
+    "short copies": {"copy_file_range": limited("copy_file_range", 10**6, 0)},
+    "gives up half way": {"copy_file_range": limited("copy_file_range", 7, errno.EXDEV)},
+    "both give up half way": {
+        "copy_file_range": limited("copy_file_range", 7, errno.EOPNOTSUPP),
+        "sendfile": limited("sendfile", 9, errno.ENOSYS),
+    },
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_copy_gives_the_same_bytes(
+    way: str, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard(source, out)
+    system = vars(os) | WAYS[way]
+    system = {name: value for name, value in system.items() if value is not None or name not in WAYS[way]}
+    monkeypatch.setattr(transfer, "os", types.SimpleNamespace(**system))
+    shard(source, out.with_name("other"), workers=2)
+    assert contents(out.with_name("other")) == contents(out)
+
+
+@settings(max_examples=20)
+@given(
+    files=checkpoints(max_size=12), chunk=st.integers(33, 99), task=st.integers(55, 300), kernel=st.booleans()
+)
+def test_cuts_between_chunks_and_tasks_lose_nothing(
+    files: list[Tensors], chunk: int, task: int, kernel: bool, fresh_folder: FreshFolder
+) -> None:
+    with fresh_folder() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "CHUNK_BYTES", chunk)
+        patch.setattr(transfer, "TASK_BYTES", task)
+        if not kernel:
+            patch.setattr(os, "copy_file_range", fails_with(errno.ENOSYS))
+            patch.setattr(os, "sendfile", fails_with(errno.ENOSYS))
+        shard(write_checkpoint(folder / "source", files), folder / "out", workers=2)
+        assert read_checkpoint(folder / "out") == union(files)
+
+
+def test_processes_can_do_the_work(source: Path, out: Path) -> None:
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
+        report = shard(source, out, executor=executor, dtype="float16")
+        assert executor.submit(os.getpid).result() != os.getpid()  # the pool is the caller's, and still open
+    assert report.verification is not None
+    assert verify_checkpoint(source, out).cast == COUNT
+
+
+def test_failure_in_a_process_is_the_same_clear_error(out: Path, tmp_path: Path) -> None:
+    source = source_of(tmp_path / "source")
+
+    def cut(progress: Progress) -> None:
+        if not progress.done_bytes:
+            os.truncate(source / "model.safetensors", 3000)
+
+    with (
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor,
+        pytest.raises(CheckpointError, match="cut short") as caught,
+    ):
+        shard(source, out, executor=executor, progress=cut)
+    assert caught.value.file == str(source / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_progress_rises_to_its_total_in_every_stage(dtype: str | None, source: Path, out: Path) -> None:
+    seen: list[Progress] = []
+    shard(source, out, dtype=dtype, progress=seen.append, workers=3)
+    stages = list(dict.fromkeys(progress.stage for progress in seen))
+    assert stages == ["copy", "verify"]
+    for stage in stages:
+        done = [progress.done_bytes for progress in seen if progress.stage == stage]
+        (total,) = {progress.total_bytes for progress in seen if progress.stage == stage}
+        assert done[0] == 0
+        assert done == sorted(done)
+        assert done[-1] == total > 0
+
+
+# What must not be touched ----------------------------------------------------------------------------
+
+
+def test_existing_folder_is_refused(source: Path, out: Path) -> None:
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(DestinationError, match="already exists and is not empty") as caught:
+        shard(source, out)
+    assert str(out) in str(caught.value)
+    assert contents(out) == {"thesis.txt": b"mine"}
+
+
+def test_overwrite_replaces_nothing_but_checkpoints(source: Path, out: Path) -> None:
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(DestinationError, match="holds no checkpoint"):
+        shard(source, out, overwrite=True)
+    assert contents(out) == {"thesis.txt": b"mine"}
+
+
+def test_file_in_place_of_the_destination_is_refused(source: Path, out: Path) -> None:
+    out.write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(DestinationError, match="is a file"):
+            shard(source, out, overwrite=overwrite)
+    assert out.read_text() == "mine"
+
+
+def test_overwrite_replaces_a_checkpoint_in_one_step(source: Path, out: Path) -> None:
+    shard(source_of(out.with_name("old"), seed=1), out, max_shard_size="1GB")
+    shard(source, out, overwrite=True)
+    assert verify_checkpoint(source, out).equal
+    assert not (out / "model.safetensors").exists()  # it would shadow the index
+    assert beside(out) == {"old"}
+
+
+def test_overwrite_works_where_folders_cannot_be_swapped(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard(source_of(out.with_name("old"), seed=1), out)
+    monkeypatch.setattr(destination.ctypes, "CDLL", lambda *_, **__: object())
+    shard(source, out, overwrite=True)
+    assert verify_checkpoint(source, out).equal
+    assert beside(out) == {"old"}
+
+
+OVERLAPS: dict[str, Callable[[Path], tuple[Path, Path]]] = {
+    "same": lambda home: (home / "source", home / "source"),
+    "same, written otherwise": lambda home: (home / "source", home / "x" / ".." / "source"),
+    "inside the source": lambda home: (home / "source", home / "source" / "out"),
+    "source inside": lambda home: (home / "source", home),
+    "linked": lambda home: (home / "source", home / "link"),
+    "linked source": lambda home: (home / "link", home / "source"),
+    "inside through a link": lambda home: (home / "source", home / "link" / "out"),
+    "folder of the file": lambda home: (home / "source" / "model.safetensors", home / "source"),
+    "the file": lambda home: (home / "source" / "model.safetensors", home / "source" / "model.safetensors"),
+    "inside the folder of the file": lambda home: (
+        home / "source" / "model.safetensors",
+        home / "source" / "out",
+    ),
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("case", OVERLAPS)
+def test_destination_that_overlaps_the_source_is_refused(
+    case: str, overwrite: bool, source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to("source")
+    (tmp_path / "model.safetensors").write_bytes(b"a checkpoint, as far as overwrite can see")
+    before = contents(source)
+    with pytest.raises(DestinationError) as caught:
+        shard(*OVERLAPS[case](tmp_path), overwrite=overwrite)
+    assert str(tmp_path) in str(caught.value)
+    assert contents(source) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "link", "model.safetensors"}
+
+
+def test_destination_that_holds_the_blobs_of_a_linked_source_is_refused(tmp_path: Path) -> None:
+    source_of(tmp_path / "out" / "inner")
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"old")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "model.safetensors").symlink_to("../out/inner/model.safetensors")
+    with pytest.raises(DestinationError, match="lies inside the destination"):
+        shard(tmp_path / "source", tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "inner" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["file/out", "x" * 300, "x" * 250], ids=["under a file", "long", "longer staged"]
+)
+def test_destination_that_cannot_be_made_is_one_clear_error(name: str, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DestinationError) as caught:
+        shard(source, tmp_path / name)
+    assert name.split("/")[0] in str(caught.value)
+
+
+# Failures --------------------------------------------------------------------------------------------
+
+CALLS = ["copy_file_range", "fsync", "truncate", "unlink", "mkdir", "open", "pwrite"]
+
+
+def run_until_it_works(
+    fail: Callable[[pytest.MonkeyPatch, int], None], run: Callable[[], object], check: Callable[[], None]
+) -> int:
+    """Fail at the first chance, then at the second, and so on; check each time, count the failures."""
+    for chance in range(200):
+        with pytest.MonkeyPatch.context() as patch:
+            fail(patch, chance)
+            try:
+                run()
+            except ShardkitError:
+                failed = True
+            else:
+                failed = False
+        check()
+        if not failed:
+            return chance
+    raise AssertionError("it never worked")
+
+
+def failing_call(name: str, inside: Path) -> Callable[[pytest.MonkeyPatch, int], None]:
+    """Let the nth call of a system call fail with EIO, counted from 0 where a path lies in `inside`."""
+    real = getattr(os, name)
+
+    def install(patch: pytest.MonkeyPatch, chance: int) -> None:
+        left = [chance]
+        lock = threading.Lock()
+
+        def call(*args: object, **kwargs: object) -> object:
+            paths = [os.fspath(a) for a in args if isinstance(a, (str, os.PathLike))]
+            if not paths or any("shardkit-staging" in str(path) for path in paths):
+                with lock:
+                    left[0] -= 1
+                    if left[0] == -1:
+                        raise OSError(errno.EIO, os.strerror(errno.EIO), str(inside))
+            return real(*args, **kwargs)
+
+        patch.setattr(os, name, call)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("name", "overwrite"),
+    [*itertools.product(CALLS, [False, True]), ("rename", False)],  # a swap is no os.rename
+)
+def test_destination_is_absent_or_whole_whichever_system_call_fails(
+    name: str, overwrite: bool, source: Path, out: Path
+) -> None:
+    old = source_of(out.with_name("old"), seed=1)
+    before = contents(source)
+    if overwrite:
+        shard(old, out)
+
+    def check() -> None:
+        assert contents(source) == before
+        if overwrite or out.exists():
+            assert verify_checkpoint(source, out).equal or verify_checkpoint(old, out).equal
+
+    def run() -> None:
+        if not overwrite and out.exists():  # the failure came after publishing: it is whole, start again
+            shutil.rmtree(out)
+        shard(source, out, overwrite=overwrite, dtype="float16" if name == "pwrite" else None, resume=False)
+
+    assert run_until_it_works(failing_call(name, out), run, check) > 0
+    assert verify_checkpoint(source, out).equal
+    assert beside(out) == {"old"}
+
+
+STAGES = {
+    "reading what an earlier run left": (write, "damaged_shards"),
+    "copying": (write, "run_task"),
+    "syncing": (staging.Staging, "_sync"),
+    "writing config and index": (write, "_write_beside"),
+    "copying a side file": (shutil, "copyfile"),
+    "verifying": (write, "verify_checkpoint"),
+    "publishing": (staging.Staging, "publish"),
+}
+FAILURES = [
+    OSError(errno.EIO, "Input/output error"),
+    CheckpointError("damaged"),
+    MemoryError(),
+    KeyboardInterrupt(),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+@pytest.mark.parametrize("stage", STAGES)
+def test_destination_is_absent_after_a_failure_at_any_stage(
+    stage: str, failure: BaseException, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    before = contents(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(*STAGES[stage], fail)
+        expected = DestinationError if isinstance(failure, OSError) else type(failure)
+        with pytest.raises(expected):
+            shard(source, out)
+    assert not out.exists()
+    assert contents(source) == before
+    shard(source, out)
+    assert verify_checkpoint(source, out).equal
+    assert beside(out) == set()
+
+
+def test_old_destination_survives_when_the_new_one_cannot_take_its_place(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = source_of(out.with_name("old"), seed=1)
+    shard(old, out)
+    real = os.rename
+
+    def rename(a: os.PathLike[str], b: os.PathLike[str]) -> None:
+        if "shardkit-staging" in os.fspath(a) and Path(b) == out:
+            raise OSError(errno.EIO, "Input/output error", os.fspath(b))
+        real(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(destination.ctypes, "CDLL", lambda *_, **__: object())  # no way to swap in one step
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(DestinationError):
+            shard(source, out, overwrite=True)
+    assert verify_checkpoint(old, out).equal
+
+
+def test_copy_that_does_not_verify_is_not_published(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.copy_file_range
+
+    def rot(from_fd: int, to_fd: int, count: int, from_offset: int, to_offset: int) -> int:
+        done = real(from_fd, to_fd, count, from_offset, to_offset)
+        if from_offset == data_offsets(source / "model.safetensors")["t3"]:
+            os.pwrite(to_fd, bytes([os.pread(from_fd, 1, from_offset)[0] ^ 1]), to_offset)
+        return done
+
+    monkeypatch.setattr(os, "copy_file_range", rot)
+    with pytest.raises(VerificationError, match=r"1 tensor .*\(t3\)") as caught:
+        shard(source, out)
+    assert str(out) in str(caught.value)
+    assert not out.exists()
+    assert beside(out) == set()
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_source_that_shrinks_meanwhile_is_an_error_not_a_hang(
+    dtype: str | None, source: Path, out: Path
+) -> None:
+    def cut(progress: Progress) -> None:
+        if not progress.done_bytes:
+            os.truncate(source / "model.safetensors", 5000)
+
+    with pytest.raises(CheckpointError, match="cut short") as caught:
+        shard(source, out, dtype=dtype, progress=cut)
+    assert "5000" in str(caught.value)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_source_that_changes_meanwhile_is_not_published(file: str, source: Path, out: Path) -> None:
+    def touch(progress: Progress) -> None:
+        if progress.stage == "verify" and not progress.done_bytes:
+            os.utime(source / file, ns=(1, 1))
+
+    with pytest.raises(CheckpointError, match="changed while it was copied"):
+        shard(source, out, progress=touch)
+    assert not out.exists()
+
+
+def test_shard_that_changes_between_proof_and_publishing_is_not_published(source: Path, out: Path) -> None:
+    def damage(progress: Progress) -> None:
+        if progress.stage == "verify" and progress.done_bytes == progress.total_bytes:
+            staged = staging.staging_folder(out) / "model-00002-of-00006.safetensors"
+            raw = bytearray(staged.read_bytes())
+            raw[-1] ^= 1
+            staged.write_bytes(raw)
+
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00006\.safetensors.*changed on disk"):
+        shard(source, out, progress=damage)
+    assert not out.exists()
+
+
+# Resume ----------------------------------------------------------------------------------------------
+
+
+def journal(out: Path) -> Path:
+    (path,) = staging.staging_folder(out).glob("*journal*")
+    return path
+
+
+def journaled(out: Path) -> list[str]:
+    """The shards of an unfinished run that are safely on the disk, in order of their names."""
+    return sorted(re.findall(r'"shard": "([^"]+)"', journal(out).read_text(encoding="utf-8")))
+
+
+def interrupt(source: Path, out: Path, shards: int = 3, **options: object) -> list[str]:
+    """Stop a run after so many shards, once the disk has them; return what the journal holds."""
+    before = len(journaled(out)) if staging.staging_folder(out).exists() else 0
+
+    def stop(progress: Progress) -> bool:
+        if progress.done_bytes < shards * 1600:
+            return True
+        deadline = time.monotonic() + 10
+        while len(journaled(out)) < before + shards and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return False
+
+    with pytest.raises(Cancelled, match="stopped as asked"):
+        shard(source, out, progress=stop, **options)
+    assert not out.exists()
+    return journaled(out)
+
+
+def copied(source: Path, out: Path, **options: object) -> tuple[write.ShardReport, int]:
+    """Shard, and say how many source bytes were copied on the way."""
+    seen: list[Progress] = []
+    report = shard(source, out, progress=seen.append, **options)
+    assert verify_checkpoint(source, out).equal
+    assert beside(out) <= {"other"}
+    return report, max(progress.total_bytes for progress in seen if progress.stage == "copy")
+
+
+def test_resume_reuses_the_finished_shards_and_says_so(source: Path, out: Path) -> None:
+    finished = interrupt(source, out)
+    assert len(finished) == 3
+    report, nbytes = copied(source, out)
+    assert sorted(report.reused) == finished
+    assert nbytes == 3 * 1600
+    assert "reused" in str(report)
+    assert all(file in str(report) for file in finished)
+
+
+def test_resume_can_be_interrupted_in_its_turn(source: Path, out: Path) -> None:
+    interrupt(source, out, 2)
+    interrupt(source, out, 2)
+    report, nbytes = copied(source, out)
+    assert (len(report.reused), nbytes) == (4, 2 * 1600)
+
+
+def test_cancel_while_verifying_copies_nothing_again(source: Path, out: Path) -> None:
+    with pytest.raises(Cancelled, match="verify"):
+        shard(source, out, progress=lambda progress: progress.stage != "verify")
+    report, nbytes = copied(source, out)
+    assert (len(report.reused), nbytes) == (COUNT, 0)
+
+
+def test_cancel_before_the_first_byte_leaves_nothing_to_use(source: Path, out: Path) -> None:
+    interrupt(source, out, 0)
+    assert copied(source, out)[0].reused == ()
+
+
+def test_run_without_resume_starts_anew(source: Path, out: Path) -> None:
+    interrupt(source, out)
+    report, nbytes = copied(source, out, resume=False)
+    assert (report.reused, nbytes) == ((), COUNT * 1600)
+
+
+def test_values_lost_before_the_interruption_are_still_reported(source: Path, out: Path) -> None:
+    save_file({f"t{i}": torch.full((400,), 1e-30) for i in range(COUNT)}, source / "model.safetensors")
+    interrupt(source, out, dtype="float16", max_shard_size=1000)
+    report = shard(source, out, dtype="float16", max_shard_size=1000)
+    assert len(report.reused) == 3
+    assert [(loss.tensor, loss.flushed) for loss in report.lost] == [(f"t{i}", 400) for i in range(COUNT)]
+
+
+def rewrite_source(source: Path) -> None:
+    other = source_of(source.with_name("other"), seed=2)
+    (other / "model.safetensors").rename(source / "model.safetensors")
+
+
+def touch_config(source: Path) -> None:
+    (source / "config.json").write_text('{"architectures": ["Other"]}')
+
+
+@pytest.mark.parametrize("change", [rewrite_source, touch_config])
+def test_changed_source_starts_anew(change: Callable[[Path], None], source: Path, out: Path) -> None:
+    interrupt(source, out)
+    change(source)
+    assert copied(source, out)[0].reused == ()
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_shard_size": 4000}, {"max_shard_size": "1GB"}, {"dtype": "float16"}], ids=str
+)
+def test_changed_plan_starts_anew(options: dict[str, object], source: Path, out: Path) -> None:
+    interrupt(source, out)
+    assert copied(source, out, **options)[0].reused == ()
+
+
+def flip(path: Path, place: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 0x10
+    path.write_bytes(raw)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a bit of the data": lambda path: flip(path, -1),
+    "a bit of the header": lambda path: flip(path, 20),
+    "cut short": lambda path: os.truncate(path, 1000),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_staged_shard_is_written_again(damage: str, source: Path, out: Path) -> None:
+    damaged, *others = interrupt(source, out)
+    DAMAGE[damage](staging.staging_folder(out) / damaged)
+    report, nbytes = copied(source, out)
+    assert sorted(report.reused) == others
+    assert nbytes == 4 * 1600
+
+
+def test_damaged_staged_shard_is_written_again_after_a_second_interruption(source: Path, out: Path) -> None:
+    damaged, *others = interrupt(source, out)
+    DAMAGE["a bit of the data"](staging.staging_folder(out) / damaged)
+    with pytest.raises(Cancelled):
+        shard(source, out, progress=lambda _: False)
+    report, _ = copied(source, out)
+    assert sorted(report.reused) == others
+
+
+def test_journal_torn_by_a_kill_loses_its_last_line_alone(source: Path, out: Path) -> None:
+    interrupt(source, out)
+    raw = journal(out).read_bytes()
+    journal(out).write_bytes(raw[:-12])
+    interrupt(source, out, 1)
+    report, _ = copied(source, out)
+    assert len(report.reused) == 3  # two from the first run, one from the second
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\0\0\0",
+        b"[]",
+        b'{"fingerprint": "of another job"}\n',
+        b"\xff\xfe",
+        b"{}\n{}\n",
+        pytest.param(None, id="absent"),
+    ],
+)
+def test_unreadable_journal_starts_anew(raw: bytes | None, source: Path, out: Path) -> None:
+    interrupt(source, out)
+    if raw is None:
+        journal(out).unlink()
+    else:
+        journal(out).write_bytes(raw)
+    assert copied(source, out)[0].reused == ()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"shard": "model-00009-of-00009.safetensors", "lost": []}',
+        '{"shard": "../source/model.safetensors", "lost": []}',
+        '{"shard": "model-00001-of-00006.safetensors"}',
+        "{}",
+        "3",
+    ],
+)
+def test_journal_line_that_makes_no_sense_is_not_believed(line: str, source: Path, out: Path) -> None:
+    interrupt(source, out)
+    with journal(out).open("a") as file:
+        file.write(line + "\n")
+    copied(source, out)
+
+
+# Space -----------------------------------------------------------------------------------------------
+
+
+def test_too_small_a_disk_is_found_before_the_first_byte(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = sum(p.stat().st_size for p in [source / "model.safetensors"])
+    real = shutil.disk_usage(out.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=needed // 2))
+    monkeypatch.setattr(write, "run_task", lambda _: pytest.fail("a byte was copied"))
+    with pytest.raises(SpaceError) as caught:
+        shard(source, out)
+    assert all(word in str(caught.value) for word in (str(out), f"{needed // 2:,}", "short"))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_names_the_bytes_short_and_resumes_after_space_is_made(
+    number: int, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.copy_file_range
+    calls = iter(range(3))
+
+    def copy(*args: int) -> int:
+        if next(calls, None) is None:
+            raise OSError(number, os.strerror(number))
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "copy_file_range", copy)
+        with pytest.raises(SpaceError, match=r"the disk is full, [\d,]+ bytes .* short") as caught:
+            shard(source, out)
+    assert "run the same again" in str(caught.value)
+    assert not out.exists()
+    report, nbytes = copied(source, out)
+    assert len(report.reused) <= 3  # those that the disk had when it filled up
+    assert nbytes == (COUNT - len(report.reused)) * 1600
+
+
+# Two runs at once -----------------------------------------------------------------------------------
+
+
+def test_second_run_on_a_destination_is_refused_while_the_first_goes_on(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(destination, "_LOCK_SECONDS", 0.1)
+    started, finish = threading.Event(), threading.Event()
+    reports: list[write.ShardReport] = []
+
+    def wait(_: Progress) -> None:
+        started.set()
+        assert finish.wait(60)
+
+    first = threading.Thread(target=lambda: reports.append(shard(source, out, progress=wait)))
+    first.start()
+    try:
+        assert started.wait(60)
+        with pytest.raises(DestinationError, match=f"another run is writing it.*{os.getpid()}") as caught:
+            shard(source, out)
+        assert str(out) in str(caught.value)
+    finally:
+        finish.set()
+        first.join()
+    assert len(reports) == 1
+    assert verify_checkpoint(source, out).equal
+    assert beside(out) == set()
+
+
+def test_lock_of_a_dead_process_is_no_obstacle(source: Path, out: Path) -> None:
+    code = """
+import os, sys
+from shardkit import shard_checkpoint
+journal = os.path.join(os.path.dirname(sys.argv[2]), ".out.shardkit-staging", ".journal.jsonl")
+def die(progress):
+    if progress.done_bytes >= 3200:
+        while open(journal).read().count("shard") < 2:
+            pass
+        os.kill(os.getpid(), 9)
+shard_checkpoint(sys.argv[1], sys.argv[2], max_shard_size=2000, workers=1, progress=die)
+"""
+    killed = subprocess.run([sys.executable, "-c", code, source, out], check=False)
+    assert killed.returncode == -9
+    assert not out.exists()
+    assert beside(out)  # a lock, and a staging folder
+    report, _ = copied(source, out)
+    assert len(report.reused) == 2
+
+
+# What it costs --------------------------------------------------------------------------------------
+
+PEAK = """
+import sys
+from shardkit import shard_checkpoint
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+shard_checkpoint(sys.argv[1], sys.argv[2], max_shard_size="200MB", dtype=sys.argv[3] or None)
+print(peak(), *(name for name in ("torch", "numpy", "transformers") if name in sys.modules))
+"""
+
+
+def sparse_source(folder: Path, nbytes: int, tensors: int = 8) -> Path:
+    """A bfloat16 checkpoint of zeros that takes no space."""
+    folder.mkdir()
+    each = nbytes // tensors
+    header = {
+        f"t{i}": {"dtype": "BF16", "shape": [each // 2], "data_offsets": [i * each, (i + 1) * each]}
+        for i in range(tensors)
+    }
+    raw = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + each * tensors)
+    return folder
+
+
+def peak_of_sharding(source: Path, out: Path, dtype: str = "") -> tuple[int, list[str]]:
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, source, out, dtype], check=True, capture_output=True, text=True
+    )
+    peak, *modules = done.stdout.split()
+    return int(peak), modules
+
+
+@pytest.mark.slow
+def test_sharding_two_gigabytes_takes_less_than_64_mb_and_neither_torch_nor_numpy(
+    tmp_path: Path,
+) -> None:
+    peak, modules = peak_of_sharding(sparse_source(tmp_path / "source", 2_000_000_000), tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    assert modules == []
+    assert peak < 64_000_000
+
+
+@pytest.mark.slow
+def test_cast_takes_less_than_200_mb_and_no_torch(tmp_path: Path) -> None:
+    source = sparse_source(tmp_path / "source", 800_000_000)
+    peak, modules = peak_of_sharding(source, tmp_path / "out", "float16")
+    shutil.rmtree(tmp_path / "out")
+    assert modules == ["numpy"]
+    assert peak < 200_000_000
+
+
+def test_import_brings_in_nothing_heavy() -> None:
+    code = "import sys, shardkit; print(*sys.modules)"
+    loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert not loaded & {"torch", "transformers", "matplotlib", "ipywidgets", "numpy", "IPython", "pandas"}

@@ -22,7 +22,7 @@ from shardkit.sizes import format_size
 CANONICAL_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 CONFIG_FILES = ("config.json", "adapter_config.json")
 
-_MAX_JSON_BYTES = 100_000_000
+_MAX_JSON_BYTES = 25_000_000
 _MAX_JSON_DEPTH = 100
 _INDEX = re.compile(r".*\.(safetensors|bin)\.index(\.[^.]+)?\.json")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|ot|tflite)")

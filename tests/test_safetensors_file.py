@@ -114,7 +114,7 @@ DAMAGED = {
     "empty file": (b"", ["0 bytes", "at least 8", "cut"]),
     "cut in the length": (b"\x10\0\0", ["3 bytes", "at least 8"]),
     "cut in the header": (file_bytes({"a": entry(0, 2)}, b"xy")[:40], ["has only 40", "cut"]),
-    "header of 100 MB and more": (
+    "header beyond the limit": (
         (MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}",
         [str(MAX_HEADER_BYTES + 1), str(MAX_HEADER_BYTES), "not a safetensors file"],
     ),

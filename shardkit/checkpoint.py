@@ -28,7 +28,7 @@ from shardkit.pickle_file import scan_pickles
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.safetensors_file import read_header
 from shardkit.sizes import format_size
-from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
+from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ class Checkpoint(Record):
             tensors, aliases, notes = scan_pickles(folder, files, ties_weights(config))
             metadata: dict[str, str] = {}
         else:
-            tensors, metadata = _scan_safetensors(folder, files)
+            with collector_paused():
+                tensors, metadata = _scan_safetensors(folder, files)
             aliases, notes = {}, ()
         _check_weight_map(weight_map, tensors, aliases, chosen)
         # A file that lies beside no config is alone: what surrounds it is none of its business.

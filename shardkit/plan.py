@@ -18,7 +18,7 @@ from shardkit.packing import Item, layout, pack_balanced, pack_by_layer, pack_by
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.safetensors_file import FORMAT_METADATA, Entry, build_header, empty_header_chars
 from shardkit.sizes import format_size, parse_size
-from shardkit.tensor import DTYPE_NAMES, QUANTISED_DTYPES, TensorInfo
+from shardkit.tensor import DTYPE_NAMES, QUANTISED_DTYPES, TensorInfo, collector_paused
 
 Strategy = Literal["size", "layer", "balanced"]
 CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -214,10 +214,11 @@ def plan_shards(
     target = parse_dtype(dtype)
     if target is not None:
         _refuse_quantised(checkpoint)
-    items = [Item.of(tensor, target) for tensor in checkpoint.tensors.values()]
     metadata = _metadata(checkpoint)
     empty = empty_header_chars(metadata)
-    shards = _name(_STRATEGIES[strategy](items, limit, empty), checkpoint.stem, empty)
+    with collector_paused():
+        items = [Item.of(tensor, target) for tensor in checkpoint.tensors.values()]
+        shards = _name(_STRATEGIES[strategy](items, limit, empty), checkpoint.stem, empty)
     return ShardPlan(
         source=checkpoint.source,
         stem=checkpoint.stem,

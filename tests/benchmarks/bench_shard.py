@@ -39,10 +39,11 @@ assert sys.argv[3] or "torch" not in sys.modules
 {PEAK}
 """
 TRANSFORMERS = f"""
-import sys, torch, transformers
+import subprocess, sys, torch, transformers
 dtype = getattr(torch, sys.argv[3]) if sys.argv[3] else "auto"
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=dtype)
 model.save_pretrained(sys.argv[2], max_shard_size="500MB")
+subprocess.run("sync " + sys.argv[2] + "/*", shell=True, check=True)
 {PEAK}
 """
 PLAN = f"""

@@ -116,13 +116,12 @@ class Staging:
 
     @contextmanager
     def kept_for_resume(self) -> Iterator[None]:
-        """Remove the folder after an error that running again will not mend."""
+        """Remove the folder after an error, unless running again would find something finished in it."""
         try:
             yield
-        except (Cancelled, SpaceError):
-            raise
-        except ShardkitError:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        except ShardkitError as error:
+            if not (isinstance(error, (Cancelled, SpaceError)) and self.finished):
+                shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
     def full(self) -> SpaceError:

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shardkit import Checkpoint, PlanError, ShardPlan, SizeError, TensorInfo, plan_shards
+from shardkit.safetensors_file import MAX_HEADER_BYTES
 from tests.support import bits, checkpoints, limits, union
 
 STRATEGIES = ("size", "layer", "balanced")
@@ -181,6 +182,22 @@ def test_balanced_gives_equal_tensors_to_files_as_equal_as_can_be(count: int, nb
     held = [len(shard.tensors) for shard in plan.shards]
     assert len(held) == math.ceil(count / fits)
     assert max(held) - min(held) <= 1
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("nbytes", [600_000, 2_000_000], ids=["one a file", "oversized"])
+def test_balanced_plan_of_very_many_tensors_comes_to_an_end(nbytes: int) -> None:
+    plan = plan_shards(of_sizes([nbytes] * 10_000), max_shard_size=1_000_000, strategy="balanced")
+    assert len(plan.shards) == 10_000
+
+
+def test_header_of_a_shard_stays_within_what_we_read_ourselves() -> None:
+    source = checkpoint((f"{'x' * 2000}{place}", "U8", (1,)) for place in range(13_000))
+    try:
+        plan = plan_shards(source, max_shard_size="1GB")
+    except PlanError:
+        return  # to say so before the first byte is right as well
+    assert max(shard.header_bytes for shard in plan.shards) <= MAX_HEADER_BYTES
 
 
 LLAMA = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]

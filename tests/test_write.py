@@ -33,6 +33,7 @@ from shardkit import (
     SpaceError,
     VerificationError,
     destination,
+    plan_shards,
     shard_checkpoint,
     staging,
     transfer,
@@ -315,6 +316,15 @@ def test_cuts_between_chunks_and_tasks_lose_nothing(
         assert read_checkpoint(folder / "out") == union(files)
 
 
+def test_side_file_that_links_out_of_the_folder_is_refused(source: Path, out: Path) -> None:
+    # A clone of a stranger's repository may hold such a link, and what comes along may be pushed again.
+    (source.parent / "old").write_text("key")
+    (source / "README.md").symlink_to(source.parent / "old")
+    with pytest.raises(CheckpointError, match=r"README\.md.*leaves the folder"):
+        shard(source, out)
+    assert not out.exists()
+
+
 def test_processes_can_do_the_work(source: Path, out: Path) -> None:
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
         report = shard(source, out, executor=executor, dtype="float16")
@@ -396,6 +406,44 @@ def test_overwrite_works_where_folders_cannot_be_swapped(
     shard(source, out, overwrite=True)
     assert verify_checkpoint(source, out).equal
     assert beside(out) == {"old"}
+
+
+def test_exchange_cut_short_by_a_kill_is_undone_by_the_next_run(source: Path, out: Path) -> None:
+    old = source_of(out.with_name("old"), seed=1)
+    shard(old, out)
+    out.rename(out.with_name(".out.shardkit-old"))  # where folders cannot be swapped, a kill may leave this
+    with pytest.raises(DestinationError, match="already exists"):
+        shard(source, out)
+    assert verify_checkpoint(old, out).equal
+    out.rename(out.with_name(".out.shardkit-old"))
+    shard(source, out, overwrite=True)
+    assert verify_checkpoint(source, out).equal
+    assert beside(out) == {"old"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_at_the_destination_meanwhile_is_not_touched(
+    overwrite: bool, source: Path, out: Path
+) -> None:
+    def appear(progress: Progress) -> None:
+        if progress.stage == "verify" and not progress.done_bytes:
+            out.mkdir()
+            (out / "thesis.txt").write_text("mine")
+
+    with pytest.raises(DestinationError) as caught:
+        shard(source, out, overwrite=overwrite, progress=appear)
+    assert str(out) in str(caught.value)
+    assert contents(out) == {"thesis.txt": b"mine"}
+
+
+def test_refused_call_leaves_what_an_interrupted_run_has_done(source: Path, out: Path) -> None:
+    finished = interrupt(source, out)
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(DestinationError):
+        shard(source, out)
+    shutil.rmtree(out)
+    assert sorted(copied(source, out)[0].reused) == finished
 
 
 OVERLAPS: dict[str, Callable[[Path], tuple[Path, Path]]] = {
@@ -702,8 +750,10 @@ def test_cancel_while_verifying_copies_nothing_again(source: Path, out: Path) ->
     assert (len(report.reused), nbytes) == (COUNT, 0)
 
 
-def test_cancel_before_the_first_byte_leaves_nothing_to_use(source: Path, out: Path) -> None:
-    interrupt(source, out, 0)
+def test_cancel_before_the_first_byte_leaves_nothing_behind(source: Path, out: Path) -> None:
+    with pytest.raises(Cancelled):
+        shard(source, out, progress=lambda _: False)
+    assert beside(out) == set()
     assert copied(source, out)[0].reused == ()
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import re
 import threading
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardkit.errors import CheckpointError
+from shardkit.pickle_guard import check_pickle
 from shardkit.safetensors_file import check_name, refuse_lfs_pointer, tensor_bytes
 from shardkit.tensor import DTYPE_NAMES, TensorInfo
 
@@ -43,9 +43,10 @@ def scan_pickles(folder: Path, files: tuple[str, ...], ties_weights: bool) -> Sc
     for file in files:
         path = str(folder / file)
         first: dict[object, str] = {}
-        if not zipfile.is_zipfile(path):
+        loaded, mapped = _load(path)
+        if not mapped:
             notes.append(f"{file} is a legacy pickle: it is loaded whole, one such file at a time")
-        for name, tensor in _load(path).items():
+        for name, tensor in loaded.items():
             if name in tensors or name in aliases:
                 raise CheckpointError("is in two files", file=path, tensor=name)
             dtype = names.get(str(tensor.dtype))
@@ -82,14 +83,13 @@ def _identity(tensor: torch.Tensor) -> object:
     return storage.data_ptr(), tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-def _load(path: str) -> Mapping[str, torch.Tensor]:
+def _load(path: str) -> tuple[Mapping[str, torch.Tensor], bool]:
+    """Return the tensors of a file, and whether they are mapped rather than in memory."""
     import torch
 
     with open(path, "rb") as file:
         refuse_lfs_pointer(file.read(16), path)
-    mapped = zipfile.is_zipfile(path)
-    if mapped:
-        _check_stored(path)
+    mapped = check_pickle(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises whatever its parsers do
@@ -108,7 +108,13 @@ def _load(path: str) -> Mapping[str, torch.Tensor]:
             raise CheckpointError(
                 "is sparse, quantised or without data, not a plain tensor", file=path, tensor=name
             )
-    return loaded
+        if value.nbytes > max(value.untyped_storage().nbytes(), os.path.getsize(path)):
+            raise CheckpointError(
+                f"claims {value.nbytes} bytes, on a storage of {value.untyped_storage().nbytes()}",
+                file=path,
+                tensor=name,
+            )
+    return loaded, mapped
 
 
 def _reason(error: Exception) -> str:
@@ -122,38 +128,24 @@ def _reason(error: Exception) -> str:
     return type(error).__name__ if not first or "weights_only" in first else first
 
 
-def _check_stored(path: str) -> None:
-    """Refuse compressed records: torch never writes them, and a small one can unpack to any size."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for record in archive.infolist():
-                if record.compress_type != zipfile.ZIP_STORED:
-                    raise CheckpointError(
-                        f"record {record.filename!r} is compressed ({record.compress_size} bytes to "
-                        f"{record.file_size}), which torch never writes",
-                        file=path,
-                    )
-    except (zipfile.BadZipFile, OSError) as error:
-        raise CheckpointError(f"not a readable zip archive: {error}", file=path) from error
-
-
 class _OpenPickles:
     """Keeps pickles open between tensors: several mapped ones, but only one that is in memory."""
 
     def __init__(self, mapped: int) -> None:
         self._limit, self._lock = mapped, threading.Lock()
-        self._files: dict[tuple[str, int, int], Mapping[str, torch.Tensor]] = {}
+        self._files: dict[tuple[str, int, int], tuple[Mapping[str, torch.Tensor], bool]] = {}
 
     def get(self, path: str) -> Mapping[str, torch.Tensor]:
         with self._lock:
             status = os.stat(path)
             key = (path, status.st_mtime_ns, status.st_size)
             if key not in self._files:
-                limit = self._limit if zipfile.is_zipfile(path) else 1
-                while len(self._files) >= limit:
-                    self._files.pop(next(iter(self._files)))
+                in_memory = [k for k, (_, mapped) in self._files.items() if not mapped]
+                oldest = list(self._files)[: max(0, len(self._files) - self._limit + 1)]
+                for old in {*in_memory, *oldest}:
+                    del self._files[old]
                 self._files[key] = _load(path)
-            return self._files[key]
+            return self._files[key][0]
 
     def clear(self) -> None:
         with self._lock:

@@ -61,6 +61,8 @@ def _check_zip(file: IO[bytes], path: str) -> None:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
         _check_records(file, records, path)
         sizes = {record.filename: record.file_size for record in records}
+        if any(name.endswith("/constants.pkl") for name in sizes):
+            raise CheckpointError("is a TorchScript program, not a map of tensors", file=path)
         names = [name for name in sizes if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(names) != 1:
             raise CheckpointError(f"has {len(names)} records named data.pkl, not one", file=path)

@@ -28,6 +28,7 @@ _TIMES = ("load_wall_seconds", "time_to_first_token_seconds")
 _PEAKS = ("peak_anonymous_bytes", "peak_total_bytes")
 _WIDTH = 0.42
 _LEAD_SECONDS = 0.2
+_PROFILER_MARKS = 24
 _MARKERS = {LOAD: "o", FIRST_TOKEN: "D"}
 
 
@@ -159,7 +160,7 @@ def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, color: str) -> None:
         seconds, anonymous, total = zip(*points, strict=True)
         ax.fill_between(seconds, anonymous, color=color, alpha=0.2, linewidth=0)
         ax.plot(seconds, anonymous, color=color, linewidth=2, label=f"{label}: anonymous")
-        ax.plot(seconds, total, "--", color=color, linewidth=1.4, label=f"{label}: and file pages")
+        ax.plot(seconds, total, "--", color=color, linewidth=1.4, label=f"{label}: with file pages")
         for phase in run.phases:
             if phase.name in _MARKERS:
                 end = phase.start_seconds + phase.wall_seconds - start
@@ -170,7 +171,8 @@ def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, color: str) -> None:
     readings = zip(curve.profiler_seconds, curve.profiler_bytes, strict=True)
     shown = [(at - start, size / 1e9) for at, size in readings if at - start >= -_LEAD_SECONDS and size]
     if shown:
-        ax.plot(*zip(*shown, strict=True), "x", color=color, markersize=4)
+        every = -(-len(shown) // _PROFILER_MARKS)  # more would hide the line that they confirm
+        ax.plot(*zip(*shown, strict=True), "x", color=color, markersize=4, markevery=every)
 
 
 def _explain_marks(ax: Axes) -> None:

@@ -54,7 +54,7 @@ def test_arms_differ_by_more_than_colour():
 def test_curves_start_with_the_load_and_mark_its_phases():
     axes = plot_memory(fake_comparison())
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    for label in ("original: anonymous", "sharded: and file pages", "end of load", "end of first token"):
+    for label in ("original: anonymous", "sharded: with file pages", "end of load", "end of first token"):
         assert label in labels
     marks = [line for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata())]
     assert len(marks) == 2

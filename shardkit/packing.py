@@ -23,7 +23,7 @@ from shardkit.safetensors_file import DTYPE_BITS, entry_text, header_bytes, tens
 from shardkit.tensor import FLOAT_DTYPES, TensorInfo
 
 _PADDING = 7  # the most that aligning a header to 8 bytes can add
-_SEARCHED_ITEMS, _SEARCH_STEPS = 40, 5_000
+_SEARCHED_ITEMS, _SEARCH_STEPS, _COUNTS_TRIED = 40, 5_000, 8
 
 
 class Item(NamedTuple):
@@ -132,11 +132,12 @@ def pack_balanced(items: Sequence[Item], limit: int, empty: int) -> list[list[It
         ordered = sorted(bin_, key=lambda item: position[item.tensor.name])
         return sum(item.nbytes for item in ordered) + layout(ordered, empty)[1]
 
-    apart = [[item] for item in items if file_bytes([item]) > limit]
-    rest = sorted((item for item in items if file_bytes([item]) <= limit), key=lambda item: -item.nbytes)
-    found = min(_best_fit(rest, limit, empty), _without(in_order, apart), key=len)
+    apart = {item.tensor.name: [item] for item in items if file_bytes([item]) > limit}
+    rest = sorted((i for i in items if i.tensor.name not in apart), key=lambda item: -item.nbytes)
+    in_order = [bin_ for bin_ in in_order if bin_[0].tensor.name not in apart]
+    found = min(_best_fit(rest, limit, empty), in_order, key=len)
     fewest = max(1, -(-sum(item.nbytes for item in rest) // limit))
-    for count in range(fewest, len(found) + 1):
+    for count in [*range(fewest, len(found))[:_COUNTS_TRIED], len(found)]:
         spread = _spread(rest, count)
         if all(file_bytes(bin_) <= limit for bin_ in spread):
             found = spread
@@ -144,12 +145,12 @@ def pack_balanced(items: Sequence[Item], limit: int, empty: int) -> list[list[It
         if count < len(found) and (packed := _search(rest, count, limit, file_bytes)):
             found = packed
             break
-    bins = [sorted(bin_, key=lambda item: position[item.tensor.name]) for bin_ in apart + found if bin_]
+    bins = [
+        sorted(bin_, key=lambda item: position[item.tensor.name])
+        for bin_ in [*apart.values(), *found]
+        if bin_
+    ]
     return sorted(bins, key=lambda bin_: position[bin_[0].tensor.name])
-
-
-def _without(bins: Iterable[list[Item]], apart: Sequence[list[Item]]) -> list[list[Item]]:
-    return [bin_ for bin_ in bins if bin_ not in apart]
 
 
 def _best_fit(items: Iterable[Item], limit: int, empty: int) -> list[list[Item]]:

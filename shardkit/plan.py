@@ -16,7 +16,13 @@ from shardkit.checkpoint import Checkpoint
 from shardkit.errors import PlanError
 from shardkit.packing import Item, layout, pack_balanced, pack_by_layer, pack_by_size
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
-from shardkit.safetensors_file import FORMAT_METADATA, Entry, build_header, empty_header_chars
+from shardkit.safetensors_file import (
+    FORMAT_METADATA,
+    MAX_HEADER_BYTES,
+    Entry,
+    build_header,
+    empty_header_chars,
+)
 from shardkit.sizes import format_size, parse_size
 from shardkit.tensor import DTYPE_NAMES, QUANTISED_DTYPES, TensorInfo, collector_paused
 
@@ -219,6 +225,7 @@ def plan_shards(
     with collector_paused():
         items = [Item.of(tensor, target) for tensor in checkpoint.tensors.values()]
         shards = _name(_STRATEGIES[strategy](items, limit, empty), checkpoint.stem, empty)
+    _check_headers(checkpoint, shards)
     return ShardPlan(
         source=checkpoint.source,
         stem=checkpoint.stem,
@@ -246,6 +253,15 @@ def parse_dtype(dtype: object) -> str | None:
     if name not in CAST_DTYPES:
         raise PlanError(f"dtype {str(dtype)!r} is not one of {', '.join(CAST_DTYPES)}")
     return CAST_DTYPES[name]
+
+
+def _check_headers(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
+    longest = max(shard.header_bytes for shard in shards)
+    if longest > MAX_HEADER_BYTES:
+        raise PlanError(
+            f"{checkpoint.source}: {len(checkpoint.tensors):,} tensors in {plural(len(shards), 'file')} take a "
+            f"header of {longest:,} bytes, readers accept {MAX_HEADER_BYTES:,}: lower max_shard_size"
+        )
 
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, str]:

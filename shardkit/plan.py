@@ -259,8 +259,8 @@ def _check_headers(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
     longest = max(shard.header_bytes for shard in shards)
     if longest > MAX_HEADER_BYTES:
         raise PlanError(
-            f"{checkpoint.source}: {len(checkpoint.tensors):,} tensors in {plural(len(shards), 'file')} take a "
-            f"header of {longest:,} bytes, readers accept {MAX_HEADER_BYTES:,}: lower max_shard_size"
+            f"{checkpoint.source}: so many tensors in {plural(len(shards), 'file')} take a header of "
+            f"{longest:,} bytes, readers accept {MAX_HEADER_BYTES:,}: lower max_shard_size"
         )
 
 

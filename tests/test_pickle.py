@@ -130,6 +130,23 @@ def test_ordered_dict_of_a_module_is_a_state_dict(tmp_path: Path) -> None:
     assert all(same(found[name], tensor) for name, tensor in state.items())
 
 
+def marked() -> torch.Tensor:
+    tensor = torch.ones(3)
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]  as transformers marks its own
+    return tensor
+
+
+@pytest.mark.parametrize(
+    "make", [marked, lambda: torch.nn.Buffer(torch.ones(3))], ids=["attribute", "buffer"]
+)
+def test_tensor_that_torch_writes_with_its_type_is_a_tensor(
+    make: Callable[[], torch.Tensor], tmp_path: Path
+) -> None:
+    folder = save({"w": make()}, tmp_path / "a" / "pytorch_model.bin")
+    assert torch.equal(torch.load(folder / "pytorch_model.bin", weights_only=True)["w"], torch.ones(3))
+    assert same(sharded(folder, tmp_path / "out")["w"], torch.ones(3))
+
+
 def test_packed_float4_keeps_all_its_bytes(tmp_path: Path) -> None:
     packed = torch.arange(6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     found = sharded(save({"w": packed}, tmp_path / "a" / "pytorch_model.bin"), tmp_path / "out")
@@ -360,6 +377,7 @@ NOT_PLAIN: dict[str, tuple[object, list[str]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("kind", NOT_PLAIN)
 def test_pickle_of_anything_but_plain_tensors_is_refused(kind: str, tmp_path: Path) -> None:
     content, words = NOT_PLAIN[kind]

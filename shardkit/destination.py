@@ -128,9 +128,15 @@ def remove_leftovers(destination: str | os.PathLike[str]) -> list[Path]:
     return found
 
 
-def put_in_place(new: Path, target: Path) -> None:
-    """Rename a finished folder to its destination; an old one there is replaced in one step, and removed."""
-    if target.is_dir() and any(target.iterdir()):
+def put_in_place(new: Path, target: Path, overwrite: bool) -> None:
+    """Rename a finished folder to its destination; an old one there is replaced in one step, and removed.
+
+    Raises
+    ------
+    OSError
+        If the destination is not empty and is not to be replaced.
+    """
+    if overwrite and target.is_dir() and any(target.iterdir()):
         _exchange(new, target)
         shutil.rmtree(new)
     else:

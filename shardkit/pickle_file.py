@@ -108,7 +108,7 @@ def _load(path: str) -> tuple[Mapping[str, torch.Tensor], bool]:
             raise CheckpointError(
                 "is sparse, quantised or without data, not a plain tensor", file=path, tensor=name
             )
-        if value.nbytes > max(value.untyped_storage().nbytes(), os.path.getsize(path)):
+        if max(value.nbytes, value.untyped_storage().nbytes()) > os.path.getsize(path):
             raise CheckpointError(
                 f"claims {value.nbytes} bytes, on a storage of {value.untyped_storage().nbytes()}",
                 file=path,

@@ -141,8 +141,11 @@ class _Inert:
 
     name = ""
 
-    def __init__(self, *_: object) -> None:
-        pass
+    def __init__(self, *arguments: object) -> None:
+        # torch lets a pickle name these types as an argument; to call one is to ask for memory of any size.
+        called = [self.name, *(getattr(argument, "name", "") for argument in arguments[:1])]
+        if any(name.endswith(("Tensor", "Parameter", "Buffer")) for name in called):
+            raise pickle.UnpicklingError(f"it calls {' with '.join(filter(None, called))}")
 
     def __setstate__(self, _: object) -> None:
         pass
@@ -175,8 +178,7 @@ class _InertUnpickler(pickle._Unpickler):
         self.storages: dict[str, int] = {}
 
     def find_class(self, module: str, name: str) -> type[_Inert]:
-        is_torch = module.split(".")[0] == "torch" and not name.endswith(("Tensor", "Parameter", "Buffer"))
-        if not is_torch and (module, name) != ("collections", "OrderedDict"):
+        if module.split(".")[0] != "torch" and (module, name) != ("collections", "OrderedDict"):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is more than tensors")
         return type("Named", (_Inert,), {"name": name})
 

@@ -1,7 +1,7 @@
 """The folder that a destination grows in: journaled, resumable, published at the end.
 
-The journal is bound to source and plan by a fingerprint, and a shard enters it only when its bytes are on
-the disk.
+The journal is bound to source and plan by a fingerprint. It tells which shards were finished; before one is
+used again, it is compared with the source, so neither a torn journal nor lost writes can do harm.
 """
 
 from __future__ import annotations
@@ -62,10 +62,12 @@ class Staging:
                 shutil.rmtree(self.folder)
         self.folder.mkdir(exist_ok=True)
         # Written anew, without the line that a kill has torn.
-        (self.folder / _JOURNAL).write_text("", encoding="utf-8")
-        self._append({"fingerprint": self._fingerprint})
-        for file, lost in self.finished.items():
-            self._append(_entry(file, lost))
+        entries = [{"fingerprint": self._fingerprint}, *(_entry(*shard) for shard in self.finished.items())]
+        new = self.folder / f"{_JOURNAL}.new"
+        new.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+        new.replace(self.folder / _JOURNAL)
+        for file in self.finished:
+            self._sync_later(file)
 
     def path(self, file: str) -> Path:
         """Return where a file is written."""
@@ -76,9 +78,11 @@ class Staging:
         return sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
 
     def finish(self, file: str, lost: Sequence[Lost]) -> None:
-        """Sync a shard whose last byte was written, off the caller's thread, and journal it."""
+        """Journal a shard whose last byte was written, and sync it off the caller's thread."""
         self.finished[file] = list(lost)
-        self._synced.append(self._syncing.submit(self._sync, file, list(lost)))
+        with (self.folder / _JOURNAL).open("a", encoding="utf-8") as journal:
+            journal.write(json.dumps(_entry(file, lost)) + "\n")
+        self._sync_later(file)
 
     def forget(self, file: str) -> None:
         """Write a shard again that the journal has as finished."""
@@ -104,10 +108,10 @@ class Staging:
         for entry in sorted(self.folder.rglob("*")):
             if entry.name not in self._stats:
                 sync(entry)
+        self.check_destination()
         (self.folder / _JOURNAL).unlink()
         sync(self.folder)
-        self.check_destination()
-        put_in_place(self.folder, self.destination)
+        put_in_place(self.folder, self.destination, self._overwrite)
 
     def close(self) -> None:
         """End the sync threads, and let go of pickles."""
@@ -120,7 +124,7 @@ class Staging:
         try:
             yield
         except ShardkitError as error:
-            if not (isinstance(error, (Cancelled, SpaceError)) and self.finished):
+            if not (isinstance(error, (Cancelled, SpaceError, DestinationError)) and self.finished):
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
@@ -144,16 +148,12 @@ class Staging:
                     "changed on disk after it was written; nothing was published", file=str(self.path(file))
                 )
 
-    def _sync(self, file: str, lost: list[Lost]) -> None:
+    def _sync_later(self, file: str) -> None:
+        self._synced.append(self._syncing.submit(self._sync, file))
+
+    def _sync(self, file: str) -> None:
         sync(self.path(file))
         self._stats[file] = _stat(self.path(file))
-        self._append(_entry(file, lost))
-
-    def _append(self, entry: dict[str, Any]) -> None:
-        with (self.folder / _JOURNAL).open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps(entry) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
 
     def _read_journal(self) -> dict[str, list[Lost]]:
         """Return the finished shards; none where the journal is of another job, or unreadable."""
@@ -167,7 +167,6 @@ class Staging:
             path = self.path(shard.file)
             if path.is_file() and path.stat().st_size == shard.nbytes:
                 kept[shard.file] = lost
-                self._stats[shard.file] = _stat(path)
         return kept
 
     def _journal_entries(self) -> list[Any]:

@@ -250,6 +250,7 @@ def _read_exactly(source: int, buffer: memoryview, offset: int, part: Range) -> 
 
 
 def _truncated(part: Range, at: int) -> CheckpointError:
+    at = min(at, os.path.getsize(part.path))
     return CheckpointError(
         f"ends at byte {at}, the data goes on to {part.offset + part.nbytes}: "
         "it was cut short while it was read",

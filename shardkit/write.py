@@ -197,7 +197,7 @@ def _reuse(
     shards = [shard for shard in plan.shards if shard.file in stage.finished]
     for file in damaged_shards(checkpoint, plan, shards, stage.folder, workers, executor):
         stage.forget(file)
-    return tuple(stage.finished)
+    return tuple(shard.file for shard in shards if shard.file in stage.finished)
 
 
 def _check_space(plan: ShardPlan, stage: Staging) -> None:

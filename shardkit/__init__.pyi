@@ -1,3 +1,5 @@
+__version__: str
+
 from .checkpoint import Checkpoint as Checkpoint
 from .compare import Comparison as Comparison
 from .compare import compare_loads as compare_loads

@@ -100,6 +100,8 @@ class Checkpoint(Record):
             chosen = find_weights(folder, config)
         elif os.path.isfile(path):
             folder, chosen = path.parent, path.name
+            if path.suffix in (".json", ".py", ".txt", ".md") and not is_index(chosen):
+                raise CheckpointError("is no weights file: give the folder it lies in", file=str(path))
             config = read_config(folder)
         else:
             raise CheckpointError(_not_found(os.fspath(source), revision, token))

@@ -9,11 +9,14 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import shardkit
 from shardkit.display.progress import ProgressBar
 from shardkit.errors import ShardkitError
 from shardkit.plan import Strategy
@@ -21,12 +24,22 @@ from shardkit.record import Record
 from shardkit.sizes import format_size
 
 app = typer.Typer(
-    help="Reshard any Hugging Face checkpoint without loading it, and prove that nothing was lost.",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Reshard any Hugging Face checkpoint without loading it, and prove that nothing was lost."""
+    if show:
+        print(shardkit.__version__)
+        raise typer.Exit
+
 
 Source = Annotated[str, typer.Argument(help="A folder, a weights file, or a snapshot of the Hub's cache.")]
 MaxShardSize = Annotated[str, typer.Option(help='The most bytes a file may have: "500MB", "1.5GiB".')]
@@ -34,7 +47,7 @@ StrategyOption = Annotated[
     Strategy, typer.Option(help="Fill files in order, one per layer, or as few and as equal as can be.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="Cast floating-point tensors: float16, bfloat16 or float32.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Files written at once (default: up to 4).")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Threads at work (default: up to 4).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
 
 
@@ -77,7 +90,7 @@ def plan(
 @app.command()
 def shard(
     source: Source,
-    destination: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    destination: Annotated[Path, typer.Argument(help="A folder that does not exist yet, or is empty.")],
     max_shard_size: MaxShardSize = "2GB",
     strategy: StrategyOption = "size",
     dtype: Dtype = None,
@@ -103,7 +116,7 @@ def shard(
     """Rewrite a checkpoint as shards, without loading it, and verify them."""
     from shardkit.write import shard_checkpoint
 
-    with ProgressBar(disable=None) as bar:
+    with _told_how_to_go_on(), ProgressBar(disable=None) as bar:
         report = shard_checkpoint(
             source,
             destination,
@@ -122,14 +135,14 @@ def shard(
 
 @app.command()
 def verify(source: Source, destination: Source, workers: Workers = None, as_json: Json = False) -> None:
-    """Compare two checkpoints tensor by tensor, however they are laid out."""
+    """Compare the tensors of two checkpoints, however they are laid out; after a cast, source first."""
     from shardkit.verify import verify_checkpoint
 
     with ProgressBar(disable=None) as bar:
         found = verify_checkpoint(source, destination, workers=workers, progress=bar)
     _show(found, as_json)
     if not found.equal:
-        raise ShardkitError(f"{destination} does not hold the same tensors as {source}")
+        raise ShardkitError(f"{destination} does not hold just what {source} holds")
 
 
 @app.command()
@@ -155,15 +168,23 @@ def compare(
     """Load both in turn, each time in a fresh process, and say what differs."""
     from shardkit.compare import compare_loads
 
+    for path in filter(None, (output, plot)):
+        if not path.absolute().parent.is_dir():
+            raise ShardkitError(f"{path}: its folder does not exist")
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
+        raise ShardkitError(f"{plot}: give a name that ends in .png or .svg")
+
     def progress(done: int, total: int, label: str) -> None:
         print(f"  {done}/{total} {label}", file=sys.stderr)
 
     found = compare_loads(original, sharded, dtype=dtype, repeats=repeats, cache=cache, progress=progress)
+    _show(found, as_json)
     if output is not None:
         found.save(output)
-    if plot is not None:
+    if plot is not None and not found.failures:
         found.plot(plot)
-    _show(found, as_json)
+    if found.failures:
+        raise ShardkitError(found.verdict)
 
 
 @app.command()
@@ -178,6 +199,14 @@ def demo(
     _show(make_demo_checkpoint(output, size=size), as_json)
 
 
+@contextmanager
+def _told_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on from here", status=130)
+
+
 def _show(record: Record, as_json: bool) -> None:
     print(json.dumps(record.to_dict()) if as_json else record)
 
@@ -188,8 +217,6 @@ def main() -> None:
         app()
     except ShardkitError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("stopped; the same command goes on from here", status=130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

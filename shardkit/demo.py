@@ -268,7 +268,7 @@ def _existing_demo(target: Path, weights: Sequence[_File], made_by: dict[str, An
             return found
     raise DestinationError(
         f"{target}: is not an empty folder, nor the demo asked for ({made_by}; found {recorded}): "
-        "give another folder, or delete this one first"
+        "give another folder"
     )
 
 

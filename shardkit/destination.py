@@ -52,7 +52,8 @@ def check_destination(checkpoint: Checkpoint, target: Path, overwrite: bool) -> 
         return
     if not overwrite:
         raise DestinationError(
-            f"{target}: already exists and is not empty; give another folder, or overwrite it"
+            f"{target}: already exists and is not empty; give another folder, or replace it "
+            "(overwrite=True, --overwrite)"
         )
     if not any(is_weights(entry.name) for entry in target.iterdir()):
         raise DestinationError(
@@ -85,6 +86,8 @@ def locked(target: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
+        if not path.exists():
+            raise DestinationError(f"{target}: the folder {target.parent} cannot be written") from None
         holder = ""
         with suppress(OSError):
             holder = f" ({path.read_text(encoding='utf-8')})"

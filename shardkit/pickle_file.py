@@ -104,9 +104,9 @@ def _load(path: str) -> tuple[Mapping[str, torch.Tensor], bool]:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{name!r} is a {type(value).__name__}, not a tensor", file=path)
         check_name(name, path)
-        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
             raise CheckpointError(
-                "is sparse, quantised or without data, not a plain tensor", file=path, tensor=name
+                "is sparse, quantised, nested or without data, not a plain tensor", file=path, tensor=name
             )
         if max(value.nbytes, value.untyped_storage().nbytes()) > os.path.getsize(path):
             raise CheckpointError(

@@ -12,12 +12,13 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable
+from functools import lru_cache
 from typing import IO, Any, ClassVar, NoReturn
 
 from shardkit.errors import CheckpointError
 
 ZIP_MAGIC = b"PK\x03\x04"
-_MAX_PICKLE_BYTES = 100_000_000
+_MAX_PICKLE_BYTES = 8_000_000  # a tensor takes some 200: 40,000 of them
 _END, _END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q")
 _LOCATOR, _UNSAID = struct.Struct("<4sLQL"), 0xFFFF_FFFF
 _LOCAL_HEADER = struct.Struct("<26x2H")
@@ -131,9 +132,28 @@ def _check_legacy(file: IO[bytes], path: str) -> None:
 
 def _go_through(file: IO[bytes]) -> dict[str, int]:
     """Unpickle one object with inert stand-ins; return the bytes that its storages claim, by key."""
-    unpickler = _InertUnpickler(file)
+    unpickler = _InertUnpickler(_Bounded(file))  # type: ignore[arg-type]  # it reads, and needs no more
     unpickler.load()
     return unpickler.storages
+
+
+class _Bounded:
+    """Reads at most `_MAX_PICKLE_BYTES` of a file."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._left = file, _MAX_PICKLE_BYTES
+
+    def read(self, count: int) -> bytes:
+        return self._counted(self._file.read(min(count, self._left + 1)))
+
+    def readline(self) -> bytes:
+        return self._counted(self._file.readline(self._left + 1))
+
+    def _counted(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        if self._left < 0:
+            raise pickle.UnpicklingError(f"it describes its tensors in more than {_MAX_PICKLE_BYTES} bytes")
+        return data
 
 
 class _Inert:
@@ -160,6 +180,11 @@ class _Inert:
         pass
 
 
+@lru_cache(maxsize=256)
+def _stand_in(name: str) -> type[_Inert]:
+    return type("Named", (_Inert,), {"name": name})
+
+
 def _check_key(key: object) -> None:
     # Some keys take for ever to hash: a tuple of itself twice, sixty deep.
     if not isinstance(key, (str, int)):
@@ -180,7 +205,7 @@ class _InertUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> type[_Inert]:
         if module.split(".")[0] != "torch" and (module, name) != ("collections", "OrderedDict"):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is more than tensors")
-        return type("Named", (_Inert,), {"name": name})
+        return _stand_in(name)
 
     def persistent_load(self, pid: Any) -> _Inert:
         kind, storage, key, _, count, *_ = pid

@@ -6,6 +6,7 @@ Sizes are those of the files, headers included, so `max_shard_size` bounds what 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -184,7 +185,7 @@ class ShardPlan(Record):
 
 
 def plan_shards(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | str | os.PathLike[str],
     *,
     max_shard_size: int | str = "2GB",
     strategy: Strategy = "size",
@@ -195,7 +196,7 @@ def plan_shards(
     Parameters
     ----------
     checkpoint
-        What `Checkpoint.open` returned.
+        What `Checkpoint.open` returned, or what it would open.
     max_shard_size
         The most bytes that a file may have, header included: "500MB", "1.5GiB", or a number of bytes.
         A tensor larger than that gets a file of its own.
@@ -214,6 +215,8 @@ def plan_shards(
     PlanError
         If the strategy or dtype is unknown, or a cast is asked of quantised weights.
     """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint.open(checkpoint)
     limit = parse_size(max_shard_size)
     if strategy not in get_args(Strategy):
         raise PlanError(f"strategy {strategy!r} is not one of {', '.join(get_args(Strategy))}")

@@ -75,12 +75,17 @@ class Verification(Record):
         """Whether the destination holds the source's tensors, all of them and nothing else."""
         return not (self.mismatches or self.missing or self.extra)
 
+    def _result(self) -> str:
+        if not self.equal:
+            return "NOT EQUAL"
+        return "equal to the cast of the source" if self.cast else "equal"
+
     def summary(self) -> Summary:
         """Return the finding as a person reads it."""
         facts: tuple[tuple[str, str], ...] = (
             ("source", shown_path(self.source)),
             ("destination", shown_path(self.destination)),
-            ("result", "equal" if self.equal else "NOT EQUAL"),
+            ("result", self._result()),
             ("tensors", f"{self.tensors:,} compared, {format_size(self.nbytes)}"),
         )
         if self.cast:

@@ -261,7 +261,7 @@ def _refuse_overflow(lost: tuple[Lost, ...], plan: ShardPlan, allow_overflow: bo
         named = listed(f"{loss.tensor} ({plural(loss.overflowed, 'value')})" for loss in hit)
         raise CastError(
             f"{plan.source}: cast to {plan.dtype} makes finite values infinite in {named}; "
-            "choose bfloat16, or allow the overflow"
+            "choose bfloat16, or let it be (allow_overflow=True, --allow-overflow)"
         )
 
 

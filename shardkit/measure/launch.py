@@ -18,6 +18,7 @@ from shardkit.measure.child import ChildEnd, run_child
 from shardkit.measure.environment import describe_machine
 from shardkit.measure.measurement import LOAD, LoadMeasurement, MemoryCurve, Phase, SamplerCost
 from shardkit.measure.sampler import Reading
+from shardkit.plan import CAST_DTYPES
 from shardkit.sizes import format_size
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -71,6 +72,8 @@ def measure_load(
     """
     if cache not in ("cold", "warm"):
         raise MeasurementError(f'cache is {cache!r}: give "cold" or "warm"')
+    if dtype not in (None, "auto", *CAST_DTYPES):
+        raise MeasurementError(f"dtype is {dtype!r}: give auto, {', '.join(CAST_DTYPES)}, or nothing")
     if generate < 0:
         raise MeasurementError(f"generate is {generate}: give a number of tokens, or 0 for none")
     folder = os.path.abspath(os.path.expanduser(source))

@@ -116,7 +116,7 @@ def shard(
     """Rewrite a checkpoint as shards, without loading it, and verify them."""
     from shardkit.write import shard_checkpoint
 
-    with _told_how_to_go_on(), ProgressBar(disable=None) as bar:
+    with _told_how_to_go_on(), _progress_bar() as bar:
         report = shard_checkpoint(
             source,
             destination,
@@ -138,7 +138,7 @@ def verify(source: Source, destination: Source, workers: Workers = None, as_json
     """Compare the tensors of two checkpoints, however they are laid out; after a cast, source first."""
     from shardkit.verify import verify_checkpoint
 
-    with ProgressBar(disable=None) as bar:
+    with _progress_bar() as bar:
         found = verify_checkpoint(source, destination, workers=workers, progress=bar)
     _show(found, as_json)
     if not found.equal:
@@ -205,6 +205,11 @@ def _told_how_to_go_on() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _fail("stopped; the same command goes on from here", status=130)
+
+
+def _progress_bar() -> ProgressBar:
+    # A terminal that says it has no columns gets the usual eighty.
+    return ProgressBar(disable=not sys.stderr.isatty(), ncols=min(shutil.get_terminal_size().columns, 100))
 
 
 def _show(record: Record, as_json: bool) -> None:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -120,3 +122,19 @@ def test_clean_removes_what_an_interrupted_run_left(tmp_path):
     assert str(left) in done.stdout
     assert list(tmp_path.iterdir()) == []
     assert "nothing" in run("clean", tmp_path / "out").stdout
+
+
+def test_a_terminal_sees_progress_and_a_pipe_does_not(demo, tmp_path):
+    leader, follower = pty.openpty()
+    command = [*SHARDKIT, "shard", demo, str(tmp_path / "seen")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=follower)
+    os.close(follower)
+    seen = b""
+    with suppress(OSError):  # which is how Linux says that nobody writes any more
+        while chunk := os.read(leader, 1 << 16):
+            seen += chunk
+    os.close(leader)
+    assert process.wait() == 0
+    assert b"writing shards: 100%" in seen
+    assert b"B/s" in seen
+    assert run("shard", demo, tmp_path / "piped").stderr == ""

@@ -208,8 +208,8 @@ def _told_how_to_go_on() -> Iterator[None]:
 
 
 def _progress_bar() -> ProgressBar:
-    # A terminal that says it has no columns gets the usual eighty.
-    return ProgressBar(disable=not sys.stderr.isatty(), ncols=min(shutil.get_terminal_size().columns, 100))
+    columns, lines = shutil.get_terminal_size()  # the usual, where a terminal says that it has none
+    return ProgressBar(disable=not sys.stderr.isatty(), ncols=min(columns, 100), nrows=lines)
 
 
 def _show(record: Record, as_json: bool) -> None:

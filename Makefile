@@ -1,5 +1,6 @@
 # make demo   shard the embedded model, verify, load both, compare; leaves an executed notebook
 # make test   lint, type-check, test, and run the notebooks' own outputs against a fresh run
+# make torture  kills, full disks, hostile files, races: at length, in one table
 # make bench  speed and memory against peers, as ratios in one run
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ OUTPUT ?= demo-output
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 MARK := $(VENV)/installed
 
-.PHONY: demo test bench notebooks lint clean
+.PHONY: demo test bench torture notebooks lint clean
 .DELETE_ON_ERROR:
 
 $(MARK): requirements.txt pyproject.toml
@@ -35,10 +36,16 @@ lint: $(MARK)
 
 test: lint
 	$(BIN)/pytest --numprocesses auto --dist worksteal
-	$(BIN)/pytest --nbval --nbval-sanitize-with notebooks/sanitize.cfg --nbval-current-env $(NOTEBOOKS)
+	rm -rf notebooks/demo-output
+	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-sanitize-with notebooks/sanitize.cfg \
+	  --nbval-cell-timeout 1200 --timeout 1800 $(NOTEBOOKS)
+	rm -rf notebooks/demo-output
 
 bench: $(MARK)
 	$(BIN)/python -m tests.benchmarks.bench_shard
+
+torture: $(MARK)
+	$(BIN)/python -m tests.torture
 
 # Execute the notebooks where they stand, so that what is stored is what was run.
 notebooks: $(MARK)

@@ -101,6 +101,13 @@ def locked(target: Path) -> Iterator[None]:
         lock.release()
 
 
+def clear_stale_lock(target: Path) -> None:
+    """Remove the lock of a run that died just after it had put its result in place."""
+    if _lock_path(target).exists():
+        with suppress(DestinationError, OSError), locked(target):
+            pass
+
+
 def leftovers(destination: str | os.PathLike[str]) -> list[Path]:
     """Return what interrupted runs have left beside a destination; nothing while one is running."""
     target = resolve(destination)

@@ -28,6 +28,11 @@ _STORAGE_ITEMSIZE = {
     "ComplexFloatStorage": 8, "ComplexDoubleStorage": 16, "UntypedStorage": 1,
     "QInt8Storage": 1, "QUInt8Storage": 1, "QInt32Storage": 4, "QUInt4x2Storage": 1, "QUInt2x4Storage": 1,
 }  # fmt: skip
+_CALLED = ("OrderedDict", "Size", "device", "_get_layout")
+_NEVER_WRITTEN = (
+    "DICT", "EMPTY_SET", "ADDITEMS", "FROZENSET", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ",
+    "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4",
+)  # fmt: skip
 
 
 def check_pickle(path: str) -> bool:
@@ -104,8 +109,10 @@ def _read(file: IO[bytes], form: struct.Struct, position: int) -> tuple[Any, ...
 
 
 def _check_records(file: IO[bytes], records: list[zipfile.ZipInfo], path: str) -> None:
-    if len({record.filename for record in records}) != len(records):
-        raise CheckpointError("has two records of one name", file=path)
+    # Readers differ in how they compare names: by case or not, to the first NUL or to the end.
+    names = {record.orig_filename.lower() for record in records}
+    if len(names) != len(records) or not all(name.isascii() and name.isprintable() for name in names):
+        raise CheckpointError("has two records of one name, or names that are not plain text", file=path)
     end = 0
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
@@ -126,6 +133,7 @@ def _check_legacy(file: IO[bytes], path: str) -> None:
     for _ in range(3):  # magic number, protocol version, system
         _go_through(file)
     claimed = sum(_go_through(file).values())
+    _go_through(file)  # the storages' keys
     if claimed > size:
         raise CheckpointError(f"its storages claim {claimed} bytes, the file has {size}", file=path)
 
@@ -162,10 +170,16 @@ class _Inert:
     name = ""
 
     def __init__(self, *arguments: object) -> None:
-        # torch lets a pickle name these types as an argument; to call one is to ask for memory of any size.
-        called = [self.name, *(getattr(argument, "name", "") for argument in arguments[:1])]
-        if any(name.endswith(("Tensor", "Parameter", "Buffer")) for name in called):
-            raise pickle.UnpicklingError(f"it calls {' with '.join(filter(None, called))}")
+        # All that a state dict calls. Other names that torch lets pass would make tensors on the spot, of
+        # memory that no byte of the file stands behind.
+        first = arguments[0] if arguments else None
+        called = self.name in _CALLED or self.name.startswith("_rebuild_")
+        if self.name.startswith("_rebuild_tensor"):
+            called = isinstance(first, _Storage)
+        elif self.name == "_rebuild_from_type_v2":
+            called = getattr(first, "name", "").startswith("_rebuild_")
+        if not called:
+            raise pickle.UnpicklingError(f"it calls {self.name}, which is more than tensors")
 
     def __setstate__(self, _: object) -> None:
         pass
@@ -178,6 +192,10 @@ class _Inert:
 
     def extend(self, _: object) -> None:
         pass
+
+
+class _Storage:
+    """Stands for a storage that the file holds."""
 
 
 @lru_cache(maxsize=256)
@@ -207,13 +225,14 @@ class _InertUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is more than tensors")
         return _stand_in(name)
 
-    def persistent_load(self, pid: Any) -> _Inert:
+    def persistent_load(self, pid: Any) -> _Storage:
         kind, storage, key, _, count, *_ = pid
         itemsize = _STORAGE_ITEMSIZE.get(getattr(storage, "name", ""))
         if kind != "storage" or itemsize is None or not isinstance(key, str) or type(count) is not int:
-            raise pickle.UnpicklingError(f"a storage is described as {str(pid)[:80]}")
-        self.storages[key] = count * itemsize
-        return _Inert()
+            raise pickle.UnpicklingError("a storage is described as torch never does")
+        if count < 0 or self.storages.setdefault(key, count * itemsize) != count * itemsize:
+            raise pickle.UnpicklingError(f"storage {key!r} claims different sizes")
+        return _Storage()
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -227,14 +246,11 @@ class _InertUnpickler(pickle._Unpickler):
             self.stack[-1][key] = value
 
     def _refuse(self) -> NoReturn:
-        raise pickle.UnpicklingError("it holds a set, or a dictionary in a form that torch never writes")
+        raise pickle.UnpicklingError("it holds a set, an object or a buffer: more than tensors")
 
 
 _InertUnpickler.dispatch |= {
     pickle.SETITEM[0]: _InertUnpickler._set_item,
     pickle.SETITEMS[0]: _InertUnpickler._set_items,
-    **{
-        op[0]: _InertUnpickler._refuse
-        for op in (pickle.DICT, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET)
-    },
+    **{getattr(pickle, name)[0]: _InertUnpickler._refuse for name in _NEVER_WRITTEN},
 }

@@ -19,7 +19,15 @@ from typing import Any
 import xxhash
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.destination import check_destination, locked, put_in_place, resolve, staging_folder, sync
+from shardkit.destination import (
+    check_destination,
+    clear_stale_lock,
+    locked,
+    put_in_place,
+    resolve,
+    staging_folder,
+    sync,
+)
 from shardkit.errors import Cancelled, CheckpointError, DestinationError, ShardkitError, SpaceError
 from shardkit.pickle_file import close_pickles
 from shardkit.plan import ShardPlan
@@ -198,7 +206,11 @@ def staging(
     """
     held = Staging(checkpoint, plan, resolve(destination), overwrite)
     try:
-        held.check_destination()
+        try:
+            held.check_destination()
+        except DestinationError:
+            clear_stale_lock(held.destination)
+            raise
         held.destination.parent.mkdir(parents=True, exist_ok=True)
         with locked(held.destination), held.kept_for_resume():
             held.check_destination()  # another run may just have published it

@@ -1,0 +1,12 @@
+"""Every kind of trial, by the name that the command line knows it by."""
+
+from tests.torture import flips, kills, mutations, pickles, places, races, space
+
+KINDS = {
+    "kills": kills.RANDOM, "kills-at-calls": kills.CHOSEN,
+    "small-disk": space.BEFORE, "full-disk": space.MEANWHILE, "full-disk-calls": space.CALLS,
+    "mutations": mutations.MUTATED, "monsters": mutations.MONSTROUS,
+    "flips": flips.FLIPS, "pickles": pickles.PICKLES, "races": races.RACES,
+    "places": places.ODD, "fallbacks": places.FALLBACKS,
+    "cancels": places.CANCELS, "interrupts": places.INTERRUPTS,
+}  # fmt: skip

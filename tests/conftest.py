@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,10 @@ _COMMON: dict[str, Any] = {
 hypothesis.settings.register_profile("suite", derandomize=True, **_COMMON)
 hypothesis.settings.register_profile("explore", derandomize=False, print_blob=True, **_COMMON)
 hypothesis.settings.load_profile("suite")
+
+# A runner that a shell has started in the background ignores interrupts, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,12 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardkit.errors import CheckpointError
 from shardkit.plan import Shard
 from shardkit.safetensors_file import DTYPE_BITS
+from shardkit.tensor import TensorInfo
 
 TASK_BYTES = 16 << 20  # small enough to stop within a second, whatever the disk
 CHUNK_BYTES = 1 << 20
@@ -90,20 +91,25 @@ def shard_ranges(shard: Shard, folder: str) -> list[Range]:
         tensor = planned.source
         if not tensor.nbytes:
             continue
-        new = Range(
-            os.path.join(folder, tensor.file),
-            tensor.offset or 0,
-            tensor.nbytes,
-            shard.header_bytes + planned.begin,
-            tensor.name,
-            tensor.dtype,
-            planned.dtype,
-            tensor.offset is None,
-        )
+        new = tensor_range(folder, tensor, planned.dtype, shard.header_bytes + planned.begin)
         if ranges and _are_neighbours(ranges[-1], new):
             new = _joined(ranges.pop(), new)
         ranges.append(new)
     return ranges
+
+
+def tensor_range(folder: str, tensor: TensorInfo, target: str, target_offset: int = 0) -> Range:
+    """Return the bytes of one whole tensor, to be written as dtype `target` at `target_offset`."""
+    return Range(
+        os.path.join(folder, tensor.file),
+        tensor.offset or 0,
+        tensor.nbytes,
+        target_offset,
+        tensor.name,
+        tensor.dtype,
+        target,
+        tensor.offset is None,
+    )
 
 
 def _are_neighbours(first: Range, second: Range) -> bool:
@@ -121,15 +127,11 @@ def _joined(first: Range, second: Range) -> Range:
 
 def _part(whole: Range, start: int, nbytes: int) -> Range:
     written = start * DTYPE_BITS[whole.target] // DTYPE_BITS[whole.dtype]
-    return Range(
-        whole.path,
-        whole.offset + start,
-        nbytes,
-        whole.target_offset + written,
-        whole.tensor,
-        whole.dtype,
-        whole.target,
-        whole.is_pickle,
+    return replace(
+        whole,
+        offset=whole.offset + start,
+        nbytes=nbytes,
+        target_offset=whole.target_offset + written,
     )
 
 

@@ -23,7 +23,7 @@ from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import ProgressCallback, ProgressCount, run_all
 from shardkit.sizes import format_size
 from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
-from shardkit.transfer import Range, cast_chunks
+from shardkit.transfer import Range, cast_chunks, tensor_range
 
 _BATCH_BYTES = 32 << 20
 _BATCH_TENSORS = 512
@@ -128,8 +128,8 @@ def verify_checkpoint(
     ours, theirs = (s if isinstance(s, Checkpoint) else Checkpoint.open(s) for s in (source, destination))
     pairs = _pairs(ours, theirs)
     comparable = [pair for pair in pairs if pair.obstacle is None]
-    ranges = [_range(ours, pair.ours, pair.theirs.dtype) for pair in comparable]
-    ranges += [_range(theirs, pair.theirs, pair.theirs.dtype) for pair in comparable]
+    ranges = [tensor_range(ours.folder, pair.ours, pair.theirs.dtype) for pair in comparable]
+    ranges += [tensor_range(theirs.folder, pair.theirs, pair.theirs.dtype) for pair in comparable]
     try:
         digests = _digest_all(ranges, workers, executor, progress)
     finally:
@@ -170,7 +170,7 @@ def damaged_shards(
     intact = [s for s in shards if _has_header(os.path.join(folder, s.file), plan.header(s))]
     owners = [shard for shard in intact for _ in shard.tensors]
     planned = [tensor for shard in intact for tensor in shard.tensors]
-    ranges = [_range(checkpoint, tensor.source, tensor.dtype) for tensor in planned]
+    ranges = [tensor_range(checkpoint.folder, tensor.source, tensor.dtype) for tensor in planned]
     ranges += [_staged(folder, *pair) for pair in zip(owners, planned, strict=True)]
     digests = _digest_all(ranges, workers, executor, None)
     half = len(planned)
@@ -215,19 +215,6 @@ def _pairs(ours: Checkpoint, theirs: Checkpoint) -> list[_Pair]:
     names = dict.fromkeys([*ours.tensors, *theirs.tensors])
     found = ((_find(ours, name), _find(theirs, name)) for name in names)
     return [_Pair(left, right) for left, right in found if left and right]
-
-
-def _range(checkpoint: Checkpoint, tensor: TensorInfo, target: str) -> Range:
-    return Range(
-        checkpoint.path(tensor.file),
-        tensor.offset or 0,
-        tensor.nbytes,
-        0,
-        tensor.name,
-        tensor.dtype,
-        target,
-        tensor.offset is None,
-    )
 
 
 class _Batch(NamedTuple):

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import signal
 import sys
 import time
 
@@ -20,6 +21,8 @@ def main() -> int:
     wanted = parser.parse_args()
     if unknown := set(wanted.kinds) - set(KINDS):
         parser.error(f"unknown: {', '.join(unknown)}")
+    # A shell that starts us in the background has interrupts ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     outcomes: list[Outcome] = []
     with Bench() as bench:
         for name in wanted.kinds or KINDS:

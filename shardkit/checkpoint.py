@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
+from zipfile import is_zipfile
 
 from shardkit.errors import CheckpointError
+from shardkit.estimate import Estimate, StoredTensor, estimate_load
 from shardkit.layout import (
     CONFIG_FILES,
     architecture,
@@ -28,7 +30,14 @@ from shardkit.pickle_file import scan_pickles
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.safetensors_file import read_header
 from shardkit.sizes import format_size
-from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused
+from shardkit.tensor import (
+    CAST_DTYPES,
+    DTYPE_NAMES,
+    FLOAT_DTYPES,
+    TensorInfo,
+    collector_paused,
+    parse_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,26 @@ class Checkpoint(Record):
     def architecture(self) -> str | None:
         """The model class that the config names."""
         return architecture(self.config)
+
+    def estimate(self, dtype: str | None = None) -> Estimate:
+        """Return how much memory `from_pretrained` will take, and on which hosts it fits.
+
+        Parameters
+        ----------
+        dtype
+            Asked of `from_pretrained`: "float16"; None and "auto" leave it to the config, as transformers 5
+            does, or to the files where the config says nothing.
+
+        Raises
+        ------
+        PlanError
+            If the dtype is unknown.
+        """
+        asked = config_dtype(self.config) if dtype in (None, "auto") else dtype
+        target = parse_dtype(asked) if asked in CAST_DTYPES or asked == dtype else None
+        stored = (StoredTensor(t.name, t.elements, t.dtype) for t in self.tensors.values())
+        whole = self.format == "pickle" and not all(is_zipfile(self.path(file)) for file in self.files)
+        return estimate_load(self.source, stored, DTYPE_NAMES[target] if target else None, held_whole=whole)
 
     def path(self, file: str) -> str:
         """Return the path of one of the checkpoint's files."""

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import PlanError
+from shardkit.estimate import Estimate, StoredTensor, estimate_load
 from shardkit.packing import Item, layout, pack_balanced, pack_by_layer, pack_by_size
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.safetensors_file import (
@@ -25,10 +26,15 @@ from shardkit.safetensors_file import (
     empty_header_chars,
 )
 from shardkit.sizes import format_size, parse_size
-from shardkit.tensor import DTYPE_NAMES, QUANTISED_DTYPES, TensorInfo, collector_paused
+from shardkit.tensor import (
+    DTYPE_NAMES,
+    QUANTISED_DTYPES,
+    TensorInfo,
+    collector_paused,
+    parse_dtype,
+)
 
 Strategy = Literal["size", "layer", "balanced"]
-CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 _SHOWN_SHARDS = 12
 
@@ -147,6 +153,20 @@ class ShardPlan(Record):
         index = len(self.index.encode()) if self.index else 0
         return sum(shard.nbytes for shard in self.shards) + index + self.side_bytes
 
+    def estimate(self, dtype: str | None = None) -> Estimate:
+        """Return how much memory loading the shards will take; see `Checkpoint.estimate`.
+
+        Parameters
+        ----------
+        dtype
+            Asked of `from_pretrained`; None for that of the plan.
+        """
+        asked = dtype if dtype not in (None, "auto") else self.dtype
+        target = parse_dtype(asked)
+        tensors = (t for shard in self.shards for t in shard.tensors)
+        stored = (StoredTensor(t.source.name, t.source.elements, t.dtype) for t in tensors)
+        return estimate_load(self.source, stored, DTYPE_NAMES[target] if target else None)
+
     def header(self, shard: Shard) -> bytes:
         """Return what the file of one of the shards begins with."""
         return build_header(shard.entries(), self.metadata)
@@ -240,22 +260,6 @@ def plan_shards(
         oversized=tuple(s.tensors[0].source.name for s in shards if s.tensors and s.nbytes > limit),
         side_bytes=sum(checkpoint.side_files.values()),
     )
-
-
-def parse_dtype(dtype: object) -> str | None:
-    """Return the dtype that a cast is to end in, in safetensors' words; None for none.
-
-    Raises
-    ------
-    PlanError
-        If it is not one of those that can be cast to.
-    """
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.").lower()
-    if name not in CAST_DTYPES:
-        raise PlanError(f"dtype {str(dtype)!r} is not one of {', '.join(CAST_DTYPES)}")
-    return CAST_DTYPES[name]
 
 
 def _check_headers(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:

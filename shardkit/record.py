@@ -7,6 +7,7 @@ say different things.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 
+_FIGURE = re.compile(r"([-+]?[\d.,]+(x| ?[A-Za-z%]{1,3})?( \d+ s)?|[-…]?)$")
+
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under column names; the first column is left-aligned, the others right-aligned."""
+    """Rows of text under column names; columns of figures are right-aligned, the others left."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -34,19 +37,27 @@ class Table:
         """Return the table with its columns aligned by spaces."""
         lines = [tuple(map(_printable, line)) for line in (self.columns, *self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        align = [str.rjust if right else str.ljust for right in self._are_figures]
         return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
+            "  ".join(fit(cell, width) for fit, cell, width in zip(align, line, widths, strict=True)).rstrip()
             for line in lines
         )
 
+    @property
+    def _are_figures(self) -> list[bool]:
+        cells = zip(*self.rows, strict=True) if self.rows else ((),) * len(self.columns)
+        return [
+            place > 0 and all(_FIGURE.match(cell) for cell in column) for place, column in enumerate(cells)
+        ]
+
     def html(self) -> str:
         """Return the table as HTML, every cell escaped."""
-        head = "".join(f'<th scope="col">{_escaped(name)}</th>' for name in self.columns)
+        kinds = ["" if right else ' class="sk-text"' for right in self._are_figures]
+        cells = [list(zip(kinds, row, strict=True)) for row in (self.columns, *self.rows)]
+        head = "".join(f'<th scope="col"{kind}>{_escaped(name)}</th>' for kind, name in cells[0])
         body = "".join(
-            "<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in row) + "</tr>" for row in self.rows
+            "<tr>" + "".join(f"<td{kind}>{_escaped(cell)}</td>" for kind, cell in row) + "</tr>"
+            for row in cells[1:]
         )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 

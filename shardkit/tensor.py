@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
+from shardkit.errors import PlanError
 from shardkit.sizes import format_size
 
 DTYPE_NAMES = {
@@ -21,7 +22,24 @@ DTYPE_NAMES = {
 
 # The dtypes that a cast may start from or end in; anything smaller is quantised.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 QUANTISED_DTYPES = tuple(name for name in DTYPE_NAMES if name == "F4" or name.startswith(("F6_", "F8_")))
+
+
+def parse_dtype(dtype: object) -> str | None:
+    """Return the dtype that a cast is to end in, in safetensors' words; None for none.
+
+    Raises
+    ------
+    PlanError
+        If it is not one of those that can be cast to.
+    """
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.").lower()
+    if name not in CAST_DTYPES:
+        raise PlanError(f"dtype {str(dtype)!r} is not one of {', '.join(CAST_DTYPES)}")
+    return CAST_DTYPES[name]
 
 
 @contextmanager

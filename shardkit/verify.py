@@ -18,11 +18,11 @@ import xxhash
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.pickle_file import close_pickles
-from shardkit.plan import CAST_DTYPES, PlannedTensor, Shard, ShardPlan
+from shardkit.plan import PlannedTensor, Shard, ShardPlan
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import ProgressCallback, ProgressCount, run_all
 from shardkit.sizes import format_size
-from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
+from shardkit.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
 from shardkit.transfer import Range, cast_chunks, tensor_range
 
 _BATCH_BYTES = 32 << 20

@@ -65,6 +65,13 @@ def describe_machine(
     )
 
 
+def usable_memory() -> int:
+    """Return how many bytes a process may use here: what is installed, or the control group's limit."""
+    import psutil
+
+    return min(psutil.virtual_memory().total, memory_limit() or _NO_LIMIT)
+
+
 def _cpu_model() -> str:
     with suppress(OSError), open("/proc/cpuinfo") as file:
         for line in file:

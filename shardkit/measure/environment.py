@@ -8,8 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# cgroup v1 writes "no limit" as the largest page-aligned number.
-_NO_LIMIT = 2**60
+from shardkit.measure.limit import NO_LIMIT, limit_in_force
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,9 @@ class Environment:
 
 
 def describe_machine(
-    folder: str, versions: dict[str, str], threads: int | None, gpu: str | None
+    folder: str, limit: int | None, versions: dict[str, str], threads: int | None, gpu: str | None
 ) -> Environment:
-    """Return the environment of a load from `folder`, with what the child said of itself."""
+    """Return the environment of a load from `folder` under `limit`, with what the child said of itself."""
     import psutil
 
     affinity = getattr(os, "sched_getaffinity", None)
@@ -56,7 +55,7 @@ def describe_machine(
         cpu=_cpu_model(),
         cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
         ram_bytes=psutil.virtual_memory().total,
-        memory_limit_bytes=memory_limit(),
+        memory_limit_bytes=min(limit or NO_LIMIT, limit_in_force() or NO_LIMIT) % NO_LIMIT or None,
         filesystem=filesystem(folder),
         read_ahead_bytes=_read_ahead(folder),
         versions=versions,
@@ -69,7 +68,7 @@ def usable_memory() -> int:
     """Return how many bytes a process may use here: what is installed, or the control group's limit."""
     import psutil
 
-    return min(psutil.virtual_memory().total, memory_limit() or _NO_LIMIT)
+    return min(psutil.virtual_memory().total, limit_in_force() or NO_LIMIT)
 
 
 def _cpu_model() -> str:
@@ -98,23 +97,3 @@ def _read_ahead(folder: str) -> int | None:
         path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
         return int(Path(path).read_text()) * 1024
     return None
-
-
-def memory_limit(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int | None:
-    """Return the smallest memory limit of our control group and its ancestors (v1 or v2), in bytes."""
-    limits = []
-    with suppress(OSError):
-        for line in Path(own).read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            if controllers == "":
-                base, name = Path(root), "memory.max"
-            elif "memory" in controllers.split(","):
-                base, name = Path(root, "memory"), "memory.limit_in_bytes"
-            else:
-                continue
-            relative = Path(group.lstrip("/"))
-            for folder in (relative, *relative.parents):
-                with suppress(OSError, ValueError):  # a container may show only the root of its own tree
-                    limits.append(int((base / folder / name).read_text()))
-    limits = [limit for limit in limits if limit < _NO_LIMIT]
-    return min(limits, default=None)

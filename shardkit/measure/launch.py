@@ -11,17 +11,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from shardkit.checkpoint import Checkpoint
 from shardkit.errors import MeasurementError
 from shardkit.layout import find_weights, is_index, read_config, read_weight_map
+from shardkit.load import prefetch_bytes
 from shardkit.measure import page_cache
 from shardkit.measure.child import ChildEnd, run_child
 from shardkit.measure.environment import describe_machine
 from shardkit.measure.measurement import LOAD, LoadMeasurement, MemoryCurve, Phase, SamplerCost
 from shardkit.measure.sampler import Reading
-from shardkit.sizes import format_size
+from shardkit.sizes import format_size, parse_size
 from shardkit.tensor import CAST_DTYPES
 
 WORKER = Path(__file__).with_name("worker.py")
+_PREFETCH = Path(__file__).parents[1] / "prefetch.py"
 _CURVE_POINTS = 500
 # A load from a folder has no business on the network, whose delays would count as the load's.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -36,8 +39,11 @@ def measure_load(
     device: str = "cpu",
     cache: str = "cold",
     generate: int = 1,
+    prefetch: bool = False,
+    memory_limit: int | str | None = None,
     python: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> LoadMeasurement:
     """Load a checkpoint with `from_pretrained` in a fresh process, and measure it.
 
@@ -47,7 +53,7 @@ def measure_load(
     Parameters
     ----------
     source
-        Folder of a checkpoint.
+        A checkpoint's folder, or the weights or index file in it that transformers loads.
     dtype
         Asked of `from_pretrained`: "float16", "bfloat16", "float32", "auto"; None asks for nothing.
     device
@@ -58,15 +64,22 @@ def measure_load(
     generate
         Tokens after the load. The first is a forward pass of a fixed prompt, which pays for what the
         load put off (for a model that generates nothing, a forward pass alone); 0 leaves it out.
+    prefetch
+        Read the files ahead from the start of the process, as `load_model` does.
+    memory_limit
+        The most memory that the process may have: "12.7GB", or a number of bytes. The kernel counts
+        anonymous memory and file pages that it cannot drop, and kills what needs more.
     python
         The interpreter that loads, when it is not ours: its environment may hold other versions.
     timeout
         Seconds.
+    options
+        Passed to `from_pretrained` as they are; JSON's types only.
 
     Raises
     ------
     MeasurementError
-        If an argument is not understood.
+        If an argument is not understood, or memory cannot be limited here.
     CheckpointError
         If `source` holds no checkpoint.
     """
@@ -76,32 +89,50 @@ def measure_load(
         raise MeasurementError(f"dtype is {dtype!r}: give auto, {', '.join(CAST_DTYPES)}, or nothing")
     if generate < 0:
         raise MeasurementError(f"generate is {generate}: give a number of tokens, or 0 for none")
-    folder = os.path.abspath(os.path.expanduser(source))
-    files = _weight_files(folder)
-    job = {"folder": folder, "dtype": dtype, "device": device, "generate": generate}
+    limit = None if memory_limit is None else parse_size(memory_limit)
+    folder, files = _weight_files(source)
+    job = {
+        "folder": folder,
+        "dtype": dtype,
+        "device": device,
+        "generate": generate,
+        "options": dict(options or {}),
+        "prefetch": _prefetch_job(folder, files, dtype, limit) if prefetch else None,
+    }
     command = [os.fspath(python or sys.executable), str(WORKER)]
     state = page_cache.prepare(files, cache)
-    end = run_child(command, job, timeout=timeout, environment=_ENVIRONMENT)
+    end = run_child(command, job, timeout=timeout, environment=_ENVIRONMENT, memory_limit=limit)
     state = dataclasses.replace(state, resident_bytes_after=page_cache.resident_bytes(files))
-    return _measurement(job, state, end)
+    return _measurement(job, limit, state, end)
 
 
-def _weight_files(folder: str) -> list[str]:
-    path = Path(folder)
-    if not path.is_dir():
-        raise MeasurementError(f"{folder!r} is not a folder: give the folder that holds config.json")
-    chosen = find_weights(path, read_config(path))
-    names = set(read_weight_map(path, chosen).values()) if is_index(chosen) else {chosen}
-    return [str(path / name) for name in sorted(names)]
+def _weight_files(source: str | os.PathLike[str]) -> tuple[str, list[str]]:
+    """Return the folder that transformers is given, and the paths of the weights that it loads from there."""
+    path = Path(os.path.abspath(os.path.expanduser(source)))
+    folder = path if path.is_dir() else path.parent
+    if not path.exists() or (folder != path and read_config(folder) is None):
+        raise MeasurementError(f"{source}: is no folder of a model: give the one that holds config.json")
+    chosen = find_weights(folder, read_config(folder))
+    if path not in (folder, folder / chosen):
+        raise MeasurementError(f"{path}: transformers loads {chosen} of this folder, not this file")
+    names = set(read_weight_map(folder, chosen).values()) if is_index(chosen) else {chosen}
+    return str(folder), [str(folder / name) for name in sorted(names)]
 
 
-def _measurement(job: dict[str, Any], cache: page_cache.CacheState, end: ChildEnd) -> LoadMeasurement:
+def _prefetch_job(folder: str, files: list[str], dtype: str | None, limit: int | None) -> dict[str, Any]:
+    budget = prefetch_bytes(Checkpoint.open(folder), dtype, limit)
+    return {"path": str(_PREFETCH), "files": files, "limit_bytes": budget}
+
+
+def _measurement(
+    job: dict[str, Any], limit: int | None, cache: page_cache.CacheState, end: ChildEnd
+) -> LoadMeasurement:
     events = {event["event"]: event for event in end.events}
     begins = {event["name"]: event for event in end.events if event["event"] == "begin"}
     stack = events.get("stack", {})
     load = begins.get(LOAD, {"at": end.ended_at, "peak_reset": True})
     peaks = _peaks(end, load["at"], load["peak_reset"])
-    outcome, reason = _outcome(end, events, _where(end), peaks["peak_total_bytes"])
+    outcome, reason = _outcome(end, events, limit, peaks)
     notes = [event["text"] for event in end.events if event["event"] == "note"]
     if not load["peak_reset"]:
         notes.append(
@@ -112,6 +143,9 @@ def _measurement(job: dict[str, Any], cache: page_cache.CacheState, end: ChildEn
         dtype=job["dtype"],
         device=job["device"],
         generate=job["generate"],
+        prefetch=job["prefetch"] is not None,
+        memory_limit_bytes=limit,
+        options=job["options"],
         outcome=outcome,
         reason=reason,
         phases=tuple(_phase(event, end) for event in end.events if event["event"] == "end"),
@@ -123,7 +157,7 @@ def _measurement(job: dict[str, Any], cache: page_cache.CacheState, end: ChildEn
         curve=_curve(end),
         sampler=_sampler_cost(end, load["at"]),
         environment=describe_machine(
-            job["folder"], stack.get("versions", {}), stack.get("threads"), stack.get("gpu")
+            job["folder"], limit, stack.get("versions", {}), stack.get("threads"), stack.get("gpu")
         ),
         output="" if outcome == "ok" else end.output,
         notes=tuple(notes),
@@ -138,9 +172,12 @@ def _where(end: ChildEnd) -> str:
     return f" {'during' if marks[-1]['event'] == 'begin' else 'after'} {marks[-1]['name']}"
 
 
-def _outcome(end: ChildEnd, events: Mapping[str, Any], where: str, peak: int | None) -> tuple[Outcome, str]:
+def _outcome(
+    end: ChildEnd, events: Mapping[str, Any], limit: int | None, peaks: Mapping[str, int | None]
+) -> tuple[Outcome, str]:
+    where = _where(end)
     when = f"{where}, {end.ended_at - end.started_at:.1f} s after its start"
-    memory = f", at {format_size(peak)}" if peak is not None else ""
+    memory, anonymous = _at(peaks["peak_total_bytes"]), _at(peaks["peak_anonymous_bytes"])
     last = (end.output.strip().splitlines() or [""])[-1].strip()[:300]
     if end.return_code is None:
         return "failed", f"the interpreter could not be started: {end.output}"
@@ -150,12 +187,21 @@ def _outcome(end: ChildEnd, events: Mapping[str, Any], where: str, peak: int | N
         return "failed", f"{events['error']['reason']}{where}"
     if end.return_code < 0:
         name = _signal_name(-end.return_code)
+        if end.limit_kills and limit is not None:
+            return (
+                "killed",
+                f"by the kernel for its memory limit of {format_size(limit)}{when}{anonymous} anonymous",
+            )
         hint = ": as the kernel does when memory runs out" if name == "SIGKILL" else ""
         return "killed", f"by {name}{when}{memory}{hint}"
     if "done" in events and end.return_code == 0:
         return "ok", ""
     said = f"; it last printed: {last}" if last else ""
     return "failed", f"ended with status {end.return_code}{where} and no result{said}"
+
+
+def _at(peak: int | None) -> str:
+    return f", at {format_size(peak)}" if peak is not None else ""
 
 
 def _signal_name(number: int) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Literal
+from typing import Any, Literal
 
 from shardkit.measure.environment import Environment
 from shardkit.measure.page_cache import CacheState
@@ -102,8 +102,9 @@ class LoadMeasurement(Record):
 
     Attributes
     ----------
-    source, dtype, device, generate
-        What was asked for; dtype None leaves the choice to transformers.
+    source, dtype, device, generate, prefetch, memory_limit_bytes, options
+        What was asked for; dtype None leaves the choice to transformers, `options` went to
+        `from_pretrained` as they are.
     outcome
         "ok"; "failed" (it raised, or ended without a result), "killed" (by a signal), "timeout".
     reason
@@ -149,6 +150,9 @@ class LoadMeasurement(Record):
     curve: MemoryCurve
     sampler: SamplerCost
     environment: Environment
+    prefetch: bool = False
+    memory_limit_bytes: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     output: str = ""
     notes: tuple[str, ...] = ()
 
@@ -178,6 +182,12 @@ class LoadMeasurement(Record):
         return load.wall_seconds + first.wall_seconds if load and first else None
 
     @property
+    def start_to_first_token_seconds(self) -> float | None:
+        """Wall time from the start of the process: imports, behind which prefetch works, and all."""
+        first = self.phase(FIRST_TOKEN)
+        return first.start_seconds + first.wall_seconds if first else None
+
+    @property
     def cpu_to_first_token_seconds(self) -> float | None:
         """CPU time of the load and the first forward pass, user and system."""
         load, first = self.phase(LOAD), self.phase(FIRST_TOKEN)
@@ -193,10 +203,11 @@ class LoadMeasurement(Record):
         """Return outcome, times and peaks, phase by phase."""
         facts = (
             ("source", self.source),
-            ("asked for", f"{self.dtype or 'no dtype'} on {self.device}"),
+            ("asked for", self.asked_for()),
             ("outcome", f"{self.outcome}: {self.reason}" if self.reason else self.outcome),
             ("load", self.time_line()),
             ("time to first token", format_seconds(self.time_to_first_token_seconds)),
+            ("from process start", format_seconds(self.start_to_first_token_seconds)),
             ("peak anonymous", f"{_size(self.peak_anonymous_bytes)} (memory that must exist)"),
             ("peak file-backed", f"{_size(self.peak_file_bytes)} (pages that the kernel may drop)"),
             ("peak total", f"{_size(self.peak_total_bytes)} ({self._peak_source()})"),
@@ -218,6 +229,14 @@ class LoadMeasurement(Record):
         tables = (phases,) if self.phases else ()
         return Summary(f"Load of {PurePath(self.source).name}", facts, tables, self.warnings())
 
+    def asked_for(self) -> str:
+        """Return what was asked for, in words: ``float16 on cpu, prefetch, within 12.7 GB``."""
+        words = [f"{self.dtype or 'no dtype'} on {self.device}"]
+        words += ["prefetch"] * self.prefetch
+        words += [f"{name}={value}" for name, value in self.options.items()]
+        words += [f"within {format_size(self.memory_limit_bytes)}"] if self.memory_limit_bytes else []
+        return ", ".join(words)
+
     def stack(self) -> str:
         """Return what loaded, in short: ``transformers 5.23.0, torch 2.13.0``."""
         versions = self.environment.versions
@@ -232,6 +251,8 @@ class LoadMeasurement(Record):
         notes = list(self.notes)
         if not self.cache.proven:
             notes.append(f"page cache: asked for {self.cache.asked}, not proven: {self.cache.why_not}")
+        if self.memory_limit_bytes and self.cache.asked == "warm":
+            notes.append("the memory limit does not count what was in the page cache before: use cold")
         gap = self.sampler.longest_gap_seconds
         if gap is not None and gap > _LONG_GAP_SECONDS:
             notes.append("memory was not seen for more than 100 ms at a time: a short peak may be missing")

@@ -202,7 +202,7 @@ class Load:
 
     def options(self) -> dict[str, Any]:
         """Return what `from_pretrained` is given: only what was asked for, under its version's name."""
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = dict(self.job["options"])
         if self.job["dtype"] is not None:
             name = "dtype" if int(self.transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
             options[name] = getattr(self.torch, self.job["dtype"], self.job["dtype"])
@@ -248,6 +248,16 @@ class Load:
         self.synchronize()
 
 
+def start_prefetch(path: str, files: list[str], limit_bytes: int) -> None:
+    """Begin to read the files ahead, as `load_model` does, with the very same code."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("prefetch", path)
+    module = module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    module.Prefetch(files, limit_bytes=limit_bytes).start()
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
@@ -262,6 +272,8 @@ def main() -> int:
     reporter = Reporter(job["results"])
     reporter.send("hello", pid=os.getpid())
     try:
+        if job["prefetch"]:
+            start_prefetch(**job["prefetch"])
         Load(job, reporter).run()
     except Exception as error:
         traceback.print_exc()

@@ -1,0 +1,82 @@
+"""Loading a model as fast as its disk allows: its files are read while everything else is got ready."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from shardkit.checkpoint import Checkpoint
+from shardkit.prefetch import Prefetch
+from shardkit.tensor import CAST_DTYPES
+
+# Pages beyond this share of the memory that is free would push out others that were just read.
+_CACHE_SHARE = 0.9
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str | Any = "auto",
+    prefetch: bool = True,
+    **from_pretrained_options: Any,
+) -> Any:
+    """Load a model with transformers, its files read ahead by several threads from the first moment.
+
+    The threads begin before torch and transformers are imported, and go on behind the model's first
+    forward pass, which would else wait for the disk page by page. They hold a few megabytes.
+
+    Parameters
+    ----------
+    source
+        A checkpoint that transformers loads: a folder.
+    dtype
+        Asked of `from_pretrained`. Shards written in this dtype are mapped and not copied; so the source
+        must stay where it is for as long as the model lives.
+    prefetch
+        Whether to read ahead.
+    **from_pretrained_options
+        Passed on: ``device_map``, ``attn_implementation``, ...
+
+    Returns
+    -------
+    The model: what ``AutoModelForCausalLM`` gives for a causal language model, else the class that the
+    config names, else what ``AutoModel`` gives.
+
+    Raises
+    ------
+    CheckpointError
+        If the source is not a sound checkpoint.
+    """
+    checkpoint = Checkpoint.open(source)
+    files = [checkpoint.path(file) for file in checkpoint.files]
+    reading = Prefetch(files, limit_bytes=prefetch_bytes(checkpoint, dtype))
+    if prefetch:
+        reading.start()
+    try:
+        import transformers
+
+        loader = _loader(transformers, checkpoint.architecture or "")
+        name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+        return loader.from_pretrained(checkpoint.folder, **{name: dtype}, **from_pretrained_options)
+    except BaseException:
+        if prefetch:
+            reading.stop()
+        raise
+
+
+def _loader(transformers: Any, architecture: str) -> Any:
+    if architecture.endswith("ForCausalLM"):
+        return transformers.AutoModelForCausalLM
+    return getattr(transformers, architecture, None) or transformers.AutoModel
+
+
+def prefetch_bytes(checkpoint: Checkpoint, dtype: object, memory_limit: int | None = None) -> int:
+    """Return how many bytes of the files the page cache can keep beside what the load itself takes."""
+    import psutil
+
+    from shardkit.measure.limit import NO_LIMIT, limit_in_force
+
+    free = min(psutil.virtual_memory().available, limit_in_force() or NO_LIMIT, memory_limit or NO_LIMIT)
+    asked = str(dtype).removeprefix("torch.")
+    needed = checkpoint.estimate(asked if asked in CAST_DTYPES else None).peak_anonymous_bytes
+    return max(0, int(_CACHE_SHARE * (free - needed)))

@@ -1,0 +1,178 @@
+"""A load under a memory limit: a control group (v1 or v2) of our own, where the system gives us one.
+
+The limit counts what the kernel counts: anonymous memory, page tables, and file pages as long as they are
+not dropped. A process that needs more is killed by the kernel, which says so in the group's own counters.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
+from pathlib import Path
+
+from shardkit.errors import MeasurementError
+
+CGROUP_ROOT = "/sys/fs/cgroup"
+OWN_CGROUP = "/proc/self/cgroup"
+# cgroup v1 writes "no limit" as the largest page-aligned number.
+NO_LIMIT = 2**60
+_LIMIT_FILE = {False: "memory.limit_in_bytes", True: "memory.max"}
+_PROBE_BYTES = 64 << 20
+_number = count()
+
+# The shell joins the group and becomes the command, so that all the command's memory counts.
+_JOIN = 'echo 0 > "$0" && exec "$@"'
+
+
+@dataclass(frozen=True)
+class Limited:
+    """A limit in force: how to start a command under it, and how often the kernel has killed for it."""
+
+    command: Callable[[Sequence[str]], list[str]]
+    kills: Callable[[], int | None]
+
+
+@contextmanager
+def limited(nbytes: int | None) -> Iterator[Limited]:
+    """Give a limit of `nbytes` (None: no limit) that ends with the block.
+
+    Raises
+    ------
+    MeasurementError
+        If this system does not let us limit memory.
+    """
+    if nbytes is None:
+        yield Limited(list, lambda: None)
+        return
+    if why := why_unlimited():
+        raise MeasurementError(f"no memory limit can be set here: {why}")
+    group = _make_group(nbytes, CGROUP_ROOT, OWN_CGROUP)
+    if group is None:
+        yield Limited(lambda command: [*_systemd(nbytes), *command], lambda: None)
+        return
+    procs = str(group / "cgroup.procs")
+    try:
+        yield Limited(lambda command: ["/bin/sh", "-c", _JOIN, procs, *command], lambda: _kills(group))
+    finally:
+        _remove(group)
+
+
+@cache
+def why_unlimited() -> str | None:
+    """Return why memory cannot be limited here; None if it can. Found out by trying, once."""
+    if (group := _make_group(_PROBE_BYTES, CGROUP_ROOT, OWN_CGROUP)) is not None:
+        procs = str(group / "cgroup.procs")
+        tried = _works(["/bin/sh", "-c", _JOIN, procs, "true"])
+        _remove(group)
+        return None if tried else "a process may not be moved into a control group of its own"
+    if shutil.which("systemd-run") and _works([*_systemd(_PROBE_BYTES), "true"]):
+        return None
+    return (
+        "control groups cannot be written (they can as root, in a container started with "
+        "`--privileged`, or where systemd gives users theirs)"
+    )
+
+
+def _works(command: Sequence[str]) -> bool:
+    try:
+        return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def _systemd(nbytes: int) -> list[str]:
+    limits = [f"--property=MemoryMax={nbytes}", "--property=MemorySwapMax=0"]
+    return ["systemd-run", "--user", "--scope", "--quiet", "--collect", *limits, "--"]
+
+
+def _make_group(nbytes: int, root: str, own: str) -> Path | None:
+    """Make a group with this limit and no swap, below our own or as near above as we may; None if nowhere."""
+    for parent, is_v2 in _groups(root, own):
+        group = parent / f"shardkit-{os.getpid()}-{next(_number)}"
+        try:
+            group.mkdir()
+            _set_limit(group, nbytes, is_v2)
+        except OSError:
+            _remove(group)
+            continue
+        for left in parent.glob("shardkit-*"):  # by a process that was killed
+            if not Path("/proc", left.name.split("-")[1]).exists():
+                _remove(left)
+        return group
+    return None
+
+
+def _remove(group: Path) -> None:
+    """Remove a group, and whatever may still run in it; what cannot be removed stays."""
+    for _ in range(100):
+        with suppress(OSError):
+            for pid in (group / "cgroup.procs").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+        try:
+            group.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                return
+            time.sleep(0.01)  # until the kernel is through with the processes
+        else:
+            return
+
+
+def _groups(root: str, own: str) -> Iterator[tuple[Path, bool]]:
+    """Yield our own control group and its ancestors, and whether they are of version 2.
+
+    A container may show only the root of its own tree: some of them may not be there.
+    """
+    with suppress(OSError):
+        for line in Path(own).read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            if controllers == "" or "memory" in controllers.split(","):
+                is_v2 = controllers == ""
+                base = Path(root) if is_v2 else Path(root, "memory")
+                group = Path(name.lstrip("/"))
+                above = (group, *group.parents)
+                yield from ((base / path, is_v2) for path in above if ".." not in path.parts)
+
+
+def limit_in_force(root: str = CGROUP_ROOT, own: str = OWN_CGROUP) -> int | None:
+    """Return the smallest memory limit of our control group and its ancestors, in bytes; None for none."""
+    limits = []
+    for group, is_v2 in _groups(root, own):
+        with suppress(OSError, ValueError):  # "max" is no number
+            limits.append(int((group / _LIMIT_FILE[is_v2]).read_text()))
+    return min((limit for limit in limits if limit < NO_LIMIT), default=None)
+
+
+def _set_limit(group: Path, nbytes: int, is_v2: bool) -> None:
+    if not is_v2:
+        (group / _LIMIT_FILE[is_v2]).write_text(str(nbytes))
+        with suppress(OSError):  # swap is not always accounted for
+            (group / "memory.memsw.limit_in_bytes").write_text(str(nbytes))
+        return
+    # A group's children have the memory controller only if it says so; with processes of its own it may not.
+    with suppress(OSError):
+        (group.parent / "cgroup.subtree_control").write_text("+memory")
+    if not (group / _LIMIT_FILE[is_v2]).exists():
+        raise FileNotFoundError(group / _LIMIT_FILE[is_v2])
+    (group / _LIMIT_FILE[is_v2]).write_text(str(nbytes))
+    with suppress(OSError):
+        (group / "memory.swap.max").write_text("0")
+
+
+def _kills(group: Path) -> int | None:
+    """Return how many processes the kernel has killed for the limit; None where it does not say."""
+    for name in ("memory.oom_control", "memory.events"):
+        with suppress(OSError):
+            for line in (group / name).read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return None

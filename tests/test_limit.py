@@ -1,0 +1,128 @@
+"""Memory limits: kept by the kernel where it can be, told where it cannot."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shardkit import MeasurementError, measure_load
+from shardkit.measure import limit
+from shardkit.measure.limit import limited, why_unlimited
+from tests.fake_loads import MB, fake_interpreter
+
+needs_groups = pytest.mark.skipif(
+    why_unlimited() is not None, reason=f"memory cannot be limited here: {why_unlimited()}"
+)
+
+
+def groups_left():
+    return list(Path(limit.CGROUP_ROOT).rglob(f"shardkit-{os.getpid()}-*"))
+
+
+def touch(megabytes):
+    return [sys.executable, "-c", f"b = bytearray({megabytes} * 10**6); b[::4096] = b'x' * len(b[::4096])"]
+
+
+@needs_groups
+def test_kernel_kills_what_exceeds_the_limit_and_nothing_else():
+    with limited(200 * MB) as limits:
+        assert subprocess.run(limits.command(touch(100)), check=False).returncode == 0
+        assert limits.kills() == 0
+        assert subprocess.run(limits.command(touch(300)), check=False).returncode == -9
+        assert limits.kills() == 1
+    assert not groups_left()
+
+
+@needs_groups
+def test_what_still_runs_in_the_group_ends_with_it():
+    with limited(200 * MB) as limits:
+        sleeper = subprocess.Popen(limits.command(["sleep", "600"]), start_new_session=True)
+        while "sleep" not in Path(f"/proc/{sleeper.pid}/cmdline").read_text().split("\0")[0]:
+            pass
+    assert sleeper.wait(10) == -9
+    assert not groups_left()
+
+
+@needs_groups
+def test_groups_of_a_killed_process_are_removed():
+    parent = limit._make_group(64 * MB, limit.CGROUP_ROOT, limit.OWN_CGROUP).parent
+    stale = parent / "shardkit-999999999-0"
+    stale.mkdir()
+    with limited(200 * MB):
+        assert not stale.exists()
+    for left in groups_left():
+        left.rmdir()
+
+
+@needs_groups
+def test_load_killed_for_its_limit_is_a_result_with_its_curve(demo, tmp_path):
+    script = """
+        with reporter.phase("load"):
+            blocks = []
+            while True:
+                blocks.append(bytearray(os.urandom(1_000_000)))
+                time.sleep(0.002)
+    """
+    python = fake_interpreter(tmp_path, script)
+    measurement = measure_load(demo, python=python, memory_limit="150MB", timeout=60)
+    assert measurement.outcome == "killed"
+    assert "memory limit of 150 MB during load" in measurement.reason
+    assert measurement.memory_limit_bytes == measurement.environment.memory_limit_bytes == 150 * MB
+    assert 100 * MB < measurement.peak_anonymous_bytes <= 150 * MB
+    assert max(measurement.curve.anonymous_bytes) > 100 * MB
+    assert "within 150 MB" in str(measurement)
+
+
+@needs_groups
+def test_limit_that_suffices_changes_nothing(demo):
+    measurement = measure_load(demo, memory_limit="900MB")
+    assert measurement.ok, measurement.reason
+    assert measurement.token_ids == measure_load(demo).token_ids
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A tree of control groups that is ours to make."""
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    root.mkdir()
+    monkeypatch.setattr(limit, "CGROUP_ROOT", str(root))
+    monkeypatch.setattr(limit, "OWN_CGROUP", str(own))
+    monkeypatch.setenv("PATH", str(tmp_path))  # no systemd-run
+    why_unlimited.cache_clear()
+    yield root, own
+    why_unlimited.cache_clear()
+
+
+def test_where_memory_cannot_be_limited_it_is_said(elsewhere, demo):
+    elsewhere[1].write_text("0::/a\n")
+    assert "control groups cannot be written" in why_unlimited()
+    with pytest.raises(MeasurementError, match="no memory limit can be set here"):
+        measure_load(demo, memory_limit="1GB")
+
+
+def test_second_version_of_control_groups_is_asked_for_the_controller(elsewhere, monkeypatch):
+    root, own = elsewhere
+    (root / "user" / "session").mkdir(parents=True)
+    own.write_text("0::/user/session\n")
+    make = Path.mkdir
+
+    def kernel_mkdir(path, *args, **options):
+        make(path, *args, **options)
+        if path.parent == root / "user":  # a session with processes of its own has no controllers to give
+            for file in ("memory.max", "memory.swap.max", "cgroup.procs"):
+                (path / file).touch()
+
+    monkeypatch.setattr(Path, "mkdir", kernel_mkdir)
+    group = limit._make_group(5 * MB, str(root), str(own))
+    assert group.parent == root / "user"
+    assert (root / "user" / "cgroup.subtree_control").read_text() == "+memory"
+    assert (group / "memory.max").read_text() == str(5 * MB)
+    assert (group / "memory.swap.max").read_text() == "0"
+
+
+def test_group_names_that_leave_the_tree_are_left_alone(elsewhere):
+    root, own = elsewhere
+    own.write_text("0::/../../somewhere\n")
+    assert [group for group, _ in limit._groups(str(root), str(own))] == [root]

@@ -16,6 +16,8 @@ from .errors import SizeError as SizeError
 from .errors import SpaceError as SpaceError
 from .errors import VerificationError as VerificationError
 from .estimate import Estimate as Estimate
+from .fit import MemoryFloor as MemoryFloor
+from .fit import minimum_memory as minimum_memory
 from .load import load_model as load_model
 from .measure import LoadMeasurement as LoadMeasurement
 from .measure import measure_load as measure_load

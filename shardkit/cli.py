@@ -188,6 +188,21 @@ def compare(
 
 
 @app.command()
+def fit(
+    source: Source,
+    dtype: Annotated[str | None, typer.Option(help="What it is loaded in: float16, ...")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the least memory in which it loads, by real loads under real limits."""
+    from shardkit.fit import LimitedRun, minimum_memory
+
+    def progress(run: LimitedRun) -> None:
+        print(f"  {format_size(run.limit_bytes)}: {run.end}", file=sys.stderr)
+
+    _show(minimum_memory(source, dtype=dtype, progress=progress), as_json)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="The folder to make it in.")] = Path("mistral-demo"),
     size: Annotated[str, typer.Option(help="Bytes of its weights, from 5MB to 14.5GB.")] = "512MB",

@@ -1,0 +1,202 @@
+"""The smallest memory in which a load succeeds: bisected with real loads under real limits."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from shardkit.checkpoint import Checkpoint
+from shardkit.errors import Cancelled, MeasurementError
+from shardkit.measure import measure_load
+from shardkit.measure.limit import why_unlimited
+from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement, format_seconds
+from shardkit.record import Record, Summary, Table, shown_path
+from shardkit.sizes import format_size
+
+TOLERANCE = 0.05
+_MOST_RUNS = 30
+# A load that lives only by reading the same pages again and again is no success.
+_PATIENCE, _LEAST_SECONDS = 5, 60.0
+
+
+@dataclass(frozen=True)
+class LimitedRun:
+    """One load under a limit: whether it loaded, and came to its first token; seconds; how it ended."""
+
+    limit_bytes: int
+    loaded: bool
+    generated: bool
+    seconds: float
+    end: str
+
+
+@dataclass(frozen=True)
+class MemoryFloor(Record):
+    """The smallest memory limits under which a load succeeded.
+
+    Attributes
+    ----------
+    source, dtype
+        What was loaded, and the dtype asked for.
+    predicted_bytes
+        Peak anonymous memory as `Checkpoint.estimate` has it, from the headers alone.
+    load_bytes, first_token_bytes
+        Smallest limit under which `from_pretrained` succeeded; under which it gave a token as well.
+    load_failed_bytes, first_token_failed_bytes
+        Largest limit below that under which it did not.
+    free_seconds
+        How long the load with its first token took without a limit, imports and all.
+    runs
+        Every limited load, in order.
+    stack
+        What loaded.
+    """
+
+    source: str
+    dtype: str | None
+    predicted_bytes: int
+    load_bytes: int
+    load_failed_bytes: int
+    first_token_bytes: int
+    first_token_failed_bytes: int
+    free_seconds: float
+    runs: tuple[LimitedRun, ...]
+    stack: str
+
+    def summary(self) -> Summary:
+        """Return the floors beside the prediction, and every run."""
+        facts = (
+            ("source", shown_path(self.source)),
+            ("asked for", self.dtype or "no dtype"),
+            ("predicted", f"{format_size(self.predicted_bytes)} (peak anonymous, from the headers)"),
+            ("to load", _between(self.load_bytes, self.load_failed_bytes)),
+            ("to the first token", _between(self.first_token_bytes, self.first_token_failed_bytes)),
+            ("without a limit", f"{format_seconds(self.free_seconds)} from process start to first token"),
+            ("stack", self.stack),
+        )
+        rows = tuple(
+            (
+                format_size(run.limit_bytes),
+                *("yes" if done else "no" for done in (run.loaded, run.generated)),
+                format_seconds(run.seconds),
+                run.end,
+            )
+            for run in sorted(self.runs, key=lambda run: run.limit_bytes)
+        )
+        table = Table(("limit", "loaded", "first token", "after", "end"), rows)
+        return Summary("Least memory for a load", facts, (table,))
+
+
+def _between(succeeded: int, failed: int) -> str:
+    return f"{format_size(succeeded)} ({format_size(failed)} is too little)"
+
+
+def minimum_memory(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    python: str | os.PathLike[str] | None = None,
+    tolerance: float = TOLERANCE,
+    progress: Callable[[LimitedRun], bool | None] | None = None,
+) -> MemoryFloor:
+    """Find the smallest memory limit under which a load succeeds, and one with a generated token.
+
+    Both are bisected together, from the prediction outwards, each time with a fresh process under the
+    limit and a cold page cache, until the last failure lies within `tolerance` of the last success. A
+    load that takes more than five times what it takes without a limit has not succeeded.
+
+    Parameters
+    ----------
+    source, dtype, python
+        As for `measure_load`.
+    tolerance
+        How near, as a share: 0.05 for 5 %.
+    progress
+        Called with each run; returning False stops the search.
+
+    Raises
+    ------
+    MeasurementError
+        If memory cannot be limited here, or the load fails without a limit; the first says what is
+        predicted.
+    CheckpointError
+        If `source` holds no checkpoint.
+    Cancelled
+        If `progress` asked to stop.
+    """
+    predicted = Checkpoint.open(source).estimate(dtype).peak_anonymous_bytes
+    if why := why_unlimited():
+        raise MeasurementError(
+            f"no memory limit can be set here: {why}; from the headers, loading {source} takes about "
+            f"{format_size(predicted)} of anonymous memory"
+        )
+    free = measure_load(source, dtype=dtype, python=python)
+    if not free.ok:
+        raise MeasurementError(f"{source} does not load without a limit either: {free.reason}")
+    free_seconds = free.start_to_first_token_seconds or _seconds(free)
+    patience = max(_LEAST_SECONDS, _PATIENCE * free_seconds)
+    runs: list[LimitedRun] = []
+    while (limit := _next_limit(runs, predicted, tolerance)) is not None and len(runs) < _MOST_RUNS:
+        found = measure_load(source, dtype=dtype, python=python, memory_limit=limit, timeout=patience)
+        runs.append(_limited_run(limit, found))
+        if progress is not None and progress(runs[-1]) is False:
+            raise Cancelled(f"stopped as asked, after {len(runs)} limited loads")
+    load, token = (_bracket([(run.limit_bytes, goal(run)) for run in runs]) for goal in _GOALS)
+    return MemoryFloor(
+        source=free.source,
+        dtype=dtype,
+        predicted_bytes=predicted,
+        load_bytes=load[1],
+        load_failed_bytes=load[0],
+        first_token_bytes=token[1],
+        first_token_failed_bytes=token[0],
+        free_seconds=free_seconds,
+        runs=tuple(runs),
+        stack=free.stack(),
+    )
+
+
+_GOALS: tuple[Callable[[LimitedRun], bool], ...] = (lambda run: run.loaded, lambda run: run.generated)
+
+
+def _limited_run(limit: int, found: LoadMeasurement) -> LimitedRun:
+    loaded, generated = (found.phase(name) is not None for name in (LOAD, FIRST_TOKEN))
+    end = f"{found.outcome}: {found.reason}" if found.reason else found.outcome
+    return LimitedRun(limit, loaded, generated or found.ok, _seconds(found), end)
+
+
+def _seconds(found: LoadMeasurement) -> float:
+    return max((*found.curve.seconds, *(phase.start_seconds + phase.wall_seconds for phase in found.phases)))
+
+
+def _next_limit(runs: Sequence[LimitedRun], guess: int, tolerance: float) -> int | None:
+    """Return the limit to try next; None when both floors are known closely enough."""
+    for goal in _GOALS:
+        limit = _step([(run.limit_bytes, goal(run)) for run in runs], guess, tolerance)
+        if limit is not None:
+            return limit
+    return None
+
+
+def _step(tried: Sequence[tuple[int, bool]], guess: int, tolerance: float) -> int | None:
+    """Step outwards from the guess, twice as far each time, until it is bracketed; then bisect."""
+    if not tried:
+        return guess
+    failed, succeeded = _bracket(tried)
+    stride = (1 + 0.9 * tolerance) ** (2 ** (len(tried) - 1))
+    if not failed:
+        return int(succeeded / stride)
+    if not succeeded:
+        return int(failed * stride)
+    if succeeded <= failed * (1 + tolerance):
+        return None
+    return math.isqrt(failed * succeeded)
+
+
+def _bracket(tried: Sequence[tuple[int, bool]]) -> tuple[int, int]:
+    """Return the largest limit that failed below the smallest that succeeded, and that; 0 for none."""
+    succeeded = min((limit for limit, success in tried if success), default=0)
+    failures = (limit for limit, success in tried if not success)
+    return max((limit for limit in failures if not succeeded or limit < succeeded), default=0), succeeded

@@ -3,6 +3,7 @@ __version__: str
 from .checkpoint import Checkpoint as Checkpoint
 from .compare import Comparison as Comparison
 from .compare import compare_loads as compare_loads
+from .compare import merge_comparisons as merge_comparisons
 from .demo import make_demo_checkpoint as make_demo_checkpoint
 from .display.progress import ProgressBar as ProgressBar
 from .errors import Cancelled as Cancelled

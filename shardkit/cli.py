@@ -161,7 +161,15 @@ def compare(
     dtype: Annotated[str | None, typer.Option(help="What both are loaded in: float16, ...")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of loads.")] = 5,
     cache: Annotated[str, typer.Option(help="cold: read from the disk; warm: from the page cache.")] = "cold",
-    output: Annotated[Path | None, typer.Option(help="Write everything here, as JSON.")] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help='Memory that each load may have: "12.7GB" to play Colab.')
+    ] = None,
+    prefetch: Annotated[
+        bool, typer.Option("--prefetch", help="Load the sharded a third way: its files read ahead.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Write everything here: .json, or .html to be mailed.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it here: .png or .svg.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -177,7 +185,16 @@ def compare(
     def progress(done: int, total: int, label: str) -> None:
         print(f"  {done}/{total} {label}", file=sys.stderr)
 
-    found = compare_loads(original, sharded, dtype=dtype, repeats=repeats, cache=cache, progress=progress)
+    found = compare_loads(
+        original,
+        sharded,
+        dtype=dtype,
+        repeats=repeats,
+        cache=cache,
+        memory_limit=memory_limit,
+        others={"prefetched": {"prefetch": True}} if prefetch else None,
+        progress=progress,
+    )
     _show(found, as_json)
     if output is not None:
         found.save(output)

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import Cancelled, MeasurementError, ShardkitError
 from shardkit.measure import measure_load
-from shardkit.measure.comparison import ARMS, Arm, ArmName, Comparison, Ratio, Sample
+from shardkit.measure.comparison import (
+    ORIGINAL,
+    SHARDED,
+    Arm,
+    Comparison,
+    Ratio,
+    Sample,
+    merge_comparisons,
+)
 from shardkit.record import listed, plural
+from shardkit.verify import verify_checkpoint
 
-__all__ = ["Arm", "Comparison", "Ratio", "Sample", "compare_loads"]
+__all__ = ["Arm", "Comparison", "Ratio", "Sample", "compare_loads", "merge_comparisons"]
 
 _ProgressCallback = Callable[[int, int, str], bool | None]
+_Source = str | os.PathLike[str]
+
+# Tensors read to see whether two checkpoints hold the same model: this many, of about this size in all.
+_COMPARED_TENSORS, _COMPARED_BYTES = 32, 256_000_000
 
 
 def compare_loads(
-    original: str | os.PathLike[str],
-    sharded: str | os.PathLike[str],
+    original: _Source,
+    sharded: _Source,
     *,
     dtype: str | None = None,
     device: str = "cpu",
@@ -28,12 +43,17 @@ def compare_loads(
     margin: float = 0.05,
     progress: _ProgressCallback | None = None,
     generate: int = 1,
-    python: str | os.PathLike[str] | None = None,
+    prefetch: bool = False,
+    memory_limit: int | str | None = None,
+    python: _Source | None = None,
     timeout: float | None = None,
+    options: Mapping[str, Any] | None = None,
+    others: Mapping[str, Mapping[str, Any]] | None = None,
     same_model: bool = True,
     seed: int = 0,
+    on_sample: Callable[[Comparison], object] | None = None,
 ) -> Comparison:
-    """Load two checkpoints in turn, each in fresh processes, and say what differs.
+    """Load two checkpoints (or more) in turn, each in fresh processes, and say what differs.
 
     One warm-up of each comes first and counts for nothing; then pairs in ABBA order, so that a drift of
     the machine favours neither.
@@ -41,8 +61,8 @@ def compare_loads(
     Parameters
     ----------
     original, sharded
-        Folders.
-    dtype, device, cache, generate, python, timeout
+        As `source` of `measure_load`.
+    dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options
         As for `measure_load`, for every load.
     repeats
         Number of pairs.
@@ -50,10 +70,16 @@ def compare_loads(
         Smallest difference that matters: 0.05 for 5 %.
     progress
         Called with (runs done, runs in all, what comes next); returning False stops the experiment.
+    others
+        More arms by name, each with arguments of `measure_load` that differ from the common ones; where
+        it names no source, it is that of the sharded: ``{"prefetched": {"prefetch": True}}``.
     same_model
-        Whether to refuse checkpoints whose tensors differ in name or shape.
+        Whether to refuse checkpoints that do not hold the same model: tensors that differ in name or
+        shape, or, in a sample of them, in their values (up to a cast).
     seed
         Of the bootstrap.
+    on_sample
+        Called with the comparison so far, after each run.
 
     Raises
     ------
@@ -64,45 +90,64 @@ def compare_loads(
     """
     if repeats < 1 or margin <= 0:
         raise MeasurementError(f"repeats is {repeats}, margin {margin}: both must be above zero")
-    arms: dict[ArmName, Checkpoint] = {
-        "original": Checkpoint.open(original),
-        "sharded": Checkpoint.open(sharded),
+    common = {
+        "dtype": dtype,
+        "device": device,
+        "cache": cache,
+        "generate": generate,
+        "prefetch": prefetch,
+        "memory_limit": memory_limit,
+        "python": python and os.fspath(python),
+        "timeout": timeout,
+        "options": dict(options or {}),
     }
-    notes = () if same_model else ("the two were not required to hold the same model",)
+    wanted = {ORIGINAL: {"source": original}, SHARDED: {"source": sharded}, **(others or {})}
+    opened = {name: Checkpoint.open(changes.get("source", sharded)) for name, changes in wanted.items()}
     if same_model:
-        _require_same_model(arms["original"], arms["sharded"])
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "cache": cache, "generate": generate}
-    samples = _run_all(arms, repeats, progress, {**options, "python": python, "timeout": timeout})
-    return Comparison(
-        original=_arm("original", arms["original"]),
-        sharded=_arm("sharded", arms["sharded"]),
-        **options,
-        margin=margin,
-        seed=seed,
-        samples=tuple(sample for sample in samples if sample.pair is not None),
-        warm_ups=tuple(sample for sample in samples if sample.pair is None),
-        notes=notes,
+        for name in [*opened][1:]:
+            _require_same_model(opened[ORIGINAL], opened[name])
+    arms = tuple(_arm(name, opened[name], common, changes) for name, changes in wanted.items())
+    notes = () if same_model else ("the arms were not required to hold the same model",)
+    found = Comparison(arms, margin, seed, (), (), notes)
+    for sample in _run_all(arms, repeats, progress):
+        if sample.pair is None:
+            found = replace(found, warm_ups=(*found.warm_ups, sample))
+        else:
+            found = replace(found, samples=(*found.samples, sample))
+        if on_sample is not None:
+            on_sample(found)
+    return found
+
+
+def _arm(name: str, checkpoint: Checkpoint, common: Mapping[str, Any], changes: Mapping[str, Any]) -> Arm:
+    own = {key: value for key, value in changes.items() if key != "source"}
+    if unknown := own.keys() - common.keys():
+        raise MeasurementError(f"arm {name!r}: {listed(sorted(unknown))} is no argument of measure_load")
+    return Arm(
+        name,
+        checkpoint.source,
+        len(checkpoint.files),
+        checkpoint.total_bytes,
+        checkpoint.dtypes,
+        {**common, **own},
     )
 
 
-def _run_all(
-    arms: dict[ArmName, Checkpoint], repeats: int, progress: _ProgressCallback | None, options: dict[str, Any]
-) -> list[Sample]:
-    order: list[tuple[ArmName, int | None]] = [(arm, None) for arm in ARMS]
+def _run_all(arms: Sequence[Arm], repeats: int, progress: _ProgressCallback | None) -> Iterator[Sample]:
+    order: list[tuple[Arm, int | None]] = [(arm, None) for arm in arms]
     for number in range(repeats):
-        order += [(arm, number) for arm in (ARMS if number % 2 == 0 else ARMS[::-1])]
-    samples: list[Sample] = []
+        order += [(arm, number) for arm in (arms if number % 2 == 0 else arms[::-1])]
+    some_load = False
     for done, (arm, pair) in enumerate(order):
-        if done == len(ARMS) and not any(sample.measurement.ok for sample in samples):
-            break  # what neither loads needs no statistics
-        _report(progress, done, len(order), f"{arm}, {'warm-up' if pair is None else f'pair {pair + 1}'}")
-        samples.append(Sample(arm, pair, measure_load(arms[arm].folder, **options)))
+        if done == len(arms) and not some_load:
+            break  # what none loads needs no statistics
+        _report(
+            progress, done, len(order), f"{arm.name}, {'warm-up' if pair is None else f'pair {pair + 1}'}"
+        )
+        measurement = measure_load(arm.source, **arm.options)
+        some_load |= measurement.ok
+        yield Sample(arm.name, pair, measurement)
     _report(progress, len(order), len(order), "done")
-    return samples
-
-
-def _arm(name: ArmName, checkpoint: Checkpoint) -> Arm:
-    return Arm(name, checkpoint.source, len(checkpoint.files), checkpoint.total_bytes, checkpoint.dtypes)
 
 
 def _report(progress: _ProgressCallback | None, done: int, total: int, label: str) -> None:
@@ -110,15 +155,37 @@ def _report(progress: _ProgressCallback | None, done: int, total: int, label: st
         raise Cancelled(f"stopped as asked, after {done} of {plural(total, 'run')}")
 
 
-def _require_same_model(original: Checkpoint, sharded: Checkpoint) -> None:
-    first, second = _shapes(original), _shapes(sharded)
+def _require_same_model(original: Checkpoint, other: Checkpoint) -> None:
+    between = f"between {original.source} and {other.source}; same_model=False compares them all the same"
+    first, second = _shapes(original), _shapes(other)
     if differ := sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name)):
         raise ShardkitError(
             f"not the same model: {plural(len(differ), 'tensor')} differ in name or shape ({listed(differ)}) "
-            f"between {original.source} and {sharded.source}; same_model=False compares them all the same"
+            f"{between}"
+        )
+    names = _sample_of(original, other)
+    ours, theirs = (_with_only(checkpoint, names) for checkpoint in (original, other))
+    found = verify_checkpoint(ours, theirs)
+    # The original may itself be the cast of what it is compared with.
+    if not found.equal and not verify_checkpoint(theirs, ours).equal:
+        raise ShardkitError(
+            f"not the same model: of {plural(len(names), 'tensor')} read, {len(found.mismatches)} differ in "
+            f"their values ({listed(m.tensor for m in found.mismatches)}) {between}"
         )
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     return shapes | {alias: shapes[kept] for alias, kept in checkpoint.aliases.items()}
+
+
+def _sample_of(*checkpoints: Checkpoint) -> list[str]:
+    """Return names of tensors that all hold: evenly spread over the model, of a bounded size in all."""
+    common = sorted(set.intersection(*(set(checkpoint.tensors) for checkpoint in checkpoints)))
+    spread = common[:: -(-len(common) // _COMPARED_TENSORS) or 1]
+    sizes = accumulate(checkpoints[0].tensors[name].nbytes for name in spread)
+    return [name for name, size in zip(spread, sizes, strict=True) if size <= _COMPARED_BYTES]
+
+
+def _with_only(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:
+    return replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in names}, aliases={})

@@ -9,11 +9,14 @@ from textwrap import dedent
 import numpy as np
 
 from shardkit.measure import CacheState, Environment, LoadMeasurement, MemoryCurve, Phase
-from shardkit.measure.comparison import ARMS, Arm, Comparison, Sample
+from shardkit.measure.comparison import ORIGINAL, SHARDED, Arm, Comparison, Sample
 from shardkit.measure.launch import WORKER
 from shardkit.measure.measurement import SamplerCost
 
 MB = 10**6
+
+
+ARMS = (ORIGINAL, SHARDED)
 
 
 def fake_load(wall=2.0, anonymous=700 * MB, *, outcome="ok", **changes):
@@ -53,6 +56,11 @@ def fake_load(wall=2.0, anonymous=700 * MB, *, outcome="ok", **changes):
     return LoadMeasurement(**{**fields, **changes})
 
 
+def fake_arm(name, dtype, *, source=None, files=9, nbytes=500 * MB):
+    """Return an arm that stores all its bytes in one dtype."""
+    return Arm(name, source or f"/models/{name}", files, nbytes, {dtype: nbytes}, {"dtype": "float16"})
+
+
 def fake_comparison(ratio=1.0, noise=0.01, repeats=5, seed=0, anonymous=(700 * MB, 700 * MB), **changes):
     """Return a comparison whose load times differ by a known ratio, with log-normal noise."""
     noises = np.random.default_rng(seed).normal(0, noise, (repeats, 2))
@@ -62,12 +70,7 @@ def fake_comparison(ratio=1.0, noise=0.01, repeats=5, seed=0, anonymous=(700 * M
         for place, (arm, base) in enumerate(zip(ARMS, (2.0, 2.0 * ratio), strict=True))
     ]
     fields = {
-        "original": Arm("original", "/models/original", 2, 500 * MB, {"BF16": 500 * MB}),
-        "sharded": Arm("sharded", "/models/sharded", 9, 500 * MB, {"F16": 500 * MB}),
-        "dtype": "float16",
-        "device": "cpu",
-        "cache": "cold",
-        "generate": 1,
+        "arms": (fake_arm("original", "BF16", files=2), fake_arm("sharded", "F16")),
         "margin": 0.05,
         "seed": 0,
         "samples": tuple(samples),

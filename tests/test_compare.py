@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -11,7 +12,7 @@ from shardkit import compare
 from shardkit.compare import Comparison, compare_loads
 from shardkit.demo import make_demo_checkpoint
 from shardkit.errors import Cancelled, MeasurementError, ShardkitError
-from shardkit.measure.comparison import Arm, Sample
+from shardkit.measure.comparison import Sample, merge_comparisons
 from shardkit.measure.intervals import (
     Interval,
     conclude,
@@ -20,7 +21,7 @@ from shardkit.measure.intervals import (
     student_quantile,
 )
 from shardkit.write import shard_checkpoint
-from tests.fake_loads import MB, fake_comparison, fake_interpreter, fake_load
+from tests.fake_loads import MB, fake_arm, fake_comparison, fake_interpreter, fake_load
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ class TestVerdict:
     def test_medians_are_by_arm(self):
         comparison = fake_comparison(ratio=3.0, noise=0.0)
         ratio = comparison.ratios["load_wall_seconds"]
-        assert (ratio.original, ratio.sharded) == pytest.approx((2.0, 6.0))
+        assert (ratio.original, ratio.other) == pytest.approx((2.0, 6.0))
 
     def test_warm_ups_do_not_count(self):
         slow = tuple(Sample(arm, None, fake_load(wall=100.0)) for arm in ("original", "sharded"))
@@ -168,15 +169,17 @@ class TestVerdict:
 class TestWords:
     def test_says_copied_or_mapped_and_what_was_read_late(self):
         comparison = fake_comparison(anonymous=(700 * MB, 210 * MB))
-        assert "bfloat16 in 2 files, float16 asked for: weights copied" in comparison.explain("original")
-        assert "float16 in 9 files, float16 asked for: weights stay mapped" in comparison.explain("sharded")
-        late = fake_comparison(
-            original=Arm("original", "/models/original", 2, 300 * MB, {"BF16": 300 * MB}),
+        assert "bfloat16 in 2 files, asked for float16 on cpu: weights copied" in comparison.explain(
+            "original"
         )
+        assert "float16 in 9 files, asked for float16 on cpu: weights stay mapped" in comparison.explain(
+            "sharded"
+        )
+        late = fake_comparison(arms=(fake_arm("original", "BF16", nbytes=300 * MB),))
         assert "100 MB were touched only by the first token" in late.explain("original")
 
     def test_small_models_tell_nothing_of_the_kind(self):
-        small = fake_comparison(original=Arm("original", "/m", 1, 5 * MB, {"BF16": 5 * MB}))
+        small = fake_comparison(arms=(fake_arm("original", "BF16", nbytes=5 * MB),))
         assert "mapped" not in small.explain("original")
         assert "copied" not in small.explain("original")
 
@@ -184,14 +187,15 @@ class TestWords:
         text = str(fake_comparison())
         assert text.count("CPU times: user ") == 2
         assert text.count("Wall time: ") == 2
-        for word in ("load time", "load CPU time", "time to first token", "peak anonymous", "peak total"):
+        for word in ("load time", "load CPU time", "from process start", "peak anonymous", "peak total"):
             assert word in text
 
     def test_text_and_html_say_the_same_and_hostile_names_are_escaped(self):
-        hostile = Arm("sharded", "/m/<script>alert(1)</script>&", 1, 500 * MB, {"F16": 1})
-        comparison = fake_comparison(sharded=hostile)
+        hostile = fake_arm("sharded", "F16", source="/m/<script>alert(1)</script>&")
+        comparison = fake_comparison(arms=(fake_arm("original", "BF16"), hostile))
         html, text = comparison._repr_html_(), str(comparison)
         assert "<script>" not in html
+        assert "<script>alert" not in comparison.to_html()
         from html import escape
 
         for table in comparison.summary().tables:
@@ -219,6 +223,29 @@ class TestKeeping:
         data = json.loads((tmp_path / "result.json").read_text())
         assert data["verdict"] == comparison.verdict
         assert data["schema"] == "shardkit/Comparison/1"
+
+    def test_card_needs_no_other_file_and_carries_the_result(self, tmp_path):
+        comparison = fake_comparison(0.7, notes=("a note with </script> in it",))
+        comparison.save(tmp_path / "card.html")
+        card = (tmp_path / "card.html").read_text()
+        assert Comparison.load(tmp_path / "card.html") == comparison
+        assert comparison.verdict.split("; ")[0] in card
+        assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)', card) == []
+        assert 'alt="Wall times and peaks' in card
+        assert card.count("warm-up</td>") == 2
+
+    def test_results_merge_into_one_frame_that_names_the_files(self, tmp_path):
+        fake_comparison(repeats=3).save(tmp_path / "a.json")
+        fake_comparison(repeats=2).save(tmp_path / "b.html")
+        frame = merge_comparisons([tmp_path / "a.json", tmp_path / "b.html"])
+        assert frame["file"].value_counts().to_dict() == {
+            str(tmp_path / "a.json"): 2 + 6,
+            str(tmp_path / "b.html"): 2 + 4,
+        }
+        assert set(frame["stored_dtype"]) == {"bfloat16", "float16"}
+        assert (frame["transformers"] == "5.0").all()
+        with pytest.raises(MeasurementError, match="no results to merge"):
+            merge_comparisons([])
 
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": "shardkit/ShardPlan/1"}'])
     def test_other_files_are_refused(self, tmp_path, content):
@@ -253,6 +280,39 @@ class TestExperiment:
         assert told[0][2] == "original, warm-up"
         assert [s.pair for s in comparison.samples] == [0, 0, 1, 1, 2, 2, 3, 3]
         assert len(comparison.warm_ups) == 2
+
+    def test_more_arms_are_each_compared_with_the_original(self, arms, monkeypatch):
+        seen, partial = [], []
+
+        def measure(_, *, prefetch, **__):
+            seen.append(prefetch)
+            return fake_load(wall=1.0 if prefetch else 2.0)
+
+        monkeypatch.setattr(compare, "measure_load", measure)
+        others = {"prefetched": {"prefetch": True}}
+        found = compare_loads(*arms, repeats=3, others=others, on_sample=partial.append)
+        assert found.names == ("original", "sharded", "prefetched")
+        assert seen == [False, False, True, *(False, False, True, True, False, False) * 1, False, False, True]
+        assert found.ratios_of("prefetched")["load_wall_seconds"].ratio == pytest.approx(0.5)
+        assert found.ratios["load_wall_seconds"].conclusion == "same"
+        assert "prefetched, load time: 2x faster" in found.verdict
+        assert [len(p.samples) for p in partial] == [0, 0, 0, *range(1, 10)]
+        assert partial[-1] == found
+
+    def test_arm_with_unknown_arguments_is_refused(self, arms):
+        with pytest.raises(MeasurementError, match=r"arm 'x': colour is no argument"):
+            compare_loads(*arms, others={"x": {"colour": "red"}})
+
+    def test_other_weights_under_the_same_names_are_refused(self, arms, tmp_path):
+        make_demo_checkpoint(tmp_path / "other", size="5MB", seed=1)
+        with pytest.raises(ShardkitError, match="differ in their values"):
+            compare_loads(arms[0], tmp_path / "other")
+
+    def test_a_cast_is_the_same_model_whichever_comes_first(self, arms, tmp_path, monkeypatch):
+        monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())
+        shard_checkpoint(arms[0], tmp_path / "cast", dtype="float16", allow_overflow=True)
+        assert compare_loads(arms[0], tmp_path / "cast", repeats=1).samples
+        assert compare_loads(tmp_path / "cast", arms[0], repeats=1).samples
 
     def test_progress_that_says_no_stops_it(self, arms, monkeypatch):
         monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())

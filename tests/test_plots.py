@@ -6,11 +6,20 @@ import pytest
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.collections import PathCollection
 
-from shardkit.display.plots import plot_bars, plot_comparison, plot_memory
+from shardkit import plan_shards
+from shardkit.display.plots import (
+    describe_memory,
+    kind_of,
+    plot_bars,
+    plot_comparison,
+    plot_memory,
+    plot_shards,
+)
 from shardkit.errors import MeasurementError
-from shardkit.measure.comparison import ARMS, Sample
-from tests.fake_loads import MB, fake_comparison, fake_load
+from shardkit.measure.comparison import Sample
+from tests.fake_loads import ARMS, MB, fake_arm, fake_comparison, fake_load
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +48,8 @@ def test_bars_show_medians_and_every_run():
         heights = sorted(bar.get_height() for bar in axes.patches)
         medians = sorted(comparison.median(arm, q) / scale for arm in ARMS for q in quantities)
         assert heights == pytest.approx(medians)
-        assert sum(len(dots.get_offsets()) for dots in axes.collections) == 4 * 5
+        dots = [found for found in axes.collections if isinstance(found, PathCollection)]
+        assert sum(len(found.get_offsets()) for found in dots) == 4 * 5
     labels = [text.get_text().strip() for text in texts(peaks)]
     assert {"4 GB", "400 MB", "peak anonymous", "peak total", "GB"} <= set(labels)
 
@@ -48,7 +58,7 @@ def test_arms_differ_by_more_than_colour():
     times, _ = plot_bars(fake_comparison())
     assert len({bar.get_hatch() or "" for bar in times.patches}) == 2
     curves = plot_memory(fake_comparison())
-    assert {"-", "--"} <= {line.get_linestyle() for line in curves.lines}
+    assert len({area.get_hatch() or "" for area in curves.collections}) == 2
 
 
 def test_curves_start_with_the_load_and_mark_its_phases():
@@ -128,3 +138,52 @@ def test_killed_arm_is_drawn_as_far_as_it_came():
 def test_nothing_measured_is_said_rather_than_drawn():
     axes = plot_comparison(fake_comparison(samples=(), warm_ups=()))
     assert "nothing was measured" in {text.get_text() for text in axes[0].texts}
+
+
+def test_layout_map_has_a_bar_for_each_file_as_long_as_its_data(demo):
+    plan = plan_shards(demo, max_shard_size="5MB")
+    axes = plot_shards(plan)
+    for row, shard in enumerate(plan.shards):
+        bars = [bar for bar in axes.patches if round(bar.get_y() + bar.get_height() / 2) == row]
+        assert sum(bar.get_width() for bar in bars) == pytest.approx(shard.data_bytes / 1e9)
+    legend = {text.get_text() for text in axes.get_legend().get_texts()}
+    assert legend == {
+        kind_of(name) for shard in plan.shards for name in (t.source.name for t in shard.tensors)
+    }
+    looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in axes.patches}
+    assert len({hatch for _, hatch in looks}) >= 3
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", "attention"),
+        ("model.layers.0.mlp.gate_proj.weight", "feed-forward"),
+        ("model.layers.0.block_sparse_moe.experts.3.w1.weight", "experts"),
+        ("transformer.wte.weight", "embedding"),
+        ("lm_head.weight", "head"),
+        ("model.norm.weight", "norm"),
+        ("model.layers.0.input_layernorm.weight", "norm"),
+        ("transformer.h.0.ln_1.weight", "norm"),
+        ("transformer.h.0.self_attention.query_key_value.weight", "attention"),
+        ("rotary.inv_freq", "other"),
+    ],
+)
+def test_names_of_tensors_say_what_they_are_for(tensor, kind):
+    assert kind_of(tensor) == kind
+
+
+def test_memory_is_told_in_words_too():
+    words = describe_memory(fake_comparison(anonymous=(4000 * MB, 400 * MB)))
+    assert "original: at most 4 GB anonymous" in words
+    assert "sharded: at most 400 MB anonymous" in words
+    assert "first token done after 1 s" in words
+
+
+def test_three_arms_fit_into_the_picture():
+    base = fake_comparison()
+    third = tuple(Sample("prefetched", s.pair, s.measurement) for s in base.samples if s.arm == "sharded")
+    found = fake_comparison(arms=(*base.arms, fake_arm("prefetched", "F16")), samples=(*base.samples, *third))
+    times, *_ = plot_comparison(found)
+    assert len(times.patches) == 3 * 2
+    assert len({bar.get_hatch() or "" for bar in times.patches}) == 3

@@ -8,15 +8,20 @@ read on a dark theme; figures made here are white, whatever the theme.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import cycle, groupby
+from operator import itemgetter
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from shardkit.errors import MeasurementError
-from shardkit.measure.comparison import ARMS, QUANTITIES, ArmName, Comparison
+from shardkit.measure.comparison import QUANTITIES, Comparison
+from shardkit.measure.intervals import mean_interval
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement, format_seconds
+from shardkit.plan import ShardPlan
+from shardkit.record import plural
 from shardkit.sizes import format_size
 
 if TYPE_CHECKING:
@@ -24,9 +29,10 @@ if TYPE_CHECKING:
 
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _COLORS = (BLUE, VERMILION, GREEN, PURPLE)
+_HATCHES = ("", "///", "...", "xx")
 _TIMES = ("load_wall_seconds", "time_to_first_token_seconds")
 _PEAKS = ("peak_anonymous_bytes", "peak_total_bytes")
-_WIDTH = 0.42
+_GROUP_WIDTH = 0.88  # of all arms' bars for one quantity
 _LEAD_SECONDS = 0.2
 _PROFILER_MARKS = 24
 _MARKERS = {LOAD: "o", FIRST_TOKEN: "D"}
@@ -76,8 +82,8 @@ def plot_bars(comparison: Comparison, ax: Sequence[Axes] | None = None) -> Seque
     if ax is None:
         with _white() as plt:
             ax = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")[1]
-    _plot_quantities(comparison, ax[0], _TIMES, 1, "seconds", "Wall time (bar: median, dots: runs)")
-    _plot_quantities(comparison, ax[1], _PEAKS, 1e9, "GB", "Peak memory (bar: median, dots: runs)")
+    _plot_quantities(comparison, ax[0], _TIMES, 1, "seconds", "Wall time")
+    _plot_quantities(comparison, ax[1], _PEAKS, 1e9, "GB", "Peak memory")
     return ax
 
 
@@ -85,44 +91,46 @@ def _plot_quantities(
     comparison: Comparison, ax: Axes, quantities: Sequence[str], scale: float, unit: str, title: str
 ) -> None:
     ink, ticks = _ink(ax), {}
+    step = _GROUP_WIDTH / len(comparison.arms)
     for place, quantity in enumerate(quantities):
-        for side, arm in zip((-1, 1), ARMS, strict=True):
+        for number, arm in enumerate(comparison.names):
             told = [getattr(measurement, quantity) for measurement in comparison.measurements(arm)]
             if values := [value / scale for value in told if value is not None]:
-                x = place + side * _WIDTH * 0.52
-                _bar(ax, x, values, arm)
+                x = place + (number - (len(comparison.arms) - 1) / 2) * step
+                _bar(ax, x, 0.96 * step, values, arm, number)
                 shown = format_seconds if scale == 1 else format_size
                 ticks[x] = shown(median(values) * scale)
     # Medians stand under their bars, where neither a dot nor a neighbour can be in the way.
-    ax.set_xticks(list(ticks), list(ticks.values()), fontsize=9)
+    ax.set_xticks(list(ticks), list(ticks.values()), fontsize=9 if step > 0.3 else 7)
     names = [f"\n{QUANTITIES[quantity][0]}" for quantity in quantities]
     ax.set_xticks(range(len(quantities)), names, minor=True)
     ax.tick_params(axis="x", which="both", length=0)
     ax.set_xlim(-0.6, len(quantities) - 0.4)
     ax.set_ylim(0, ax.get_ylim()[1] * 1.15)
+    ax.set_xlabel("bar: median, dots: runs, line: 95 % interval", fontsize=8, color=ink)
     _tidy(ax, unit, title)
     if ticks:
-        ax.legend(frameon=False, fontsize=9, ncols=2, labelcolor=ink, loc="upper left")
+        ax.legend(frameon=False, fontsize=9, ncols=3, labelcolor=ink, loc="upper left", columnspacing=1)
     else:
         ax.text(0.5, 0.5, "nothing was measured", transform=ax.transAxes, ha="center", color=ink)
 
 
-def _bar(ax: Axes, x: float, values: list[float], arm: ArmName) -> None:
+def _bar(ax: Axes, x: float, width: float, values: list[float], arm: str, number: int) -> None:
     label = arm if arm not in ax.get_legend_handles_labels()[1] else None
-    hatch, color = ("", BLUE) if arm == "original" else ("///", VERMILION)
-    ax.bar(
-        x, median(values), _WIDTH, color=color, hatch=hatch, edgecolor=_ink(ax), linewidth=0.8, label=label
-    )
-    spread = [x + _WIDTH * 0.5 * ((run + 0.5) / len(values) - 0.5) for run in range(len(values))]
+    color, hatch = _COLORS[number % 4], _HATCHES[number % 4]
+    middle = median(values)
+    ax.bar(x, middle, width, color=color, hatch=hatch, edgecolor=_ink(ax), linewidth=0.8, label=label)
+    spread = [x + width * 0.5 * ((run + 0.5) / len(values) - 0.5) for run in range(len(values))]
     ax.scatter(spread, values, s=16, color="white", edgecolor="black", linewidth=0.9, zorder=3)
+    if (interval := mean_interval(values)) is not None:
+        ax.vlines(x + 0.4 * width, *interval, color=_ink(ax), linewidth=1.4, zorder=4)
 
 
 def plot_memory(source: Comparison | Sequence[LoadMeasurement], ax: Axes | None = None) -> Axes:
     """Draw resident memory over time, all loads on one axis of time that starts with each load.
 
-    Solid and filled: anonymous memory, which must exist. Dashed: all that is resident, with the file
-    pages that the kernel may drop. Crosses: the same, as
-    memory_profiler reads it.
+    Filled: anonymous memory, which must exist. Dashed, above it: all that is resident, with the file
+    pages that the kernel may drop. Crosses: the same, as memory_profiler reads it.
 
     Parameters
     ----------
@@ -134,11 +142,11 @@ def plot_memory(source: Comparison | Sequence[LoadMeasurement], ax: Axes | None 
     """
     ax = _axes(ax)
     if isinstance(source, Comparison):
-        chosen = {str(arm): typical for arm in ARMS if (typical := source.typical(arm, _TIMES[1]))}
+        chosen = {arm: typical for arm in source.names if (typical := source.typical(arm, _TIMES[1]))}
     else:
         chosen = {f"run {number}": run for number, run in enumerate(source, 1)}
-    for (label, run), color in zip(chosen.items(), cycle(_COLORS)):
-        _plot_curve(ax, label, run, color)
+    for (label, run), color, hatch in zip(chosen.items(), cycle(_COLORS), cycle(_HATCHES)):
+        _plot_curve(ax, label, run, color, hatch)
     ax.set_xlabel("seconds since the start of the load", color=_ink(ax))
     ax.set_ylim(0, ax.get_ylim()[1] * 1.05)
     _tidy(ax, "GB", "Memory over time")
@@ -147,7 +155,7 @@ def plot_memory(source: Comparison | Sequence[LoadMeasurement], ax: Axes | None 
     return ax
 
 
-def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, color: str) -> None:
+def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, color: str, hatch: str) -> None:
     curve, ink = run.curve, _ink(ax)
     start = load.start_seconds if (load := run.phase(LOAD)) else 0.0
     split = zip(curve.seconds, curve.anonymous_bytes, curve.file_bytes, strict=True)
@@ -158,8 +166,8 @@ def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, color: str) -> None:
     ]
     if points:
         seconds, anonymous, total = zip(*points, strict=True)
-        ax.fill_between(seconds, anonymous, color=color, alpha=0.2, linewidth=0)
-        ax.plot(seconds, anonymous, color=color, linewidth=2, label=f"{label}: anonymous")
+        style: dict[str, Any] = {"facecolor": (color, 0.2), "edgecolor": color, "hatch": hatch}
+        ax.fill_between(seconds, anonymous, linewidth=2, label=f"{label}: anonymous", **style)
         ax.plot(seconds, total, "--", color=color, linewidth=1.4, label=f"{label}: with file pages")
         for phase in run.phases:
             if phase.name in _MARKERS:
@@ -187,8 +195,25 @@ def _explain_marks(ax: Axes) -> None:
     ax.legend(handles=handles, frameon=False, fontsize=9, ncols=3, labelcolor=ink, **place)
 
 
-def plot_comparison(comparison: Comparison, path: str | os.PathLike[str] | None = None) -> Sequence[Axes]:
-    """Draw times, peaks and memory curves in one figure; save it if `path` is given.
+def describe_memory(comparison: Comparison) -> str:
+    """Return in words what `plot_memory` draws."""
+    words = []
+    for arm in comparison.names:
+        if (run := comparison.typical(arm, _TIMES[1])) is None:
+            continue
+        anonymous, total = (format_size(p or 0) for p in (run.peak_anonymous_bytes, run.peak_total_bytes))
+        ends = [
+            f"{p.name} done after {format_seconds(p.wall_seconds)}" for p in run.phases if p.name in _MARKERS
+        ]
+        line = [f"{arm}: at most {anonymous} anonymous, {total} with file pages", *ends]
+        words.append(", ".join(line if run.ok else [*line, f"{run.outcome}: {run.reason}"]))
+    return "; ".join(words) or "nothing was measured"
+
+
+def plot_comparison(
+    comparison: Comparison, path: str | os.PathLike[str] | BinaryIO | None = None
+) -> Sequence[Axes]:
+    """Draw times, peaks and memory curves in one figure; save it if `path` (or a binary file) is given.
 
     Returns
     -------
@@ -210,7 +235,66 @@ def plot_comparison(comparison: Comparison, path: str | os.PathLike[str] | None 
             try:
                 figure.savefig(path, dpi=150)
             except (OSError, ValueError) as error:
-                raise MeasurementError(
-                    f"{os.fspath(path)}: the picture cannot be written: {error}"
-                ) from error
+                raise MeasurementError(f"{path}: the picture cannot be written: {error}") from error
     return [*bars, curves]
+
+
+# What a tensor is for, by a word in its name; the first that fits counts.
+KINDS = {
+    "embedding": re.compile(r"embed|wte|wpe"),
+    "head": re.compile(r"lm_head|classifier|score|embed_out"),
+    "attention": re.compile(r"att(n|ention)|[qkvo]_proj"),
+    "experts": re.compile(r"expert"),
+    "feed-forward": re.compile(r"mlp|ffn|feed_forward|dense|fc\d|(gate|up|down)_proj"),
+    "norm": re.compile(r"norm|ln_"),
+    "other": re.compile(""),
+}
+_KIND_LOOKS = {
+    "embedding": ("#E69F00", ""),
+    "head": ("#CC79A7", "xx"),
+    "attention": ("#0072B2", ""),
+    "experts": ("#D55E00", ".."),
+    "feed-forward": ("#56B4E9", "//"),
+    "norm": ("#000000", ""),
+    "other": ("#999999", "--"),
+}
+_SHOWN_SHARDS = 40
+
+
+def kind_of(tensor: str) -> str:
+    """Return what a tensor is for, as its name says: "attention", "embedding", ..."""
+    return next(kind for kind, pattern in KINDS.items() if pattern.search(tensor))
+
+
+def plot_shards(plan: ShardPlan, ax: Axes | None = None) -> Axes:
+    """Draw the layout of a plan: a bar for each file, cut into what its tensors are for, in their order.
+
+    The plan's own text and HTML say the same in numbers. More than 40 files are drawn as the first 40.
+    """
+    shown = plan.shards[:_SHOWN_SHARDS]
+    if ax is None:
+        with _white() as plt:
+            size = (8, 1.1 + 0.26 * max(3, len(shown)))
+            ax = plt.subplots(figsize=size, layout="constrained")[1]
+    ink = _ink(ax)
+    for row, shard in enumerate(shown):
+        tensors = ((kind_of(t.source.name), t.begin, t.nbytes) for t in shard.tensors)
+        for kind, group in groupby(tensors, key=itemgetter(0)):
+            pieces = list(group)
+            start, end = pieces[0][1] / 1e9, (pieces[-1][1] + pieces[-1][2]) / 1e9
+            color, hatch = _KIND_LOOKS[kind]
+            new = None if kind in ax.get_legend_handles_labels()[1] else kind
+            look: dict[str, Any] = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
+            ax.barh(row, end - start, 0.8, start, label=new, **look)
+    ax.axvline(plan.max_shard_size / 1e9, color=ink, linestyle=":", linewidth=1)
+    ax.set_yticks(
+        range(len(shown)), [f"{number} of {len(plan.shards)}" for number in range(1, len(shown) + 1)]
+    )
+    ax.tick_params(axis="y", labelsize=8, length=0)
+    ax.invert_yaxis()
+    _tidy(ax, "file", f"{plural(len(plan.shards), 'file')}, {format_size(plan.total_bytes)} of weights")
+    ax.set_xlim(0, 1.03 * plan.largest_file.nbytes / 1e9)
+    ax.set_xlabel("GB (dotted: max_shard_size)", color=ink)
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+    ax.legend(frameon=False, fontsize=8, labelcolor=ink, **place)
+    return ax

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from shardkit.errors import MeasurementError
 from shardkit.measure.intervals import Conclusion, conclude, paired_interval, repeats_to_decide
@@ -21,17 +22,22 @@ from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES
 if TYPE_CHECKING:
     import pandas as pd
 
-ArmName = Literal["original", "sharded"]
-ARMS: tuple[ArmName, ArmName] = ("original", "sharded")
+ORIGINAL, SHARDED = "original", "sharded"
 
 # A property of LoadMeasurement: what people call it, and the words for less and more of it.
 QUANTITIES = {
     "load_wall_seconds": ("load time", "faster", "slower"),
     "load_cpu_seconds": ("load CPU time", "less", "more"),
     "time_to_first_token_seconds": ("time to first token", "faster", "slower"),
+    "start_to_first_token_seconds": ("from process start", "faster", "slower"),
     "peak_anonymous_bytes": ("peak anonymous", "smaller", "larger"),
     "peak_total_bytes": ("peak total", "smaller", "larger"),
 }
+_ASKED = ("dtype", "device", "generate", "prefetch", "memory_limit_bytes")
+_OTHER_PEAKS = ("peak_file_bytes", "peak_device_bytes")
+# How a card carries the result that it shows.
+CARRIED_IN = '<script type="application/json" id="shardkit-comparison">'
+_CARRIED = re.compile(re.escape(CARRIED_IN) + "(.*?)</script>", re.DOTALL)
 _MAIN = ("load_wall_seconds", "time_to_first_token_seconds", "peak_anonymous_bytes")
 # Growth below a quarter of the weights is not a copy of them, and below this size not telling.
 _TELLING_SHARE, _TELLING_BYTES = 0.25, 64_000_000
@@ -39,13 +45,17 @@ _TELLING_SHARE, _TELLING_BYTES = 0.25, 64_000_000
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the two checkpoints: where it is and how it is stored; `dtypes` maps dtype to bytes."""
+    """One of the checkpoints: where it is, how it is stored, and what its loads are asked for.
 
-    name: ArmName
+    `dtypes` maps dtype to bytes; `options` are the arguments of `measure_load`.
+    """
+
+    name: str
     source: str
     files: int
     total_bytes: int
     dtypes: dict[str, int]
+    options: dict[str, Any]
 
     @property
     def dtype(self) -> str | None:
@@ -57,23 +67,23 @@ class Arm:
 class Sample:
     """One run: of which arm, in which pair (None for the warm-up, which counts for nothing)."""
 
-    arm: ArmName
+    arm: str
     pair: int | None
     measurement: LoadMeasurement
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """One quantity, sharded to original.
+    """One quantity of one arm, to that of the original.
 
     Attributes
     ----------
     quantity
         The `LoadMeasurement` property: "load_wall_seconds".
-    original, sharded
+    original, other
         Medians, in seconds or bytes as the name of the quantity says.
     ratio, low, high
-        Geometric mean of the paired ratios ``sharded / original`` and its 95 % interval (None with
+        Geometric mean of the paired ratios ``other / original`` and its 95 % interval (None with
         fewer than two pairs).
     conclusion
         "less", "more", "same" (within `margin`) or "undecided".
@@ -83,7 +93,7 @@ class Ratio:
 
     quantity: str
     original: float
-    sharded: float
+    other: float
     ratio: float
     low: float | None
     high: float | None
@@ -106,22 +116,21 @@ class Ratio:
         enough = f"about {count} repeats would decide" if count else "more than 200 repeats would be needed"
         return f"undecided ({self.low:.3g}x to {self.high:.3g}x): {enough}"
 
-    def shown(self, arm: ArmName) -> str:
-        """Return one arm's median as people read it."""
-        value = self.original if arm == "original" else self.sharded
-        return format_size(value) if self.quantity.endswith("_bytes") else format_seconds(value)
+    def row(self) -> tuple[str, ...]:
+        """Return what it is, both medians, ratio and verdict, as people read them."""
+        shown = format_size if self.quantity.endswith("_bytes") else format_seconds
+        name = QUANTITIES[self.quantity][0]
+        return name, shown(self.original), shown(self.other), f"{self.ratio:.3g}x", self.words()
 
 
 @dataclass(frozen=True)
 class Comparison(Record):
-    """Two checkpoints loaded in turn, `repeats` times each, and the verdict.
+    """Checkpoints loaded in turn, `repeats` times each, and the verdict.
 
     Attributes
     ----------
-    original, sharded
-        The two arms.
-    dtype, device, cache, generate
-        What every load was asked for.
+    arms
+        The original, which the others are compared with, the sharded, and any more.
     margin
         Smallest difference that matters: 0.05 for 5 %.
     seed
@@ -132,48 +141,56 @@ class Comparison(Record):
         What a person should be told.
     """
 
-    original: Arm
-    sharded: Arm
-    dtype: str | None
-    device: str
-    cache: str
-    generate: int
+    arms: tuple[Arm, ...]
     margin: float
     seed: int
     samples: tuple[Sample, ...]
     warm_ups: tuple[Sample, ...]
     notes: tuple[str, ...] = ()
 
-    def measurements(self, arm: ArmName) -> list[LoadMeasurement]:
+    def arm(self, name: str) -> Arm:
+        """Return an arm by its name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the arms, in order."""
+        return tuple(arm.name for arm in self.arms)
+
+    def measurements(self, arm: str) -> list[LoadMeasurement]:
         """Return the counted loads of one arm that succeeded."""
         return [s.measurement for s in self.samples if s.arm == arm and s.measurement.ok]
 
-    def median(self, arm: ArmName, quantity: str) -> float | None:
+    def median(self, arm: str, quantity: str) -> float | None:
         """Return the median of a `LoadMeasurement` property over one arm's loads; None if never told."""
         values = [getattr(measurement, quantity) for measurement in self.measurements(arm)]
         return median(told) if (told := [value for value in values if value is not None]) else None
 
-    @cached_property
+    @property
     def ratios(self) -> dict[str, Ratio]:
-        """What was found by quantity; a quantity that was not told by both arms is left out."""
-        found = (self._ratio(quantity) for quantity in QUANTITIES)
+        """What was found of the sharded, by quantity."""
+        return self.ratios_of(SHARDED)
+
+    def ratios_of(self, arm: str) -> dict[str, Ratio]:
+        """Return what was found of an arm by quantity; one that was not told by both is left out."""
+        found = (self._ratio(arm, quantity) for quantity in QUANTITIES)
         return {ratio.quantity: ratio for ratio in found if ratio}
 
-    def _ratio(self, quantity: str) -> Ratio | None:
+    def _ratio(self, arm: str, quantity: str) -> Ratio | None:
         pairs: dict[int | None, dict[str, float]] = {}
         for sample in self.samples:
             value = getattr(sample.measurement, quantity)
             if sample.measurement.ok and value:
                 pairs.setdefault(sample.pair, {})[sample.arm] = value
-        whole = [pair for pair in pairs.values() if len(pair) == len(ARMS)]
+        whole = [pair for pair in pairs.values() if ORIGINAL in pair and arm in pair]
         if not whole:
             return None
-        first, second = ([pair[arm] for pair in whole] for arm in ARMS)
+        first, second = ([pair[name] for pair in whole] for name in (ORIGINAL, arm))
         interval = paired_interval(first, second, self.seed)
         return Ratio(
             quantity=quantity,
             original=median(first),
-            sharded=median(second),
+            other=median(second),
             ratio=interval.ratio,
             low=interval.low,
             high=interval.high,
@@ -185,23 +202,29 @@ class Comparison(Record):
     @property
     def failures(self) -> dict[str, str]:
         """Arms of which no counted load succeeded, and why."""
-        runs = {arm: [s.measurement for s in (*self.warm_ups, *self.samples) if s.arm == arm] for arm in ARMS}
+        runs = {
+            name: [s.measurement for s in (*self.warm_ups, *self.samples) if s.arm == name]
+            for name in self.names
+        }
         return {
-            arm: f"{runs[arm][-1].outcome}: {runs[arm][-1].reason}"
-            for arm in ARMS
-            if runs[arm] and not self.measurements(arm)
+            name: f"{runs[name][-1].outcome}: {runs[name][-1].reason}"
+            for name in self.names
+            if runs[name] and not self.measurements(name)
         }
 
     @property
     def verdict(self) -> str:
-        """What the sharded checkpoint does compared with the original, in words."""
-        if failures := self.failures:
-            works = "".join(f"; the {arm} one does" for arm in ARMS if self.measurements(arm))
-            return "; ".join(f"the {arm} does not load ({why})" for arm, why in failures.items()) + works
-        told = [self.ratios[quantity] for quantity in _MAIN if quantity in self.ratios]
-        return "; ".join(f"{QUANTITIES[r.quantity][0]}: {r.words()}" for r in told) or "nothing was measured"
+        """What the others do compared with the original, in words; arms are parted by "; "."""
+        words = [f"the {arm} does not load ({why})" for arm, why in self.failures.items()]
+        if words:
+            words += [f"the {arm} one does" for arm in self.names if self.measurements(arm)]
+        for name in self.names[1:]:
+            ratios = self.ratios_of(name)
+            told = [f"{QUANTITIES[q][0]}: {ratios[q].words()}" for q in _MAIN if q in ratios]
+            words += [f"{name}, {line}" for line in told] if len(self.arms) > 2 else told
+        return "; ".join(words) or "nothing was measured"
 
-    def typical(self, arm: ArmName, by: str = "load_wall_seconds") -> LoadMeasurement | None:
+    def typical(self, arm: str, by: str = "load_wall_seconds") -> LoadMeasurement | None:
         """Return an arm's run with the median of a quantity; if it never loads, its first failure."""
         loads = sorted(self.measurements(arm), key=lambda m: getattr(m, by) or 0.0)
         if loads:
@@ -209,10 +232,11 @@ class Comparison(Record):
         runs = (s.measurement for s in (*self.samples, *self.warm_ups) if s.arm == arm)
         return next(runs, None)
 
-    def explain(self, arm: ArmName) -> str:
+    def explain(self, arm: str) -> str:
         """Say where an arm's figures come from, as far as they tell: copied or mapped, read late or not."""
-        stored: Arm = getattr(self, arm)
-        asked = f"{self.dtype} asked for" if self.dtype else "no dtype asked for"
+        stored = self.arm(arm)
+        run = self.typical(arm)
+        asked = f"asked for {run.asked_for()}" if run else "never run"
         words = f"{stored.dtype or 'no plain floats'} in {plural(stored.files, 'file')}, {asked}"
         if stored.total_bytes < _TELLING_BYTES:
             return words
@@ -226,7 +250,7 @@ class Comparison(Record):
             words += f"; {format_size(touched)} were touched only by the first token"
         return words
 
-    def _median_growth(self, arm: ArmName, name: str, peak: str) -> float | None:
+    def _median_growth(self, arm: str, name: str, peak: str) -> float | None:
         """Return by how much a phase's peak exceeds that of the phase before it."""
         grown = []
         for measurement in self.measurements(arm):
@@ -237,37 +261,28 @@ class Comparison(Record):
         return median(grown) if grown else None
 
     def summary(self) -> Summary:
-        """Return the verdict, both arms' times, and every quantity with its interval."""
+        """Return the verdict, all arms' times, and every quantity with its interval."""
         pairs = plural(len({sample.pair for sample in self.samples}), "pair")
         stacks = dict.fromkeys(s.measurement.stack() for s in self.samples)
+        caches = dict.fromkeys(s.measurement.cache.asked for s in self.samples)
         facts = (
             *(("verdict" if not line else "", words) for line, words in enumerate(self.verdict.split("; "))),
-            *((f"{arm}, median run", run.time_line()) for arm in ARMS if (run := self.typical(arm))),
-            *((f"{arm} from", shown_path(getattr(self, arm).source)) for arm in ARMS),
-            *((f"{arm} stored", self.explain(arm)) for arm in ARMS),
-            ("runs", f"{pairs} in ABBA order, one warm-up each, {self.cache} page cache"),
+            *((f"{arm}, median run", run.time_line()) for arm in self.names if (run := self.typical(arm))),
+            *((f"{arm.name} from", shown_path(arm.source)) for arm in self.arms),
+            *((f"{arm} stored", self.explain(arm)) for arm in self.names),
+            ("runs", f"{pairs} in ABBA order, one warm-up each, {' and '.join(caches)} page cache"),
             ("stack", " | ".join(stacks) or "not told"),
+            ("machine", " | ".join(dict.fromkeys(str(s.measurement.environment) for s in self.samples))),
         )  # fmt: skip
-        rows = tuple(
-            (
-                QUANTITIES[r.quantity][0],
-                r.shown("original"),
-                r.shown("sharded"),
-                f"{r.ratio:.3g}x",
-                r.words(),
-            )
-            for r in self.ratios.values()
-        )
-        columns = (
-            "median",
-            "original",
-            "sharded",
-            "ratio",
-            f"verdict (95 % interval, ±{100 * self.margin:.3g} %)",
-        )
+        tables = (self._table(arm) for arm in self.names[1:])
         return Summary(
-            "Comparison of loads", facts, (Table(columns, rows),) if rows else (), self._warnings()
+            "Comparison of loads", facts, tuple(table for table in tables if table.rows), self._warnings()
         )
+
+    def _table(self, arm: str) -> Table:
+        verdict = f"verdict (95 % interval, ±{100 * self.margin:.3g} %)"
+        rows = tuple(ratio.row() for ratio in self.ratios_of(arm).values())
+        return Table(("median", ORIGINAL, arm, "ratio", verdict), rows)
 
     def _warnings(self) -> tuple[str, ...]:
         counted = Counter(warning for s in self.samples for warning in s.measurement.warnings())
@@ -284,32 +299,42 @@ class Comparison(Record):
         """Return the raw samples, one row each; the pair of a warm-up is missing."""
         import pandas as pd
 
-        return pd.DataFrame([_row(sample) for sample in (*self.warm_ups, *self.samples)]).convert_dtypes()
+        rows = [_row(sample, self.arm(sample.arm)) for sample in (*self.warm_ups, *self.samples)]
+        return pd.DataFrame(rows).convert_dtypes()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON-ready data, with the verdict for those who read the JSON alone."""
         return {**super().to_dict(), "verdict": self.verdict}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything, raw samples included, as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write everything, raw samples included: as JSON, or as a card if the name ends in ``.html``."""
+        is_card = os.fspath(path).lower().endswith((".html", ".htm"))
+        text = self.to_html() if is_card else json.dumps(self.to_dict(), ensure_ascii=False) + "\n"
+        Path(path).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Return the comparison that `save` wrote.
+        """Return the comparison that `save` wrote, or that a card (`to_html`) carries.
 
         Raises
         ------
         MeasurementError
-            If the file is not JSON.
+            If the file is neither.
         ShardkitError
-            If it is, but no comparison.
+            If it holds something else, or another version.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            data = json.loads(carried.group(1) if (carried := _CARRIED.search(text)) else text)
         except (OSError, ValueError) as error:
             raise MeasurementError(f"{os.fspath(path)} cannot be read as a comparison: {error}") from error
         return cls.from_dict(data if isinstance(data, dict) else {})
+
+    def to_html(self) -> str:
+        """Return one HTML page with figures, pictures and raw data that needs no other file, to be mailed."""
+        from shardkit.display.card import comparison_card
+
+        return comparison_card(self)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draw times, peaks and memory curves; save them if `path` is given (``.png``, ``.svg``).
@@ -323,13 +348,44 @@ class Comparison(Record):
         return plot_comparison(self, path)
 
 
-def _row(sample: Sample) -> dict[str, Any]:
+def merge_comparisons(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
+    """Return the raw samples of many results, saved as JSON or as cards, in one frame.
+
+    Returns
+    -------
+    As `Comparison.to_frame`, with the name of the file each comes from in the first column.
+
+    Raises
+    ------
+    MeasurementError
+        If there is none, or one cannot be read.
+    """
+    import pandas as pd
+
+    frames = []
+    for path in paths:
+        frame = Comparison.load(path).to_frame()
+        frame.insert(0, "file", os.fspath(path))
+        frames.append(frame)
+    if not frames:
+        raise MeasurementError("no results to merge: give the files that `save` or `to_html` made")
+    return pd.concat(frames, ignore_index=True)
+
+
+def _row(sample: Sample, arm: Arm) -> dict[str, Any]:
     measurement = sample.measurement
     row: dict[str, Any] = {"arm": sample.arm, "pair": sample.pair, "outcome": measurement.outcome}
+    row |= {"source": arm.source, "stored_dtype": arm.dtype, "files": arm.files, "bytes": arm.total_bytes}
+    row |= {name: getattr(measurement, name) for name in _ASKED}
     row |= {quantity: getattr(measurement, quantity) for quantity in QUANTITIES}
-    row |= {"peak_file_bytes": measurement.peak_file_bytes, "cache_proven": measurement.cache.proven}
+    row |= {
+        "peak_file_bytes": measurement.peak_file_bytes,
+        "peak_device_bytes": measurement.peak_device_bytes,
+    }
+    row |= {"cache": measurement.cache.asked, "cache_proven": measurement.cache.proven}
     for phase in measurement.phases:
         name = phase.name.replace(" ", "_")
         for what in ("wall_seconds", "user_seconds", "system_seconds", "major_faults", "read_bytes"):
             row.setdefault(f"{name}_{what}", getattr(phase, what))
-    return row
+    environment = measurement.environment
+    return row | {"cpu": environment.cpu, "cores": environment.cores, **environment.versions}

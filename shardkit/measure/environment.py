@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shardkit.measure.limit import NO_LIMIT, limit_in_force
+from shardkit.record import plural
+from shardkit.sizes import format_size
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Environment:
     versions: dict[str, str] = field(default_factory=dict)
     threads: int | None = None
     gpu: str | None = None
+
+    def __str__(self) -> str:
+        words = [self.cpu, plural(self.cores, "core"), f"{format_size(self.ram_bytes or 0)} RAM", self.gpu]
+        words += [f"limit {format_size(self.memory_limit_bytes)}"] if self.memory_limit_bytes else []
+        return ", ".join([*filter(None, words), self.filesystem or "unknown file system"])
 
 
 def describe_machine(

@@ -44,6 +44,17 @@ def paired_interval(first: Sequence[float], second: Sequence[float], seed: int) 
     )
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return Student's 95 % interval of the geometric mean; None for fewer than three values."""
+    import numpy as np
+
+    logs, count = np.log(np.asarray(values, float)), len(values)
+    if count < 3:
+        return None
+    half = student_quantile(count - 1) * float(logs.std(ddof=1)) / math.sqrt(count)
+    return math.exp(float(logs.mean()) - half), math.exp(float(logs.mean()) + half)
+
+
 def conclude(interval: Interval, margin: float) -> Conclusion:
     """Return what an interval says of a difference of `margin` (0.05 for 5 %).
 

@@ -213,7 +213,7 @@ class LoadMeasurement(Record):
             ("peak total", f"{_size(self.peak_total_bytes)} ({self._peak_source()})"),
             ("page cache", f"{self.cache.asked}, {'proven' if self.cache.proven else 'not proven'}"),
             ("stack", self.stack()),
-            ("machine", f"{self.environment.cpu}, {self.environment.cores} cores"),
+            ("machine", str(self.environment)),
         )
         phases = Table(
             ("phase", "wall", "user", "sys", "peak anonymous", "peak total", "from disk"),

@@ -1,0 +1,86 @@
+"""A comparison as one HTML page: figures, pictures, raw samples, and the result itself, in a single file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from html import escape
+from typing import TYPE_CHECKING
+
+from shardkit.display.plots import describe_memory, plot_comparison
+from shardkit.measure.comparison import CARRIED_IN
+from shardkit.measure.measurement import format_seconds
+from shardkit.record import Table
+from shardkit.sizes import format_size
+
+if TYPE_CHECKING:
+    from shardkit.measure.comparison import Comparison
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+img { max-width: 100%; height: auto; background: white; border: 1px solid #8888; }
+summary { cursor: pointer; margin: .8em 0; }
+.shardkit { overflow-x: auto; }
+"""
+
+
+def comparison_card(comparison: Comparison) -> str:
+    """Return the page. What it shows is escaped; what it carries, `Comparison.load` reads back."""
+    runs = _runs(comparison).html()
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>shardkit: {escape(" and ".join(comparison.names))}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+{comparison.summary().html()}
+<p><img alt="{escape(_alternative(comparison))}" src="data:image/png;base64,{_picture(comparison)}"></p>
+<details><summary>Every run</summary><div class="shardkit">{runs}</div></details>
+{CARRIED_IN}{_carried(comparison)}</script>
+</body>
+</html>
+"""
+
+
+def _picture(comparison: Comparison) -> str:
+    import matplotlib.pyplot as plt
+
+    with io.BytesIO() as file:
+        axes = plot_comparison(comparison, file)
+        picture = file.getvalue()
+    plt.close(axes[0].get_figure(root=True))
+    return base64.b64encode(picture).decode()
+
+
+def _alternative(comparison: Comparison) -> str:
+    return f"Wall times and peaks as in the table above, and memory over time: {describe_memory(comparison)}"
+
+
+def _carried(comparison: Comparison) -> str:
+    # A "<" in a name could end the element that carries it.
+    return json.dumps(comparison.to_dict()).replace("<", "\\u003c")
+
+
+def _runs(comparison: Comparison) -> Table:
+    rows = []
+    for sample in (*comparison.warm_ups, *comparison.samples):
+        m = sample.measurement
+        peaks = (m.peak_anonymous_bytes, m.peak_total_bytes)
+        times = (m.load_wall_seconds, m.time_to_first_token_seconds)
+        rows.append(
+            (
+                sample.arm,
+                "warm-up" if sample.pair is None else str(sample.pair + 1),
+                *map(format_seconds, times),
+                *("-" if peak is None else format_size(peak) for peak in peaks),
+                f"{m.cache.asked}, {'proven' if m.cache.proven else 'not proven'}",
+                f"{m.outcome}: {m.reason}" if m.reason else m.outcome,
+            )
+        )
+    columns = ("arm", "pair", "load", "first token", "peak anonymous", "peak total", "page cache", "outcome")
+    return Table(columns, tuple(rows))

@@ -145,7 +145,7 @@ def test_layout_map_has_a_bar_for_each_file_as_long_as_its_data(demo):
     axes = plot_shards(plan)
     for row, shard in enumerate(plan.shards):
         bars = [bar for bar in axes.patches if round(bar.get_y() + bar.get_height() / 2) == row]
-        assert sum(bar.get_width() for bar in bars) == pytest.approx(shard.data_bytes / 1e9)
+        assert sum(bar.get_width() for bar in bars) == pytest.approx(shard.data_bytes / 1e6)
     legend = {text.get_text() for text in axes.get_legend().get_texts()}
     assert legend == {
         kind_of(name) for shard in plan.shards for name in (t.source.name for t in shard.tensors)

@@ -103,6 +103,7 @@ def _plot_quantities(
     # Medians stand under their bars, where neither a dot nor a neighbour can be in the way.
     ax.set_xticks(list(ticks), list(ticks.values()), fontsize=9 if step > 0.3 else 7)
     names = [f"\n{QUANTITIES[quantity][0]}" for quantity in quantities]
+    ax.xaxis.remove_overlapping_locs = False  # the name of three bars stands under the middle one
     ax.set_xticks(range(len(quantities)), names, minor=True)
     ax.tick_params(axis="x", which="both", length=0)
     ax.set_xlim(-0.6, len(quantities) - 0.4)
@@ -151,7 +152,7 @@ def plot_memory(source: Comparison | Sequence[LoadMeasurement], ax: Axes | None 
     ax.set_ylim(0, ax.get_ylim()[1] * 1.05)
     _tidy(ax, "GB", "Memory over time")
     if chosen:
-        _explain_marks(ax)
+        _explain_marks(ax, columns=len(chosen) + 1)
     return ax
 
 
@@ -167,7 +168,8 @@ def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, color: str, hatch: s
     if points:
         seconds, anonymous, total = zip(*points, strict=True)
         style: dict[str, Any] = {"facecolor": (color, 0.2), "edgecolor": color, "hatch": hatch}
-        ax.fill_between(seconds, anonymous, linewidth=2, label=f"{label}: anonymous", **style)
+        ax.fill_between(seconds, anonymous, linewidth=0, label=f"{label}: anonymous", **style)
+        ax.plot(seconds, anonymous, color=color, linewidth=2)
         ax.plot(seconds, total, "--", color=color, linewidth=1.4, label=f"{label}: with file pages")
         for phase in run.phases:
             if phase.name in _MARKERS:
@@ -183,7 +185,7 @@ def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, color: str, hatch: s
         ax.plot(*zip(*shown, strict=True), "x", color=color, markersize=4, markevery=every)
 
 
-def _explain_marks(ax: Axes) -> None:
+def _explain_marks(ax: Axes, columns: int) -> None:
     """Put the legend where no curve can be: under the axes."""
     ink = _ink(ax)
     for name, marker in _MARKERS.items():
@@ -191,8 +193,15 @@ def _explain_marks(ax: Axes) -> None:
     ax.plot([], [], "x", color=ink, markersize=4, label="memory_profiler")
     handles, _ = ax.get_legend_handles_labels()
     handles.insert(2, handles.pop())  # columns fill downwards: one for each run, one for the ends
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.05, -0.16)}
-    ax.legend(handles=handles, frameon=False, fontsize=9, ncols=3, labelcolor=ink, **place)
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.05, -0.16), "columnspacing": 1}
+    ax.legend(
+        handles=handles,
+        frameon=False,
+        fontsize=9 if columns < 4 else 7.5,
+        ncols=columns,
+        labelcolor=ink,
+        **place,
+    )
 
 
 def describe_memory(comparison: Comparison) -> str:
@@ -277,24 +286,25 @@ def plot_shards(plan: ShardPlan, ax: Axes | None = None) -> Axes:
             size = (8, 1.1 + 0.26 * max(3, len(shown)))
             ax = plt.subplots(figsize=size, layout="constrained")[1]
     ink = _ink(ax)
+    scale, unit = (1e9, "GB") if plan.largest_file.nbytes >= 1e9 else (1e6, "MB")
     for row, shard in enumerate(shown):
         tensors = ((kind_of(t.source.name), t.begin, t.nbytes) for t in shard.tensors)
         for kind, group in groupby(tensors, key=itemgetter(0)):
             pieces = list(group)
-            start, end = pieces[0][1] / 1e9, (pieces[-1][1] + pieces[-1][2]) / 1e9
+            start, end = pieces[0][1] / scale, (pieces[-1][1] + pieces[-1][2]) / scale
             color, hatch = _KIND_LOOKS[kind]
             new = None if kind in ax.get_legend_handles_labels()[1] else kind
             look: dict[str, Any] = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
             ax.barh(row, end - start, 0.8, start, label=new, **look)
-    ax.axvline(plan.max_shard_size / 1e9, color=ink, linestyle=":", linewidth=1)
+    ax.axvline(plan.max_shard_size / scale, color=ink, linestyle=":", linewidth=1)
     ax.set_yticks(
         range(len(shown)), [f"{number} of {len(plan.shards)}" for number in range(1, len(shown) + 1)]
     )
     ax.tick_params(axis="y", labelsize=8, length=0)
     ax.invert_yaxis()
     _tidy(ax, "file", f"{plural(len(plan.shards), 'file')}, {format_size(plan.total_bytes)} of weights")
-    ax.set_xlim(0, 1.03 * plan.largest_file.nbytes / 1e9)
-    ax.set_xlabel("GB (dotted: max_shard_size)", color=ink)
+    ax.set_xlim(0, 1.03 * plan.largest_file.nbytes / scale)
+    ax.set_xlabel(f"{unit} (dotted: max_shard_size)", color=ink)
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
     ax.legend(frameon=False, fontsize=8, labelcolor=ink, **place)
     return ax

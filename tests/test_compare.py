@@ -337,6 +337,22 @@ class TestExperiment:
         assert comparison.to_frame()["outcome"].tolist() == ["failed", "failed"]
         assert comparison._repr_html_()
 
+    def test_an_arm_that_fails_twice_is_not_run_again(self, arms, monkeypatch):
+        monkeypatch.setattr(
+            compare,
+            "measure_load",
+            lambda folder, **_: fake_load(outcome="killed" if folder == str(arms[0]) else "ok"),
+        )
+        found = compare_loads(*arms, repeats=4)
+        assert [s.measurement.outcome for s in (*found.warm_ups, *found.samples) if s.arm == "original"] == [
+            "killed",
+            "killed",
+        ]
+        assert len(found.measurements("sharded")) == 4
+        assert "the original does not load (killed" in found.verdict
+        assert "the sharded one does" in found.verdict
+        assert found.plot() is not None
+
     @pytest.mark.parametrize("wrong", [{"repeats": 0}, {"margin": 0}, {"cache": "hot"}])
     def test_wrong_numbers_are_refused(self, arms, wrong):
         with pytest.raises(MeasurementError):

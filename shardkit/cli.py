@@ -52,8 +52,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and n
 
 
 @app.command()
-def inspect(source: Source, as_json: Json = False) -> None:
-    """Say what a checkpoint holds, from its headers alone."""
+def inspect(
+    source: Source,
+    dtype: Annotated[str | None, typer.Option(help="What it would be loaded in: float16, ...")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a checkpoint holds, and what loading it takes, from its headers alone."""
     from shardkit.checkpoint import Checkpoint
     from shardkit.destination import leftovers
 
@@ -63,7 +67,11 @@ def inspect(source: Source, as_json: Json = False) -> None:
             "the same `shardkit shard` as before goes on from there",
             file=sys.stderr,
         )
-    _show(Checkpoint.open(source), as_json)
+    checkpoint = Checkpoint.open(source)
+    estimate = checkpoint.estimate(dtype)
+    _show(checkpoint, as_json)
+    if not as_json:
+        print(f"\n{estimate}")
 
 
 @app.command()

@@ -158,7 +158,7 @@ def plot_memory(source: Comparison | Sequence[LoadMeasurement], ax: Axes | None 
 
 def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, color: str, hatch: str) -> None:
     curve, ink = run.curve, _ink(ax)
-    start = load.start_seconds if (load := run.phase(LOAD)) else 0.0
+    start = run.load_start_seconds or 0.0
     split = zip(curve.seconds, curve.anonymous_bytes, curve.file_bytes, strict=True)
     points = [
         (at - start, anonymous / 1e9, (anonymous + file) / 1e9)

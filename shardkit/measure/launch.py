@@ -131,6 +131,7 @@ def _measurement(
     begins = {event["name"]: event for event in end.events if event["event"] == "begin"}
     stack = events.get("stack", {})
     load = begins.get(LOAD, {"at": end.ended_at, "peak_reset": True})
+    load_start = load["at"] - end.started_at if LOAD in begins else None
     peaks = _peaks(end, load["at"], load["peak_reset"])
     outcome, reason = _outcome(end, events, limit, peaks)
     notes = [event["text"] for event in end.events if event["event"] == "note"]
@@ -149,6 +150,7 @@ def _measurement(
         outcome=outcome,
         reason=reason,
         phases=tuple(_phase(event, end) for event in end.events if event["event"] == "end"),
+        load_start_seconds=load_start,
         **peaks,
         peak_device_bytes=events.get("device", {}).get("peak_bytes"),
         cache=cache,

@@ -201,7 +201,8 @@ class Checkpoint(Record):
         target = parse_dtype(asked) if asked in CAST_DTYPES or asked == dtype else None
         stored = (StoredTensor(t.name, t.elements, t.dtype) for t in self.tensors.values())
         whole = self.format == "pickle" and not all(is_zipfile(self.path(file)) for file in self.files)
-        return estimate_load(self.source, stored, DTYPE_NAMES[target] if target else None, held_whole=whole)
+        name, model_type = DTYPE_NAMES[target] if target else None, (self.config or {}).get("model_type")
+        return estimate_load(self.source, stored, name, model_type=model_type, held_whole=whole)
 
     def path(self, file: str) -> str:
         """Return the path of one of the checkpoint's files."""

@@ -5,6 +5,7 @@ from .compare import Comparison as Comparison
 from .compare import compare_loads as compare_loads
 from .compare import merge_comparisons as merge_comparisons
 from .demo import make_demo_checkpoint as make_demo_checkpoint
+from .display.app import ShardApp as ShardApp
 from .display.progress import ProgressBar as ProgressBar
 from .errors import Cancelled as Cancelled
 from .errors import CastError as CastError

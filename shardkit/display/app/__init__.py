@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import ipywidgets as widgets
 
@@ -26,6 +26,7 @@ from shardkit.errors import ShardkitError
 from shardkit.measure.comparison import Comparison
 from shardkit.plan import ShardPlan, Strategy
 from shardkit.sizes import parse_size
+from shardkit.tensor import CAST_DTYPES
 from shardkit.write import ShardReport
 
 __all__ = ["ShardApp"]
@@ -51,10 +52,8 @@ class ShardApp:
 
     Raises
     ------
-    SizeError
-        If a size is not understood.
-    TraitError
-        If a setting is none of those that the app offers.
+    ShardkitError
+        If a setting is not understood; says what is.
 
     Attributes
     ----------
@@ -76,6 +75,11 @@ class ShardApp:
         first_token: bool = True,
         memory_limit: int | str | None = None,
     ) -> None:
+        _check("strategy", strategy, get_args(Strategy))
+        _check("dtype", dtype, (None, *CAST_DTYPES))
+        _check("cache", cache, ("cold", "warm"))
+        if repeats < 1:
+            raise ShardkitError(f"repeats is {repeats}: give a number of pairs, 1 or more")
         limit = None if memory_limit is None else parse_size(memory_limit)
         size = None if max_shard_size is None else parse_size(max_shard_size)
         self._choose = Choose(os.fspath(source or ""))
@@ -133,7 +137,7 @@ class ShardApp:
         for step in self._steps:
             self.wait()
             if not self._begin(step):
-                raise ShardkitError(_BUSY)
+                raise ShardkitError(step.missing or _BUSY)
             self.wait()
             if step.error is not None:
                 raise step.error
@@ -154,6 +158,7 @@ class ShardApp:
             step.start.on_click(partial(self._clicked, step))
         self._plan.changed = self._planned
         self._shard.destination.observe(lambda _: self._refresh(), "value")
+        self._choose.opened = self._opened
         # Enter opens what was typed; a suggestion is only a suggestion until it is opened.
         self._choose.entered = partial(self._begin, self._choose)
 
@@ -161,23 +166,23 @@ class ShardApp:
         self._begin(step)
 
     def _begin(self, step: Step) -> bool:
-        """Start a step's job; False if it is not ready, or something is running."""
-        if self._working is not None or not step.ready:
+        """Start a step's job, or say why not; a second click on a step that works is overlooked."""
+        if self._working is not None:
+            if self._working is not step:
+                step.say(page.status("Not now: another step is at work. Wait for it, or cancel it."))
+            return False
+        if step.missing:
+            step.say(page.error(step.missing))
             return False
         self._working = step
         self._refresh()
-        if self._worker.start(partial(self._attempt, step), self._ended):
+        if self._worker.start(step.attempt, self._ended):
             return True
         self._ended()
         step.say(page.error(_BUSY))
         for other in self._steps:
-            other.cancel.disabled = False
+            other.let_cancel(True)
         return False
-
-    def _attempt(self, step: Step) -> None:
-        step.attempt()
-        if step is self._choose:
-            self._opened()
 
     def _ended(self) -> None:
         self._working = None
@@ -205,3 +210,8 @@ class ShardApp:
         self._compare.sharded = self._shard.destination.value.strip()
         for step in self._steps:
             step.show(working=step is self._working, busy=self._working is not None)
+
+
+def _check(setting: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        raise ShardkitError(f"{setting} is {value!r}: give one of {', '.join(map(str, known))}")

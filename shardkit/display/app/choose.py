@@ -62,10 +62,11 @@ class Choose(Step):
             continuous_update=False,
         )
         self.entered: Callable[[], object] = lambda: None
+        self.opened: Callable[[], object] = lambda: None
         self._taking = False
         self.suggestion.observe(self._take_suggestion, "value")
         self.source.observe(self._typed, "value")
-        self.controls = [self.suggestion, self.source]
+        self.controls = [self.suggestion]  # the text keeps its focus while what was entered is opened
         self._held = widgets.HTML()
         self.place(self.suggestion, self.source, self.start, self._message, self._held)
         self._clear()
@@ -85,6 +86,7 @@ class Choose(Step):
         """Open the checkpoint; a demo is made first."""
         self.checkpoint = None
         self._clear()
+        self.opened()
         source = self.source.value.strip()
         if not source:
             raise ShardkitError("nothing is chosen: take a suggestion, or give a folder, a file or a Hub id")
@@ -94,6 +96,7 @@ class Choose(Step):
         else:
             self.say(page.status(f"Opening {source} …"))
             self.checkpoint = Checkpoint.open(source)
+        self.opened()
         self.say(page.done("Go on with the plan."))
 
     def tell(self, plan: ShardPlan | None) -> None:

@@ -49,7 +49,9 @@ class Compare(Step):
         self.comparison: Comparison | None = None
         dtypes = [("what the config says", ""), *((name, name) for name in CAST_DTYPES)]
         self.dtype = field(widgets.Dropdown, "Load as", options=dtypes)
-        self.repeats = field(widgets.IntSlider, "Pairs of loads", value=repeats, min=1, max=_MOST_REPEATS)
+        self.repeats = field(
+            widgets.IntSlider, "Pairs of loads", min=1, max=max(repeats, _MOST_REPEATS), value=repeats
+        )
         self.cache = field(widgets.Dropdown, "Page cache", options=_CACHES, value=cache)
         self.first_token = field(widgets.Checkbox, _GENERATES, value=first_token)
         limits = _limits(memory_limit)
@@ -64,9 +66,13 @@ class Compare(Step):
         self.clear()
 
     @property
-    def ready(self) -> bool:
-        """Whether there are two to compare."""
-        return bool(self.original) and os.path.isdir(os.path.expanduser(self.sharded))
+    def missing(self) -> str:
+        """What has to be done before: there must be two to compare."""
+        if not self.original:
+            return "there is nothing to compare: open a checkpoint (step 1)"
+        if not os.path.isdir(os.path.expanduser(self.sharded)):
+            return f"{self.sharded}: no such folder yet: shard first (step 3)"
+        return ""
 
     def clear(self) -> None:
         """Forget what was found."""

@@ -29,11 +29,19 @@ class File(NamedTuple):
     tensors: tuple[str, ...]
 
 
+# JupyterLab takes arrow keys and letters for its own, even if a menu or a slider in a cell's output has the
+# focus, which then could not be used without a mouse. It leaves alone what is marked so: the element itself.
+_KEEP_KEYS = (
+    "this.closest('.sk-app').addEventListener('focusin', "
+    "event => event.target.setAttribute('data-lm-suppress-shortcuts', 'true'))"
+)
+
+
 @cache
 def stylesheet() -> str:
-    """Return the app's CSS as an element."""
+    """Return the app's CSS as an element, which also keeps the app's keys from the notebook."""
     css = files("shardkit").joinpath("static/app.css").read_text(encoding="utf-8")
-    return f"<style>{css}</style>"
+    return f'<style onload="{_KEEP_KEYS}">{css}</style>'
 
 
 def heading(number: int, title: str, hint: str) -> str:

@@ -74,13 +74,13 @@ class Plan(Step):
         self.attempt()
 
     @property
-    def ready(self) -> bool:
-        """Whether there is something to plan for."""
-        return self._checkpoint is not None
+    def missing(self) -> str:
+        """What has to be done before: a checkpoint."""
+        return "" if self._checkpoint is not None else "there is nothing to plan: open a checkpoint (step 1)"
 
     def show(self, *, working: bool, busy: bool) -> None:
         """Let the controls say whether there is something to plan for."""
-        super().show(working=working, busy=busy or not self.ready)
+        super().show(working=working, busy=busy or bool(self.missing))
 
     def attempt(self) -> None:
         """Plan, and tell who waits for it."""

@@ -50,9 +50,9 @@ class Shard(Step):
     plan: ShardPlan | None
 
     @property
-    def ready(self) -> bool:
-        """Whether there is a plan."""
-        return self.plan is not None
+    def missing(self) -> str:
+        """What has to be done before: a plan."""
+        return "" if self.plan is not None else "there is no plan to carry out: open a checkpoint (step 1)"
 
     def clear(self) -> None:
         """Forget what was written."""
@@ -72,7 +72,7 @@ class Shard(Step):
 
     def run(self) -> None:
         """Write, verify, publish."""
-        assert self.plan is not None  # noqa: S101 - `ready` says so
+        assert self.plan is not None  # noqa: S101 - or it would be `missing`
         destination = self.destination.value.strip()
         if not destination:
             raise ShardkitError("no folder is named: say where the shards are to be written")

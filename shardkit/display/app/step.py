@@ -16,12 +16,12 @@ from shardkit.sizes import format_size
 
 _SHOW_EVERY_SECONDS = 0.15  # a page that is told more often than that falls behind
 _RATE_OVER_SECONDS = 5.0
+_WIDE = {"width": "100%", "max_width": "46rem", "margin": "2px 0"}
 
 
 def field(kind: Any, label: str, **options: Any) -> Any:
     """Return a control whose label a screen reader finds, as wide as there is room for."""
-    layout = {"width": "100%", "max_width": "46rem", "margin": "2px 0"}
-    return kind(description=label, style={"description_width": "9rem"}, layout=layout, **options)
+    return kind(description=label, style={"description_width": "9rem"}, layout=_WIDE, **options)
 
 
 class Step:
@@ -44,9 +44,10 @@ class Step:
         self.error: Exception | None = None
         self._button, self._working = button, working
         self.start = widgets.Button(description=button, button_style="primary", layout={"width": "11rem"})
-        self.cancel = widgets.Button(description="Cancel", disabled=True, layout={"width": "9rem"})
+        self.cancel = widgets.Button(description="Cancel", layout={"width": "9rem"})
         self.cancel.on_click(self._cancel)
-        self._bar = widgets.FloatProgress(max=1.0, layout={"width": "100%", "max_width": "46rem"})
+        self._may_cancel = False
+        self._bar = widgets.FloatProgress(max=1.0, layout=_WIDE)
         self._heading, self._message = widgets.HTML(page.heading(number, title, hint)), widgets.HTML()
         self._message.add_class("sk-message")
         self.box = widgets.VBox()
@@ -61,9 +62,9 @@ class Step:
         raise NotImplementedError
 
     @property
-    def ready(self) -> bool:
-        """Whether there is all that the job needs."""
-        return True
+    def missing(self) -> str:
+        """What has to be done first; empty if nothing."""
+        return ""
 
     def attempt(self) -> None:
         """Do the step's job and show how it ended."""
@@ -87,16 +88,27 @@ class Step:
     def show(self, *, working: bool, busy: bool) -> None:
         """Let the buttons and controls say what can be done now."""
         self.start.description = self._working if working else self._button
-        self.start.disabled = busy or not self.ready
-        self.cancel.description = "Cancel"
-        self.cancel.disabled = not working
+        _dim(self.start, busy or bool(self.missing))
+        self.let_cancel(working)
         for control in self.controls:
             control.disabled = busy
 
+    def let_cancel(self, allowed: bool) -> None:
+        """Let the cancel button stop what runs, or nothing."""
+        self._may_cancel = allowed
+        self.cancel.description = "Cancel"
+        _dim(self.cancel, not allowed)
+
     def _cancel(self, _: Any) -> None:
-        if not self.cancel.disabled:  # which stops a person's click, not a program's
+        if self._may_cancel:
             Worker.stop()
-            self.cancel.description, self.cancel.disabled = "Stopping…", True
+            self.let_cancel(False)
+            self.cancel.description = "Stopping…"
+
+
+def _dim(button: Any, dim: bool) -> None:
+    """Show that a button does nothing now. A disabled one would lose the focus, and with it the keyboard."""
+    (button.add_class if dim else button.remove_class)("sk-dim")
 
 
 class ByteProgress:

@@ -52,6 +52,7 @@ def compare_loads(
     same_model: bool = True,
     seed: int = 0,
     on_sample: Callable[[Comparison], object] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Comparison:
     """Load two checkpoints (or more) in turn, each in fresh processes, and say what differs.
 
@@ -80,13 +81,15 @@ def compare_loads(
         Of the bootstrap.
     on_sample
         Called with the comparison so far, after each run.
+    stop
+        Asked a few times a second; True stops the experiment, in the middle of a load if need be.
 
     Raises
     ------
     ShardkitError
         If the checkpoints do not hold the same model, or an argument is not understood.
     Cancelled
-        If `progress` asked to stop.
+        If `progress` or `stop` asked for it.
     """
     if repeats < 1 or margin <= 0:
         raise MeasurementError(f"repeats is {repeats}, margin {margin}: both must be above zero")
@@ -109,7 +112,7 @@ def compare_loads(
     arms = tuple(_arm(name, opened[name], common, changes) for name, changes in wanted.items())
     notes = () if same_model else ("the arms were not required to hold the same model",)
     found = Comparison(arms, margin, seed, (), (), notes)
-    for sample in _run_all(arms, repeats, progress):
+    for sample in _run_all(arms, repeats, progress, stop):
         if sample.pair is None:
             found = replace(found, warm_ups=(*found.warm_ups, sample))
         else:
@@ -133,7 +136,12 @@ def _arm(name: str, checkpoint: Checkpoint, common: Mapping[str, Any], changes: 
     )
 
 
-def _run_all(arms: Sequence[Arm], repeats: int, progress: _ProgressCallback | None) -> Iterator[Sample]:
+def _run_all(
+    arms: Sequence[Arm],
+    repeats: int,
+    progress: _ProgressCallback | None,
+    stop: Callable[[], bool] | None,
+) -> Iterator[Sample]:
     order: list[tuple[Arm, int | None]] = [(arm, None) for arm in arms]
     for number in range(repeats):
         order += [(arm, number) for arm in (arms if number % 2 == 0 else arms[::-1])]
@@ -145,7 +153,7 @@ def _run_all(arms: Sequence[Arm], repeats: int, progress: _ProgressCallback | No
             continue  # twice, and never loaded: that is its result
         which = "warm-up" if pair is None else f"pair {pair + 1}"
         _report(progress, done, len(order), f"{arm.name}, {which}")
-        measurement = measure_load(arm.source, **arm.options)
+        measurement = measure_load(arm.source, **arm.options, stop=stop)
         ends[arm.name].append(measurement.ok)
         yield Sample(arm.name, pair, measurement)
     _report(progress, len(order), len(order), "done")

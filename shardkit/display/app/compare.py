@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from io import BytesIO
 
 import ipywidgets as widgets
 
@@ -13,6 +12,8 @@ from shardkit.compare import compare_loads
 from shardkit.display.app import page
 from shardkit.display.app.step import Step, field
 from shardkit.display.app.worker import Worker
+from shardkit.display.card import alternative
+from shardkit.display.plots import comparison_png
 from shardkit.errors import Cancelled
 from shardkit.estimate import HOSTS
 from shardkit.measure.comparison import Comparison
@@ -95,6 +96,7 @@ class Compare(Step):
             memory_limit=self.limit.value or None,
             progress=self._progress,
             on_sample=self._draw,
+            stop=Worker.stopping,
         )
         self._draw(self.comparison)
         self._downloads.value = page.links(*_downloads(self.comparison))
@@ -112,7 +114,7 @@ class Compare(Step):
     def _draw(self, comparison: Comparison) -> None:
         self.comparison = comparison
         self._verdict.value = page.region("verdict", comparison.summary().html(), name="verdict")
-        self._picture.value = page.picture(_png(comparison), comparison.verdict)
+        self._picture.value = page.picture(comparison_png(comparison), alternative(comparison))
 
     def in_words(self, error: Exception) -> str:
         """Return what the page says of an error; a stop is none."""
@@ -134,20 +136,6 @@ def _downloads(comparison: Comparison) -> list[str]:
     document = json.dumps(comparison.to_dict(), ensure_ascii=False)
     return [
         page.download("comparison.json", "application/json", document.encode()),
-        page.download("comparison.png", "image/png", _png(comparison)),
+        page.download("comparison.png", "image/png", comparison_png(comparison)),
         page.download("comparison.html", "text/html", comparison.to_html().encode()),
     ]
-
-
-def _png(comparison: Comparison) -> bytes:
-    """Draw the pictures without pyplot, whose figures belong to the main thread."""
-    from matplotlib.figure import Figure
-
-    from shardkit.display.plots import plot_bars, plot_memory
-
-    figure, png = Figure(figsize=(8, 7), layout="constrained"), BytesIO()
-    grid = figure.add_gridspec(2, 2, height_ratios=(1, 1.15))
-    plot_bars(comparison, [figure.add_subplot(grid[0, column]) for column in range(2)])
-    plot_memory(comparison, figure.add_subplot(grid[1, :]))
-    figure.savefig(png, format="png", dpi=110)
-    return png.getvalue()

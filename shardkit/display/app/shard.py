@@ -14,7 +14,7 @@ from shardkit.plan import ShardPlan
 from shardkit.record import plural, shown_path
 from shardkit.write import ShardReport, shard_checkpoint
 
-_WORDS = {"reuse": "Checking what is there", "copy": "Writing shards", "verify": "Verifying every byte"}
+_WORDS = {"check": "Checking what is there", "copy": "Writing shards", "verify": "Verifying every byte"}
 _GOES_ON = "Shard goes on where it stopped"
 
 

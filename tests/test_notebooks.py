@@ -8,16 +8,19 @@ import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from jupyter_client.manager import start_new_kernel
 from papermill import inspect_notebook
 
 from shardkit import Comparison
 from shardkit.batch import ParameterError, check_parameters
+from tests.fake_loads import fake_comparison
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 STORY = ROOT / "notebooks/01_shard_and_compare.ipynb"
+REPORT = ROOT / "notebooks/batch_report.ipynb"
 
 
 def papermill(notebook, folder, **parameters):
@@ -70,6 +73,44 @@ def test_wrong_parameter_ends_in_one_clear_line_before_any_work(parameters, line
     assert done.returncode != 0
     assert re.fullmatch(f"ParameterError: {line}", done.stderr.strip().splitlines()[-1])
     assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"]
+
+
+def test_batch_report_merges_what_lies_below_a_folder(tmp_path):
+    for run, ratio in (("a", 0.5), ("b", 1.0)):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        fake_comparison(ratio=ratio).save(tmp_path / "runs" / run / "comparison.json")
+    done = papermill(REPORT, tmp_path, results="runs", output_folder="runs")
+    assert done.returncode == 0, done.stderr
+    medians = pd.read_csv(tmp_path / "runs/medians.csv").set_index(["result", "arm"])["load time (s)"]
+    assert medians["b/comparison.json", "sharded"] == pytest.approx(2.0, rel=0.05)
+    assert medians["a/comparison.json", "sharded"] == pytest.approx(1.0, rel=0.05)
+    assert (tmp_path / "runs/medians.png").read_bytes().startswith(b"\x89PNG")
+    shown = json.dumps(nbformat.read(tmp_path / "out.ipynb", as_version=4))
+    assert "no difference within" in shown
+    assert "2x faster" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (None, "MeasurementError: no results to merge"),
+        ("{}", r"ShardkitError: .*runs/comparison\.json: this is None, not 'shardkit/Comparison/\d+'"),
+        (
+            fake_comparison().to_dict() | {"arms": 3},
+            r"ShardkitError: .*comparison\.json: .*not readable: .*arms",
+        ),
+    ],
+    ids=["none", "another file", "damaged"],
+)
+def test_batch_report_names_what_it_cannot_merge(text, line, tmp_path):
+    (tmp_path / "runs").mkdir()
+    if text is not None:
+        written = text if isinstance(text, str) else json.dumps(text)
+        (tmp_path / "runs/comparison.json").write_text(written)
+    done = papermill(REPORT, tmp_path, results="runs", output_folder="runs")
+    assert done.returncode != 0
+    last = re.sub(r"\x1b\[[\d;]*m", "", done.stderr.strip().splitlines()[-1])
+    assert re.match(line, last)
 
 
 def names(**values):

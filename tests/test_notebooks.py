@@ -39,7 +39,7 @@ def papermill(notebook, folder, **parameters):
         ({"demo_size": "10MB", "strategy": "balanced", "max_shard_size": 6_000_000, "repeats": 2}, 6 * 10**6),
         ({"model": "all-MiniLM-L6-v2", "max_shard_size": "50MB", "dtype": "float32"}, 50 * 10**6),
     ],
-    ids=lambda value: value.get("strategy", value.get("model", "size")) if isinstance(value, dict) else "",
+    ids=["files_by_size", "files_by_layer", "balanced_files", "a_model_of_ones_own"],
 )
 def test_notebook_does_the_whole_job_that_its_parameters_say(parameters, limit, minilm, tmp_path):
     given = {"repeats": 1, "output_folder": tmp_path / "made", **parameters}

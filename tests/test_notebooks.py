@@ -11,6 +11,7 @@ import nbformat
 import pandas as pd
 import pytest
 from jupyter_client.manager import start_new_kernel
+from nbclient import NotebookClient
 from papermill import inspect_notebook
 
 from shardkit import Comparison
@@ -200,6 +201,18 @@ def test_running_again_after_the_kernel_died_in_the_middle_of_sharding_goes_on_t
     assert re.search(r"verified +equal, 129 tensors", shown)
 
 
+def test_every_picture_appears_under_its_cell(tmp_path):
+    """The first plot of a kernel loads the backend of notebooks, and must not spoil it for the next."""
+    fake_comparison().save(tmp_path / "comparison.json")
+    cells = ["import shardkit; from shardkit.display.plots import plot_bars, plot_memory"]
+    cells += ["found = shardkit.Comparison.load('comparison.json')"]
+    cells += ["plot_bars(found);", "plot_memory(found);", "found.plot();"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}).execute()
+    pictures = [[output for output in cell.outputs if "image/png" in output.data] for cell in notebook.cells]
+    assert [len(found) for found in pictures] == [0, 0, 1, 1, 1]
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_stored_notebook_can_be_read_without_running(notebook):
     stored = nbformat.read(notebook, as_version=4)
@@ -207,7 +220,8 @@ def test_stored_notebook_can_be_read_without_running(notebook):
     code = [cell for cell in stored.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
+    shown = {cell.id for cell in code for output in cell.outputs if "image/png" in output.get("data", {})}
+    assert shown == {cell.id for cell in code if re.search(r"plots?(_\w+)?\(", cell.source)}
     assert not [output for output in outputs if output.output_type == "error"]
     text = json.dumps(stored)
     for foreign in ("widget-state", "widget-view", "/home/", "/tmp/", "/root/"):

@@ -46,6 +46,7 @@ def _white() -> Iterator[Any]:
     """Give pyplot with black on white, whatever theme the notebook has set."""
     import matplotlib.pyplot as plt
 
+    plt.draw_if_interactive()  # loads the backend, whose own settings must outlive the context
     black = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     with plt.rc_context(
         {"figure.facecolor": "white", "axes.facecolor": "white", **dict.fromkeys(black, "black")}

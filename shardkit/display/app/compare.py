@@ -17,6 +17,7 @@ from shardkit.display.plots import comparison_png
 from shardkit.errors import Cancelled
 from shardkit.estimate import HOSTS
 from shardkit.measure.comparison import Comparison
+from shardkit.measure.limit import why_unlimited
 from shardkit.measure.measurement import format_seconds
 from shardkit.sizes import format_size
 from shardkit.tensor import CAST_DTYPES
@@ -55,15 +56,17 @@ class Compare(Step):
         )
         self.cache = field(widgets.Dropdown, "Page cache", options=_CACHES, value=cache)
         self.first_token = field(widgets.Checkbox, _GENERATES, value=first_token)
-        limits = _limits(memory_limit)
+        limits, why = _limits(memory_limit), why_unlimited()
         self.limit = field(widgets.Dropdown, "Memory limit", options=limits, value=memory_limit or 0)
-        self.controls = [self.dtype, self.repeats, self.cache, self.first_token, self.limit]
+        settings = [self.dtype, self.repeats, self.cache, self.first_token, self.limit]
+        self.controls, self.limit.disabled = settings[:-1] if why else settings, bool(why)
+        hint = page.hint(f"No memory limit can be set here: {why}.") if why else ""
         self._began = 0.0
         self._verdict, self._picture, self._downloads = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.box.add_class("sk-runs")
         buttons = widgets.HBox([self.start, self.cancel])
         shown = [self._verdict, self._downloads, self._picture]
-        self.place(*self.controls, buttons, self._bar, self._message, *shown)
+        self.place(*settings, widgets.HTML(hint), buttons, self._bar, self._message, *shown)
         self.clear()
 
     @property

@@ -31,22 +31,30 @@ class File(NamedTuple):
 
 # JupyterLab takes arrow keys and letters for its own, even if a menu or a slider in a cell's output has the
 # focus, which then could not be used without a mouse. It leaves alone what is marked so: the element itself.
-_KEEP_KEYS = (
-    "this.closest('.sk-app').addEventListener('focusin', "
-    "event => event.target.setAttribute('data-lm-suppress-shortcuts', 'true'))"
+# And ipywidgets gives a slider's handle no name that a screen reader could say.
+_ON_FOCUS = (
+    "this.closest('.sk-app').addEventListener('focusin', ({target}) => {"
+    "target.setAttribute('data-lm-suppress-shortcuts', 'true');"
+    "const label = target.closest('.widget-slider')?.querySelector('.widget-label');"
+    "if (label) target.setAttribute('aria-label', label.innerText)})"
 )
 
 
 @cache
 def stylesheet() -> str:
-    """Return the app's CSS as an element, which also keeps the app's keys from the notebook."""
+    """Return the app's CSS as an element, which also sees to the keyboard."""
     css = files("shardkit").joinpath("static/app.css").read_text(encoding="utf-8")
-    return f'<style onload="{_KEEP_KEYS}">{css}</style>'
+    return f'<style onload="{_ON_FOCUS}">{css}</style>'
 
 
-def heading(number: int, title: str, hint: str) -> str:
+def heading(number: int, title: str, told: str) -> str:
     """Return the title of a step."""
-    return f'<h3 class="sk-heading">{number}. {escaped(title)}</h3><p class="sk-hint">{escaped(hint)}</p>'
+    return f'<h3 class="sk-heading">{number}. {escaped(title)}</h3>{hint(told)}'
+
+
+def hint(text: str) -> str:
+    """Return a remark."""
+    return f'<p class="sk-hint">{escaped(text)}</p>'
 
 
 def status(text: str) -> str:

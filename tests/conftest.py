@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck
 
+from tests.loopback_hub import LoopbackHub
 from tests.support import FreshFolder
 
 # Always the same examples, so that a run can be repeated; `--hypothesis-profile=explore` looks for new ones.
@@ -73,3 +74,28 @@ def tiny_model() -> Callable[..., Any]:
         return tf.BertForMaskedLM(tf.BertConfig(vocab_size=96, **shape | changes)).eval()
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A Hub that the Hub's client takes for the real one, in this process and in those it starts."""
+    from huggingface_hub import constants
+
+    with LoopbackHub(tmp_path / "hub") as running:
+        for name, value in running.environment(tmp_path / "hub-home").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-home" / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hub-home" / "token"))
+        yield running
+        assert not running.broken, running.broken[0]
+
+
+@pytest.fixture
+def stranger(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is logged in."""
+    assert os.environ["HF_TOKEN"] in hub.users
+    monkeypatch.delenv("HF_TOKEN")

@@ -9,6 +9,7 @@ from .errors import Cancelled as Cancelled
 from .errors import CastError as CastError
 from .errors import CheckpointError as CheckpointError
 from .errors import DestinationError as DestinationError
+from .errors import DownloadNeededError as DownloadNeededError
 from .errors import MeasurementError as MeasurementError
 from .errors import PlanError as PlanError
 from .errors import ShardkitError as ShardkitError

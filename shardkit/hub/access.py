@@ -40,6 +40,7 @@ CLIENT_ERRORS: tuple[type[Exception], ...] = (
 )
 
 TRIES = 6
+_CONNECT_TRIES = 2
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
 _LONGEST_WAIT = 300.0  # the Hub counts requests in windows of five minutes
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -56,6 +57,10 @@ def find_token(token: str | None = None) -> str | None:
         return UserSecretsClient().get_secret("HF_TOKEN") or None
     except Exception:  # no such secret, or not given to this notebook: Kaggle's client raises what it likes
         return None
+
+
+class UnreachableError(CheckpointError):
+    """The Hub did not answer, or not as it should, again and again."""
 
 
 class Patience:
@@ -76,18 +81,22 @@ class Patience:
         """Begin to count anew: something was received."""
         self._failures = 0
 
+    def shorten(self, tries: int) -> None:
+        """Bear no more than `tries` failures from now on."""
+        self._tries = min(self._tries, tries)
+
     def wait(self, reason: str, pause: float | None = None) -> None:
         """Wait before the next try, `pause` seconds where the server has said so.
 
         Raises
         ------
-        CheckpointError
+        UnreachableError
             If this has gone on for too long.
         """
         self._failures += 1
         if self._failures > self._tries or (pause or 0) > _LONGEST_WAIT:
             asked = f", which asks to wait {pause:.0f} s" if pause else ""
-            raise CheckpointError(
+            raise UnreachableError(
                 f"{reason}{asked}; gave up after {self._failures} tries in a row: run the same again later",
                 file=self._what,
             )
@@ -111,6 +120,8 @@ def ask(call: Callable[[], ResultT], what: str, tries: int = TRIES) -> ResultT:
             if not _may_pass(cause):
                 raise explained(cause, what) from None
             reason, pause = _reason(cause), _pause_of(cause)
+            if type(cause).__name__ == "ConnectError":  # of httpx or httpx2: no network, or no such Hub
+                patience.shorten(_CONNECT_TRIES)
         patience.wait(reason, pause)
 
 
@@ -184,7 +195,10 @@ def explained(error: BaseException, what: str) -> CheckpointError:
     elif isinstance(error, DisabledRepoError):
         message = f"the repository is disabled: see {page}"
     elif isinstance(error, RepositoryNotFoundError):
-        message = f"the Hub has no such model, or it is private: check the name; if it is private, {_LOG_IN}"
+        message = (
+            "is neither a folder here nor a model that the Hub would show: check the name; "
+            f"if it is private, {_LOG_IN}"
+        )
     elif isinstance(error, RevisionNotFoundError):
         message = f"the repository has no such revision: its branches and tags are listed at {page}"
     elif isinstance(error, EntryNotFoundError):

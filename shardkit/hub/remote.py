@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from shardkit.errors import CheckpointError
+from shardkit.files import NOT_OURS, is_inside
 from shardkit.hub.access import (
+    TRIES,
     Patience,
     ask,
     explained,
@@ -39,11 +41,6 @@ _MAX_REDIRECTS = 5
 _REFUSED = (401, 403, 404, 410)
 _REMOTE = re.compile(r"(hf://([^@]+)@([0-9a-f]{40}))(?:/(.+))?", re.DOTALL)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-
-
-def is_remote(path: str) -> bool:
-    """Whether a folder or file is on the Hub: ``hf://org/name@commit/file``."""
-    return path.startswith("hf://")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +84,7 @@ class _Location:
 
 
 class Repository:
-    """One commit of a model repository; as a folder, ``hf://org/name@commit``.
+    """One commit of a model repository: `files.Files`, in the folder ``hf://org/name@commit``.
 
     Attributes
     ----------
@@ -95,14 +92,15 @@ class Repository:
         Which repository, which commit.
     folder
         Its name as a folder: ``os.path.join(folder, file)`` names one of its files for `read_range`.
-    files
-        What it lists, by name.
+    token
+        What it is read with; in no text of this class.
+    listing
+        All its files, by name.
     """
 
     def __init__(self, repo_id: str, sha: str, token: str | None, files: Mapping[str, RemoteFile]) -> None:
-        self.repo_id, self.sha, self.files = repo_id, sha, files
+        self.repo_id, self.sha, self.token, self.listing = repo_id, sha, token, files
         self.folder = f"hf://{repo_id}@{sha}"
-        self._token = token
         self._locations: dict[str, _Location] = {}
         self._etags: dict[str, str] = {}
 
@@ -112,17 +110,32 @@ class Repository:
     def __str__(self) -> str:
         return self.folder
 
-    @property
-    def has_token(self) -> bool:
-        """Whether it is read with a token."""
-        return self._token is not None
+    def is_file(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return name in self.listing
 
-    @property
-    def api(self) -> HfApi:
-        """The client of the Hub, with this repository's token."""
-        return HfApi(token=self._token or False)
+    def size(self, name: str) -> int:
+        """Return its size in bytes."""
+        return self.listing[name].size
 
-    def read(self, file: str, offset: int, nbytes: int) -> Iterator[memoryview]:
+    def read(self, name: str) -> bytes:
+        """Return all of a small file."""
+        return self.fetch(name).read_bytes()
+
+    def names(self) -> Iterable[str]:
+        """Return the names of all files."""
+        return self.listing.keys()
+
+    def belonging(self) -> Iterator[str]:
+        """Yield the names of files at any depth, in order; not those of tools that made the copy."""
+        for name in sorted(self.listing):
+            if not any(map(NOT_OURS.fullmatch, name.split("/")[:-1])):
+                yield name
+
+    def leaves(self, name: str) -> None:
+        """Return None: nothing is outside."""
+
+    def read_range(self, file: str, offset: int, nbytes: int) -> Iterator[memoryview]:
         """Yield a range of a file, `CHUNK_BYTES` at a time (the last may be less), in a buffer used again.
 
         Raises
@@ -145,12 +158,12 @@ class Repository:
             yield view[:filled]
 
     def read_bytes(self, file: str, offset: int, nbytes: int) -> bytes:
-        """Return a range of a file; as `read`."""
+        """Return a range of a file; as `read_range`."""
         return b"".join(self._pieces(file, offset, nbytes))
 
     def header(self, file: str) -> Header:
         """Read and validate the header of a safetensors file; as `safetensors_file.read_header`."""
-        size, where = self.files[file].size, f"{self.folder}/{file}"
+        size, where = self.listing[file].size, f"{self.folder}/{file}"
         beginning = self.read_bytes(file, 0, min(size, _HEADER_GUESS))
 
         def read(offset: int, nbytes: int) -> bytes:
@@ -169,19 +182,32 @@ class Repository:
         CheckpointError
             If it cannot be downloaded, or is not what the repository lists.
         """
-        what = f"{self.folder}/{file}"
 
         def download() -> str:
-            path: str = hf_hub_download(self.repo_id, file, revision=self.sha, token=self._token or False)
+            path: str = hf_hub_download(self.repo_id, file, revision=self.sha, token=self.token or False)
             return path
 
-        path = Path(ask(download, what))
-        if not self.files[file].matches(path):
-            raise CheckpointError(
-                f"what is in the cache, {path}, is not what the Hub lists: remove it and run the same again",
-                file=what,
-            )
+        path = Path(ask(download, f"{self.folder}/{file}"))
+        self.check((file, path))
         return path
+
+    def check(self, downloaded: tuple[str, Path]) -> None:
+        """Hold a file of the client's cache against the Hub's hash of it.
+
+        Raises
+        ------
+        CheckpointError
+            If it is another; it is removed, so that nobody takes it for the Hub's.
+        """
+        file, path = downloaded
+        if not self.listing[file].matches(path):
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+            raise CheckpointError(
+                "what was downloaded is not what the Hub lists, by its hash, and was removed: run the same "
+                "again to download it again",
+                file=f"{self.folder}/{file}",
+            )
 
     def _pieces(self, file: str, offset: int, nbytes: int) -> Iterator[bytes]:
         """Yield a range in pieces of any length, going on from the byte reached when a connection is lost."""
@@ -213,7 +239,7 @@ class Repository:
         for _ in range(_MAX_REDIRECTS):
             headers = {"Range": f"bytes={offset}-{offset + nbytes - 1}", "Accept-Encoding": "identity"}
             if location.is_hub:  # the token is the Hub's alone: no CDN sees it
-                headers = build_hf_headers(token=self._token or False, library_name="shardkit") | headers
+                headers = build_hf_headers(token=self.token or False, library_name="shardkit") | headers
             request = {"headers": headers, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
             with get_session().stream("GET", location.url, follow_redirects=False, **request) as response:
                 if 300 <= response.status_code < 400 and "Location" in response.headers:
@@ -236,7 +262,7 @@ class Repository:
 
     def _check(self, response: Any, file: str, offset: int, nbytes: int, location: _Location) -> None:
         """Refuse a response that is anything but this range of this file."""
-        status, size = response.status_code, self.files[file].size
+        status, size = response.status_code, self.listing[file].size
         if is_passing(status):
             raise _Passing(f"the Hub answered with status {status}", pause_asked(response.headers))
         if status in _REFUSED and self._locations.pop(file, None) is not None:
@@ -268,7 +294,7 @@ class Repository:
 
     def _check_etag(self, file: str, location: _Location, etag: str | None) -> None:
         """Refuse content that is not what was listed, or what came first; all parts of a file are of one."""
-        listed = self.files[file].sha256
+        listed = self.listing[file].sha256
         if location.etag and listed and location.etag != listed:
             raise self._wrong(file, f"has the ETag {location.etag[:80]}, {listed} is listed: it changed")
         if etag and (first := self._etags.setdefault(file, etag)) != etag:
@@ -290,16 +316,18 @@ def _etag(response: Any, header: str = "ETag") -> str | None:
     return value.removeprefix("W/").strip('"') or None
 
 
-def list_files(repo_id: str, sha: str, token: str | None) -> dict[str, RemoteFile]:
+def list_files(repo_id: str, sha: str, token: str | None, tries: int = TRIES) -> dict[str, RemoteFile]:
     """Return all files of a commit."""
     api = HfApi(token=token or False)
-    tree = ask(
-        lambda: list(api.list_repo_tree(repo_id, revision=sha, recursive=True)), f"hf://{repo_id}@{sha}"
-    )
+    what = f"hf://{repo_id}@{sha}"
+    tree = ask(lambda: list(api.list_repo_tree(repo_id, revision=sha, recursive=True)), what, tries)
+    files = [entry for entry in tree if isinstance(entry, RepoFile)]
+    for file in files:
+        if not is_inside(file.path):
+            raise CheckpointError(f"lists a file outside the repository: {file.path[:200]!r}", file=what)
     return {
         file.path: RemoteFile(file.size, file.blob_id, file.lfs.sha256 if file.lfs else None)
-        for file in tree
-        if isinstance(file, RepoFile)
+        for file in files
     }
 
 
@@ -308,7 +336,7 @@ _OPEN: dict[str, Repository] = {}
 
 def remember(repository: Repository) -> Repository:
     """Keep a repository for `read_range` in this process; one that was opened with a token stays."""
-    if repository.has_token or repository.folder not in _OPEN:
+    if repository.token or repository.folder not in _OPEN:
         _OPEN[repository.folder] = repository
     return _OPEN[repository.folder]
 
@@ -329,6 +357,6 @@ def repository_of(path: str) -> tuple[Repository, str]:
 
 
 def read_range(path: str, offset: int, nbytes: int) -> Iterator[memoryview]:
-    """Yield a range of a file on the Hub, given its path; as `Repository.read`."""
+    """Yield a range of a file on the Hub, given its path; as `Repository.read_range`."""
     repository, file = repository_of(path)
-    return repository.read(file, offset, nbytes)
+    return repository.read_range(file, offset, nbytes)

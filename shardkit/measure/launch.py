@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shardkit.errors import MeasurementError
+from shardkit.files import LocalFiles
 from shardkit.layout import find_weights, is_index, read_config, read_weight_map
 from shardkit.measure import page_cache
 from shardkit.measure.child import ChildEnd, run_child
@@ -90,8 +91,9 @@ def _weight_files(folder: str) -> list[str]:
     path = Path(folder)
     if not path.is_dir():
         raise MeasurementError(f"{folder!r} is not a folder: give the folder that holds config.json")
-    chosen = find_weights(path, read_config(path))
-    names = set(read_weight_map(path, chosen).values()) if is_index(chosen) else {chosen}
+    inside = LocalFiles(path)
+    chosen = find_weights(inside, read_config(inside))
+    names = set(read_weight_map(inside, chosen).values()) if is_index(chosen) else {chosen}
     return [str(path / name) for name in sorted(names)]
 
 

@@ -16,6 +16,7 @@ from .errors import ShardkitError as ShardkitError
 from .errors import SizeError as SizeError
 from .errors import SpaceError as SpaceError
 from .errors import VerificationError as VerificationError
+from .hub.push import push_checkpoint as push_checkpoint
 from .measure import LoadMeasurement as LoadMeasurement
 from .measure import measure_load as measure_load
 from .plan import Shard as Shard

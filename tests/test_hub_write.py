@@ -1,0 +1,335 @@
+"""What is pushed to the Hub, and made there: whole or not at all, and loadable by everybody."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import shardkit
+from shardkit.errors import Cancelled, CheckpointError, DestinationError
+from shardkit.hub.push import push_checkpoint
+from tests.loopback_hub import LoopbackHub
+from tests.support import Tensor, read_checkpoint, write_checkpoint
+
+REPO = "me/sharded"
+SENT = "PUT storage"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with tokenizer and a licence, in two files."""
+    folder = tmp_path_factory.mktemp("hub") / "model"
+    shardkit.make_demo_checkpoint(folder, size="5MB")
+    card = "---\nlicense: apache-2.0\ntags:\n- a-tag\n---\n\n# The model\n\nWhat it is.\n"
+    (folder / "README.md").write_text(card)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> shardkit.ShardReport:
+    folder = tmp_path_factory.mktemp("hub") / "sharded"
+    return shardkit.shard_checkpoint(model, folder, max_shard_size="400KB")
+
+
+def index_of(hub: LoopbackHub, repo: str = REPO) -> dict[str, str]:
+    return json.loads(hub.read(repo, "model.safetensors.index.json"))["weight_map"]
+
+
+def snapshot(hub: LoopbackHub, repo: str, folder: Path) -> Path:
+    """The files of a repository's head, read from the Hub's own storage."""
+    for name in hub.files(repo):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(hub.read(repo, name))
+    return folder
+
+
+def test_what_is_pushed_is_what_is_loaded_by_id(
+    hub: LoopbackHub, model: Path, sharded: shardkit.ShardReport
+) -> None:
+    url = push_checkpoint(sharded.destination, REPO)
+    head = hub.repo(REPO).branches["main"]
+    assert url == f"{hub.url}/{REPO}/commit/{head}"
+    assert hub.repo(REPO).private
+    code = """if 1:
+        import sys, torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        a, b = map(AutoModelForCausalLM.from_pretrained, sys.argv[1:])
+        ta, tb = map(AutoTokenizer.from_pretrained, sys.argv[1:])
+        assert a.state_dict().keys() == b.state_dict().keys()
+        assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+        text = "Sharding is"
+        assert ta(text)["input_ids"] == tb(text)["input_ids"]
+        tokens = ta(text, return_tensors="pt")
+        out = [m.generate(**tokens, max_new_tokens=5, do_sample=False) for m in (a, b)]
+        assert torch.equal(*out)
+        print("equal")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(model), REPO], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "equal\n", done.stderr[-2000:]
+    assert hub.half_heads(REPO) == []
+
+
+def test_second_push_of_the_same_sends_nothing_and_commits_nothing(
+    hub: LoopbackHub, sharded: shardkit.ShardReport
+) -> None:
+    first = push_checkpoint(sharded, REPO)
+    sent, commits = hub.received(SENT), len(hub.repo(REPO).commits)
+    assert push_checkpoint(sharded, REPO) == first
+    assert hub.received(SENT) == sent
+    assert len(hub.repo(REPO).commits) == commits
+
+
+def test_only_what_differs_is_sent(hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path) -> None:
+    push_checkpoint(sharded.destination, REPO)
+    changed = tmp_path / "changed"
+    subprocess.run(["cp", "-r", sharded.destination, changed], check=True)
+    first = sorted(sharded.files)[0]
+    data = (changed / first).read_bytes()
+    (changed / first).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    sent = hub.received(SENT)
+    push_checkpoint(changed, REPO)
+    assert hub.received(SENT) - sent == sharded.files[first]
+    assert hub.read(REPO, first) == (changed / first).read_bytes()
+
+
+def test_weights_of_an_earlier_model_go_in_the_same_commit(
+    hub: LoopbackHub, model: Path, sharded: shardkit.ShardReport, tmp_path: Path
+) -> None:
+    single = shardkit.shard_checkpoint(model, tmp_path / "single", max_shard_size="1GB")
+    push_checkpoint(single, REPO)
+    assert "model.safetensors" in hub.files(REPO)
+    commits = len(hub.repo(REPO).commits)
+    push_checkpoint(sharded, REPO)
+    assert "model.safetensors" not in hub.files(REPO)
+    assert set(index_of(hub).values()) == set(sharded.files)
+    push_checkpoint(single, REPO)
+    assert [name for name in hub.files(REPO) if "safetensors" in name] == ["model.safetensors"]
+    assert len(hub.repo(REPO).commits) == commits + 2
+    assert hub.half_heads(REPO) == []
+
+
+def test_files_of_others_stay(hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path) -> None:
+    others = tmp_path / "others"
+    (others / "onnx").mkdir(parents=True)
+    for name in ("model.fp16.safetensors", "onnx/model.onnx", "notes.txt", "adapter_model.safetensors"):
+        (others / name).write_bytes(b"others'")
+    hub.add_model(REPO, others, private=True)
+    push_checkpoint(sharded, REPO)
+    assert hub.files(REPO).keys() >= {
+        "model.fp16.safetensors", "onnx/model.onnx", "notes.txt", "adapter_model.safetensors",
+    }  # fmt: skip
+
+
+def test_card_says_what_is_known_and_keeps_what_was_there(
+    hub: LoopbackHub, model: Path, sharded: shardkit.ShardReport
+) -> None:
+    push_checkpoint(sharded, REPO)
+    card = hub.read(REPO, "README.md").decode()
+    assert card.startswith((model / "README.md").read_text().rstrip())
+    assert "| licence | apache-2.0 |" in card
+    assert str(model) not in card, "a path on this machine is nobody's business"
+    for name in sharded.files:
+        assert f"`{hub.files(REPO)[name].sha256}`" in card
+    assert f'AutoModelForCausalLM.from_pretrained("{REPO}")' in card
+    edited = card.replace("What it is.", "What it really is.")
+    (hub.store.folder.parent / "edited").mkdir()
+    (hub.store.folder.parent / "edited" / "README.md").write_text(edited)
+    hub.add_model(REPO, hub.store.folder.parent / "edited")
+    push_checkpoint(sharded, REPO)
+    assert hub.read(REPO, "README.md").decode() == edited, "what people write on the Hub stays"
+
+
+def test_source_is_named_by_what_the_hub_calls_it(hub: LoopbackHub, model: Path, tmp_path: Path) -> None:
+    sha = hub.add_model("org/model", model)
+    report = shardkit.shard_checkpoint("org/model", tmp_path / "out", max_shard_size="2MB", dtype="float16")
+    push_checkpoint(report, REPO)
+    card = hub.read(REPO, "README.md").decode()
+    assert f"[org/model]({hub.url}/org/model)" in card
+    assert f"`{sha}`" in card
+    assert "| dtype | cast to float16 |" in card
+    assert f"shardkit verify hf://org/model@{sha} hf://{REPO}" in card
+
+
+@pytest.mark.parametrize("damage", ["no config", "no shard", "cut shard", "pickle", "no folder"])
+def test_half_a_model_is_refused_before_the_hub_is_asked(
+    damage: str, hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    subprocess.run(["cp", "-r", sharded.destination, folder], check=True)
+    first = folder / sorted(sharded.files)[0]
+    if damage == "no config":
+        (folder / "config.json").unlink()
+    elif damage == "no shard":
+        first.unlink()
+    elif damage == "cut shard":
+        os.truncate(first, first.stat().st_size - 1)
+    elif damage == "pickle":
+        import torch
+
+        for path in folder.glob("model*"):
+            path.unlink()
+        torch.save({"t": torch.zeros(2)}, folder / "pytorch_model.bin")
+    else:
+        folder = tmp_path / "absent"
+    with pytest.raises(CheckpointError):
+        push_checkpoint(folder, REPO)
+    assert hub.requests == []
+
+
+def test_public_repository_is_written_only_when_meant(
+    hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    hub.add_model(REPO, tmp_path / "empty")
+    with pytest.raises(DestinationError, match="public"):
+        push_checkpoint(sharded, REPO)
+    push_checkpoint(sharded, REPO, private=False)
+    assert index_of(hub)
+
+
+def test_others_repositories_and_strangers_are_told_what_to_do(
+    hub: LoopbackHub, sharded: shardkit.ShardReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DestinationError, match="may not write"):
+        push_checkpoint(sharded, "org/model")
+    with pytest.raises(DestinationError, match="owner/name"):
+        push_checkpoint(sharded, "model")
+    with pytest.raises(DestinationError, match=r"Invalid user token|may not write"):
+        push_checkpoint(sharded, REPO, token="hf_wrong")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(DestinationError, match="HF_TOKEN"):
+        push_checkpoint(sharded, REPO)
+    assert hub.store.repos == {}
+
+
+FAULTS = [
+    {"kind": "drop", "where": SENT, "at": 300_000},
+    {"kind": "status", "where": SENT, "status": 403},
+    {"kind": "status", "where": r"POST hub .*/lfs/objects/batch", "status": 500},
+    {"kind": "status", "where": r"POST hub .*/commit/", "status": 503},
+    {"kind": "status", "where": r"POST hub .*/commit/", "status": 429, "headers": {"Retry-After": "0"}},
+    {"kind": "drop", "where": r"POST hub .*/commit/", "at": 5},
+    {"kind": "reset", "where": r"POST hub .*/preupload/"},
+    {"kind": "status", "where": r"GET hub .*/tree/", "status": 502},
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: "-".join(map(str, fault.values())))
+def test_passing_faults_are_borne(
+    fault: dict[str, object], hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path
+) -> None:
+    hub.fail(**fault)
+    push_checkpoint(sharded, REPO)
+    assert read_checkpoint(snapshot(hub, REPO, tmp_path / "got")) == read_checkpoint(
+        Path(sharded.destination)
+    )
+    titles = [commit.title for commit in hub.repo(REPO).history()]
+    assert len(titles) == 2, titles
+
+
+def test_expired_upload_urls_are_asked_for_again(
+    hub: LoopbackHub, sharded: shardkit.ShardReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shardkit.hub.access._LONGEST_PAUSE", 0.1)
+    hub.url_seconds = -1
+
+    def later(progress: shardkit.Progress) -> None:
+        if progress.stage == "upload":
+            hub.url_seconds = 3600
+
+    push_checkpoint(sharded, REPO, progress=later)
+    assert hub.half_heads(REPO) == []
+    hub.url_seconds = -1
+    with pytest.raises(DestinationError, match="403"):
+        push_checkpoint(sharded, "me/other")
+    assert "model.safetensors.index.json" not in hub.files("me/other")
+
+
+def test_interrupted_push_sends_the_rest_only(hub: LoopbackHub, sharded: shardkit.ShardReport) -> None:
+    calls = []
+
+    def stop(progress: shardkit.Progress) -> bool:
+        calls.append(progress)
+        return not (progress.stage == "upload" and progress.done_bytes > 1_500_000)
+
+    with pytest.raises(Cancelled):
+        push_checkpoint(sharded, REPO, progress=stop)
+    assert set(hub.files(REPO)) == {".gitattributes"}, "nobody sees a part"
+    sent = hub.received(SENT)
+    assert 0 < sent < sum(sharded.files.values())
+    push_checkpoint(sharded, REPO)
+    assert hub.received(SENT) == sum(sharded.files.values())
+    assert hub.half_heads(REPO) == []
+
+
+def test_concurrent_push_fails_cleanly(
+    hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path
+) -> None:
+    push_checkpoint(sharded, REPO)
+    other = shardkit.shard_checkpoint(sharded.destination, tmp_path / "other", max_shard_size="3MB")
+
+    def meanwhile(progress: shardkit.Progress) -> None:
+        if progress.stage == "upload" and progress.done_bytes == 0:
+            push_checkpoint(sharded.destination, REPO)
+            (tmp_path / "note").mkdir(exist_ok=True)
+            (tmp_path / "note" / "note.txt").write_text("somebody else")
+            hub.add_model(REPO, tmp_path / "note")
+
+    with pytest.raises(DestinationError, match="somebody else"):
+        push_checkpoint(other, REPO, progress=meanwhile)
+    assert set(index_of(hub).values()) == set(sharded.files)
+    sent = hub.received(SENT)
+    push_checkpoint(other, REPO)
+    assert hub.received(SENT) == sent, "what was uploaded is not sent again"
+    assert set(index_of(hub).values()) == set(other.files)
+    assert hub.half_heads(REPO) == []
+
+
+def test_what_the_hub_lists_after_the_commit_is_believed_only_if_it_is_right(
+    hub: LoopbackHub, sharded: shardkit.ShardReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = hub.store.blob
+
+    def forged(name: str, sha256: str, lfs: bool | None = None) -> object:
+        blob = real(name, sha256, lfs)
+        return blob._replace(sha256="0" * 64) if name == sorted(sharded.files)[0] else blob
+
+    monkeypatch.setattr(hub.store, "blob", forged)
+    with pytest.raises(shardkit.VerificationError, match="does not list"):
+        push_checkpoint(sharded, REPO)
+
+
+def test_round_trips_with_faults_end_equal_or_in_a_clear_error(
+    hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path
+) -> None:
+    dice = random.Random(7)
+    original = read_checkpoint(Path(sharded.destination))
+    for number in range(3):
+        repo = f"me/trip-{number}"
+        hub.chaos(dice, 0.1)
+        with suppress(shardkit.ShardkitError):
+            push_checkpoint(sharded, repo)
+        hub.chaos(dice, 0)
+        push_checkpoint(sharded, repo)
+        assert read_checkpoint(snapshot(hub, repo, tmp_path / str(number))) == original
+        assert hub.half_heads(repo) == []
+
+
+def test_adapter_is_pushed_and_replaces_adapters_only(hub: LoopbackHub, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "adapter", [{"w": Tensor("F32", (2,), bytes(8))}], "adapter_model")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"of the base")
+    (tmp_path / "base" / "adapter_model.bin").write_bytes(b"stale")
+    hub.add_model(REPO, tmp_path / "base", private=True)
+    push_checkpoint(folder, REPO)
+    weights = [name for name in hub.files(REPO) if "model" in name]
+    assert sorted(weights) == ["adapter_model.safetensors", "model.safetensors"]

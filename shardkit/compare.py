@@ -41,7 +41,7 @@ def compare_loads(
     Parameters
     ----------
     original, sharded
-        Folders.
+        Folders, or models on the Hub, which are downloaded before anything is measured.
     dtype, device, cache, generate, python, timeout
         As for `measure_load`, for every load.
     repeats
@@ -65,8 +65,8 @@ def compare_loads(
     if repeats < 1 or margin <= 0:
         raise MeasurementError(f"repeats is {repeats}, margin {margin}: both must be above zero")
     arms: dict[ArmName, Checkpoint] = {
-        "original": Checkpoint.open(original),
-        "sharded": Checkpoint.open(sharded),
+        "original": Checkpoint.open(original, download=True),
+        "sharded": Checkpoint.open(sharded, download=True),
     }
     notes = () if same_model else ("the two were not required to hold the same model",)
     if same_model:

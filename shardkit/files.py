@@ -26,6 +26,17 @@ def is_inside(name: str) -> bool:
     )
 
 
+def folder_here(source: str | os.PathLike[str]) -> str:
+    """Return the path of a checkpoint on this machine, downloaded first where it is on the Hub."""
+    text = os.fspath(source)
+    path = os.path.abspath(os.path.expanduser(text))
+    if os.path.exists(path) and not is_remote(text):
+        return path
+    from shardkit.hub.source import find_model
+
+    return find_model(text, download=True).files.folder
+
+
 class Files(Protocol):
     """Files by their names relative to `folder`, with "/" between parts."""
 

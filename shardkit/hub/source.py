@@ -109,12 +109,6 @@ def find_model(
     return Found(snapshot, repository.folder, notes)
 
 
-def folder_here(source: str | os.PathLike[str]) -> str:
-    """Return the path of a model's folder on this machine, downloaded first where it is on the Hub."""
-    path = os.path.abspath(os.path.expanduser(source))
-    return path if os.path.exists(path) else find_model(os.fspath(source), download=True).files.folder
-
-
 def must_stream(folder: str, written_bytes: int, destination: str | os.PathLike[str]) -> bool:
     """Whether disks have no room for a model of the Hub, downloaded, and what will be written of it."""
     repository, _ = repository_of(folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shardkit.errors import MeasurementError
-from shardkit.files import LocalFiles
+from shardkit.files import LocalFiles, folder_here
 from shardkit.layout import find_weights, is_index, read_config, read_weight_map
 from shardkit.measure import page_cache
 from shardkit.measure.child import ChildEnd, run_child
@@ -48,7 +48,7 @@ def measure_load(
     Parameters
     ----------
     source
-        Folder of a checkpoint.
+        Folder of a checkpoint; or a model on the Hub, which is downloaded first.
     dtype
         Asked of `from_pretrained`: "float16", "bfloat16", "float32", "auto"; None asks for nothing.
     device
@@ -77,7 +77,7 @@ def measure_load(
         raise MeasurementError(f"dtype is {dtype!r}: give auto, {', '.join(CAST_DTYPES)}, or nothing")
     if generate < 0:
         raise MeasurementError(f"generate is {generate}: give a number of tokens, or 0 for none")
-    folder = os.path.abspath(os.path.expanduser(source))
+    folder = folder_here(source)
     files = _weight_files(folder)
     job = {"folder": folder, "dtype": dtype, "device": device, "generate": generate}
     command = [os.fspath(python or sys.executable), str(WORKER)]

@@ -41,7 +41,9 @@ def version(
         raise typer.Exit
 
 
-Source = Annotated[str, typer.Argument(help="A folder, a weights file, or a snapshot of the Hub's cache.")]
+Source = Annotated[
+    str, typer.Argument(help="A folder, a weights file, or a model on the Hub: org/name, org/name@revision.")
+]
 MaxShardSize = Annotated[str, typer.Option(help='The most bytes a file may have: "500MB", "1.5GiB".')]
 StrategyOption = Annotated[
     Strategy, typer.Option(help="Fill files in order, one per layer, or as few and as equal as can be.")
@@ -111,6 +113,15 @@ def shard(
     allow_overflow: Annotated[
         bool, typer.Option("--allow-overflow", help="Let a cast turn finite values into infinities.")
     ] = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--download",
+            show_default=False,
+            help="Make shards of a model on the Hub straight from ranged reads, or download it first "
+            "(default: where the disk has room for both).",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Rewrite a checkpoint as shards, without loading it, and verify them."""
@@ -128,6 +139,7 @@ def shard(
             resume=resume,
             verify=verify,
             allow_overflow=allow_overflow,
+            stream=stream,
             progress=bar,
         )
     _show(report, as_json)

@@ -339,10 +339,11 @@ def _digest_all(
 
 def digest_ranges(batch: _Batch) -> list[str]:
     """Return the XXH3-128 of each range, after its cast."""
-    return [_digest(part) for part in batch.ranges]
+    return [digest_range(part) for part in batch.ranges]
 
 
-def _digest(part: Range) -> str:
+def digest_range(part: Range) -> str:
+    """Return the XXH3-128 of a range, after its cast."""
     digest = xxhash.xxh3_128()
     for chunk, _, _ in cast_chunks(part):
         digest.update(chunk)

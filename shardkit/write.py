@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -192,9 +192,9 @@ def shard_checkpoint(
         copying = time.perf_counter()
         _write_shards(checkpoint, plan, stage, workers, executor, progress)
         copy_seconds = time.perf_counter() - copying
-        lost = _lost(plan, stage)
-        _refuse_overflow(lost, plan, allow_overflow)
-        _write_beside(checkpoint, plan, stage.folder)
+        lost = total_lost(plan, stage.finished.values())
+        refuse_overflow(lost, plan, allow_overflow)
+        write_beside(checkpoint, plan, stage.folder)
         verification = _verify(checkpoint, plan, stage, workers, executor, progress) if verify else None
         stage.publish()
     return ShardReport(
@@ -298,18 +298,19 @@ def _write_shards(
     stage.wait()
 
 
-def _lost(plan: ShardPlan, stage: Staging) -> tuple[Lost, ...]:
+def total_lost(plan: ShardPlan, outcomes: Iterable[Outcome]) -> tuple[Lost, ...]:
     """Add up what casts lost, by tensor: a tensor may have been cast by several tasks."""
     overflowed: Counter[str] = Counter()
     flushed: Counter[str] = Counter()
-    for loss in (loss for outcome in stage.finished.values() for loss in outcome.lost):
+    for loss in (loss for outcome in outcomes for loss in outcome.lost):
         overflowed[loss.tensor] += loss.overflowed
         flushed[loss.tensor] += loss.flushed
     names = (tensor.source.name for shard in plan.shards for tensor in shard.tensors)
     return tuple(Lost(n, overflowed[n], flushed[n]) for n in names if overflowed[n] or flushed[n])
 
 
-def _refuse_overflow(lost: tuple[Lost, ...], plan: ShardPlan, allow_overflow: bool) -> None:
+def refuse_overflow(lost: tuple[Lost, ...], plan: ShardPlan, allow_overflow: bool) -> None:
+    """Raise `CastError` where a cast made finite values infinite, unless that is allowed."""
     hit = [loss for loss in lost if loss.overflowed]
     if hit and not allow_overflow:
         named = listed(f"{loss.tensor} ({plural(loss.overflowed, 'value')})" for loss in hit)
@@ -319,7 +320,7 @@ def _refuse_overflow(lost: tuple[Lost, ...], plan: ShardPlan, allow_overflow: bo
         )
 
 
-def _write_beside(checkpoint: Checkpoint, plan: ShardPlan, folder: Path) -> None:
+def write_beside(checkpoint: Checkpoint, plan: ShardPlan, folder: Path) -> None:
     """Write all that is not a shard; the index last."""
     for file in checkpoint.side_files:
         target = folder / file

@@ -17,6 +17,7 @@ from .errors import SizeError as SizeError
 from .errors import SpaceError as SpaceError
 from .errors import VerificationError as VerificationError
 from .hub.push import push_checkpoint as push_checkpoint
+from .hub.reshard import shard_on_hub as shard_on_hub
 from .measure import LoadMeasurement as LoadMeasurement
 from .measure import measure_load as measure_load
 from .plan import Shard as Shard

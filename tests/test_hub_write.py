@@ -3,16 +3,21 @@
 import json
 import os
 import random
+import shutil
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from huggingface_hub import CommitOperationAdd, HfApi
 
 import shardkit
 from shardkit.errors import Cancelled, CheckpointError, DestinationError
 from shardkit.hub.push import push_checkpoint
+from shardkit.hub.reshard import shard_on_hub
 from tests.loopback_hub import LoopbackHub
 from tests.support import Tensor, read_checkpoint, write_checkpoint
 
@@ -333,3 +338,237 @@ def test_adapter_is_pushed_and_replaces_adapters_only(hub: LoopbackHub, tmp_path
     push_checkpoint(folder, REPO)
     weights = [name for name in hub.files(REPO) if "model" in name]
     assert sorted(weights) == ["adapter_model.safetensors", "model.safetensors"]
+
+
+SOURCE = "org/model"
+RECEIVED = "GET storage"
+
+
+@pytest.fixture
+def source(hub: LoopbackHub, model: Path) -> str:
+    """The commit of a model on the Hub."""
+    return hub.add_model(SOURCE, model)
+
+
+def drafts(hub: LoopbackHub) -> list[str]:
+    return [branch for branch in hub.repo(REPO).branches if branch != "main"]
+
+
+def watched(folder: Path, seen: list[int]) -> Callable[[shardkit.Progress], None]:
+    """A progress callback that notes how many bytes lie in a folder."""
+
+    def look(_: shardkit.Progress) -> None:
+        with suppress(FileNotFoundError):  # a shard was just dropped
+            seen.append(sum(p.stat().st_blocks * 512 for p in folder.rglob("*.safetensors")))
+
+    return look
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize("strategy", ["size", "layer", "balanced"])
+def test_from_hub_to_hub_is_what_sharding_makes(
+    dtype: str | None, strategy: str, hub: LoopbackHub, source: str, model: Path, tmp_path: Path
+) -> None:
+    options = {"max_shard_size": "600KB", "strategy": strategy, "dtype": dtype}
+    here = shardkit.shard_checkpoint(model, tmp_path / "here", **options)
+    seen: list[int] = []
+    report = shard_on_hub(
+        SOURCE, REPO, **options, workers=2, work_folder=tmp_path / "work", progress=watched(tmp_path, seen)
+    )
+    got = snapshot(hub, REPO, tmp_path / "got")
+    names = {path.name for path in Path(here.destination).iterdir()}
+    assert {path.name for path in got.iterdir()} == names | {".gitattributes"}
+    for name in names - {"README.md"}:
+        assert (got / name).read_bytes() == (Path(here.destination) / name).read_bytes(), name
+    assert report.source == f"hf://{SOURCE}@{source}"
+    assert report.destination == f"hf://{REPO}@{hub.repo(REPO).branches['main']}"
+    assert report.files == here.files
+    assert report.verification.digests == here.verification.digests
+    assert report.verification.received
+    assert report.lost == here.lost
+    assert drafts(hub) == []
+    assert hub.half_heads(REPO) == []
+    assert list((tmp_path / "work").iterdir()) == []
+    assert 0 < max(seen) - model_bytes(tmp_path) <= 3 * 600_000
+
+
+def model_bytes(folder: Path) -> int:
+    return sum(p.stat().st_blocks * 512 for p in (folder / "here").rglob("*.safetensors"))
+
+
+def test_card_of_a_resharded_model_tells_its_story(hub: LoopbackHub, source: str, model: Path) -> None:
+    report = shard_on_hub(SOURCE, REPO, max_shard_size="2MB", dtype="float16")
+    card = hub.read(REPO, "README.md").decode()
+    assert card.startswith((model / "README.md").read_text().rstrip())
+    for said in (
+        f"[{SOURCE}]({hub.url}/{SOURCE})", f"`{source}`", "| licence | apache-2.0 |",
+        "strategy size, at most 2 MB a file", "cast to float16", "XXH3-128",
+    ):  # fmt: skip
+        assert said in card, said
+    for name, size in report.files.items():
+        assert f"| {name} | {size:,} | `{hub.files(REPO)[name].sha256}` |" in card
+    assert shardkit.verify_checkpoint(SOURCE, REPO).equal
+
+
+def test_source_is_read_once_and_only_through_signed_urls(hub: LoopbackHub, source: str) -> None:
+    total = sum(blob.size for name, blob in hub.files(SOURCE).items() if name.endswith(".safetensors"))
+    report = shard_on_hub(SOURCE, REPO, max_shard_size="600KB")
+    assert hub.sent(RECEIVED) < 1.1 * total
+    assert hub.received(SENT) == sum(report.files.values())
+    assert not any(request.token for request in hub.requests if request.host == "storage")
+    assert source
+
+
+def test_interrupted_job_goes_on_from_what_the_target_has(
+    hub: LoopbackHub, source: str, tmp_path: Path
+) -> None:
+    def stop(progress: shardkit.Progress) -> bool:
+        return progress.done_bytes < 0.7 * progress.total_bytes
+
+    options = {"max_shard_size": "300KB", "workers": 1, "work_folder": tmp_path / "work"}
+    with pytest.raises(Cancelled):
+        shard_on_hub(SOURCE, REPO, **options, progress=stop)
+    assert set(hub.files(REPO)) == {".gitattributes"}, "nobody sees a part"
+    assert len(drafts(hub)) == 1
+    assert list((tmp_path / "work").iterdir()) == []
+    sent, received = hub.received(SENT), hub.sent(RECEIVED)
+    report = shard_on_hub(SOURCE, REPO, **options)
+    assert len(report.reused) >= 3
+    left = sum(size for name, size in report.files.items() if name not in report.reused)
+    assert hub.received(SENT) - sent <= left
+    assert hub.sent(RECEIVED) - received < left + 300_000
+    assert drafts(hub) == []
+    verified = shardkit.verify_checkpoint(SOURCE, REPO)
+    assert verified.equal
+    assert verified.digests == report.verification.digests
+    assert source
+
+
+def test_draft_of_another_job_is_not_mistaken_for_this_one(hub: LoopbackHub, model: Path) -> None:
+    hub.add_model(SOURCE, model)
+    with pytest.raises(Cancelled):
+        shard_on_hub(
+            SOURCE, REPO, max_shard_size="300KB", progress=lambda p: p.done_bytes < 0.6 * p.total_bytes
+        )
+    report = shard_on_hub(SOURCE, REPO, max_shard_size="300KB", dtype="float16")
+    assert report.reused == ()
+    assert len(drafts(hub)) == 1
+    assert shardkit.verify_checkpoint(SOURCE, REPO).equal
+
+
+@pytest.mark.parametrize("damage", ["note", "shard"])
+def test_draft_that_was_tampered_with_is_made_again(
+    damage: str, hub: LoopbackHub, source: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Cancelled):
+        shard_on_hub(
+            SOURCE, REPO, max_shard_size="300KB", workers=1,
+            progress=lambda p: p.done_bytes < 0.7 * p.total_bytes,
+        )  # fmt: skip
+    (branch,) = drafts(hub)
+    shards = sorted(name for name in hub.files(REPO, branch) if name.endswith(".safetensors"))
+    forged = tmp_path / "forged"
+    (forged / ".shardkit").mkdir(parents=True)
+    name = f".shardkit/{shards[0]}.json" if damage == "note" else shards[0]
+    data = bytearray(hub.read(REPO, name, branch))
+    data[-1] ^= 1
+    (forged / name).write_bytes(data)
+    api = HfApi()
+    add = CommitOperationAdd(name, forged / name)
+    api.create_commit(REPO, [add], commit_message="tampered", revision=branch)
+    report = shard_on_hub(SOURCE, REPO, max_shard_size="300KB")
+    assert shards[0] not in report.reused
+    assert shardkit.verify_checkpoint(SOURCE, REPO).equal
+    assert source
+
+
+def test_stale_weights_of_the_target_go_with_the_one_commit(
+    hub: LoopbackHub, source: str, sharded: shardkit.ShardReport
+) -> None:
+    push_checkpoint(sharded, REPO)
+    commits = len(list(hub.repo(REPO).history()))
+    shard_on_hub(SOURCE, REPO, max_shard_size="1GB")
+    weights = [name for name in hub.files(REPO) if "safetensors" in name]
+    assert weights == ["model.safetensors"]
+    assert len(list(hub.repo(REPO).history())) == commits + 1
+    assert hub.half_heads(REPO) == []
+    assert source
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *FAULTS,
+        {"kind": "drop", "where": RECEIVED, "at": 100_000, "times": 3},
+        {"kind": "status", "where": RECEIVED, "status": 403},
+        {"kind": "status", "where": RECEIVED, "status": 503, "times": 2},
+        {"kind": "reset", "where": r"POST hub .*/branch/"},
+        {"kind": "drop", "where": r"DELETE hub", "at": 0},
+    ],
+    ids=lambda fault: "-".join(map(str, fault.values())),
+)
+def test_faults_on_the_way_from_hub_to_hub_are_borne(
+    fault: dict[str, object], hub: LoopbackHub, source: str
+) -> None:
+    hub.fail(**fault)
+    shard_on_hub(SOURCE, REPO, max_shard_size="1MB")
+    assert shardkit.verify_checkpoint(SOURCE, REPO).equal
+    assert hub.half_heads(REPO) == []
+    assert drafts(hub) == []
+    assert source
+
+
+def test_content_that_changes_on_the_way_is_never_published(hub: LoopbackHub, source: str) -> None:
+    hub.fail("etag", "GET storage", skip=2)
+    with pytest.raises(CheckpointError, match="changed"):
+        shard_on_hub(SOURCE, REPO, max_shard_size="1MB")
+    assert set(hub.files(REPO)) == {".gitattributes"}
+    assert source
+
+
+def test_cast_that_overflows_is_refused_before_anything_is_sent(hub: LoopbackHub, tmp_path: Path) -> None:
+    large = Tensor("F32", (2,), struct.pack("<2f", 1.0, 1e30))
+    folder = write_checkpoint(tmp_path / "large", [{"w": large}])
+    (folder / "config.json").write_text("{}")
+    hub.add_model(SOURCE, folder)
+    with pytest.raises(shardkit.CastError, match="w"):
+        shard_on_hub(SOURCE, REPO, dtype="float16")
+    assert hub.received(SENT) == 0
+    assert drafts(hub) == []
+    report = shard_on_hub(SOURCE, REPO, dtype="float16", allow_overflow=True)
+    assert [loss.overflowed for loss in report.lost] == [1]
+
+
+def test_what_cannot_be_resharded_on_the_hub_is_said_at_once(
+    hub: LoopbackHub, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DestinationError, match="the same"):
+        shard_on_hub(SOURCE, SOURCE)
+    with pytest.raises(CheckpointError, match="check the name"):
+        shard_on_hub("org/absent", REPO)
+    bare = write_checkpoint(tmp_path / "bare", [{"w": Tensor("F32", (2,), bytes(8))}])
+    hub.add_model("org/bare", bare)
+    with pytest.raises(CheckpointError, match="config"):
+        shard_on_hub("org/bare", REPO)
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(shardkit.SpaceError, match="lower max_shard_size"):
+        shard_on_hub(SOURCE, REPO, max_shard_size="1MB")
+    assert source
+
+
+def test_what_killed_runs_left_is_cleaned_up_and_what_lives_is_left_alone(
+    source: str, tmp_path: Path
+) -> None:
+    from shardkit.destination import locked
+
+    dead, alive = tmp_path / "shardkit-0123456789abcdef", tmp_path / "shardkit-fedcba9876543210"
+    for job in (dead, alive):
+        left = tmp_path / f".{job.name}.shardkit-staging"
+        left.mkdir()
+        (left / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    with locked(alive):
+        shard_on_hub(SOURCE, REPO, work_folder=tmp_path)
+        assert (tmp_path / f".{alive.name}.shardkit-staging").exists()
+    assert not (tmp_path / f".{dead.name}.shardkit-staging").exists()
+    assert source

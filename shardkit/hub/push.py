@@ -117,7 +117,7 @@ def _story(report: ShardReport | None) -> Story:
 
 def card_to_keep(target: Target, tree: Tree, head: str | None, own: Path | None) -> str | None:
     """Return the card to add to: the target's if it has our section, or the source's, or the target's."""
-    shown = target.read(CARD, head) if head and CARD in tree else None
+    shown = target.read(CARD, head, tree).decode() if head and CARD in tree else None
     if own is None or (shown is not None and has_section(shown)):
         return shown
     return own.read_text(encoding="utf-8")

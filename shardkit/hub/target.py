@@ -10,8 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
@@ -33,7 +32,7 @@ from shardkit.hub.access import (
     lost_connection,
     pause_asked,
 )
-from shardkit.hub.remote import CHUNK_BYTES, RemoteFile, list_files
+from shardkit.hub.remote import CHUNK_BYTES, RemoteFile, Repository, list_files
 
 ResultT = TypeVar("ResultT")
 Tree = Mapping[str, RemoteFile]
@@ -164,17 +163,27 @@ class Target:
 
         return self.persist(find)
 
+    def branch_off(self, branch: str) -> None:
+        """Make a branch, from what the head shows; one that is there stays as it is."""
+        self.persist(lambda: self.api.create_branch(self.repo_id, branch=branch, exist_ok=True))
+
+    def drop(self, branch: str) -> None:
+        """Delete a branch, if it is there."""
+
+        def delete() -> None:
+            with suppress(RevisionNotFoundError):
+                self.api.delete_branch(self.repo_id, branch=branch)
+
+        self.persist(delete)
+
     def files(self, sha: str) -> Tree:
         """Return all files of a commit."""
         return list_files(self.repo_id, sha, self._token)
 
-    def read(self, file: str, sha: str) -> str:
-        """Return the text of a small file."""
-        return Path(self.persist(lambda: self._download(file, sha))).read_text(encoding="utf-8")
-
-    def _download(self, file: str, sha: str) -> str:
-        path: str = self.api.hf_hub_download(self.repo_id, file, revision=sha)
-        return path
+    def read(self, file: str, sha: str, tree: Tree) -> bytes:
+        """Return a small file of a commit."""
+        commit = Repository(self.repo_id, sha, self._token, tree)
+        return commit.read_bytes(file, 0, tree[file].size)
 
     def upload(
         self, file: str, path: str | os.PathLike[str], content: RemoteFile, branch: str = MAIN

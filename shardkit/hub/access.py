@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -25,6 +26,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+)
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    logging,
 )
 
 from shardkit.errors import CheckpointError
@@ -57,6 +64,21 @@ def find_token(token: str | None = None) -> str | None:
         return UserSecretsClient().get_secret("HF_TOKEN") or None
     except Exception:  # no such secret, or not given to this notebook: Kaggle's client raises what it likes
         return None
+
+
+@contextmanager
+def quiet(*, bars: bool = False) -> Iterator[None]:
+    """Keep the Hub's client from logging signed URLs when it tries again, and from showing its own bars."""
+    level, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    if had_bars and not bars:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bars and not bars:
+            enable_progress_bars()
 
 
 class UnreachableError(CheckpointError):

@@ -11,10 +11,11 @@ from huggingface_hub import CommitOperationAdd
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import CheckpointError
 from shardkit.files import LocalFiles
+from shardkit.hub.access import quiet
 from shardkit.hub.card import CARD, Story, has_section, model_card
 from shardkit.hub.remote import RemoteFile
 from shardkit.hub.source import needed_files
-from shardkit.hub.target import Target, Tree, digest_bytes, digest_file, is_same, quiet
+from shardkit.hub.target import Target, Tree, digest_bytes, digest_file, is_same
 from shardkit.layout import CONFIG_FILES
 from shardkit.record import listed, plural
 from shardkit.run import ProgressCallback, ProgressCount, run_all

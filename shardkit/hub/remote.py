@@ -31,6 +31,7 @@ from shardkit.hub.access import (
     is_passing,
     lost_connection,
     pause_asked,
+    quiet,
 )
 from shardkit.safetensors_file import PREFIX_BYTES, Header, parse_header, read_raw_header
 
@@ -187,7 +188,8 @@ class Repository:
             path: str = hf_hub_download(self.repo_id, file, revision=self.sha, token=self.token or False)
             return path
 
-        path = Path(ask(download, f"{self.folder}/{file}"))
+        with quiet():
+            path = Path(ask(download, f"{self.folder}/{file}"))
         self.check((file, path))
         return path
 

@@ -32,10 +32,11 @@ from shardkit.errors import (
     SpaceError,
     VerificationError,
 )
+from shardkit.hub.access import quiet
 from shardkit.hub.card import CARD, Origin, Story, model_card
 from shardkit.hub.push import card_to_keep
 from shardkit.hub.remote import RemoteFile
-from shardkit.hub.target import Target, Tree, digest_bytes, digest_file, is_same, quiet
+from shardkit.hub.target import Target, Tree, digest_bytes, digest_file, is_same
 from shardkit.layout import CONFIG_FILES
 from shardkit.plan import Shard, ShardPlan, Strategy, plan_shards
 from shardkit.record import listed, plural

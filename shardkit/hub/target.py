@@ -9,18 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    logging,
-)
 
 from shardkit.errors import DestinationError, VerificationError
 from shardkit.hub.access import (
@@ -48,21 +42,6 @@ _FAILURES: tuple[type[Exception], ...] = (RuntimeError, ValueError, *CLIENT_ERRO
 _SHADOWS = re.compile(
     r"((pytorch_|diffusion_pytorch_|adapter_)?model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
 )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the Hub's client from showing its own bars, and from logging signed URLs when it tries again."""
-    level, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    if had_bars:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if had_bars:
-            enable_progress_bars()
 
 
 def digest_file(path: str | os.PathLike[str], seen: Callable[[int], object] = lambda _: None) -> RemoteFile:

@@ -43,6 +43,7 @@ test: lint
 
 bench: $(MARK)
 	$(BIN)/python -m tests.benchmarks.bench_shard
+	$(BIN)/python -m tests.benchmarks.bench_hub
 
 torture: $(MARK)
 	$(BIN)/python -m tests.torture

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,6 +50,7 @@ StrategyOption = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="Cast floating-point tensors: float16, bfloat16 or float32.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Threads at work (default: up to 4).")]
+Public = Annotated[bool, typer.Option("--public", help="The repository on the Hub is, or shall be, public.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
 
 
@@ -92,7 +93,9 @@ def plan(
 @app.command()
 def shard(
     source: Source,
-    destination: Annotated[Path, typer.Argument(help="A folder that does not exist yet, or is empty.")],
+    destination: Annotated[
+        str, typer.Argument(help="A folder that does not exist yet, or is empty; or hf://owner/name.")
+    ],
     max_shard_size: MaxShardSize = "2GB",
     strategy: StrategyOption = "size",
     dtype: Dtype = None,
@@ -122,27 +125,41 @@ def shard(
             "(default: where the disk has room for both).",
         ),
     ] = None,
+    public: Public = False,
     as_json: Json = False,
 ) -> None:
     """Rewrite a checkpoint as shards, without loading it, and verify them."""
-    from shardkit.write import shard_checkpoint
+    common: dict[str, Any] = {"max_shard_size": max_shard_size, "strategy": strategy, "dtype": dtype}
+    common |= {"workers": workers, "verify": verify, "allow_overflow": allow_overflow}
+    with _told_how_to_go_on(), _progress_bar() as bar:
+        if destination.startswith("hf://"):
+            from shardkit.hub.reshard import shard_on_hub
+
+            if overwrite or not resume or stream is not None:
+                raise typer.BadParameter("--overwrite, --no-resume, --stream, --download are for folders")
+            report = shard_on_hub(source, destination, private=not public, progress=bar, **common)
+        else:
+            from shardkit.write import shard_checkpoint
+
+            if public:
+                raise typer.BadParameter("--public is for hf:// destinations")
+            common |= {"overwrite": overwrite, "resume": resume, "stream": stream}
+            report = shard_checkpoint(source, destination, progress=bar, **common)
+    _show(report, as_json)
+
+
+@app.command()
+def push(
+    folder: Annotated[str, typer.Argument(help="A folder that shardkit has written, or like one.")],
+    repo_id: Annotated[str, typer.Argument(help="owner/name; made, private, where it is not there.")],
+    public: Public = False,
+) -> None:
+    """Put a sharded checkpoint on the Hub, in one commit, and print its URL."""
+    from shardkit.hub.push import push_checkpoint
 
     with _told_how_to_go_on(), _progress_bar() as bar:
-        report = shard_checkpoint(
-            source,
-            destination,
-            max_shard_size=max_shard_size,
-            strategy=strategy,
-            dtype=dtype,
-            workers=workers,
-            overwrite=overwrite,
-            resume=resume,
-            verify=verify,
-            allow_overflow=allow_overflow,
-            stream=stream,
-            progress=bar,
-        )
-    _show(report, as_json)
+        url = push_checkpoint(folder, repo_id, private=not public, progress=bar)
+    print(url)
 
 
 @app.command()

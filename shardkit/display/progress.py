@@ -7,7 +7,13 @@ from typing import Any, Self
 
 from shardkit.run import Progress
 
-_LABELS = {"copy": "writing shards", "verify": "verifying"}
+_LABELS = {
+    "copy": "writing shards",
+    "verify": "verifying",
+    "hash": "hashing",
+    "upload": "uploading",
+    "stream": "received and sent",
+}
 
 
 class ProgressBar:

@@ -110,8 +110,7 @@ def shard_on_hub(
         If `progress` returned False.
     """
     start = time.perf_counter()
-    source = f"hf://{source_id.removeprefix('hf://')}"
-    checkpoint = _open(source, revision, token)
+    checkpoint = _open(source_id, revision, token)
     plan = plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
     target = Target(target_id, token)
     _check_apart(checkpoint, target)
@@ -126,7 +125,10 @@ def shard_on_hub(
     return job.report(sha, reused, moved - start, time.perf_counter() - start)
 
 
-def _open(source: str, revision: str | None, token: str | None) -> Checkpoint:
+def _open(source_id: str, revision: str | None, token: str | None) -> Checkpoint:
+    if os.path.exists(source_id):
+        raise CheckpointError("is on this machine: shard it to a folder, and push that", file=source_id)
+    source = f"hf://{source_id.removeprefix('hf://')}"
     checkpoint = Checkpoint.open(source, revision=revision, token=token)
     if checkpoint.format == "pickle":
         raise CheckpointError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,11 @@ class _Passing(Exception):  # noqa: N818  never leaves this module
 
 @dataclass(frozen=True, slots=True)
 class _Location:
-    """Where a file's bytes are, and the ETag that the Hub gave of it on the way there."""
+    """Where a file's bytes are: the ETag that the Hub gave on the way there, and the one given there."""
 
     url: Any
     is_hub: bool
+    linked: str | None = None
     etag: str | None = None
 
 
@@ -103,7 +104,6 @@ class Repository:
         self.repo_id, self.sha, self.token, self.listing = repo_id, sha, token, files
         self.folder = f"hf://{repo_id}@{sha}"
         self._locations: dict[str, _Location] = {}
-        self._etags: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return f"Repository({self.folder!r})"
@@ -225,12 +225,10 @@ class Repository:
                 failure = _Passing("the Hub sent nothing")
             except _Passing as passing:
                 failure = passing
-            except HfHubHTTPError as error:
+            except (HfHubHTTPError, OfflineModeIsEnabled) as error:
                 raise explained(error, where) from None
             except HTTPError as error:
                 failure = _Passing(lost_connection(error))
-            except OfflineModeIsEnabled as error:
-                raise explained(error, where) from None
             if done == before:
                 self._locations.pop(file, None)
                 patience.wait(failure.reason, failure.pause)
@@ -247,8 +245,9 @@ class Repository:
                 if 300 <= response.status_code < 400 and "Location" in response.headers:
                     location = _next(location, response)
                     continue
-                self._check(response, file, offset, nbytes, location)
-                self._locations[file] = location
+                self._check_status(response, file, location)
+                self._check_content(response, file, offset, nbytes, location)
+                self._locations[file] = replace(location, etag=_etag(response))
                 received = 0
                 for piece in response.iter_raw():
                     received += len(piece)
@@ -262,45 +261,42 @@ class Repository:
         url = hf_hub_url(self.repo_id, file, revision=self.sha, endpoint=constants.ENDPOINT)
         return _Location(url, is_hub=True)
 
-    def _check(self, response: Any, file: str, offset: int, nbytes: int, location: _Location) -> None:
-        """Refuse a response that is anything but this range of this file."""
-        status, size = response.status_code, self.listing[file].size
+    def _check_status(self, response: Any, file: str, location: _Location) -> None:
+        """Tell a failure that may pass from one that will not."""
+        status = response.status_code
         if is_passing(status):
             raise _Passing(f"the Hub answered with status {status}", pause_asked(response.headers))
         if status in _REFUSED and self._locations.pop(file, None) is not None:
             raise _Passing("its signed URL has expired", pause=0)
+        if status in _REFUSED and not location.is_hub:
+            raise _Passing(f"its storage answered with status {status}")
         if status == 200:
             raise self._wrong(
                 file,
-                "was sent whole, not the range asked for: something between here and the "
-                "Hub drops the Range header (a proxy?); download it instead (stream=False)",
+                "was sent whole, not the range asked for: something on the way drops the Range header "
+                "(a proxy?); download it instead (stream=False)",
             )
         if status != 206:
-            if status in _REFUSED and not location.is_hub:
-                raise _Passing(f"its storage answered with status {status}")
             hf_raise_for_status(response)
             raise self._wrong(file, f"was answered with status {status}")
+
+    def _check_content(self, response: Any, file: str, offset: int, nbytes: int, location: _Location) -> None:
+        """Refuse anything but this range of this file, as it was listed and as its other parts were."""
+        listed, etag, known = self.listing[file], _etag(response), self._locations.get(file)
         if (coding := response.headers.get("Content-Encoding", "identity")) != "identity":
             raise self._wrong(file, f"was sent as {coding}, not as it is")
         said = response.headers.get("Content-Range", "")
         if not (found := _CONTENT_RANGE.fullmatch(said)):
             raise self._wrong(file, f"was sent with Content-Range {said[:80]!r}")
         first, last, total = map(int, found.groups())
-        if total != size:
-            raise self._wrong(file, f"has {total} bytes, {size} are listed: it changed while it was read")
+        if total != listed.size:
+            raise self._wrong(file, f"has {total} bytes, {listed.size} are listed: it changed")
         if first != offset or last >= offset + nbytes:
-            raise self._wrong(
-                file, f"was sent from byte {first} to {last}, {nbytes} from {offset} were asked"
-            )
-        self._check_etag(file, location, _etag(response))
-
-    def _check_etag(self, file: str, location: _Location, etag: str | None) -> None:
-        """Refuse content that is not what was listed, or what came first; all parts of a file are of one."""
-        listed = self.listing[file].sha256
-        if location.etag and listed and location.etag != listed:
-            raise self._wrong(file, f"has the ETag {location.etag[:80]}, {listed} is listed: it changed")
-        if etag and (first := self._etags.setdefault(file, etag)) != etag:
-            raise self._wrong(file, f"changed while it was read: its ETag was {first[:80]}, is {etag[:80]}")
+            raise self._wrong(file, f"was sent from byte {first} to {last}, not {nbytes} from {offset}")
+        if location.linked and location.linked != (listed.sha256 or location.linked):
+            raise self._wrong(file, f"has the ETag {location.linked}, {listed.sha256} is listed: it changed")
+        if known and known.etag != etag:
+            raise self._wrong(file, f"changed while it was read: its ETag was {known.etag}, is {etag}")
 
     def _wrong(self, file: str, problem: str) -> CheckpointError:
         return CheckpointError(problem, file=f"{self.folder}/{file}")
@@ -310,12 +306,12 @@ def _next(location: _Location, response: Any) -> _Location:
     url = response.url.join(response.headers["Location"])
     parts = ("scheme", "host", "port")
     is_same = all(getattr(url, part) == getattr(response.url, part) for part in parts)
-    return _Location(url, location.is_hub and is_same, _etag(response, "X-Linked-Etag") or location.etag)
+    return _Location(url, location.is_hub and is_same, _etag(response, "X-Linked-Etag") or location.linked)
 
 
 def _etag(response: Any, header: str = "ETag") -> str | None:
     value: str = response.headers.get(header, "")
-    return value.removeprefix("W/").strip('"') or None
+    return value.removeprefix("W/").strip('"')[:80] or None
 
 
 def list_files(repo_id: str, sha: str, token: str | None, tries: int = TRIES) -> dict[str, RemoteFile]:

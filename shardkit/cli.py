@@ -247,6 +247,8 @@ def _show(record: Record, as_json: bool) -> None:
 
 def main() -> None:
     """Run the command line; every error that is not a bug ends in one line and status 1."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the Hub's client is imported
     try:
         app()
     except ShardkitError as error:

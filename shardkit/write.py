@@ -286,7 +286,8 @@ def _write_shards(
         yield from cut
 
     # Writes into one file wait for each other in the kernel: keep as many files going as there are workers.
-    tasks = take_turns(map(tasks_of, todo), workers or default_workers())
+    # No network is fast enough for that to matter; one file after the other, a kill costs one at most.
+    tasks = take_turns(map(tasks_of, todo), 1 if checkpoint.is_remote else workers or default_workers())
     with run_all(run_task, tasks, workers, executor) as results:
         for task, outcome in results:
             file = os.path.basename(task.path)

@@ -533,14 +533,15 @@ class TestStreaming:
         out, staging = tmp_path / "out", tmp_path / ".out.shardkit-staging"
         kill = "lambda p: os.kill(os.getpid(), 9) if p.done_bytes > 2_100_000 else None"
         code = (
-            f"import os, shardkit; shardkit.shard_checkpoint({ID!r}, {str(out)!r}, max_shard_size='600KB', "
-            f"stream=True, workers=1, progress={kill})"
+            "import os, shardkit; from shardkit import transfer; transfer.TASK_BYTES = 100_000;"
+            f"shardkit.shard_checkpoint({ID!r}, {str(out)!r}, max_shard_size='600KB', "
+            f"stream=True, workers=4, progress={kill})"
         )
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
         assert not out.exists()
         journal = staging / ".journal.jsonl"
         finished = [json.loads(line)["shard"] for line in journal.read_text().splitlines()[1:]]
-        assert len(finished) >= 4
+        assert len(finished) >= 3  # of four that were received: one after the other
         if damage == "byte":
             flip(staging / finished[0], 300_000)
         if damage == "journal":  # a shard of which one part is not accounted for

@@ -230,7 +230,7 @@ class Repository:
             except HTTPError as error:
                 failure = _Passing(lost_connection(error))
             if done == before:
-                self._locations.pop(file, None)
+                self._locations.pop(file, None)  # asked anew at the Hub, which knows where it is now
                 patience.wait(failure.reason, failure.pause)
 
     def _request(self, file: str, offset: int, nbytes: int) -> Iterator[bytes]:
@@ -266,9 +266,7 @@ class Repository:
         status = response.status_code
         if is_passing(status):
             raise _Passing(f"the Hub answered with status {status}", pause_asked(response.headers))
-        if status in _REFUSED and self._locations.pop(file, None) is not None:
-            raise _Passing("its signed URL has expired", pause=0)
-        if status in _REFUSED and not location.is_hub:
+        if status in _REFUSED and not location.is_hub:  # a signed URL that has expired: ask for another
             raise _Passing(f"its storage answered with status {status}")
         if status == 200:
             raise self._wrong(

@@ -77,19 +77,9 @@ def tiny_model() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
     """A Hub that the Hub's client takes for the real one, in this process and in those it starts."""
-    from huggingface_hub import constants
-
-    with LoopbackHub(tmp_path / "hub") as running:
-        for name, value in running.environment(tmp_path / "hub-home").items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-home" / "hub"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hub-home" / "token"))
+    with LoopbackHub(tmp_path / "hub") as running, running.believed(tmp_path / "hub-home"):
         yield running
         assert not running.broken, running.broken[0]
 

@@ -10,14 +10,18 @@ its own, which ends when its standard input does:
 import argparse
 import hashlib
 import json
+import os
 import random
 import re
 import secrets
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any, Self
+from unittest.mock import patch
 from urllib.parse import parse_qs, unquote
 
 from tests.hub_http import Fault, Handler, Request, Server, StorageHandler, random_fault
@@ -94,6 +98,21 @@ class LoopbackHub:
         """What a process needs to take this for the Hub; the client's cache and store lie in `home`."""
         given = {"HF_TOKEN": token} if token else {}
         return {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), **given}
+
+    @contextmanager
+    def believed(self, home: Path) -> Iterator[None]:
+        """Let the client in this process, and those of processes it starts, take this for the Hub."""
+        from huggingface_hub import constants, hf_api
+
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        told = {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_DISABLE_XET": True}
+        told |= {"HF_HUB_CACHE": str(home / "hub"), "HF_TOKEN_PATH": str(home / "token")}
+        with (
+            patch.multiple(constants, **told),
+            patch.object(hf_api.api, "endpoint", self.url),
+            patch.dict(os.environ, self.environment(home)),
+        ):
+            yield
 
     def add_model(self, repo_id: str, folder: Path, **options: bool) -> str:
         """Make a repository, or a commit, with the files of a folder; return the commit's sha."""

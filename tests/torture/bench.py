@@ -19,8 +19,6 @@ from typing import NamedTuple, Self
 
 import xxhash
 
-_TRIAL_SECONDS = 200  # then a trial counts as hung, and its process is killed
-
 
 class Fault(str):
     """What went wrong, in words."""
@@ -55,13 +53,17 @@ Trial = Callable[[Place], Iterator[Finding]]
 
 
 class Kind(NamedTuple):
-    """A kind of trial; how many make it up, in full and in the suite; how to make what they share."""
+    """A kind of trial; how many make it up, in full and in the suite; how to make what they share.
+
+    A trial that takes longer than `seconds` counts as hung, and its process is killed.
+    """
 
     what: str
     trial: Trial
     full: int
     suite: int
     prepare: Callable[[Path], None] | None = None
+    seconds: int = 200
 
 
 @dataclass
@@ -115,7 +117,7 @@ class Bench:
         context = get_context("forkserver")
         context.set_forkserver_preload(["torch", "shardkit.write", "shardkit.cast"])
         step = max(1, min(100, len(numbers) // (8 * self._workers)))
-        one = partial(_one, kind.trial, f"{seed}/{name}", shared)
+        one = partial(_one, kind, f"{seed}/{name}", shared)
         with ProcessPoolExecutor(self._workers, mp_context=context) as pool:
             results = pool.map(one, numbers, chunksize=step)
             for number in numbers:
@@ -140,13 +142,13 @@ class Bench:
         return self._shared[prepare]
 
 
-def _one(trial: Trial, seed: str, shared: Path, number: int) -> list[Finding]:
+def _one(kind: Kind, seed: str, shared: Path, number: int) -> list[Finding]:
     work = shared / f"{seed.partition('/')[2]}-{number}"
     work.mkdir()
-    signal.alarm(_TRIAL_SECONDS)
+    signal.alarm(kind.seconds)
     findings: list[Finding] = []
     try:
-        for finding in trial(Place(shared, work, number, random.Random(f"{seed}/{number}"))):
+        for finding in kind.trial(Place(shared, work, number, random.Random(f"{seed}/{number}"))):
             findings.append(finding)  # noqa: PERF402  one by one: those before an exception are kept
     except Skip as reason:
         findings.append(Seen(f"skipped: {reason}"))

@@ -125,8 +125,10 @@ class Patience:
         time.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (self._failures - 1)) if pause is None else pause)
 
 
-def ask(call: Callable[[], ResultT], what: str, tries: int = TRIES) -> ResultT:
+def ask(call: Callable[[], ResultT], what: str, tries: int = TRIES, *, bars: bool = False) -> ResultT:
     """Return what a call of the Hub's client returns; try again after failures that may pass.
+
+    `bars` lets the client show how far a download is.
 
     Raises
     ------
@@ -136,7 +138,8 @@ def ask(call: Callable[[], ResultT], what: str, tries: int = TRIES) -> ResultT:
     patience = Patience(what, tries)
     while True:
         try:
-            return call()
+            with quiet(bars=bars):
+                return call()
         except CLIENT_ERRORS as error:
             cause = _root(error)
             if not _may_pass(cause):

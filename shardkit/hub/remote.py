@@ -31,7 +31,6 @@ from shardkit.hub.access import (
     is_passing,
     lost_connection,
     pause_asked,
-    quiet,
 )
 from shardkit.safetensors_file import PREFIX_BYTES, Header, parse_header, read_raw_header
 
@@ -188,8 +187,7 @@ class Repository:
             path: str = hf_hub_download(self.repo_id, file, revision=self.sha, token=self.token or False)
             return path
 
-        with quiet():
-            path = Path(ask(download, f"{self.folder}/{file}"))
+        path = Path(ask(download, f"{self.folder}/{file}"))
         self.check((file, path))
         return path
 

@@ -16,7 +16,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from shardkit.errors import CheckpointError, SpaceError
 from shardkit.files import Files, LocalFiles
-from shardkit.hub.access import TRIES, UnreachableError, ask, find_token, quiet
+from shardkit.hub.access import TRIES, UnreachableError, ask, find_token
 from shardkit.hub.remote import Repository, list_files, remember, repository_of
 from shardkit.layout import find_weights, is_index, read_config, read_weight_map, sort_out
 from shardkit.record import plural
@@ -198,8 +198,7 @@ def _download(
         snapshot_download(repo_id, revision=repository.sha, allow_patterns=names, token=token or False)
 
     try:
-        with quiet(bars=True):
-            ask(fetch, repository.folder)
+        ask(fetch, repository.folder, bars=True)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -35,8 +35,8 @@ class Request(NamedTuple):
 class Fault:
     """A fault for requests that match ``METHOD host path`` (host: "hub" or "storage").
 
-    reset: the connection ends before the request is looked at. drop: it ends `at` bytes into the body, of
-    the request for PUT, else of the answer, with the work done. status: answered so, nothing done. slow:
+    drop: the connection ends `at` bytes into the body, of the request for PUT, else of the answer, with the
+    work done. reset: the same with a reset, as when a cable is cut; at 0, before anything is done. status: answered so, nothing done. slow:
     answered after `seconds`. etag: the file seems to be another one. whole: the range is ignored.
     """
 
@@ -53,7 +53,8 @@ class Fault:
 def random_fault(dice: random.Random) -> Fault:
     kind = dice.choice(["reset", "drop", "drop", "status", "slow"])
     status, headers = dice.choice([(500, {}), (503, {}), (429, {"Retry-After": "0"}), (403, {})])
-    return Fault(kind, "", at=int(10 ** dice.uniform(0, 6)), status=status, headers=headers, seconds=0.05)
+    at = dice.choice([0, int(10 ** dice.uniform(0, 6))])
+    return Fault(kind, "", at=at, status=status, headers=headers, seconds=0.05)
 
 
 class Server(ThreadingHTTPServer):
@@ -77,14 +78,15 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     host: ClassVar[str]
+    fault: Fault | None = None
     server: Server
 
     def handle_one_request(self) -> None:
         try:
             super().handle_one_request()
         except ConnectionError:
-            # At once and with a reset: what is still in the buffers is lost, as when a cable is cut.
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if self.fault and self.fault.kind == "reset":  # what is still in the buffers is lost as well
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
 
     def do_GET(self) -> None:
@@ -108,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         kind = self.fault.kind if self.fault else None
-        if kind == "reset":
+        if kind == "reset" and not self.fault.at:
             raise _Gone
         if kind == "slow":
             time.sleep(self.fault.seconds)
@@ -129,7 +131,8 @@ class Handler(BaseHTTPRequestHandler):
     def _dropping(self, of: str) -> int | None:
         """After how many bytes of the body of request or answer the connection is to end."""
         is_sent = "request" if self.command == "PUT" else "answer"
-        return self.fault.at if self.fault and self.fault.kind == "drop" and is_sent == of else None
+        is_cut = self.fault is not None and self.fault.kind in ("drop", "reset")
+        return self.fault.at if is_cut and is_sent == of else None
 
     def chunks(self) -> Iterator[bytes]:
         left = int(self.headers.get("Content-Length", 0))

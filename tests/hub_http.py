@@ -36,8 +36,9 @@ class Fault:
     """A fault for requests that match ``METHOD host path`` (host: "hub" or "storage").
 
     drop: the connection ends `at` bytes into the body, of the request for PUT, else of the answer, with the
-    work done. reset: the same with a reset, as when a cable is cut; at 0, before anything is done. status: answered so, nothing done. slow:
-    answered after `seconds`. etag: the file seems to be another one. whole: the range is ignored.
+    work done. reset: the same with a reset, as when a cable is cut; at 0, before anything is done. status:
+    answered so, nothing done. slow: answered after `seconds`. etag: the file seems to be another one. whole:
+    the range is ignored.
     """
 
     kind: Literal["reset", "drop", "status", "slow", "etag", "whole"]

@@ -684,21 +684,27 @@ def watch(progress):
         except OSError:
             pass
     return progress.done_bytes < 3_000_000 or progress.stage != "copy"
-for source in "org/own", "org/own", "org/wrong", "other/gated", "org/missing":
+for source in "org/own", "org/own", "org/download", "org/wrong", "other/gated", "org/missing":
     out, more = work + "/whole", {{}}
     if not os.path.exists(work + "/.cut.shardkit-staging"):
         out, more = work + "/cut", {{"progress": watch}}
     try:
         report = shardkit.shard_checkpoint(
-            source, out, overwrite=True, max_shard_size="1MB", workers=1, stream=True, **given, **more)
+            source, out, overwrite=True, max_shard_size="1MB", workers=1, stream=source != "org/download",
+            **given, **more)
         print(report, repr(report), json.dumps(report.to_dict()))
     except shardkit.ShardkitError:
         traceback.print_exc()
 """
-        save_file({"other": torch.zeros(1000)}, folder / "model.safetensors")
-        hub.add_model("org/wrong", folder, private=True)
-        content = hub.files("org/wrong")["model.safetensors"].sha256
-        hub.fail("whole", f"GET storage /objects/{content}", times=100)
+        for number, name in enumerate(("org/wrong", "org/download")):
+            save_file({"other": torch.full((1000,), float(number))}, folder / "model.safetensors")
+            hub.add_model(name, folder, private=True)
+        wrong, download = (
+            f"GET storage /objects/{hub.files(name)['model.safetensors'].sha256}"
+            for name in ("org/wrong", "org/download")
+        )
+        hub.fail("whole", wrong, times=100)
+        hub.fail("drop", download, at=10, skip=1)  # the client logs that it tries again, and where
         hub.fail("drop", STORAGE, at=200_000, times=2, skip=2)
         work = tmp_path / "work"
         work.mkdir()
@@ -708,7 +714,8 @@ for source in "org/own", "org/own", "org/wrong", "other/gated", "org/missing":
             env=environment, cwd=work, capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert token in {request.token for request in hub.requests}
-        assert "Sharded checkpoint" in ran.stdout
+        assert "downloaded 5 files" in ran.stdout
+        assert "made from ranged reads" in ran.stdout
         assert all(
             word in ran.stderr for word in ("stopped as asked", "sent whole", "gated", "check the name")
         )

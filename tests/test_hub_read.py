@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -9,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -584,6 +587,15 @@ class TestStreaming:
             shutil.rmtree(out)
         assert done >= 5
 
+    def test_processes_that_know_nothing_of_the_repository_can_stream_it(
+        self, hub: LoopbackHub, folder: Path, tmp_path: Path
+    ) -> None:
+        hub.add_model("me/private", folder, private=True)
+        spawned = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(2, mp_context=spawned) as executor:
+            shard_checkpoint("me/private", tmp_path / "out", stream=True, executor=executor)
+        assert verify_checkpoint(folder, tmp_path / "out").equal
+
     def test_memory_does_not_grow_with_the_model(self, hub: LoopbackHub, tmp_path: Path) -> None:
         source = tmp_path / "large"
         source.mkdir()
@@ -649,12 +661,33 @@ class TestTokens:
         monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
         assert access.find_token() is None
 
+    @pytest.mark.parametrize("bad", ["hf_planted\nHere", "hf_planted Here", "hf_plantedHére"])
+    @pytest.mark.usefixtures("sha")
+    def test_token_that_cannot_be_sent_is_not_quoted(self, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_TOKEN", bad.replace("\n", " "))
+        for given in (bad, None):
+            with pytest.raises(CheckpointError, match="copy it anew") as caught:
+                Checkpoint.open(ID, token=given)
+            assert "planted" not in "".join(traceback.format_exception(caught.value))
+        assert len(Checkpoint.open(ID, token=f" {TOKEN}\n").tensors) == COUNT
+
     @pytest.mark.usefixtures("sha")
     def test_token_goes_to_the_hub_and_to_nobody_else(self, hub: LoopbackHub, tmp_path: Path) -> None:
         shard_checkpoint(ID, tmp_path / "out", stream=True)
         assert {r.token for r in hub.requests if r.host == "storage"} == {None}
         assert TOKEN in {r.token for r in hub.requests if r.host == "hub"}
         assert TOKEN not in f"{remote._OPEN!r} {remote._OPEN}"
+
+    @pytest.mark.parametrize("stream", [True, False])
+    @pytest.mark.usefixtures("sha")
+    def test_refusal_by_the_storage_shows_no_signed_url(
+        self, hub: LoopbackHub, tmp_path: Path, stream: bool
+    ) -> None:
+        Checkpoint.open(ID)
+        hub.fail("status", STORAGE, status=400, times=100, skip=1)  # after the header
+        with pytest.raises(CheckpointError, match="status 400") as caught:
+            shard_checkpoint(ID, tmp_path / "out", stream=stream)
+        assert "Signature=" not in "".join(traceback.format_exception(caught.value))
 
     @pytest.mark.parametrize("place", ["environment", "store", "argument"])
     @pytest.mark.usefixtures("stranger")

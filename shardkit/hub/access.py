@@ -50,20 +50,34 @@ TRIES = 6
 _CONNECT_TRIES = 2
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
 _LONGEST_WAIT = 300.0  # the Hub counts requests in windows of five minutes
+_TOKEN = re.compile(r"[!-~]+")
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def find_token(token: str | None = None) -> str | None:
-    """Return the token to use: the argument, the environment's, the client's store's, Colab's, Kaggle's."""
-    found = token or get_token()  # which asks Colab for its secret, too
-    if found or "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
-        return found or None
+    """Return the token to use: the argument, the environment's, the client's store's, Colab's, Kaggle's.
+
+    Raises
+    ------
+    CheckpointError
+        If it could not be sent as it is.
+    """
+    found = (token or get_token() or _kaggle_secret() or "").strip()  # get_token asks Colab, too
+    if found and not _TOKEN.fullmatch(found):  # the client would quote it in an error
+        raise CheckpointError("the token for the Hub has characters that no token has: copy it anew")
+    return found or None
+
+
+def _kaggle_secret() -> str | None:
+    if "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
+        return None
     try:
         from kaggle_secrets import UserSecretsClient  # type: ignore[import-not-found]
 
-        return UserSecretsClient().get_secret("HF_TOKEN") or None
+        secret: str | None = UserSecretsClient().get_secret("HF_TOKEN")
     except Exception:  # no such secret, or not given to this notebook: Kaggle's client raises what it likes
         return None
+    return secret
 
 
 @contextmanager

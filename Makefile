@@ -65,6 +65,7 @@ test-colab: $(COLAB_MARK)
 bench: $(MARK)
 	$(BIN)/python -m tests.benchmarks.bench_shard
 	$(BIN)/python -m tests.benchmarks.bench_measure
+	$(BIN)/python -m tests.benchmarks.bench_hub
 
 torture: $(MARK)
 	$(BIN)/python -m tests.torture

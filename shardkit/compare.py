@@ -62,7 +62,7 @@ def compare_loads(
     Parameters
     ----------
     original, sharded
-        As `source` of `measure_load`.
+        As `source` of `measure_load`; models on the Hub are downloaded before anything is measured.
     dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options
         As for `measure_load`, for every load.
     repeats
@@ -105,14 +105,17 @@ def compare_loads(
         "options": dict(options or {}),
     }
     wanted = {ORIGINAL: {"source": original}, SHARDED: {"source": sharded}, **(others or {})}
-    opened = {name: Checkpoint.open(changes.get("source", sharded)) for name, changes in wanted.items()}
+    sources = {name: changes.get("source", sharded) for name, changes in wanted.items()}
+    opened = {name: Checkpoint.open(source, download=True) for name, source in sources.items()}
     if same_model:
         for name in [*opened][1:]:
             _require_same_model(opened[ORIGINAL], opened[name])
     arms = tuple(_arm(name, opened[name], common, changes) for name, changes in wanted.items())
     notes = () if same_model else ("the arms were not required to hold the same model",)
     found = Comparison(arms, margin, seed, (), (), notes)
-    for sample in _run_all(arms, repeats, progress, stop):
+    # A model of the Hub is loaded from where it was downloaded to, and shown by its id.
+    paths = {name: c.source if os.path.exists(c.source) else c.folder for name, c in opened.items()}
+    for sample in _run_all(arms, paths, repeats, progress, stop):
         if sample.pair is None:
             found = replace(found, warm_ups=(*found.warm_ups, sample))
         else:
@@ -138,6 +141,7 @@ def _arm(name: str, checkpoint: Checkpoint, common: Mapping[str, Any], changes: 
 
 def _run_all(
     arms: Sequence[Arm],
+    paths: Mapping[str, str],
     repeats: int,
     progress: _ProgressCallback | None,
     stop: Callable[[], bool] | None,
@@ -153,7 +157,7 @@ def _run_all(
             continue  # twice, and never loaded: that is its result
         which = "warm-up" if pair is None else f"pair {pair + 1}"
         _report(progress, done, len(order), f"{arm.name}, {which}")
-        measurement = measure_load(arm.source, **arm.options, stop=stop)
+        measurement = measure_load(paths[arm.name], **arm.options, stop=stop)
         ends[arm.name].append(measurement.ok)
         yield Sample(arm.name, pair, measurement)
     _report(progress, len(order), len(order), "done")

@@ -43,7 +43,13 @@ def check_destination(checkpoint: Checkpoint, target: Path, overwrite: bool) -> 
     DestinationError
         As said.
     """
-    _check_apart(checkpoint, target)
+    if not checkpoint.is_remote:
+        _check_apart(checkpoint, target)
+    check_free(target, overwrite)
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Refuse a destination that holds what is not to be replaced; as `check_destination`."""
     if target.exists() and not target.is_dir():
         raise DestinationError(f"{target}: is a file; give a folder")
     if os.path.ismount(target):

@@ -1,7 +1,8 @@
 """The folder that a destination grows in: journaled, resumable, published at the end.
 
 The journal is bound to source and plan by a fingerprint. It tells which shards were finished; before one is
-used again, it is compared with the source, so neither a torn journal nor lost writes can do harm.
+used again, it is compared with the source (one made from ranged reads, with the digests journaled of what
+was received), so neither a torn journal nor lost writes can do harm.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from shardkit.errors import Cancelled, CheckpointError, DestinationError, Shardk
 from shardkit.pickle_file import close_pickles
 from shardkit.plan import ShardPlan
 from shardkit.sizes import format_size
-from shardkit.transfer import Lost
+from shardkit.transfer import Lost, Outcome, Received
 
 _JOURNAL = ".journal.jsonl"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -46,12 +48,12 @@ class Staging:
     destination, folder
         What it will be, what it is.
     finished
-        Shards that are written, with what casts lost in them.
+        Shards that are written, with what casts lost in them and what was received of them.
     """
 
     def __init__(self, checkpoint: Checkpoint, plan: ShardPlan, destination: Path, overwrite: bool) -> None:
         self.destination, self.folder = destination, staging_folder(destination)
-        self.finished: dict[str, list[Lost]] = {}
+        self.finished: dict[str, Outcome] = {}
         self._checkpoint, self._plan, self._overwrite = checkpoint, plan, overwrite
         self._fingerprint = _fingerprint(checkpoint, plan)
         self._syncing = ThreadPoolExecutor(2, thread_name_prefix="shardkit-sync")
@@ -85,11 +87,11 @@ class Staging:
         """Bytes that are there already."""
         return sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
 
-    def finish(self, file: str, lost: Sequence[Lost]) -> None:
+    def finish(self, file: str, outcome: Outcome) -> None:
         """Journal a shard whose last byte was written, and sync it off the caller's thread."""
-        self.finished[file] = list(lost)
+        self.finished[file] = outcome
         with (self.folder / _JOURNAL).open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps(_entry(file, lost)) + "\n")
+            journal.write(json.dumps(_entry(file, outcome)) + "\n")
         self._sync_later(file)
 
     def forget(self, file: str) -> None:
@@ -163,18 +165,19 @@ class Staging:
         sync(self.path(file))
         self._stats[file] = _stat(self.path(file))
 
-    def _read_journal(self) -> dict[str, list[Lost]]:
+    def _read_journal(self) -> dict[str, Outcome]:
         """Return the finished shards; none where the journal is of another job, or unreadable."""
         shards = {shard.file: shard for shard in self._plan.shards}
         kept = {}
         for entry in self._journal_entries():
             try:
-                shard, lost = shards[entry["shard"]], [Lost(*loss) for loss in entry["lost"]]
+                shard, lost = shards[entry["shard"]], tuple(Lost(*loss) for loss in entry["lost"])
+                received = tuple(Received(*part) for part in entry["received"])
             except (KeyError, TypeError):
                 continue
             path = self.path(shard.file)
             if path.is_file() and path.stat().st_size == shard.nbytes:
-                kept[shard.file] = lost
+                kept[shard.file] = Outcome(lost, received)
         return kept
 
     def _journal_entries(self) -> list[Any]:
@@ -225,18 +228,25 @@ def staging(
         held.close()
 
 
-def _entry(file: str, lost: Sequence[Lost]) -> dict[str, Any]:
-    return {"shard": file, "lost": [[x.tensor, x.overflowed, x.flushed] for x in lost]}
+def _entry(file: str, outcome: Outcome) -> dict[str, Any]:
+    lost, received = ([astuple(item) for item in items] for items in outcome)
+    return {"shard": file, "lost": lost, "received": received}
 
 
 def _fingerprint(checkpoint: Checkpoint, plan: ShardPlan) -> str:
+    planned = [(s.file, [(t.source.name, t.dtype, t.begin) for t in s.tensors]) for s in plan.shards]
+    return xxhash.xxh3_128_hexdigest(json.dumps([_seen(checkpoint), planned]).encode())
+
+
+def _seen(checkpoint: Checkpoint) -> list[Any]:
+    """Return what would change with the source."""
+    if checkpoint.is_remote:
+        return [checkpoint.folder]  # the commit is in its name
     files = [*checkpoint.files, *checkpoint.side_files]
     try:
-        seen = [(file, *_stat(Path(checkpoint.path(file)))) for file in files]
+        return [(file, *_stat(Path(checkpoint.path(file)))) for file in files]
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", file=error.filename) from error
-    planned = [(s.file, [(t.source.name, t.dtype, t.begin) for t in s.tensors]) for s in plan.shards]
-    return xxhash.xxh3_128_hexdigest(json.dumps([seen, planned]).encode())
 
 
 def _stat(path: Path) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import MeasurementError
+from shardkit.files import LocalFiles, folder_here
 from shardkit.layout import find_weights, is_index, read_config, read_weight_map
 from shardkit.load import prefetch_bytes
 from shardkit.measure import page_cache
@@ -54,7 +55,8 @@ def measure_load(
     Parameters
     ----------
     source
-        A checkpoint's folder, or the weights or index file in it that transformers loads.
+        A checkpoint's folder, or the weights or index file in it that transformers loads; or a model on
+        the Hub, which is downloaded first.
     dtype
         Asked of `from_pretrained`: "float16", "bfloat16", "float32", "auto"; None asks for nothing.
     device
@@ -113,14 +115,15 @@ def measure_load(
 
 def _weight_files(source: str | os.PathLike[str]) -> tuple[str, list[str]]:
     """Return the folder that transformers is given, and the paths of the weights that it loads from there."""
-    path = Path(os.path.abspath(os.path.expanduser(source)))
+    path = Path(folder_here(source))
     folder = path if path.is_dir() else path.parent
-    if not path.exists() or (folder != path and read_config(folder) is None):
-        raise MeasurementError(f"{source}: is no folder of a model: give the one that holds config.json")
-    chosen = find_weights(folder, read_config(folder))
+    inside = LocalFiles(folder)
+    if folder != path and read_config(inside) is None:
+        raise MeasurementError(f"{path}: a file without config.json beside it is no model to load")
+    chosen = find_weights(inside, read_config(inside))
     if path not in (folder, folder / chosen):
         raise MeasurementError(f"{path}: transformers loads {chosen} of this folder, not this file")
-    names = set(read_weight_map(folder, chosen).values()) if is_index(chosen) else {chosen}
+    names = set(read_weight_map(inside, chosen).values()) if is_index(chosen) else {chosen}
     return str(folder), [str(folder / name) for name in sorted(names)]
 
 

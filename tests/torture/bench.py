@@ -53,7 +53,10 @@ Trial = Callable[[Place], Iterator[Finding]]
 
 
 class Kind(NamedTuple):
-    """A kind of trial; how many make it up, in full and in the suite; how to make what they share."""
+    """A kind of trial; how many make it up, in full and in the suite; how to make what they share.
+
+    A trial that takes longer than `seconds` counts as hung, and its process is killed.
+    """
 
     what: str
     trial: Trial

@@ -77,6 +77,16 @@ def test_load_killed_for_its_limit_is_a_result_with_its_curve(demo, tmp_path):
 
 
 @needs_groups
+def test_load_killed_before_it_began_says_what_it_held(demo):
+    measurement = measure_load(demo, memory_limit="100MB", timeout=100)
+    assert measurement.outcome == "killed"
+    assert "during imports" in measurement.reason
+    assert measurement.load_start_seconds is None
+    assert 50 * MB < measurement.peak_anonymous_bytes <= 100 * MB
+    assert f"{measurement.peak_anonymous_bytes / MB:.3g} MB anonymous" in measurement.reason
+
+
+@needs_groups
 def test_limit_that_suffices_changes_nothing(demo):
     measurement = measure_load(demo, memory_limit="900MB")
     assert measurement.ok, measurement.reason

@@ -138,7 +138,8 @@ def _measurement(
     events = {event["event"]: event for event in end.events}
     begins = {event["name"]: event for event in end.events if event["event"] == "begin"}
     stack = events.get("stack", {})
-    load = begins.get(LOAD, {"at": end.ended_at, "peak_reset": True})
+    # Where it never came to the load, what it held before says at least how far it came.
+    load = begins.get(LOAD, {"at": end.started_at, "peak_reset": True})
     load_start = load["at"] - end.started_at if LOAD in begins else None
     peaks = _peaks(end, load["at"], load["peak_reset"])
     outcome, reason = _outcome(end, events, limit, peaks)

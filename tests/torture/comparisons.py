@@ -11,7 +11,7 @@ from shardkit.measure.launch import WORKER
 from tests.torture.bench import Fault, Finding, Kind, Most, Place, Seen
 
 SLOWDOWN = 1.3
-_REPEATS = 7
+_REPEATS = 5
 # Runs the worker as it is, with a `from_pretrained` that takes its time.
 _SLOW = f"""#!{sys.executable}
 import runpy, sys, time, transformers
@@ -58,5 +58,5 @@ def _compared(place: Place) -> Iterator[Finding]:
 
 
 COMPARISONS = Kind(
-    "A/A comparisons, and a slowdown to find", _compared, 20, 0, _prepare, workers=1, seconds=900, tolerated=1
+    "A/A comparisons, and a slowdown to find", _compared, 20, 0, _prepare, workers=2, seconds=900, tolerated=1
 )

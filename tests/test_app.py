@@ -217,6 +217,11 @@ class TestPlan:
         control(app, "Write as").value = "float16"
         assert app.plan.dtype == control(app, "Load as").value == "float16"
 
+    def test_size_to_begin_with_gives_several_files_and_leaves_no_tensor_too_large(self, demo):
+        app = opened(demo)
+        assert 4 <= len(app.plan.shards) <= 9
+        assert app.plan.oversized == ()
+
     def test_boxes_are_the_files_and_as_wide_as_their_bytes(self, demo):
         app = opened(demo, max_shard_size="1MB")
         now, planned = re.findall(

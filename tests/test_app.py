@@ -1,6 +1,7 @@
 """The app without a browser: what its widgets say, what its threads do, what it refuses."""
 
 import re
+import sys
 import threading
 import time
 from base64 import b64decode
@@ -8,6 +9,7 @@ from math import prod
 from pathlib import Path
 from statistics import median
 
+import psutil
 import pytest
 
 import shardkit
@@ -19,7 +21,7 @@ from shardkit.display.app.plan import shard_sizes
 from shardkit.display.app.worker import Worker
 from shardkit.errors import CheckpointError, DestinationError, ShardkitError, SizeError
 from shardkit.tensor import TensorInfo
-from tests.fake_loads import fake_load
+from tests.fake_loads import fake_interpreter, fake_load
 from tests.support import Tensor, write_checkpoint
 
 PATIENCE = 60
@@ -215,6 +217,11 @@ class TestPlan:
         control(app, "Write as").value = "float16"
         assert app.plan.dtype == control(app, "Load as").value == "float16"
 
+    def test_size_to_begin_with_gives_several_files_and_leaves_no_tensor_too_large(self, demo):
+        app = opened(demo)
+        assert 4 <= len(app.plan.shards) <= 9
+        assert app.plan.oversized == ()
+
     def test_boxes_are_the_files_and_as_wide_as_their_bytes(self, demo):
         app = opened(demo, max_shard_size="1MB")
         now, planned = re.findall(
@@ -397,6 +404,26 @@ class TestCompare:
         (alternative,) = re.findall(r'<img class="sk-picture" alt="(.*?)"', html(app))
         assert "original: at most 700 MB anonymous" in alternative
         assert comparison.verdict in html(app)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_cancel_in_the_middle_of_a_load_ends_it_within_a_second(self, demo, tmp_path, monkeypatch):
+        script = """
+            with reporter.phase("load"):
+                time.sleep(600)
+        """
+        monkeypatch.setattr(sys, "executable", str(fake_interpreter(tmp_path, script)))
+        app = opened(demo)
+        button(app, "Shard").click()
+        assert app.wait(PATIENCE)
+        button(app, "Compare").click()
+        until(lambda: psutil.Process().children(recursive=True))
+        time.sleep(0.5)
+        began = time.perf_counter()
+        app._compare.cancel.click()
+        assert app.wait(PATIENCE)
+        assert time.perf_counter() - began < 1
+        assert "Nothing was found yet" in words(app)
+        assert not psutil.Process().children(recursive=True)
 
     def test_cancel_between_runs_keeps_what_was_found(self, demo, monkeypatch):
         runs = []

@@ -120,8 +120,8 @@ def _fits(checkpoint: Checkpoint, plan: ShardPlan | None) -> Summary:
     now = checkpoint.estimate(plan.dtype if plan else None)
     shards = plan.estimate(now.dtype) if plan else now
     rows = [
-        ("memory that must exist", "", *(format_size(e.peak_anonymous_bytes) for e in (now, shards))),
-        ("mapped, may be dropped", "", *(format_size(e.mapped_bytes) for e in (now, shards))),
+        ("memory needed", "", *(format_size(e.peak_anonymous_bytes) for e in (now, shards))),
+        ("mapped from files", "", *(format_size(e.mapped_bytes) for e in (now, shards))),
     ]
     for host, with_shards in zip(now.hosts, shards.hosts, strict=True):
         rows.append((host.name, format_size(host.memory_bytes), host.verdict, with_shards.verdict))

@@ -68,8 +68,9 @@ class Plan(Step):
             sizes = shard_sizes(checkpoint.total_bytes, self._asked)
             self._filling = True
             self.size.options = [(format_size(size), size) for size in sizes]
-            usual = self._asked or checkpoint.total_bytes / _USUAL_FILES
-            self.size.value = min(sizes, key=lambda size: abs(size - usual))
+            largest = checkpoint.largest.nbytes if checkpoint.largest else 0
+            usual = self._asked or max(checkpoint.total_bytes // _USUAL_FILES, largest + largest // 100)
+            self.size.value = next(size for size in sizes if size >= usual)
             self._filling = False
         self.attempt()
 

@@ -122,11 +122,10 @@ class Checkpoint(Record):
         """
         text = os.fspath(source)
         path = Path(os.path.abspath(os.path.expanduser(text)))
-        if not text.startswith("hf://"):
-            if os.path.isdir(path):  # which, unlike Path, takes any text for an answer
-                return cls._open_files(LocalFiles(path), str(path))
-            if os.path.isfile(path):
-                return cls._open_file(path)
+        if os.path.isdir(path):  # which, unlike Path, takes any text for an answer
+            return cls._open_files(LocalFiles(path), str(path))
+        if os.path.isfile(path):
+            return cls._open_file(path)
         from shardkit.hub.source import find_model
 
         found = find_model(text, revision=revision, token=token, download=download)

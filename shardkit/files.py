@@ -28,13 +28,12 @@ def is_inside(name: str) -> bool:
 
 def folder_here(source: str | os.PathLike[str]) -> str:
     """Return the path of a checkpoint on this machine, downloaded first where it is on the Hub."""
-    text = os.fspath(source)
-    path = os.path.abspath(os.path.expanduser(text))
-    if os.path.exists(path) and not is_remote(text):
+    path = os.path.abspath(os.path.expanduser(source))
+    if os.path.exists(path):
         return path
     from shardkit.hub.source import find_model
 
-    return find_model(text, download=True).files.folder
+    return find_model(os.fspath(source), download=True).files.folder
 
 
 class Files(Protocol):

@@ -17,7 +17,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any, Self
@@ -360,7 +360,8 @@ def main() -> None:
             name, _, path = model.partition("=")
             hub.add_model(name, Path(path))
         print(json.dumps(hub.environment(options.folder / "home")), flush=True)
-        sys.stdin.read()
+        with suppress(KeyboardInterrupt):  # which a notebook's kernel passes on when it ends
+            sys.stdin.read()
 
 
 if __name__ == "__main__":

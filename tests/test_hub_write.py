@@ -599,3 +599,65 @@ def test_command_line_pushes_and_goes_from_hub_to_hub(
     assert len(refused.stderr.splitlines()) == 1, refused.stderr
     here = cli("shard", sharded.destination, "hf://me/third")
     assert (here.returncode, "push that" in here.stderr) == (1, True)
+
+
+SECRET = "hf_plantedInThisTestAlone"
+JOBS = """
+import json, logging, os, sys, tempfile
+token = sys.stdin.readline().strip() or None
+logging.basicConfig(level="DEBUG")
+import shardkit
+folder, = sys.argv[1:]
+for number in range(2):
+    try:
+        report = shardkit.shard_on_hub("org/model", "me/other", token=token, max_shard_size="1MB")
+        print(report, repr(report), json.dumps(report.to_dict()), report._repr_html_())
+        print(shardkit.push_checkpoint(folder, "me/sharded", token=token))
+    except shardkit.ShardkitError as error:
+        logging.exception("it failed")
+        print(repr(error), error.__context__, error.__cause__)
+"""
+
+
+def command_lines() -> str:
+    """What `ps` shows of every process."""
+    shown = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            shown.append(path.read_text(errors="replace"))
+    return "\n".join(shown)
+
+
+@pytest.mark.parametrize("planted", ["environment", "store", "argument"])
+@pytest.mark.usefixtures("source")
+def test_token_is_shown_to_the_hub_alone(
+    planted: str, hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path
+) -> None:
+    hub.users = {SECRET: "me"}
+    home = tmp_path / "hub-home"
+    home.mkdir(exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    if planted == "environment":
+        environment["HF_TOKEN"] = SECRET
+    elif planted == "store":
+        (home / "token").write_text(SECRET)
+    hub.fail("status", r"POST hub /api/models/me/other/commit/main", status=403)
+    hub.fail("drop", SENT, at=1000)
+    with subprocess.Popen(
+        [sys.executable, "-c", JOBS, sharded.destination], env=environment, cwd=tmp_path, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        process.stdin.write(f"{SECRET if planted == 'argument' else ''}\n")
+        process.stdin.flush()
+        seen_by_ps = command_lines()
+        output, _ = process.communicate()
+    assert process.returncode == 0, output[-2000:]
+    assert "may not write" in output
+    assert f"{hub.url}/me/sharded/commit/" in output
+    assert {request.token for request in hub.requests if request.host == "hub"} >= {SECRET}
+    assert {request.token for request in hub.requests if request.host == "storage"} == {None}
+    assert JOBS.strip()[:20] in seen_by_ps
+    assert SECRET not in seen_by_ps + output
+    (home / "token").unlink(missing_ok=True)
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert left == []

@@ -90,7 +90,8 @@ def quiet(*, bars: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        if level != logging.ERROR:  # otherwise another thread has set it, whose it is to undo
+            logging.set_verbosity(level)
         if had_bars and not bars:
             enable_progress_bars()
 

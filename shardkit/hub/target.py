@@ -36,7 +36,9 @@ _REPO_ID = re.compile(r"(?:hf://)?([\w-][\w.-]*/[\w-][\w.-]*)")
 _GIT_BYTES = 10_000_000  # no larger file is in git itself: the Hub refuses it
 _TRIES = 5
 # The client wraps what befell an upload in a RuntimeError, and answers what is not taken with a ValueError.
-_FAILURES: tuple[type[Exception], ...] = (RuntimeError, ValueError, *CLIENT_ERRORS)
+_FAILURES: tuple[type[Exception], ...] = (
+    RuntimeError, ValueError, ConnectionError, TimeoutError, *CLIENT_ERRORS
+)  # fmt: skip
 # Weights that a load would find beside ours or before them. Variants (model.fp16.safetensors) are asked for
 # by name, and stay.
 _SHADOWS = re.compile(
@@ -282,7 +284,7 @@ class Target:
         if isinstance(error, HfHubHTTPError):
             status, url = error.response.status_code, str(error.response.request.url)
             # Storage answers 403 where a signed URL has expired: the next try asks for another.
-            if not is_passing(status) and url.startswith(constants.ENDPOINT):
+            if not is_passing(status) and url.startswith(f"{constants.ENDPOINT}/"):
                 raise DestinationError(f"{self.folder}: {_refused(status, error)}") from None
             reason, pause = f"the Hub answered with status {status}", pause_asked(error.response.headers)
         elif isinstance(error, ValueError):

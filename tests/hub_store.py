@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,7 +89,10 @@ class Store:
     def put(self, data: bytes) -> str:
         """Keep a small file."""
         sha256 = hashlib.sha256(data).hexdigest()
-        self.path(sha256).write_bytes(data)
+        if not self.path(sha256).exists():  # which may be a link to somebody's file: never written again
+            part = self.folder / f"{secrets.token_hex(8)}.part"
+            part.write_bytes(data)
+            part.rename(self.path(sha256))
         return sha256
 
     def blob(self, name: str, sha256: str, lfs: bool | None = None) -> Blob:

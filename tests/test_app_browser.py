@@ -22,11 +22,11 @@ ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-def write_notebook(folder: Path, code: str) -> None:
+def write_notebook(path: Path, code: str) -> None:
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     cell = {"cell_type": "code", "id": "app", "metadata": {}, "execution_count": None, "outputs": []}
     document = {"cells": [cell | {"source": code}], "metadata": {"kernelspec": kernel}}
-    (folder / "app.ipynb").write_text(json.dumps(document | {"nbformat": 4, "nbformat_minor": 5}))
+    path.write_text(json.dumps(document | {"nbformat": 4, "nbformat_minor": 5}))
 
 
 @contextmanager
@@ -157,10 +157,11 @@ def ends_well(step: Locator, seconds: float = 60) -> None:
     expect(step.locator(".sk-done")).to_be_visible()
 
 
-def open_in_lab(page: Page, lab: tuple[str, Path], code: str) -> App:
+def open_in_lab(page: Page, lab: tuple[str, Path], name: str, code: str) -> App:
+    """Open a notebook of its own, which has a kernel of its own."""
     address, folder = lab
-    write_notebook(folder, code)
-    page.goto(f"{address}/lab/tree/app.ipynb?token=open&reset")
+    write_notebook(folder / f"{name}.ipynb", code)
+    page.goto(f"{address}/lab/tree/{name}.ipynb?token=open&reset")
     page.locator(".jp-Notebook .cm-content").click()
     expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).to_be_visible(timeout=60_000)
     page.keyboard.press("Shift+Enter")
@@ -197,7 +198,7 @@ write.run_task = lambda task: (time.sleep(0.25), real(task))[1]
 
 
 def test_by_mouse_through_all_four_steps(page, lab, tmp_path):
-    app = open_in_lab(page, lab, code(repeats=2, destination="by-mouse"))
+    app = open_in_lab(page, lab, "mouse", code(repeats=2, destination="by-mouse"))
     app.open_demo()
     app.stands_still()
     app.pick("Write as", "float16")
@@ -221,7 +222,7 @@ def test_by_mouse_through_all_four_steps(page, lab, tmp_path):
 
 
 def test_by_keyboard_alone(page, lab):
-    app = open_in_lab(page, lab, code(repeats=1, destination="by-keyboard"))
+    app = open_in_lab(page, lab, "keyboard", code(repeats=1, destination="by-keyboard"))
     app.root.get_by_role("combobox", name="Suggestions").focus()
 
     def go_to(label: str) -> None:
@@ -265,7 +266,7 @@ def go_wrong(app: App, text: str) -> None:
 
 
 def test_wrong_name_cancel_in_the_middle_and_second_click(page, lab, tmp_path):
-    app = open_in_lab(page, lab, SLOW_DISK + code(max_shard_size="300KB", destination="cancelled"))
+    app = open_in_lab(page, lab, "wrong", SLOW_DISK + code(max_shard_size="300KB", destination="cancelled"))
     go_wrong(app, "no/such/model")
     look(app, tmp_path, "wrong")
     page.set_viewport_size({"width": 1280, "height": 3600})
@@ -292,7 +293,7 @@ def test_wrong_name_cancel_in_the_middle_and_second_click(page, lab, tmp_path):
 def test_in_voila(page, tmp_path):
     folder = tmp_path / "voila"
     folder.mkdir()
-    write_notebook(folder, code(repeats=1))
+    write_notebook(folder / "app.ipynb", code(repeats=1))
     with serving(folder, "voila", "app.ipynb", "--theme=dark") as address:
         page.goto(address)
         app = App(page)

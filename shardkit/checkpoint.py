@@ -227,12 +227,17 @@ class Checkpoint(Record):
         PlanError
             If the dtype is unknown.
         """
-        asked = config_dtype(self.config) if dtype in (None, "auto") else dtype
+        asked = config_dtype(self.config) or self._first_dtype() if dtype in (None, "auto") else dtype
         target = parse_dtype(asked) if asked in CAST_DTYPES or asked == dtype else None
         stored = (StoredTensor(t.name, t.elements, t.dtype) for t in self.tensors.values())
         whole = self.format == "pickle" and not all(is_zipfile(self.path(file)) for file in self.files)
         name, model_type = DTYPE_NAMES[target] if target else None, (self.config or {}).get("model_type")
         return estimate_load(self.source, stored, name, model_type=model_type, held_whole=whole)
+
+    def _first_dtype(self) -> str | None:
+        """Return the dtype that transformers takes for all where the config says none."""
+        floats = (t.dtype for t in self.tensors.values() if t.dtype in FLOAT_DTYPES)
+        return next((DTYPE_NAMES[dtype] for dtype in floats), None)
 
     @property
     def is_remote(self) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 from shardkit.checkpoint import Checkpoint
@@ -91,8 +91,8 @@ def compare_loads(
     Cancelled
         If `progress` or `stop` asked for it.
     """
-    if repeats < 1 or margin <= 0:
-        raise MeasurementError(f"repeats is {repeats}, margin {margin}: both must be above zero")
+    if repeats < 1 or not 0 < margin < math.inf:
+        raise MeasurementError(f"repeats is {repeats}, margin {margin}: both must be above zero, and finite")
     common = {
         "dtype": dtype,
         "device": device,
@@ -193,11 +193,16 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def _sample_of(*checkpoints: Checkpoint) -> list[str]:
-    """Return names of tensors that all hold: evenly spread over the model, of a bounded size in all."""
+    """Return names of tensors that all hold: spread over the model, within the budget, but never none."""
     common = sorted(set.intersection(*(set(checkpoint.tensors) for checkpoint in checkpoints)))
     spread = common[:: -(-len(common) // _COMPARED_TENSORS) or 1]
-    sizes = accumulate(checkpoints[0].tensors[name].nbytes for name in spread)
-    return [name for name, size in zip(spread, sizes, strict=True) if size <= _COMPARED_BYTES]
+    sizes = {name: checkpoints[0].tensors[name].nbytes for name in spread}
+    names, left = [], _COMPARED_BYTES
+    for name in spread:
+        if sizes[name] <= left:
+            names.append(name)
+            left -= sizes[name]
+    return names or sorted(spread, key=sizes.__getitem__)[:1]
 
 
 def _with_only(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from shardkit.record import Record, Summary, Table
@@ -24,8 +24,13 @@ HOSTS = {"Colab": 12_700_000_000, "Kaggle": 30_000_000_000, "Binder": 2_000_000_
 _USABLE_SHARE = 0.9
 
 # transformers keeps these in float32 where float16 is asked for (`_keep_in_fp32_modules`).
-_KEPT_IN_FLOAT32 = re.compile(r"\.wo\.")
-_KEEPING_MODELS = ("t5", "mt5", "umt5", "udop", "pop2piano")
+_KEPT_IN_FLOAT32 = {
+    **dict.fromkeys(("t5", "mt5", "umt5", "udop", "pop2piano"), re.compile(r"\.wo\.")),
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), re.compile("query_tokens|qformer")),
+}
+# While it stacks experts, transformers holds some of them twice, for a moment: this share of their bytes,
+# as measured with Mixtral's, Qwen3-MoE's and DeepSeek-V3's shapes, with a cast and without.
+_STACKING_SHARE = {True: 1.0, False: 0.25}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 Verdict = Literal["fits", "fits tightly", "does not fit"]
@@ -61,26 +66,26 @@ class Estimate(Record):
         Anonymous memory of Python, torch and transformers by themselves.
     copied_bytes
         Anonymous memory of weights that are converted while they are loaded.
+    stacking_bytes
+        Second copies, for a moment, of experts that are stacked; known less exactly than the rest.
     mapped_bytes
         Weights that stay in the files' mapping: memory that the kernel may drop, and read again.
     hosts
         Whether it fits this machine and the free hosts.
-    notes
-        What a person should be told.
     """
 
     source: str
     dtype: str | None
     runtime_bytes: int
     copied_bytes: int
+    stacking_bytes: int
     mapped_bytes: int
-    hosts: tuple[HostFit, ...] = field(default=())
-    notes: tuple[str, ...] = ()
+    hosts: tuple[HostFit, ...] = ()
 
     @property
     def peak_anonymous_bytes(self) -> int:
         """Memory that a machine must have, until the first token."""
-        return self.runtime_bytes + self.copied_bytes
+        return self.runtime_bytes + self.copied_bytes + self.stacking_bytes
 
     def summary(self) -> Summary:
         """Return the figures, and a verdict for each host."""
@@ -88,11 +93,13 @@ class Estimate(Record):
             ("load in", self.dtype or "the dtype of the files"),
             ("peak anonymous", f"{format_size(self.peak_anonymous_bytes)} (memory that must exist)"),
             ("of it weights", f"{format_size(self.copied_bytes)} converted while they are loaded"),
+            *(("beside them", f"{format_size(self.stacking_bytes)} while experts are stacked"),)
+            * bool(self.stacking_bytes),
             ("mapped", f"{format_size(self.mapped_bytes)} stay in the files; the kernel may drop them"),
         )
         rows = tuple((h.name, format_size(h.memory_bytes), h.verdict, h.why) for h in self.hosts)
         hosts = (Table(("host", "memory", "verdict", "because"), rows),) if rows else ()
-        return Summary("Estimated memory of a load", facts, hosts, self.notes)
+        return Summary("Estimated memory of a load", facts, hosts)
 
 
 def estimate_load(
@@ -113,29 +120,23 @@ def estimate_load(
     held_whole
         Whether the files cannot be mapped (legacy pickles), so that all of them is in memory first.
     """
-    copied = mapped = experts = 0
-    keeps = dtype == "float16" and model_type in _KEEPING_MODELS
+    copied = mapped = stacking = 0
+    keeps = _KEPT_IN_FLOAT32.get(str(model_type)) if dtype == "float16" else None
     for name, elements, stored in tensors:
         is_expert = _EXPERT.search(name) is not None
-        target = "float32" if keeps and _KEPT_IN_FLOAT32.search(name) else dtype
+        target = "float32" if keeps and keeps.search(name) else dtype
         converts = target is not None and stored in FLOAT_DTYPES and DTYPE_NAMES[stored] != target
         bits = _BITS[target] if target is not None and converts else DTYPE_BITS[stored]
-        experts += is_expert * elements * bits // 8
+        stacking += int(is_expert * _STACKING_SHARE[converts] * elements * bits // 8)
         if converts or is_expert:
             copied += elements * bits // 8
         elif not held_whole:
             mapped += elements * bits // 8
         if held_whole:
             copied += elements * DTYPE_BITS[stored] // 8
-    notes: tuple[str, ...] = ()
-    if experts:
-        notes = (
-            f"transformers stacks the experts in memory, which takes up to {format_size(experts)} more "
-            "for a moment: at least the peak given",
-        )
-    total = runtime_bytes + copied
+    total = runtime_bytes + copied + stacking
     hosts = tuple(fit(name, memory, total, mapped) for name, memory in _machines().items())
-    return Estimate(source, dtype, runtime_bytes, copied, mapped, hosts, notes)
+    return Estimate(source, dtype, runtime_bytes, copied, stacking, mapped, hosts)
 
 
 _BITS = {DTYPE_NAMES[dtype]: DTYPE_BITS[dtype] for dtype in FLOAT_DTYPES}

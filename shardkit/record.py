@@ -74,8 +74,10 @@ class Summary:
     def text(self) -> str:
         """Return the summary as plain text."""
         width = max((len(label) for label, _ in self.facts), default=0)
-        lines = [self.title]
-        lines += (f"  {label:<{width}}  {_printable(value)}".rstrip() for label, value in self.facts)
+        lines = [_printable(self.title)]
+        lines += (
+            f"  {_printable(label):<{width}}  {_printable(value)}".rstrip() for label, value in self.facts
+        )
         for table in self.tables:
             lines += ["", *(f"  {line}" for line in table.text().splitlines())]
         return "\n".join([*lines, *(f"  ! {_printable(note)}" for note in self.notes)])

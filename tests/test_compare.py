@@ -4,14 +4,17 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from shardkit import compare
+from shardkit.checkpoint import Checkpoint
 from shardkit.compare import Comparison, compare_loads
 from shardkit.demo import make_demo_checkpoint
 from shardkit.errors import Cancelled, MeasurementError, ShardkitError
+from shardkit.measure import CacheState
 from shardkit.measure.comparison import Sample, merge_comparisons
 from shardkit.measure.intervals import (
     Interval,
@@ -154,6 +157,7 @@ class TestVerdict:
         comparison = fake_comparison(samples=samples)
         assert comparison.ratios["load_wall_seconds"].ratio == pytest.approx(0.5)
         assert "1 of 10 runs: sharded: timeout" in str(comparison)
+        assert comparison.verdict.startswith("sharded: timeout in 1 of 5 runs, figures are of the others; ")
 
     def test_quantity_that_a_system_does_not_tell_is_left_out(self):
         samples = tuple(
@@ -176,7 +180,7 @@ class TestWords:
             "sharded"
         )
         late = fake_comparison(arms=(fake_arm("original", "BF16", nbytes=300 * MB),))
-        assert "100 MB were touched only by the first token" in late.explain("original")
+        assert "171 MB were touched only by the first token" in late.explain("original")
 
     def test_small_models_tell_nothing_of_the_kind(self):
         small = fake_comparison(arms=(fake_arm("original", "BF16", nbytes=5 * MB),))
@@ -204,6 +208,21 @@ class TestWords:
         for _, value in comparison.summary().facts:
             assert value in text
             assert escape(value) in html
+
+    def test_files_that_changed_meanwhile_are_said(self):
+        base = fake_comparison()
+        grown = fake_load(cache=CacheState("cold", True, "", 700 * MB, 0, 0))
+        samples = tuple(Sample("sharded", 1, grown) if s.pair == 1 else s for s in base.samples)
+        assert "the files of sharded changed" in str(fake_comparison(samples=samples))
+        assert "changed" not in str(base)
+
+    def test_names_that_are_no_words_do_no_harm(self):
+        odd = fake_arm("$^$\n", "F16")
+        base = fake_comparison()
+        samples = tuple(replace(s, arm=odd.name) if s.arm == "sharded" else s for s in base.samples)
+        comparison = fake_comparison(arms=(base.arms[0], odd), samples=samples)
+        assert "$^$\\n from" in str(comparison)
+        assert comparison.to_html()
 
     def test_unproven_cache_and_different_tokens_are_said(self):
         base = fake_comparison()
@@ -308,6 +327,20 @@ class TestExperiment:
         with pytest.raises(ShardkitError, match="differ in their values"):
             compare_loads(arms[0], tmp_path / "other")
 
+    def test_weights_are_compared_however_large_the_first_tensor(self, arms, tmp_path, monkeypatch):
+        monkeypatch.setattr(compare, "_COMPARED_BYTES", 300_000)  # lm_head sorts first, and is larger
+        make_demo_checkpoint(tmp_path / "other", size="5MB", seed=1)
+        with pytest.raises(ShardkitError, match="differ in their values"):
+            compare_loads(arms[0], tmp_path / "other")
+        monkeypatch.setattr(compare, "_COMPARED_BYTES", 1)
+        assert len(compare._sample_of(Checkpoint.open(arms[0]))) == 1
+
+    def test_verdict_on_the_way_knows_what_has_loaded(self, arms, monkeypatch):
+        monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())
+        verdicts = []
+        compare_loads(*arms, repeats=2, on_sample=lambda found: verdicts.append(found.verdict))
+        assert not any("does not load" in verdict for verdict in verdicts)
+
     def test_a_cast_is_the_same_model_whichever_comes_first(self, arms, tmp_path, monkeypatch):
         monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())
         shard_checkpoint(arms[0], tmp_path / "cast", dtype="float16", allow_overflow=True)
@@ -353,7 +386,7 @@ class TestExperiment:
         assert "the sharded one does" in found.verdict
         assert found.plot() is not None
 
-    @pytest.mark.parametrize("wrong", [{"repeats": 0}, {"margin": 0}, {"cache": "hot"}])
+    @pytest.mark.parametrize("wrong", [{"repeats": 0}, {"margin": 0}, {"margin": math.inf}, {"cache": "hot"}])
     def test_wrong_numbers_are_refused(self, arms, wrong):
         with pytest.raises(MeasurementError):
             compare_loads(*arms, **wrong)

@@ -34,9 +34,19 @@ def test_what_transformers_keeps_in_float32_counts_as_that():
 
 
 def test_experts_are_stacked_in_memory_whatever_their_dtype():
-    found = estimate_load("moe", [StoredTensor("layers.0.mlp.experts.3.w1.weight", 1000, "BF16")], None)
-    assert (found.copied_bytes, found.mapped_bytes) == (2000, 0)
-    assert "stacks the experts" in str(found)
+    stored = [StoredTensor("layers.0.mlp.experts.3.w1.weight", 1000, "BF16")]
+    as_is, cast = (estimate_load("moe", stored, dtype) for dtype in (None, "float32"))
+    assert (as_is.copied_bytes, as_is.stacking_bytes, as_is.mapped_bytes) == (2000, 500, 0)
+    assert (cast.copied_bytes, cast.stacking_bytes) == (4000, 4000)
+    assert "4 KB while experts are stacked" in str(cast)
+
+
+def test_where_the_config_says_nothing_the_first_floats_dtype_is_everybodys(model):
+    tensors = {name: dataclasses.replace(t, dtype="F32") for name, t in model.tensors.items()}
+    first = next(iter(tensors))
+    tensors[first] = dataclasses.replace(tensors[first], dtype="BF16")
+    mixed = dataclasses.replace(model, config=None, tensors=tensors)
+    assert mixed.estimate().copied_bytes == 2 * sum(t.elements for t in list(tensors.values())[1:])
 
 
 def test_shards_in_the_dtype_asked_for_are_mapped_and_not_copied(model):

@@ -65,6 +65,11 @@ def _ink(ax: Axes) -> Any:
     return ax.xaxis.label.get_color()
 
 
+def _plain(text: str) -> str:
+    """Keep a name from being read as mathematics."""
+    return text.replace("$", r"\$")
+
+
 def _tidy(ax: Axes, unit: str, title: str) -> None:
     ax.set_title(title, loc="left", fontsize=11, color=_ink(ax))
     ax.set_ylabel(unit, color=_ink(ax))
@@ -121,7 +126,7 @@ def _plot_quantities(
 
 
 def _bar(ax: Axes, x: float, width: float, values: list[float], arm: str, number: int) -> None:
-    label = arm if arm not in ax.get_legend_handles_labels()[1] else None
+    label = _plain(arm) if _plain(arm) not in ax.get_legend_handles_labels()[1] else None
     color, hatch = _COLORS[number % 4], _HATCHES[number % 4]
     middle = median(values)
     ax.bar(x, middle, width, color=color, hatch=hatch, edgecolor=_ink(ax), linewidth=0.8, label=label)
@@ -147,7 +152,7 @@ def plot_memory(source: Comparison | Sequence[LoadMeasurement], ax: Axes | None 
     """
     ax = _axes(ax)
     if isinstance(source, Comparison):
-        chosen = {arm: typical for arm in source.names if (typical := source.typical(arm, _TIMES[1]))}
+        chosen = {_plain(arm): typical for arm in source.names if (typical := source.typical(arm, _TIMES[1]))}
     else:
         chosen = {f"run {number}": run for number, run in enumerate(source, 1)}
     for (label, run), color, hatch in zip(chosen.items(), cycle(_COLORS), cycle(_HATCHES)):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -201,16 +202,23 @@ class Comparison(Record):
 
     @property
     def failures(self) -> dict[str, str]:
-        """Arms of which no counted load succeeded, and why."""
-        runs = {
-            name: [s.measurement for s in (*self.warm_ups, *self.samples) if s.arm == name]
-            for name in self.names
-        }
-        return {
-            name: f"{runs[name][-1].outcome}: {runs[name][-1].reason}"
-            for name in self.names
-            if runs[name] and not self.measurements(name)
-        }
+        """Arms of which no load succeeded, and why."""
+        found = {}
+        for name in self.names:
+            counted = [s.measurement for s in self.samples if s.arm == name]
+            runs = counted or [s.measurement for s in self.warm_ups if s.arm == name]
+            if runs and not any(run.ok for run in runs):
+                found[name] = f"{runs[-1].outcome}: {runs[-1].reason}"
+        return found
+
+    def _partial_failures(self) -> Iterator[str]:
+        """Say of which arms only some counted runs succeeded: the figures are of those."""
+        for name in self.names:
+            ends = Counter(s.measurement.outcome for s in self.samples if s.arm == name)
+            bad = [f"{outcome} in {count}" for outcome, count in ends.items() if outcome != "ok"]
+            if bad and name not in self.failures:
+                runs = plural(ends.total(), "run")
+                yield f"{name}: {' and '.join(bad)} of {runs}, figures are of the others"
 
     @property
     def verdict(self) -> str:
@@ -218,6 +226,7 @@ class Comparison(Record):
         words = [f"the {arm} does not load ({why})" for arm, why in self.failures.items()]
         if words:
             words += [f"the {arm} one does" for arm in self.names if self.measurements(arm)]
+        words += self._partial_failures()
         for name in self.names[1:]:
             ratios = self.ratios_of(name)
             told = [f"{QUANTITIES[q][0]}: {ratios[q].words()}" for q in _MAIN if q in ratios]
@@ -242,22 +251,24 @@ class Comparison(Record):
             return words
         telling = _TELLING_SHARE * stored.total_bytes
         weights = format_size(stored.total_bytes)
-        if (grown := self._median_growth(arm, LOAD, "peak_anonymous_bytes")) is not None:
+        if (grown := self._median_growth(arm, LOAD, "anonymous_bytes")) is not None:
             fate = "weights copied into memory" if grown > telling else "weights stay mapped from the file"
             words += f": {fate} ({format_size(max(grown, 0))} of new anonymous memory for {weights})"
-        touched = self._median_growth(arm, FIRST_TOKEN, "peak_file_bytes")
+        touched = self._median_growth(arm, FIRST_TOKEN, "file_bytes")
         if touched is not None and touched > telling:
             words += f"; {format_size(touched)} were touched only by the first token"
         return words
 
-    def _median_growth(self, arm: str, name: str, peak: str) -> float | None:
-        """Return by how much a phase's peak exceeds that of the phase before it."""
+    def _median_growth(self, arm: str, name: str, part: str) -> float | None:
+        """Return by how much a phase's peak exceeds what was there when it began; `part` as in the curve."""
         grown = []
         for measurement in self.measurements(arm):
-            for before, phase in zip(measurement.phases, measurement.phases[1:], strict=False):
-                peaks = getattr(before, peak), getattr(phase, peak)
-                if phase.name == name and None not in peaks:
-                    grown.append(peaks[1] - peaks[0])
+            phase, curve = measurement.phase(name), measurement.curve
+            if phase is None or (peak := getattr(phase, f"peak_{part}")) is None:
+                continue
+            began = bisect_right(curve.seconds, phase.start_seconds)
+            if began:
+                grown.append(peak - getattr(curve, part)[began - 1])
         return median(grown) if grown else None
 
     def summary(self) -> Summary:
@@ -293,7 +304,12 @@ class Comparison(Record):
             f"{count} of {plural(len(self.samples), 'run')}: {what}"
             for what, count in (counted + failed).items()
         )
-        return (*self.notes, *differ, *some)
+        return (*self.notes, *differ, *self._changed(), *some)
+
+    def _changed(self) -> Iterator[str]:
+        for name in self.names:
+            if len({s.measurement.cache.total_bytes for s in self.samples if s.arm == name}) > 1:
+                yield f"the files of {name} changed while they were compared: the figures mix both"
 
     def to_frame(self) -> pd.DataFrame:
         """Return the raw samples, one row each; the pair of a warm-up is missing."""
@@ -309,8 +325,10 @@ class Comparison(Record):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything, raw samples included: as JSON, or as a card if the name ends in ``.html``."""
         is_card = os.fspath(path).lower().endswith((".html", ".htm"))
-        text = self.to_html() if is_card else json.dumps(self.to_dict(), ensure_ascii=False) + "\n"
-        Path(path).write_text(text, encoding="utf-8")
+        text = self.to_html() if is_card else json.dumps(self.to_dict()) + "\n"
+        beside = Path(f"{os.fspath(path)}.part")  # an earlier result stays until the new one is whole
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

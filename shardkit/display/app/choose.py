@@ -126,4 +126,4 @@ def _fits(checkpoint: Checkpoint, plan: ShardPlan | None) -> Summary:
     for host, with_shards in zip(now.hosts, shards.hosts, strict=True):
         rows.append((host.name, format_size(host.memory_bytes), host.verdict, with_shards.verdict))
     title = f"Does it fit, loaded as {now.dtype or 'stored'}?"
-    return Summary(title, (), (Table(("", "memory", "as it is", "as planned"), tuple(rows)),), now.notes)
+    return Summary(title, (), (Table(("", "memory", "as it is", "as planned"), tuple(rows)),))

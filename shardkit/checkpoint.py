@@ -70,6 +70,8 @@ class Checkpoint(Record):
         Tied tensors of a pickle that share another's storage: dropped name to kept name.
     notes
         What a person should be told.
+    seen
+        State of the weight files just before their headers were read; on this disk alone, so not in JSON.
     """
 
     source: str
@@ -84,6 +86,7 @@ class Checkpoint(Record):
     left_out: tuple[str, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    seen: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -123,6 +126,7 @@ class Checkpoint(Record):
         if is_index(chosen):
             weight_map = read_weight_map(folder, chosen)
             files = tuple(sorted(set(weight_map.values())))
+        seen = _states(folder, files)
         is_pickle = not files[0].endswith(".safetensors")
         if is_pickle:
             tensors, aliases, notes = scan_pickles(folder, files, ties_weights(config))
@@ -135,7 +139,7 @@ class Checkpoint(Record):
         # A file that lies beside no config is alone: what surrounds it is none of its business.
         belongs = path.is_dir() or config is not None
         side_files, left_out = sort_out(folder, {chosen, *files}) if belongs else ({}, ())
-        return cls(
+        checkpoint = cls(
             source=str(path),
             folder=str(folder),
             format="pickle" if is_pickle else "safetensors",
@@ -149,6 +153,8 @@ class Checkpoint(Record):
             aliases=aliases,
             notes=notes,
         )
+        checkpoint.seen.update(seen)
+        return checkpoint
 
     @cached_property
     def total_bytes(self) -> int:
@@ -249,6 +255,18 @@ class Checkpoint(Record):
         if self.left_out:
             notes.append(f"other weights in the folder, not part of this checkpoint: {listed(self.left_out)}")
         return tuple(notes)
+
+
+def _states(folder: Path, files: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    try:
+        return {file: file_state(os.stat(folder / file)) for file in files}
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", file=error.filename) from error
+
+
+def file_state(status: os.stat_result) -> tuple[int, ...]:
+    """Return what tells one state of a file from another."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _not_found(source: str, revision: str | None, token: str | None) -> str:

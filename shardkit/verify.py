@@ -165,6 +165,7 @@ def damaged_shards(
     folder: str | os.PathLike[str],
     workers: int | None = None,
     executor: Executor | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[str]:
     """Return which of the shard files in `folder` do not hold just what the source gives."""
     intact = [s for s in shards if _has_header(os.path.join(folder, s.file), plan.header(s))]
@@ -172,7 +173,7 @@ def damaged_shards(
     planned = [tensor for shard in intact for tensor in shard.tensors]
     ranges = [tensor_range(checkpoint.folder, tensor.source, tensor.dtype) for tensor in planned]
     ranges += [_staged(folder, *pair) for pair in zip(owners, planned, strict=True)]
-    digests = _digest_all(ranges, workers, executor, None)
+    digests = _digest_all(ranges, workers, executor, progress, "check") if ranges else []
     half = len(planned)
     good = {shard.file for shard in intact}
     good -= {o.file for o, a, b in zip(owners, digests[:half], digests[half:], strict=True) if a != b}
@@ -238,8 +239,9 @@ def _digest_all(
     workers: int | None,
     executor: Executor | None,
     progress: ProgressCallback | None,
+    stage: str = "verify",
 ) -> list[str]:
-    count = ProgressCount(progress, "verify", sum(part.nbytes for part in ranges))
+    count = ProgressCount(progress, stage, sum(part.nbytes for part in ranges))
     digests = [""] * len(ranges)
     with run_all(digest_ranges, _batches(ranges), workers, executor) as results:
         for batch, found in results:

@@ -7,29 +7,28 @@ end. What a killed run has finished there is used by the next one, if source and
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.errors import CastError, SpaceError, VerificationError
+from shardkit.errors import CastError, VerificationError
 from shardkit.layout import adapted_config
 from shardkit.plan import Shard, ShardPlan, Strategy, plan_shards
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import (
     ProgressCallback,
     ProgressCount,
-    default_workers,
+    resumable,
     run_all,
     take_turns,
+    worker_count,
 )
 from shardkit.sizes import format_size
 from shardkit.staging import Staging, staging
-from shardkit.transfer import Lost, Task, run_task, shard_tasks
+from shardkit.transfer import Lost, Task, file_tasks, run_task, shard_tasks
 from shardkit.verify import Verification, damaged_shards, verify_checkpoint
 
 _SHOWN_LOSSES = 3
@@ -105,6 +104,7 @@ class ShardReport(Record):
         return Summary("Sharded checkpoint", facts, lost, notes)
 
 
+@resumable()
 def shard_checkpoint(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -158,18 +158,18 @@ def shard_checkpoint(
     Cancelled
         If `progress` returned False.
     """
-    start = time.perf_counter()
+    start, workers = time.perf_counter(), worker_count(workers)
     checkpoint = Checkpoint.open(source)
     plan = plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
     with staging(checkpoint, plan, destination, overwrite, resume) as stage:
-        reused = _reuse(checkpoint, plan, stage, workers, executor)
-        _check_space(plan, stage)
+        reused = _reuse(checkpoint, plan, stage, workers, executor, progress)
+        stage.check_space()
         copying = time.perf_counter()
-        _write_shards(checkpoint, plan, stage, workers, executor, progress)
+        count = _write_shards(checkpoint, plan, stage, workers, executor, progress)
         copy_seconds = time.perf_counter() - copying
         lost = _lost(plan, stage)
         _refuse_overflow(lost, plan, allow_overflow)
-        _write_beside(checkpoint, plan, stage.folder)
+        _write_beside(checkpoint, plan, stage, count)
         verification = _verify(checkpoint, stage, workers, executor, progress) if verify else None
         stage.publish()
     return ShardReport(
@@ -186,38 +186,33 @@ def shard_checkpoint(
         verification=verification,
         copy_seconds=copy_seconds,
         seconds=time.perf_counter() - start,
-        notes=(*checkpoint.notes, *plan.summary().notes),
+        notes=(*checkpoint.notes, *plan.summary().notes, *stage.notes),
     )
 
 
 def _reuse(
-    checkpoint: Checkpoint, plan: ShardPlan, stage: Staging, workers: int | None, executor: Executor | None
+    checkpoint: Checkpoint,
+    plan: ShardPlan,
+    stage: Staging,
+    workers: int,
+    executor: Executor | None,
+    progress: ProgressCallback | None,
 ) -> tuple[str, ...]:
     """Check what an earlier run left, byte by byte, against the source; forget what is not right."""
     shards = [shard for shard in plan.shards if shard.file in stage.finished]
-    for file in damaged_shards(checkpoint, plan, shards, stage.folder, workers, executor):
+    for file in damaged_shards(checkpoint, plan, shards, stage.folder, workers, executor, progress):
         stage.forget(file)
     return tuple(shard.file for shard in shards if shard.file in stage.finished)
-
-
-def _check_space(plan: ShardPlan, stage: Staging) -> None:
-    free = shutil.disk_usage(stage.folder).free
-    needed = plan.disk_bytes - stage.staged_bytes()
-    if needed > free:
-        raise SpaceError(
-            f"{stage.destination}: needs {needed:,} bytes ({format_size(needed)}), its disk has "
-            f"{free:,} ({format_size(free)}) free: {format_size(needed - free)} short"
-        )
 
 
 def _write_shards(
     checkpoint: Checkpoint,
     plan: ShardPlan,
     stage: Staging,
-    workers: int | None,
+    workers: int,
     executor: Executor | None,
     progress: ProgressCallback | None,
-) -> None:
+) -> ProgressCount:
     todo = [shard for shard in plan.shards if shard.file not in stage.finished]
     tasks_left: Counter[str] = Counter()
     lost: defaultdict[str, list[Lost]] = defaultdict(list)
@@ -232,7 +227,7 @@ def _write_shards(
         yield from cut
 
     # Writes into one file wait for each other in the kernel: keep as many files going as there are workers.
-    tasks = take_turns(map(tasks_of, todo), workers or default_workers())
+    tasks = take_turns(map(tasks_of, todo), workers)
     with run_all(run_task, tasks, workers, executor) as results:
         for task, losses in results:
             file = os.path.basename(task.path)
@@ -242,6 +237,7 @@ def _write_shards(
                 stage.finish(file, lost[file])
             count.add(task.nbytes)
     stage.wait()
+    return count
 
 
 def _lost(plan: ShardPlan, stage: Staging) -> tuple[Lost, ...]:
@@ -265,17 +261,22 @@ def _refuse_overflow(lost: tuple[Lost, ...], plan: ShardPlan, allow_overflow: bo
         )
 
 
-def _write_beside(checkpoint: Checkpoint, plan: ShardPlan, folder: Path) -> None:
-    """Write all that is not a shard; the index last."""
-    for file in checkpoint.side_files:
-        target = folder / file
+def _write_beside(checkpoint: Checkpoint, plan: ShardPlan, stage: Staging, count: ProgressCount) -> None:
+    """Write all that is not a shard; the index last. A large file hears a stop as well."""
+    for file, nbytes in checkpoint.side_files.items():
+        target = stage.path(file)
         target.parent.mkdir(parents=True, exist_ok=True)
         if file == checkpoint.config_file and (text := adapted_config(checkpoint.config or {}, plan.dtype)):
             target.write_text(text, encoding="utf-8")
         else:
-            shutil.copyfile(checkpoint.path(file), target)
+            target.touch()
+            for task in file_tasks(checkpoint.path(file), str(target), nbytes):
+                run_task(task)
+                count.add(0)
+        stage.wrote(file)
     if plan.index is not None and plan.index_file is not None:
-        (folder / plan.index_file).write_text(plan.index, encoding="utf-8")
+        stage.path(plan.index_file).write_text(plan.index, encoding="utf-8")
+        stage.wrote(plan.index_file)
 
 
 def _verify(

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from shardkit.run import Progress
 
-_LABELS = {"copy": "writing shards", "verify": "verifying"}
+_LABELS = {"check": "checking what is there", "copy": "writing shards", "verify": "verifying"}
 
 
 class ProgressBar:

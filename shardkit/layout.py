@@ -11,8 +11,9 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from shardkit.errors import CheckpointError
 from shardkit.record import listed
@@ -22,7 +23,8 @@ from shardkit.sizes import format_size
 CANONICAL_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 CONFIG_FILES = ("config.json", "adapter_config.json")
 
-_MAX_JSON_BYTES = 25_000_000
+_MAX_INDEX_BYTES = 25_000_000
+_MAX_CONFIG_BYTES = 3_000_000  # one that names 20,000 classes, twice, has half of that
 _MAX_JSON_DEPTH = 100
 _INDEX = re.compile(r".*\.(safetensors|bin)\.index(\.[^.]+)?\.json")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|ot|tflite)")
@@ -68,16 +70,18 @@ def config_dtype(config: Mapping[str, Any] | None) -> str | None:
     return said.removeprefix("torch.") if isinstance(said, str) else None
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, limit: int = _MAX_CONFIG_BYTES) -> Any:
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"is larger than {format_size(_MAX_JSON_BYTES)}", file=str(path))
+        if path.stat().st_size > limit:
+            raise CheckpointError(f"is larger than {format_size(limit)}", file=str(path))
         document = load_json(path.read_bytes(), str(path))
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", file=str(path)) from error
     level = [document] if isinstance(document, (dict, list)) else []
     for _ in range(_MAX_JSON_DEPTH):
-        children = (value.values() if isinstance(value, dict) else value for value in level)
+        children = [value.values() if isinstance(value, dict) else value for value in level]
+        if any(inf in values or -inf in values for values in children):
+            raise CheckpointError("has too large a number", file=str(path))
         level = [v for values in children for v in values if isinstance(v, (dict, list))]
         if not level:
             return document
@@ -180,7 +184,7 @@ def read_weight_map(folder: Path, index: str) -> dict[str, str]:
     CheckpointError
         If the index is damaged, or names files that are missing or outside.
     """
-    document = _read_json(folder / index)
+    document = _read_json(folder / index, _MAX_INDEX_BYTES)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError("has no weight_map of tensor names to file names", file=str(folder / index))
@@ -201,7 +205,11 @@ def _check_inside(folder: Path, file: str, named_in: str) -> None:
     if not file.isprintable() or os.path.isabs(file) or ".." in Path(file).parts or "\\" in file:
         raise CheckpointError(f"names a file outside the folder: {file!r}", file=where)
     path = folder / file
+    if os.path.normpath(file) != file:  # one file by many names would be read many times
+        raise CheckpointError(f"names {file!r} instead of {os.path.normpath(file)!r}", file=where)
     if not _is_file(path):
+        if os.path.exists(path):
+            raise CheckpointError(f"names {file!r}, which is not a regular file", file=where)
         raise CheckpointError(
             f"names {file!r}, which is not there: the download may have been cut", file=where
         )
@@ -253,13 +261,26 @@ def _modules(folder: Path) -> set[str]:
         return set()
     listed_modules = _read_json(folder / "modules.json")
     modules = listed_modules if isinstance(listed_modules, list) else []
-    return {str(module.get("path")) for module in modules if isinstance(module, dict)} - {""}
+    paths = {os.path.normpath(str(module.get("path"))) for module in modules if isinstance(module, dict)}
+    return paths - {"."}
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    for root, folders, names in os.walk(folder):
+    """Yield all that belongs to the model; what it cannot follow would be missing without a word."""
+    for root, folders, names in os.walk(folder, onerror=_unreadable):
         folders[:] = sorted(name for name in folders if not _NOT_OURS.fullmatch(name))
+        for name in folders:
+            if os.path.islink(path := os.path.join(root, name)):
+                raise CheckpointError("is a link to a folder: put a copy in its place", file=path)
         for name in sorted(names):
             path = os.path.join(root, name)
-            if os.path.isfile(path):  # neither pipes nor dangling links
+            if os.path.isfile(path):  # no pipe
                 yield os.path.relpath(path, folder)
+            elif os.path.islink(path) and not os.path.exists(path) and not is_weights(name):
+                raise CheckpointError(
+                    f"is a link to {os.readlink(path)}, which is not there: the download was cut", file=path
+                )
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise CheckpointError(f"cannot be read: {error.strerror}", file=error.filename) from error

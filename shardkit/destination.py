@@ -179,13 +179,14 @@ def discard_unfinished(target: Path) -> None:
 
 
 def discard(path: Path, target: Path) -> Path | None:
-    """Remove what lies beside a destination; return where it is if it is out of the way but will not go."""
+    """Remove what lies beside a destination; return what is left of it if it will not go."""
     trash = _beside(target, "trash")
-    if os.path.lexists(path):
-        remove(trash)
-        path.rename(trash)
     remove(trash)
-    return trash if os.path.lexists(trash) else None
+    if os.path.lexists(path) and not os.path.lexists(trash):
+        path.rename(trash)  # so that a kill in the middle leaves nothing that looks whole
+    remove(path)
+    remove(trash)
+    return next(filter(os.path.lexists, (path, trash)), None)
 
 
 def remove(path: Path) -> None:

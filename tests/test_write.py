@@ -532,10 +532,13 @@ def test_old_checkpoint_that_cannot_be_removed_is_a_note_and_no_obstacle(
         report = shard(source, out, overwrite=True)
         assert verify_checkpoint(source, out).equal
         assert "could not be removed" in str(report)
+        shutil.move(out, out.with_name("first"))
+        shard(source, out)
         with pytest.raises(DestinationError, match=r"\.out\.shardkit-trash"):
             destination.remove_leftovers(out)
     assert destination.remove_leftovers(out) == [out.with_name(".out.shardkit-trash")]
-    assert beside(out) == {"old"}
+    assert beside(out) == {"old", "first"}
+    shard(source_of(out.with_name("new"), seed=2), out, overwrite=True)
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])

@@ -112,6 +112,21 @@ def test_interrupt_leaves_no_destination_and_the_same_command_goes_on(tmp_path):
     assert not staging.exists()
 
 
+def test_interrupt_does_not_wait_for_a_slow_disk(demo, tmp_path):
+    slow = "import os, time; os.fsync = lambda _: time.sleep(60); from shardkit.cli import main; main()"
+    command = [sys.executable, "-c", slow, "shard", demo, str(tmp_path / "out"), "--max-shard-size", "5MB"]
+    journal = tmp_path / ".out.shardkit-journal"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (journal.is_file() and '"shard"' in journal.read_text()):
+        assert process.poll() is None, "it ended before it could be interrupted"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == "shardkit: stopped; the same command goes on from here\n"
+    assert run("shard", demo, tmp_path / "out", "--max-shard-size", "5MB").returncode == 0
+
+
 def test_clean_removes_what_an_interrupted_run_left(tmp_path):
     left = tmp_path / ".out.shardkit-staging"
     left.mkdir()

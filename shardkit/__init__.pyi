@@ -5,11 +5,13 @@ from .compare import Comparison as Comparison
 from .compare import compare_loads as compare_loads
 from .compare import merge_comparisons as merge_comparisons
 from .demo import make_demo_checkpoint as make_demo_checkpoint
+from .display.app import ShardApp as ShardApp
 from .display.progress import ProgressBar as ProgressBar
 from .errors import Cancelled as Cancelled
 from .errors import CastError as CastError
 from .errors import CheckpointError as CheckpointError
 from .errors import DestinationError as DestinationError
+from .errors import DownloadNeededError as DownloadNeededError
 from .errors import MeasurementError as MeasurementError
 from .errors import PlanError as PlanError
 from .errors import ShardkitError as ShardkitError
@@ -19,6 +21,8 @@ from .errors import VerificationError as VerificationError
 from .estimate import Estimate as Estimate
 from .fit import MemoryFloor as MemoryFloor
 from .fit import minimum_memory as minimum_memory
+from .hub.push import push_checkpoint as push_checkpoint
+from .hub.reshard import shard_on_hub as shard_on_hub
 from .load import load_model as load_model
 from .measure import LoadMeasurement as LoadMeasurement
 from .measure import measure_load as measure_load

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 from zipfile import is_zipfile
 
-from shardkit.errors import CheckpointError
+from shardkit.errors import CheckpointError, DownloadNeededError
 from shardkit.estimate import Estimate, StoredTensor, estimate_load
+from shardkit.files import Files, LocalFiles, is_remote
 from shardkit.layout import (
     CONFIG_FILES,
     architecture,
@@ -26,9 +26,10 @@ from shardkit.layout import (
     sort_out,
     ties_weights,
 )
-from shardkit.pickle_file import scan_pickles
+from shardkit.pickle_file import Scan, scan_pickles
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
-from shardkit.safetensors_file import read_header
+from shardkit.run import run_all
+from shardkit.safetensors_file import Header
 from shardkit.sizes import format_size
 from shardkit.tensor import (
     CAST_DTYPES,
@@ -39,17 +40,19 @@ from shardkit.tensor import (
     parse_dtype,
 )
 
+_HEADERS_AT_ONCE = 8
+
 
 @dataclass(frozen=True)
 class Checkpoint(Record):
-    """A checkpoint on disk: its tensors, files, config, and all else that belongs to it.
+    """A checkpoint on disk or on the Hub: its tensors, files, config, and all else that belongs to it.
 
     Attributes
     ----------
     source
-        What was opened, as an absolute path.
+        What was opened: an absolute path, or ``hf://org/name@commit`` for a model of the Hub.
     folder
-        The folder that holds its files.
+        The folder that holds its files: a path, or ``hf://org/name@commit`` where they are on the Hub.
     format
         "safetensors" or "pickle".
     stem
@@ -90,37 +93,68 @@ class Checkpoint(Record):
 
     @classmethod
     def open(
-        cls, source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        download: bool = False,
     ) -> Self:
         """Open a checkpoint: read and validate its headers, none of its weights.
 
         Parameters
         ----------
         source
-            A folder, a weights file, an index file, or a snapshot folder of the Hub's cache.
-        revision, token
-            For Hub ids, which are not read yet: download first.
+            A folder, a weights file, an index file, or a snapshot folder of the Hub's cache; or a model on
+            the Hub, of which only headers and small files are read: "org/name", "org/name@revision",
+            "hf://org/name". A folder here of the same name comes first, and so does the client's cache.
+        revision
+            Branch, tag or commit on the Hub (default: its main branch); what it is now is kept to.
+        token
+            For the Hub; found by itself in the environment, the client's store, Colab's or Kaggle's secrets.
+        download
+            Download what is on the Hub, and check it against the Hub's hashes.
 
         Raises
         ------
         CheckpointError
-            If there is no checkpoint, or a file of it is damaged or hostile; names file, tensor, numbers.
+            If there is no checkpoint, access is refused, or a file is damaged or hostile; names file,
+            tensor, numbers.
+        DownloadNeededError
+            If the Hub has it as pickles only, which cannot be read in part.
         """
-        path = Path(os.path.abspath(os.path.expanduser(source)))
+        text = os.fspath(source)
+        path = Path(os.path.abspath(os.path.expanduser(text)))
         if os.path.isdir(path):  # which, unlike Path, takes any text for an answer
-            folder, config = path, read_config(path)
-            chosen = find_weights(folder, config)
-        elif os.path.isfile(path):
-            folder, chosen = path.parent, path.name
-            if path.suffix in (".json", ".py", ".txt", ".md") and not is_index(chosen):
-                raise CheckpointError("is no weights file: give the folder it lies in", file=str(path))
-            config = read_config(folder)
-        else:
-            raise CheckpointError(_not_found(os.fspath(source), revision, token))
-        return cls._open_chosen(path, folder, chosen, config)
+            return cls._open_files(LocalFiles(path), str(path))
+        if os.path.isfile(path):
+            return cls._open_file(path)
+        from shardkit.hub.source import find_model
+
+        found = find_model(text, revision=revision, token=token, download=download)
+        return cls._open_files(found.files, found.source, found.notes)
 
     @classmethod
-    def _open_chosen(cls, path: Path, folder: Path, chosen: str, config: dict[str, Any] | None) -> Self:
+    def _open_file(cls, path: Path) -> Self:
+        if path.suffix in (".json", ".py", ".txt", ".md") and not is_index(path.name):
+            raise CheckpointError("is no weights file: give the folder it lies in", file=str(path))
+        folder = LocalFiles(path.parent)
+        config = read_config(folder)
+        # A file that lies beside no config is alone: what surrounds it is none of its business.
+        return cls._open_chosen(folder, str(path), path.name, config, belongs=config is not None)
+
+    @classmethod
+    def _open_files(cls, folder: Files, source: str, notes: tuple[str, ...] = ()) -> Self:
+        config = read_config(folder)
+        opened = cls._open_chosen(folder, source, find_weights(folder, config), config)
+        noted = replace(opened, notes=(*notes, *opened.notes))
+        noted.seen.update(opened.seen)
+        return noted
+
+    @classmethod
+    def _open_chosen(
+        cls, folder: Files, source: str, chosen: str, config: dict[str, Any] | None, *, belongs: bool = True
+    ) -> Self:
         files: tuple[str, ...] = (chosen,)
         weight_map: dict[str, str] = {}
         if is_index(chosen):
@@ -129,19 +163,17 @@ class Checkpoint(Record):
         seen = _states(folder, files)
         is_pickle = not files[0].endswith(".safetensors")
         if is_pickle:
-            tensors, aliases, notes = scan_pickles(folder, files, ties_weights(config))
+            tensors, aliases, notes = _scan_pickles(folder, files, config)
             metadata: dict[str, str] = {}
         else:
             with collector_paused():
                 tensors, metadata = _scan_safetensors(folder, files)
             aliases, notes = {}, ()
         _check_weight_map(weight_map, tensors, aliases, chosen)
-        # A file that lies beside no config is alone: what surrounds it is none of its business.
-        belongs = path.is_dir() or config is not None
         side_files, left_out = sort_out(folder, {chosen, *files}) if belongs else ({}, ())
         checkpoint = cls(
-            source=str(path),
-            folder=str(folder),
+            source=source,
+            folder=folder.folder,
             format="pickle" if is_pickle else "safetensors",
             stem=output_stem(chosen),
             files=files,
@@ -207,7 +239,13 @@ class Checkpoint(Record):
         target = parse_dtype(asked) if asked in CAST_DTYPES or asked == dtype else None
         stored = (StoredTensor(t.name, t.elements, t.dtype) for t in self.tensors.values())
         whole = self.format == "pickle" and not all(is_zipfile(self.path(file)) for file in self.files)
-        return estimate_load(self.source, stored, DTYPE_NAMES[target] if target else None, held_whole=whole)
+        name, model_type = DTYPE_NAMES[target] if target else None, (self.config or {}).get("model_type")
+        return estimate_load(self.source, stored, name, model_type=model_type, held_whole=whole)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its files are on the Hub, and not on this machine."""
+        return is_remote(self.folder)
 
     def path(self, file: str) -> str:
         """Return the path of one of the checkpoint's files."""
@@ -257,9 +295,11 @@ class Checkpoint(Record):
         return tuple(notes)
 
 
-def _states(folder: Path, files: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+def _states(folder: Files, files: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    if is_remote(folder.folder):
+        return {}  # the commit is in its name
     try:
-        return {file: file_state(os.stat(folder / file)) for file in files}
+        return {file: file_state(os.stat(os.path.join(folder.folder, file))) for file in files}
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", file=error.filename) from error
 
@@ -269,26 +309,38 @@ def file_state(status: os.stat_result) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _not_found(source: str, revision: str | None, token: str | None) -> str:
-    message = f"{source[:200]!r} is neither a folder nor a file here"
-    if revision or token or re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        message += f"; if it is a Hub id, run `hf download {source}` and give the folder that it prints"
-    return message
+def _scan_pickles(folder: Files, files: tuple[str, ...], config: Mapping[str, Any] | None) -> Scan:
+    if is_remote(folder.folder):
+        raise DownloadNeededError(
+            f"has its weights as pickles only ({listed(files)}), which cannot be read in part: download them "
+            "(download=True; sharding does by itself)",
+            file=folder.folder,
+        )
+    return scan_pickles(Path(folder.folder), files, ties_weights(config))
 
 
-def _scan_safetensors(folder: Path, files: tuple[str, ...]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _scan_safetensors(folder: Files, files: tuple[str, ...]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
-    for file in files:
-        entries, found, start = read_header(folder / file)
+    for file, (entries, found, start) in _headers(folder, files):
         metadata = found | metadata
         for name, dtype, shape, begin, end in entries:
             if name in tensors:
                 raise CheckpointError(
-                    f"is also in {tensors[name].file}", file=str(folder / file), tensor=name
+                    f"is also in {tensors[name].file}", file=os.path.join(folder.folder, file), tensor=name
                 )
             tensors[name] = TensorInfo(name, dtype, shape, file, start + begin, end - begin)
     return tensors, metadata
+
+
+def _headers(folder: Files, files: tuple[str, ...]) -> Iterator[tuple[str, Header]]:
+    """Read headers one by one; on the Hub, where each costs a round trip, some at a time."""
+    if not is_remote(folder.folder):
+        yield from ((file, folder.header(file)) for file in files)
+        return
+    with run_all(folder.header, files, _HEADERS_AT_ONCE) as results:
+        read = dict(results)
+    yield from ((file, read.pop(file)) for file in files)
 
 
 def _check_weight_map(

@@ -53,7 +53,13 @@ def check_destination(checkpoint: Checkpoint, target: Path, overwrite: bool) -> 
     DestinationError
         As said.
     """
-    _check_apart(checkpoint, target)
+    if not checkpoint.is_remote:
+        _check_apart(checkpoint, target)
+    check_free(target, overwrite)
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Refuse a destination that holds what is not to be replaced; as `check_destination`."""
     if _is_within(Path(), target):
         raise DestinationError(f"{target}: is or holds the working folder, and cannot be replaced: leave it")
     if target.exists() and not target.is_dir():

@@ -41,6 +41,10 @@ def _rebuild(
     return error
 
 
+class DownloadNeededError(CheckpointError):
+    """A model on the Hub can only be opened once it is downloaded: its weights are pickles."""
+
+
 class SizeError(ShardkitError, ValueError):
     """A size such as ``max_shard_size`` could not be understood."""
 

@@ -23,6 +23,9 @@ RUNTIME_BYTES = 268_000_000
 HOSTS = {"Colab": 12_700_000_000, "Kaggle": 30_000_000_000, "Binder": 2_000_000_000}
 _USABLE_SHARE = 0.9
 
+# transformers keeps these in float32 where float16 is asked for (`_keep_in_fp32_modules`).
+_KEPT_IN_FLOAT32 = re.compile(r"\.wo\.")
+_KEEPING_MODELS = ("t5", "mt5", "umt5", "udop", "pop2piano")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 Verdict = Literal["fits", "fits tightly", "does not fit"]
@@ -97,6 +100,7 @@ def estimate_load(
     tensors: Iterable[StoredTensor],
     dtype: str | None,
     *,
+    model_type: object = None,
     held_whole: bool = False,
     runtime_bytes: int = RUNTIME_BYTES,
 ) -> Estimate:
@@ -104,14 +108,18 @@ def estimate_load(
 
     Parameters
     ----------
+    model_type
+        As the config names it.
     held_whole
         Whether the files cannot be mapped (legacy pickles), so that all of them is in memory first.
     """
     copied = mapped = experts = 0
+    keeps = dtype == "float16" and model_type in _KEEPING_MODELS
     for name, elements, stored in tensors:
         is_expert = _EXPERT.search(name) is not None
-        converts = dtype is not None and stored in FLOAT_DTYPES and DTYPE_NAMES[stored] != dtype
-        bits = _BITS[dtype] if dtype is not None and converts else DTYPE_BITS[stored]
+        target = "float32" if keeps and _KEPT_IN_FLOAT32.search(name) else dtype
+        converts = target is not None and stored in FLOAT_DTYPES and DTYPE_NAMES[stored] != target
+        bits = _BITS[target] if target is not None and converts else DTYPE_BITS[stored]
         experts += is_expert * elements * bits // 8
         if converts or is_expert:
             copied += elements * bits // 8

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import inf
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from shardkit.errors import CheckpointError
+from shardkit.files import Files, is_inside
 from shardkit.record import listed
 from shardkit.safetensors_file import load_json
 from shardkit.sizes import format_size
@@ -29,8 +29,6 @@ _MAX_JSON_DEPTH = 100
 _INDEX = re.compile(r".*\.(safetensors|bin)\.index(\.[^.]+)?\.json")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|ot|tflite)")
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
-# Folders of the tools that made the copy, and a trainer's earlier states: not of the model.
-_NOT_OURS = re.compile(r"\.git|\.cache|__pycache__|\.ipynb_checkpoints|checkpoint-\d+|\..*\.shardkit-.*")
 
 
 def is_index(name: str) -> bool:
@@ -70,31 +68,32 @@ def config_dtype(config: Mapping[str, Any] | None) -> str | None:
     return said.removeprefix("torch.") if isinstance(said, str) else None
 
 
-def _read_json(path: Path, limit: int = _MAX_CONFIG_BYTES) -> Any:
+def _read_json(files: Files, name: str, limit: int = _MAX_CONFIG_BYTES) -> Any:
+    path = os.path.join(files.folder, name)
     try:
-        if path.stat().st_size > limit:
-            raise CheckpointError(f"is larger than {format_size(limit)}", file=str(path))
-        document = load_json(path.read_bytes(), str(path))
+        if files.size(name) > limit:
+            raise CheckpointError(f"is larger than {format_size(limit)}", file=path)
+        document = load_json(files.read(name), path)
     except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", file=str(path)) from error
+        raise CheckpointError(f"cannot be read: {error.strerror}", file=path) from error
     level = [document] if isinstance(document, (dict, list)) else []
     for _ in range(_MAX_JSON_DEPTH):
         children = [value.values() if isinstance(value, dict) else value for value in level]
         if any(inf in values or -inf in values for values in children):
-            raise CheckpointError("has too large a number", file=str(path))
+            raise CheckpointError("has too large a number", file=path)
         level = [v for values in children for v in values if isinstance(v, (dict, list))]
         if not level:
             return document
-    raise CheckpointError(f"is nested more than {_MAX_JSON_DEPTH} levels deep", file=str(path))
+    raise CheckpointError(f"is nested more than {_MAX_JSON_DEPTH} levels deep", file=path)
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
-    """Return the config of transformers, diffusers or peft in `folder`; None where there is none."""
+def read_config(files: Files) -> dict[str, Any] | None:
+    """Return the config of transformers, diffusers or peft among `files`; None where there is none."""
     for name in CONFIG_FILES:
-        if (folder / name).is_file():
-            config = _read_json(folder / name)
+        if files.is_file(name):
+            config = _read_json(files, name)
             if not isinstance(config, dict):
-                raise CheckpointError("is not a JSON object", file=str(folder / name))
+                raise CheckpointError("is not a JSON object", file=os.path.join(files.folder, name))
             return config
     return None
 
@@ -131,8 +130,8 @@ def ties_weights(config: Mapping[str, Any] | None) -> bool:
     return (config or {}).get("tie_word_embeddings", nested.get("tie_word_embeddings")) is not False
 
 
-def find_weights(folder: Path, config: Mapping[str, Any] | None) -> str:
-    """Return the name of the weights file, or of the index, that a load of `folder` would read.
+def find_weights(files: Files, config: Mapping[str, Any] | None) -> str:
+    """Return the name of the weights file, or of the index, that a load of `files` would read.
 
     Raises
     ------
@@ -140,20 +139,21 @@ def find_weights(folder: Path, config: Mapping[str, Any] | None) -> str:
         If there is none, or several of equal right.
     """
     if isinstance(named := (config or {}).get("transformers_weights"), str):
-        _check_inside(folder, named, CONFIG_FILES[0])
+        _check_inside(files, named, CONFIG_FILES[0])
         return named
     stems = (("model", "pytorch_model"), ("diffusion_pytorch_model",) * 2, ("adapter_model",) * 2)
     for safetensors, pickle in stems:
         for name in (f"{safetensors}.safetensors", f"{pickle}.bin"):
             for candidate in (name, f"{name}.index.json"):
-                if (folder / candidate).is_file():
+                if files.is_file(candidate):
                     return candidate
-    return _find_only_candidate(folder)
+    return _find_only_candidate(files)
 
 
-def _find_only_candidate(folder: Path) -> str:
+def _find_only_candidate(files: Files) -> str:
     """Choose weights of another name (a variant, an original release) where there is just one."""
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    everything = sorted(files.names())
+    names = [name for name in everything if "/" not in name]
     for pattern in (r".*\.safetensors\.index(\.[^.]+)?\.json", r".*\.safetensors", r".*\.bin"):
         found = [name for name in names if re.fullmatch(pattern, name)]
         if len(found) == 1:
@@ -162,125 +162,94 @@ def _find_only_candidate(folder: Path) -> str:
             raise CheckpointError(
                 f"holds shards ({listed(found)}) but no index that says what is in them: "
                 "the download may have been cut",
-                file=str(folder),
+                file=files.folder,
             )
         if found:
             raise CheckpointError(
                 f"holds several checkpoints ({listed(found)}): give the path of the one you mean",
-                file=str(folder),
+                file=files.folder,
             )
-    inside = sorted(
-        {str(p.parent.relative_to(folder)) for p in folder.glob("*/*") if _WEIGHTS.fullmatch(p.name)}
-    )
-    hint = f"; its folders {listed(inside)} do: give the path of one" if inside else ""
-    raise CheckpointError(f"holds no weights (no .safetensors, no .bin){hint}", file=str(folder))
+    inside = {
+        os.path.dirname(name)
+        for name in everything
+        if "/" in name and _WEIGHTS.fullmatch(os.path.basename(name))
+    }
+    hint = f"; its folders {listed(sorted(inside))} do: give the path of one" if inside else ""
+    raise CheckpointError(f"holds no weights (no .safetensors, no .bin){hint}", file=files.folder)
 
 
-def read_weight_map(folder: Path, index: str) -> dict[str, str]:
-    """Return which file holds which tensor, every file checked to lie inside `folder`.
+def read_weight_map(files: Files, index: str) -> dict[str, str]:
+    """Return which file holds which tensor, every file checked to be one of `files`.
 
     Raises
     ------
     CheckpointError
         If the index is damaged, or names files that are missing or outside.
     """
-    document = _read_json(folder / index, _MAX_INDEX_BYTES)
+    document = _read_json(files, index, _MAX_INDEX_BYTES)
+    where = os.path.join(files.folder, index)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError("has no weight_map of tensor names to file names", file=str(folder / index))
+        raise CheckpointError("has no weight_map of tensor names to file names", file=where)
     if not weight_map:
-        raise CheckpointError("its weight_map is empty", file=str(folder / index))
-    files = sorted(set(weight_map.values()))
-    for file in files:
-        _check_inside(folder, file, index)
-    kinds = {Path(file).suffix for file in files}
+        raise CheckpointError("its weight_map is empty", file=where)
+    named = set(weight_map.values())
+    for file in sorted(named):
+        _check_inside(files, file, index)
+    kinds = {os.path.splitext(file)[1] for file in named}
     if len(kinds) > 1:
-        raise CheckpointError(f"mixes formats: {', '.join(sorted(kinds))}", file=str(folder / index))
+        raise CheckpointError(f"mixes formats: {', '.join(sorted(kinds))}", file=where)
     return dict(weight_map)
 
 
-def _check_inside(folder: Path, file: str, named_in: str) -> None:
+def _check_inside(files: Files, file: str, named_in: str) -> None:
     """Refuse a file name that leaves the folder, by itself or through a link."""
-    where = str(folder / named_in)
-    if not file.isprintable() or os.path.isabs(file) or ".." in Path(file).parts or "\\" in file:
+    where = os.path.join(files.folder, named_in)
+    if not is_inside(file):
         raise CheckpointError(f"names a file outside the folder: {file!r}", file=where)
-    path = folder / file
     if os.path.normpath(file) != file:  # one file by many names would be read many times
         raise CheckpointError(f"names {file!r} instead of {os.path.normpath(file)!r}", file=where)
-    if not _is_file(path):
-        if os.path.exists(path):
+    if not files.is_file(file):
+        if os.path.exists(os.path.join(files.folder, file)):
             raise CheckpointError(f"names {file!r}, which is not a regular file", file=where)
         raise CheckpointError(
             f"names {file!r}, which is not there: the download may have been cut", file=where
         )
-    if (real := leaves(folder, file)) is not None:
+    if (real := files.leaves(file)) is not None:
         raise CheckpointError(f"names {file!r}, a link that leaves the folder, to {real}", file=where)
 
 
-def leaves(folder: Path, file: str) -> Path | None:
-    """Return where a file really is, if that is outside its folder.
-
-    Snapshots of the Hub's cache are links into the cache's own `blobs`, and those are followed.
-    """
-    real, home = (folder / file).resolve(), folder.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    return None if real.is_relative_to(home) or real.is_relative_to(blobs) else real
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that the file system cannot have
-        return False
-
-
-def sort_out(folder: Path, weights: set[str]) -> tuple[dict[str, int], tuple[str, ...]]:
+def sort_out(files: Files, weights: set[str]) -> tuple[dict[str, int], tuple[str, ...]]:
     """Tell what goes with the model, with sizes in bytes, from weights that do not."""
     side_files: dict[str, int] = {}
     left_out: list[str] = []
-    modules = _modules(folder)
-    for file in _walk(folder):
+    modules = _modules(files)
+    for file in files.belonging():
         if file in weights:
             continue
         if is_weights(os.path.basename(file)) and os.path.dirname(file) not in modules:
             left_out.append(file)
-        elif (real := leaves(folder, file)) is not None:
+        elif not files.is_file(file):
+            path = os.path.join(files.folder, file)
+            raise CheckpointError(
+                f"is a link to {os.readlink(path)}, which is not there: the download was cut", file=path
+            )
+        elif (real := files.leaves(file)) is not None:
             raise CheckpointError(
                 f"is a link that leaves the folder, to {real}: put a copy in its place, so that what goes "
                 "with the model is what you mean",
-                file=str(folder / file),
+                file=os.path.join(files.folder, file),
             )
         else:
-            side_files[file] = (folder / file).stat().st_size
+            side_files[file] = files.size(file)
     return side_files, tuple(left_out)
 
 
-def _modules(folder: Path) -> set[str]:
+def _modules(files: Files) -> set[str]:
     """Return the subfolders whose weights are part of the model: sentence-transformers lists them."""
-    if not (folder / "modules.json").is_file():
+    if not files.is_file("modules.json"):
         return set()
-    listed_modules = _read_json(folder / "modules.json")
+    listed_modules = _read_json(files, "modules.json")
     modules = listed_modules if isinstance(listed_modules, list) else []
     paths = {os.path.normpath(str(module.get("path"))) for module in modules if isinstance(module, dict)}
     return paths - {"."}
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """Yield all that belongs to the model; what it cannot follow would be missing without a word."""
-    for root, folders, names in os.walk(folder, onerror=_unreadable):
-        folders[:] = sorted(name for name in folders if not _NOT_OURS.fullmatch(name))
-        for name in folders:
-            if os.path.islink(path := os.path.join(root, name)):
-                raise CheckpointError("is a link to a folder: put a copy in its place", file=path)
-        for name in sorted(names):
-            path = os.path.join(root, name)
-            if os.path.isfile(path):  # no pipe
-                yield os.path.relpath(path, folder)
-            elif os.path.islink(path) and not os.path.exists(path) and not is_weights(name):
-                raise CheckpointError(
-                    f"is a link to {os.readlink(path)}, which is not there: the download was cut", file=path
-                )
-
-
-def _unreadable(error: OSError) -> NoReturn:
-    raise CheckpointError(f"cannot be read: {error.strerror}", file=error.filename) from error

@@ -131,7 +131,11 @@ class Record:
         try:
             return _converter().structure({k: v for k, v in data.items() if k != "schema"}, cls)
         except Exception as error:
-            raise ShardkitError(f"{cls._schema_name()}: not readable: {error}") from error
+            from cattrs import transform_error
+
+            why = "; ".join(transform_error(error))
+        # Not in the handler: IPython shows no words of ours where a group of exceptions is the context.
+        raise ShardkitError(f"{cls._schema_name()}: not readable: {why}")
 
     @classmethod
     def _schema_name(cls) -> str:

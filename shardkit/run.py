@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExec
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from threading import Lock
 from typing import TypeVar
 
 from shardkit.errors import Cancelled, Interrupted, ShardkitError
@@ -114,17 +115,21 @@ def take_turns(streams: Iterable[Iterator[TaskT]], width: int) -> Iterator[TaskT
 
 
 class ProgressCount:
-    """Adds up bytes and reports them; raises `Cancelled` when the callback says stop."""
+    """Adds up bytes, from any thread, and reports them; raises `Cancelled` when the callback says stop."""
 
     def __init__(self, callback: ProgressCallback | None, stage: str, total_bytes: int) -> None:
         self._callback, self._stage, self._total = callback, stage, total_bytes
         self._done = 0
+        self._lock = Lock()
         self.add(0)
 
     def add(self, nbytes: int) -> None:
         """Count bytes as done."""
-        self._done += nbytes
-        if self._callback is None:
-            return
-        if self._callback(Progress(self._stage, self._done, self._total)) is False:
-            raise Cancelled(f"stopped as asked, after {self._done} of {self._total} bytes ({self._stage})")
+        with self._lock:
+            self._done += nbytes
+            if self._callback is None:
+                return
+            if self._callback(Progress(self._stage, self._done, self._total)) is False:
+                raise Cancelled(
+                    f"stopped as asked, after {self._done} of {self._total} bytes ({self._stage})"
+                )

@@ -13,7 +13,8 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from json.encoder import encode_basestring
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeGuard
 
@@ -96,14 +97,26 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             status = os.fstat(handle.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError("is not a regular file", file=file)
-            raw = _read_raw(handle, status.st_size, file)
+            raw = read_raw_header(partial(_read_at, handle), status.st_size, file)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", file=file) from error
     return parse_header(raw, status.st_size - PREFIX_BYTES - len(raw), file)
 
 
-def _read_raw(handle: BinaryIO, file_bytes: int, file: str) -> bytes:
-    prefix = handle.read(PREFIX_BYTES)
+def _read_at(handle: BinaryIO, offset: int, nbytes: int) -> bytes:
+    handle.seek(offset)
+    return handle.read(nbytes)
+
+
+def read_raw_header(read: Callable[[int, int], bytes], file_bytes: int, file: str) -> bytes:
+    """Return the raw JSON header of a file, wherever it is: ``read(offset, nbytes)`` reads it.
+
+    Raises
+    ------
+    CheckpointError
+        As `read_header`, if the file cannot have the header that it says it has.
+    """
+    prefix = read(0, PREFIX_BYTES)
     if len(prefix) < PREFIX_BYTES:
         raise CheckpointError(
             f"has {file_bytes} bytes, a safetensors file has at least {PREFIX_BYTES}: "
@@ -124,7 +137,7 @@ def _read_raw(handle: BinaryIO, file_bytes: int, file: str) -> bytes:
             "the download may have been cut",
             file=file,
         )
-    raw = handle.read(length)
+    raw = read(PREFIX_BYTES, length)
     if len(raw) < length:
         raise CheckpointError(f"ended after {len(raw)} of {length} header bytes", file=file)
     return raw

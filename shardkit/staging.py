@@ -1,7 +1,8 @@
 """The folder that a destination grows in: journaled, resumable, published at the end.
 
 The journal is bound to source and plan by a fingerprint. It tells which shards were finished; before one is
-used again, it is compared with the source, so neither a torn journal nor lost writes can do harm.
+used again, it is compared with the source (one made from ranged reads, with the digests journaled of what
+was received), so neither a torn journal nor lost writes can do harm.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from shardkit.errors import Cancelled, CheckpointError, DestinationError, Shardk
 from shardkit.pickle_file import close_pickles
 from shardkit.plan import ShardPlan
 from shardkit.sizes import format_size
-from shardkit.transfer import Lost
+from shardkit.transfer import Lost, Outcome, Received
 
 _CHANGED = "changed while it was copied; nothing was published"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -50,14 +52,14 @@ class Staging:
     destination, folder
         What it will be, what it is.
     finished
-        Shards that are written, with what casts lost in them.
+        Shards that are written, with what casts lost in them and what was received of them.
     notes
         What a person should be told.
     """
 
     def __init__(self, checkpoint: Checkpoint, plan: ShardPlan, destination: Path, overwrite: bool) -> None:
         self.destination, self.folder = destination, staging_folder(destination)
-        self.finished: dict[str, list[Lost]] = {}
+        self.finished: dict[str, Outcome] = {}
         self.notes: list[str] = []
         self._checkpoint, self._plan, self._overwrite = checkpoint, plan, overwrite
         self._journal = journal_path(destination)
@@ -99,15 +101,15 @@ class Staging:
                 "make space and run the same again"
             )
 
-    def finish(self, file: str, lost: Sequence[Lost]) -> None:
+    def finish(self, file: str, outcome: Outcome) -> None:
         """Journal a shard whose last byte was written, and sync it off the caller's thread."""
-        self.finished[file] = list(lost)
-        self._write_journal(json.dumps(_entry(file, lost)))
+        self.finished[file] = outcome
+        self._write_journal(json.dumps(_entry(file, outcome)))
         self.wrote(file)
 
     def wrote(self, file: str) -> None:
         """Remember the state of a file, so that a later change is seen; sync it off the caller's thread."""
-        self._stats[file] = _seen(self.path(file))
+        self._stats[file] = _state_of(self.path(file))
         self._synced.append(self._syncing.submit(self._sync, file))
 
     def forget(self, file: str) -> None:
@@ -194,7 +196,7 @@ class Staging:
         if _fingerprint(self._checkpoint, self._plan) != self._fingerprint:
             raise CheckpointError(_CHANGED, file=self._checkpoint.source)
         for file, seen in self._stats.items():
-            if seen is None or _seen(self.path(file)) != seen:
+            if seen is None or _state_of(self.path(file)) != seen:
                 raise CheckpointError(
                     "changed on disk after it was written; nothing was published", file=str(self.path(file))
                 )
@@ -206,7 +208,7 @@ class Staging:
         with self._journal.open("a", encoding="utf-8") as journal:
             journal.write(line + "\n")
 
-    def _read_journal(self) -> dict[str, list[Lost]]:
+    def _read_journal(self) -> dict[str, Outcome]:
         """Return the finished shards; none where the journal is of another job, or unreadable."""
         shards = {shard.file: shard for shard in self._plan.shards}
         first, *entries = self._journal_lines() or [None]
@@ -217,12 +219,13 @@ class Staging:
         kept = {}
         for entry in entries:
             try:
-                shard, lost = shards[entry["shard"]], [Lost(*loss) for loss in entry["lost"]]
+                shard, lost = shards[entry["shard"]], tuple(Lost(*loss) for loss in entry["lost"])
+                received = tuple(Received(*part) for part in entry["received"])
             except (KeyError, TypeError):
                 continue
             path = self.path(shard.file)
             if path.is_file() and not path.is_symlink() and path.stat().st_size == shard.nbytes:
-                kept[shard.file] = lost
+                kept[shard.file] = Outcome(lost, received)
         return kept
 
     def _journal_lines(self) -> list[Any]:
@@ -268,11 +271,20 @@ def staging(
         held.close()
 
 
-def _entry(file: str, lost: Sequence[Lost]) -> dict[str, Any]:
-    return {"shard": file, "lost": [[x.tensor, x.overflowed, x.flushed] for x in lost]}
+def _entry(file: str, outcome: Outcome) -> dict[str, Any]:
+    lost, received = ([astuple(item) for item in items] for items in outcome)
+    return {"shard": file, "lost": lost, "received": received}
 
 
 def _fingerprint(checkpoint: Checkpoint, plan: ShardPlan) -> str:
+    planned = [(s.file, [(t.source.name, t.dtype, t.begin) for t in s.tensors]) for s in plan.shards]
+    return xxhash.xxh3_128_hexdigest(json.dumps([_seen(checkpoint), planned]).encode())
+
+
+def _seen(checkpoint: Checkpoint) -> list[Any]:
+    """Return what would change with the source."""
+    if checkpoint.is_remote:
+        return [checkpoint.folder]  # the commit is in its name
     files = [*checkpoint.files, *checkpoint.side_files]
     try:
         found = {file: os.stat(checkpoint.path(file)) for file in files}
@@ -283,12 +295,10 @@ def _fingerprint(checkpoint: Checkpoint, plan: ShardPlan) -> str:
         is_same = checkpoint.side_files.get(file, status.st_size) == status.st_size
         if checkpoint.seen.get(file, state) != state or not is_same:
             raise CheckpointError(_CHANGED, file=checkpoint.path(file))
-    stats = [(file, status.st_size, status.st_mtime_ns) for file, status in found.items()]
-    planned = [(s.file, [(t.source.name, t.dtype, t.begin) for t in s.tensors]) for s in plan.shards]
-    return xxhash.xxh3_128_hexdigest(json.dumps([stats, planned]).encode())
+    return [(file, status.st_size, status.st_mtime_ns) for file, status in found.items()]
 
 
-def _seen(path: Path) -> tuple[int, ...] | None:
+def _state_of(path: Path) -> tuple[int, ...] | None:
     """Return what tells that a file was changed, even if its time was put back; None where it is gone."""
     try:
         with path.open("rb") as file:  # opened, so that a network disk asks its server

@@ -1,4 +1,4 @@
-"""Moving bytes: from file to file in the kernel, through a cast, or out of a pickle.
+"""Moving bytes: from file to file in the kernel, through a cast, out of a pickle, or from the Hub.
 
 A `Task` is plain data and `run_task` a plain function, so any executor can carry them out, in threads,
 processes or on other machines that see the same disk. A task holds one chunk in memory, however large its
@@ -13,8 +13,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import xxhash
 
 from shardkit.errors import CheckpointError
+from shardkit.files import is_remote
 from shardkit.plan import Shard
 from shardkit.safetensors_file import DTYPE_BITS
 from shardkit.tensor import TensorInfo
@@ -33,7 +37,7 @@ class Range:
     Attributes
     ----------
     path
-        The source file.
+        The source file, or ``hf://org/name@commit/file``.
     offset
         First byte in it; in a pickle, first byte in `tensor`.
     nbytes
@@ -62,6 +66,11 @@ class Range:
         """Whether bytes change on the way."""
         return self.dtype != self.target
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the bytes come from the Hub."""
+        return is_remote(self.path)
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -83,6 +92,29 @@ class Lost:
     tensor: str
     overflowed: int
     flushed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Bytes that came from the Hub: where they went in the shard file, and their XXH3-128 as written there.
+
+    The digest is taken of the bytes in hand, before the disk has them: a file that was made of ranges read
+    once is proven by reading it back.
+    """
+
+    offset: int
+    nbytes: int
+    digest: str
+
+
+class Outcome(NamedTuple):
+    """What carrying out a task, or all tasks of a shard, came to."""
+
+    lost: tuple[Lost, ...] = ()
+    received: tuple[Received, ...] = ()
+
+    def __add__(self, other: Outcome) -> Outcome:  # type: ignore[override]
+        return Outcome(self.lost + other.lost, self.received + other.received)
 
 
 def shard_ranges(shard: Shard, folder: str) -> list[Range]:
@@ -160,23 +192,26 @@ def file_tasks(source: str, path: str, nbytes: int) -> Iterator[Task]:
         yield Task(path, (_part(whole, start, min(TASK_BYTES, nbytes - start)),))
 
 
-def run_task(task: Task) -> list[Lost]:
-    """Write a task's ranges into its shard file, which exists; return what casts lost.
+def run_task(task: Task) -> Outcome:
+    """Write a task's ranges into its shard file, which exists; return what casts lost, and what was received.
 
     Raises
     ------
     CheckpointError
-        If a source file ends before its header says.
+        If a source file ends before its header says, or the Hub refuses, fails or sends something else.
     OSError
         If the disk is full or fails.
     """
     overflowed: Counter[str] = Counter()
     flushed: Counter[str] = Counter()
+    received: list[Received] = []
     target = os.open(task.path, os.O_WRONLY)
     try:
         for part in task.ranges:
-            if part.is_cast:
-                _write_cast(part, target, overflowed, flushed)
+            if part.is_remote:
+                received.append(_write_chunks(part, target, overflowed, flushed))
+            elif part.is_cast:
+                _write_chunks(part, target, overflowed, flushed)
             elif part.is_pickle:
                 _write_all(target, part.target_offset, _pickled(part))
             else:
@@ -185,7 +220,7 @@ def run_task(task: Task) -> list[Lost]:
     finally:
         os.close(target)
     names = sorted((+overflowed).keys() | (+flushed).keys())
-    return [Lost(name, overflowed[name], flushed[name]) for name in names]
+    return Outcome(tuple(Lost(name, overflowed[name], flushed[name]) for name in names), tuple(received))
 
 
 def _start_writeback(target: int, task: Task) -> None:
@@ -206,8 +241,13 @@ def read_chunks(part: Range) -> Iterator[memoryview]:
     Raises
     ------
     CheckpointError
-        If the file ends before the range does.
+        If the file ends before the range does; for a file on the Hub, as `hub.remote.read_range`.
     """
+    if part.is_remote:
+        from shardkit.hub.remote import read_range
+
+        yield from read_range(part.path, part.offset, part.nbytes)
+        return
     if part.is_pickle:
         data = _pickled(part)
         yield from (data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES))
@@ -245,13 +285,15 @@ def cast_chunks(part: Range) -> Iterator[tuple[memoryview, int, int]]:
         yield cast(chunk, part.dtype, part.target)
 
 
-def _write_cast(part: Range, target: int, overflowed: Counter[str], flushed: Counter[str]) -> None:
-    position = part.target_offset
+def _write_chunks(part: Range, target: int, overflowed: Counter[str], flushed: Counter[str]) -> Received:
+    position, digest = part.target_offset, xxhash.xxh3_128()
     for data, to_infinity, to_zero in cast_chunks(part):
+        digest.update(data)
         _write_all(target, position, data)
         position += len(data)
         overflowed[part.tensor] += to_infinity
         flushed[part.tensor] += to_zero
+    return Received(part.target_offset, position - part.target_offset, digest.hexdigest())
 
 
 def _pickled(part: Range) -> memoryview:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 import xxhash
@@ -23,7 +24,7 @@ from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import ProgressCallback, ProgressCount, run_all
 from shardkit.sizes import format_size
 from shardkit.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
-from shardkit.transfer import Range, cast_chunks, tensor_range
+from shardkit.transfer import Range, Received, cast_chunks, tensor_range
 
 _BATCH_BYTES = 32 << 20
 _BATCH_TENSORS = 512
@@ -57,6 +58,9 @@ class Verification(Record):
         XXH3-128 by tensor, of the bytes in the destination.
     seconds
         How long it took.
+    received
+        Whether the source was read once only, from the Hub, and the destination was held against the digests
+        that were taken of its bytes as they arrived.
     """
 
     source: str
@@ -69,6 +73,7 @@ class Verification(Record):
     extra: tuple[str, ...]
     digests: dict[str, str] = field(repr=False)
     seconds: float
+    received: bool = False
 
     @property
     def equal(self) -> bool:
@@ -78,6 +83,8 @@ class Verification(Record):
     def _result(self) -> str:
         if not self.equal:
             return "NOT EQUAL"
+        if self.received:
+            return "equal to what was received" + ", after its cast" * bool(self.cast)
         return "equal to the cast of the source" if self.cast else "equal"
 
     def summary(self) -> Summary:
@@ -112,8 +119,8 @@ def verify_checkpoint(
     Parameters
     ----------
     source, destination
-        Folders, files or open checkpoints. Their order matters only after a cast, which is computed
-        from `source`.
+        Folders, files, models on the Hub (read whole, by ranges) or open checkpoints. Their order matters
+        only after a cast, which is computed from `source`.
     workers, executor
         Threads to read with (default: up to four), or an executor of your own.
     progress
@@ -173,7 +180,7 @@ def damaged_shards(
     planned = [tensor for shard in intact for tensor in shard.tensors]
     ranges = [tensor_range(checkpoint.folder, tensor.source, tensor.dtype) for tensor in planned]
     ranges += [_staged(folder, *pair) for pair in zip(owners, planned, strict=True)]
-    digests = _digest_all(ranges, workers, executor, progress, "check") if ranges else []
+    digests = _digest_all(ranges, workers, executor, progress if ranges else None, "check")
     half = len(planned)
     good = {shard.file for shard in intact}
     good -= {o.file for o, a, b in zip(owners, digests[:half], digests[half:], strict=True) if a != b}
@@ -188,6 +195,88 @@ def _has_header(path: str, header: bytes) -> bool:
 def _staged(folder: str | os.PathLike[str], shard: Shard, planned: PlannedTensor) -> Range:
     path, offset = os.path.join(folder, shard.file), shard.header_bytes + planned.begin
     return Range(path, offset, planned.nbytes, 0, planned.source.name, planned.dtype, planned.dtype)
+
+
+def altered_parts(
+    plan: ShardPlan,
+    received: Mapping[str, Sequence[Received]],
+    folder: str | os.PathLike[str],
+    workers: int | None = None,
+    executor: Executor | None = None,
+    progress: ProgressCallback | None = None,
+) -> dict[str, list[Received]]:
+    """Read shard files back that were made from ranged reads; return, by file, what is not as received.
+
+    A file with another header, or of which not all was received, is in it whole.
+    """
+    shards = [shard for shard in plan.shards if shard.file in received]
+    altered: dict[str, list[Received]] = {}
+    parts: list[tuple[str, Received]] = []
+    for shard in shards:
+        path, whole = os.path.join(folder, shard.file), sorted(received[shard.file], key=attrgetter("offset"))
+        ends = [shard.header_bytes, *(part.offset + part.nbytes for part in whole)]
+        if [*(part.offset for part in whole), shard.nbytes] == ends and _has_header(path, plan.header(shard)):
+            parts += [(shard.file, part) for part in whole]
+        else:
+            altered[shard.file] = [Received(0, shard.nbytes, "")]
+    ranges = [
+        Range(os.path.join(folder, file), part.offset, part.nbytes, 0, file, "U8", "U8")
+        for file, part in parts
+    ]
+    for (file, part), digest in zip(parts, _digest_all(ranges, workers, executor, progress), strict=True):
+        if digest != part.digest:
+            altered.setdefault(file, []).append(part)
+    return altered
+
+
+def verify_received(
+    checkpoint: Checkpoint,
+    plan: ShardPlan,
+    received: Mapping[str, Sequence[Received]],
+    folder: str | os.PathLike[str],
+    workers: int | None = None,
+    executor: Executor | None = None,
+    progress: ProgressCallback | None = None,
+) -> Verification:
+    """Verify shards that were made from ranged reads, without reading the source again.
+
+    Every byte of the files is read back and held against the digest that was taken of it when it arrived
+    (after its cast, where there was one). What arrived is what the Hub sent for that range of that commit;
+    that the Hub sent what it holds rests on the connection: `verify_checkpoint` reads it again.
+    """
+    start = time.perf_counter()
+    altered = altered_parts(plan, received, folder, workers, executor, progress)
+    written = Checkpoint.open(folder)
+    digests = _digest_all(
+        [tensor_range(written.folder, tensor, tensor.dtype) for tensor in written.tensors.values()],
+        workers,
+        executor,
+        progress,
+    )
+    mismatches = [
+        Mismatch(planned.source.name, "bytes: not as they were received")
+        for shard in plan.shards
+        for planned in shard.tensors
+        if any(_overlaps(shard, planned, part) for part in altered.get(shard.file, ()))
+    ]
+    return Verification(
+        source=checkpoint.source,
+        destination=written.source,
+        tensors=len(written.tensors.keys() & checkpoint.tensors.keys()),
+        nbytes=checkpoint.total_bytes,
+        cast=sum(planned.is_cast for shard in plan.shards for planned in shard.tensors),
+        mismatches=tuple(mismatches),
+        missing=tuple(name for name in checkpoint.tensors if name not in written.tensors),
+        extra=tuple(name for name in written.tensors if name not in checkpoint.tensors),
+        digests=dict(zip(written.tensors, digests, strict=True)),
+        seconds=time.perf_counter() - start,
+        received=True,
+    )
+
+
+def _overlaps(shard: Shard, planned: PlannedTensor, part: Received) -> bool:
+    begin = shard.header_bytes + planned.begin
+    return begin < part.offset + part.nbytes and part.offset < begin + planned.nbytes
 
 
 class _Pair(NamedTuple):
@@ -252,10 +341,11 @@ def _digest_all(
 
 def digest_ranges(batch: _Batch) -> list[str]:
     """Return the XXH3-128 of each range, after its cast."""
-    return [_digest(part) for part in batch.ranges]
+    return [digest_range(part) for part in batch.ranges]
 
 
-def _digest(part: Range) -> str:
+def digest_range(part: Range) -> str:
+    """Return the XXH3-128 of a range, after its cast."""
     digest = xxhash.xxh3_128()
     for chunk, _, _ in cast_chunks(part):
         digest.update(chunk)

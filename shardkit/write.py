@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.errors import CastError, VerificationError
+from shardkit.destination import check_free, resolve
+from shardkit.errors import CastError, DownloadNeededError, VerificationError
 from shardkit.layout import adapted_config
 from shardkit.plan import Shard, ShardPlan, Strategy, plan_shards
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
@@ -28,10 +31,17 @@ from shardkit.run import (
 )
 from shardkit.sizes import format_size
 from shardkit.staging import Staging, staging
-from shardkit.transfer import Lost, Task, file_tasks, run_task, shard_tasks
-from shardkit.verify import Verification, damaged_shards, verify_checkpoint
+from shardkit.transfer import Lost, Outcome, Task, file_tasks, run_task, shard_tasks
+from shardkit.verify import (
+    Verification,
+    altered_parts,
+    damaged_shards,
+    verify_checkpoint,
+    verify_received,
+)
 
 _SHOWN_LOSSES = 3
+_STREAMED = "made from ranged reads of the Hub: the source was not downloaded"
 
 
 @dataclass(frozen=True)
@@ -77,17 +87,22 @@ class ShardReport(Record):
     seconds: float
     notes: tuple[str, ...] = ()
 
+    def _verified(self) -> str:
+        if (check := self.verification) is None:
+            return "no"
+        to_what = " to what was received" if check.received else ""
+        return f"equal{to_what}, {check.tensors:,} tensors in {check.seconds:.2f} s"
+
     def summary(self) -> Summary:
         """Return the report as a person reads it."""
         rate = format_size(self.nbytes / max(self.copy_seconds, 1e-9))
-        check = self.verification
         facts: tuple[tuple[str, str], ...] = (
             ("source", shown_path(self.source)),
             ("destination", shown_path(self.destination)),
             ("written", f"{format_size(self.nbytes)} in {plural(len(self.files), 'file')}"),
             ("dtype", f"cast to {self.dtype}" if self.dtype else "as in the source"),
             ("written in", f"{self.copy_seconds:.2f} s, {rate}/s"),
-            ("verified", f"equal, {check.tensors:,} tensors in {check.seconds:.2f} s" if check else "no"),
+            ("verified", self._verified()),
             ("went along", listed(self.side_files) or "nothing"),
         )
         facts += (("reused", listed(self.reused)),) * bool(self.reused)
@@ -118,6 +133,9 @@ def shard_checkpoint(
     resume: bool = True,
     verify: bool = True,
     allow_overflow: bool = False,
+    stream: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> ShardReport:
     """Rewrite a checkpoint as shards that plain `from_pretrained` loads, without loading it.
@@ -125,7 +143,7 @@ def shard_checkpoint(
     Parameters
     ----------
     source
-        A folder, a weights file, or a snapshot of the Hub's cache.
+        A folder, a weights file, or a model on the Hub ("org/name", "org/name@revision").
     destination
         A folder that does not exist, or is empty.
     max_shard_size, strategy, dtype
@@ -139,9 +157,15 @@ def shard_checkpoint(
     resume
         Use the shards that an earlier, interrupted run of the same job has finished.
     verify
-        Read both sides again and compare every tensor before the destination appears.
+        Read both sides again and compare every tensor before the destination appears; of a model that is
+        streamed, read the destination back and compare it with what was received.
     allow_overflow
         Let a cast turn finite values into infinities.
+    stream
+        Make the shards of a model on the Hub straight from ranged reads, so that the source never lies on
+        this disk. False downloads it first; None does so where the disk has room for both.
+    revision, token
+        For the Hub, as in `Checkpoint.open`.
     progress
         Called with a `Progress`; returning False stops the job, which can be resumed.
 
@@ -159,18 +183,21 @@ def shard_checkpoint(
         If `progress` returned False.
     """
     start, workers = time.perf_counter(), worker_count(workers)
-    checkpoint = Checkpoint.open(source)
-    plan = plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
+    planned = partial(plan_shards, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
+    opened = partial(Checkpoint.open, source, revision=revision, token=token)
+    checkpoint = _open(opened, planned, destination, overwrite, stream)
+    plan = planned(checkpoint)
     with staging(checkpoint, plan, destination, overwrite, resume) as stage:
         reused = _reuse(checkpoint, plan, stage, workers, executor, progress)
         stage.check_space()
         copying = time.perf_counter()
         count = _write_shards(checkpoint, plan, stage, workers, executor, progress)
         copy_seconds = time.perf_counter() - copying
-        lost = _lost(plan, stage)
-        _refuse_overflow(lost, plan, allow_overflow)
-        _write_beside(checkpoint, plan, stage, count)
-        verification = _verify(checkpoint, stage, workers, executor, progress) if verify else None
+        lost = total_lost(plan, stage.finished.values())
+        refuse_overflow(lost, plan, allow_overflow)
+        for file in write_beside(checkpoint, plan, stage.folder, lambda: count.add(0)):
+            stage.wrote(file)
+        verification = _verify(checkpoint, plan, stage, workers, executor, progress) if verify else None
         stage.publish()
     return ShardReport(
         source=checkpoint.source,
@@ -186,8 +213,32 @@ def shard_checkpoint(
         verification=verification,
         copy_seconds=copy_seconds,
         seconds=time.perf_counter() - start,
-        notes=(*checkpoint.notes, *plan.summary().notes, *stage.notes),
+        notes=(*checkpoint.notes, *plan.summary().notes, *stage.notes, *(_STREAMED,) * checkpoint.is_remote),
     )
+
+
+def _open(
+    opened: Callable[..., Checkpoint],
+    planned: Callable[[Checkpoint], ShardPlan],
+    destination: str | os.PathLike[str],
+    overwrite: bool,
+    stream: bool | None,
+) -> Checkpoint:
+    """Open the source; download it first where it is on the Hub and is not to be streamed."""
+    try:
+        checkpoint = opened()
+    except DownloadNeededError:
+        if stream:
+            raise
+    else:
+        if stream or not checkpoint.is_remote:
+            return checkpoint
+        from shardkit.hub.source import must_stream
+
+        if stream is None and must_stream(checkpoint.folder, planned(checkpoint).disk_bytes, destination):
+            return checkpoint
+    check_free(resolve(destination), overwrite)  # rather now than after a long download
+    return opened(download=True)
 
 
 def _reuse(
@@ -200,7 +251,12 @@ def _reuse(
 ) -> tuple[str, ...]:
     """Check what an earlier run left, byte by byte, against the source; forget what is not right."""
     shards = [shard for shard in plan.shards if shard.file in stage.finished]
-    for file in damaged_shards(checkpoint, plan, shards, stage.folder, workers, executor, progress):
+    if checkpoint.is_remote:
+        received = {shard.file: stage.finished[shard.file].received for shard in shards}
+        damaged = list(altered_parts(plan, received, stage.folder, workers, executor))
+    else:
+        damaged = damaged_shards(checkpoint, plan, shards, stage.folder, workers, executor, progress)
+    for file in damaged:
         stage.forget(file)
     return tuple(shard.file for shard in shards if shard.file in stage.finished)
 
@@ -215,7 +271,7 @@ def _write_shards(
 ) -> ProgressCount:
     todo = [shard for shard in plan.shards if shard.file not in stage.finished]
     tasks_left: Counter[str] = Counter()
-    lost: defaultdict[str, list[Lost]] = defaultdict(list)
+    outcomes: defaultdict[str, Outcome] = defaultdict(Outcome)
     count = ProgressCount(progress, "copy", sum(t.source.nbytes for s in todo for t in s.tensors))
 
     def tasks_of(shard: Shard) -> Iterator[Task]:
@@ -227,31 +283,33 @@ def _write_shards(
         yield from cut
 
     # Writes into one file wait for each other in the kernel: keep as many files going as there are workers.
-    tasks = take_turns(map(tasks_of, todo), workers)
+    # No network is fast enough for that to matter; one file after the other, a kill costs one at most.
+    tasks = take_turns(map(tasks_of, todo), 1 if checkpoint.is_remote else workers)
     with run_all(run_task, tasks, workers, executor) as results:
-        for task, losses in results:
+        for task, outcome in results:
             file = os.path.basename(task.path)
-            lost[file] += losses
+            outcomes[file] += outcome
             tasks_left[file] -= 1
             if not tasks_left[file]:
-                stage.finish(file, lost[file])
+                stage.finish(file, outcomes.pop(file))
             count.add(task.nbytes)
     stage.wait()
     return count
 
 
-def _lost(plan: ShardPlan, stage: Staging) -> tuple[Lost, ...]:
+def total_lost(plan: ShardPlan, outcomes: Iterable[Outcome]) -> tuple[Lost, ...]:
     """Add up what casts lost, by tensor: a tensor may have been cast by several tasks."""
     overflowed: Counter[str] = Counter()
     flushed: Counter[str] = Counter()
-    for loss in (loss for losses in stage.finished.values() for loss in losses):
+    for loss in (loss for outcome in outcomes for loss in outcome.lost):
         overflowed[loss.tensor] += loss.overflowed
         flushed[loss.tensor] += loss.flushed
     names = (tensor.source.name for shard in plan.shards for tensor in shard.tensors)
     return tuple(Lost(n, overflowed[n], flushed[n]) for n in names if overflowed[n] or flushed[n])
 
 
-def _refuse_overflow(lost: tuple[Lost, ...], plan: ShardPlan, allow_overflow: bool) -> None:
+def refuse_overflow(lost: tuple[Lost, ...], plan: ShardPlan, allow_overflow: bool) -> None:
+    """Raise `CastError` where a cast made finite values infinite, unless that is allowed."""
     hit = [loss for loss in lost if loss.overflowed]
     if hit and not allow_overflow:
         named = listed(f"{loss.tensor} ({plural(loss.overflowed, 'value')})" for loss in hit)
@@ -261,32 +319,50 @@ def _refuse_overflow(lost: tuple[Lost, ...], plan: ShardPlan, allow_overflow: bo
         )
 
 
-def _write_beside(checkpoint: Checkpoint, plan: ShardPlan, stage: Staging, count: ProgressCount) -> None:
-    """Write all that is not a shard; the index last. A large file hears a stop as well."""
-    for file, nbytes in checkpoint.side_files.items():
-        target = stage.path(file)
+def write_beside(
+    checkpoint: Checkpoint, plan: ShardPlan, folder: Path, hear: Callable[[], None] = lambda: None
+) -> list[str]:
+    """Write all that is not a shard, the index last; return what it was. `hear` may stop it by raising."""
+    for file in checkpoint.side_files:
+        target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
         if file == checkpoint.config_file and (text := adapted_config(checkpoint.config or {}, plan.dtype)):
             target.write_text(text, encoding="utf-8")
         else:
+            source = os.fspath(_here(checkpoint, file))
             target.touch()
-            for task in file_tasks(checkpoint.path(file), str(target), nbytes):
+            for task in file_tasks(source, str(target), checkpoint.side_files[file]):
                 run_task(task)
-                count.add(0)
-        stage.wrote(file)
+                hear()
     if plan.index is not None and plan.index_file is not None:
-        stage.path(plan.index_file).write_text(plan.index, encoding="utf-8")
-        stage.wrote(plan.index_file)
+        (folder / plan.index_file).write_text(plan.index, encoding="utf-8")
+    return [*checkpoint.side_files, *filter(None, [plan.index_file])]
+
+
+def _here(checkpoint: Checkpoint, file: str) -> str | Path:
+    if not checkpoint.is_remote:
+        return checkpoint.path(file)
+    from shardkit.hub.remote import repository_of
+
+    repository, _ = repository_of(checkpoint.folder)
+    return repository.fetch(file)
 
 
 def _verify(
     checkpoint: Checkpoint,
+    plan: ShardPlan,
     stage: Staging,
     workers: int | None,
     executor: Executor | None,
     progress: ProgressCallback | None,
 ) -> Verification:
-    found = verify_checkpoint(checkpoint, stage.folder, workers=workers, executor=executor, progress=progress)
+    if checkpoint.is_remote:
+        received = {file: outcome.received for file, outcome in stage.finished.items()}
+        found = verify_received(checkpoint, plan, received, stage.folder, workers, executor, progress)
+    else:
+        found = verify_checkpoint(
+            checkpoint, stage.folder, workers=workers, executor=executor, progress=progress
+        )
     if not found.equal:
         wrong = [m.tensor for m in found.mismatches] + [*found.missing, *found.extra]
         raise VerificationError(

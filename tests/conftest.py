@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck
 
 from shardkit.demo import make_demo_checkpoint
+from tests.loopback_hub import LoopbackHub
 from tests.support import FreshFolder
 
 # Always the same examples, so that a run can be repeated; `--hypothesis-profile=explore` looks for new ones.
@@ -82,3 +83,18 @@ def tiny_model() -> Callable[..., Any]:
         return tf.BertForMaskedLM(tf.BertConfig(vocab_size=96, **shape | changes)).eval()
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
+    """A Hub that the Hub's client takes for the real one, in this process and in those it starts."""
+    with LoopbackHub(tmp_path / "hub") as running, running.believed(tmp_path / "hub-home"):
+        yield running
+        assert not running.broken, running.broken[0]
+
+
+@pytest.fixture
+def stranger(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is logged in."""
+    assert os.environ["HF_TOKEN"] in hub.users
+    monkeypatch.delenv("HF_TOKEN")

@@ -33,6 +33,7 @@ def fake_load(wall=2.0, anonymous=700 * MB, *, outcome="ok", **changes):
         "outcome": outcome,
         "reason": "" if outcome == "ok" else "by SIGKILL during load",
         "phases": (imports, load, first) if outcome == "ok" else (imports,),
+        "load_start_seconds": 3.0,
         "peak_total_bytes": anonymous + 250 * MB,
         "peak_anonymous_bytes": anonymous,
         "peak_file_bytes": 600 * MB,

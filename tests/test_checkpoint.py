@@ -413,14 +413,13 @@ def test_git_lfs_pointer_in_a_folder_is_told_from_weights(tmp_path: Path) -> Non
         Checkpoint.open(put(tmp_path, {"model.safetensors": pointer}))
 
 
-@pytest.mark.parametrize("source", ["absent", "mistralai/Mistral-7B-v0.1", "", "a\0b", "x" * 5000])
+@pytest.mark.parametrize("source", ["absent", "a/b/absent", "", "a\0b", "x" * 5000])
 def test_source_that_is_not_there_is_named(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=r"neither a folder nor a file here|holds no weights"):
         Checkpoint.open(source)
-    assert ("hf download" in str(caught.value)) == (source == "mistralai/Mistral-7B-v0.1")
 
 
 def test_file_that_is_no_weights_file_is_refused(tmp_path: Path) -> None:

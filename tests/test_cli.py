@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from contextlib import suppress
 
 import pytest
 
+from shardkit import Comparison
 from shardkit.demo import make_demo_checkpoint
+from shardkit.measure.limit import why_unlimited
 
 SHARDKIT = [sys.executable, "-c", "from shardkit.cli import main; main()"]
 
@@ -210,3 +213,25 @@ def test_a_terminal_sees_progress_and_a_pipe_does_not(demo, tmp_path):
     assert b"writing shards: 100%" in seen
     assert b"B/s" in seen
     assert run("shard", demo, tmp_path / "piped").stderr == ""
+
+
+@pytest.mark.skipif(why_unlimited() is not None, reason=f"memory cannot be limited here: {why_unlimited()}")
+def test_comparison_under_a_limit_with_prefetch_leaves_a_card_and_a_picture(demo, tmp_path):
+    card, picture = tmp_path / "card.html", tmp_path / "picture.svg"
+    words = ["--memory-limit", "900MB", "--prefetch", "--repeats", "1", "--output", card, "--plot", picture]
+    done = run("compare", demo, demo, *words)
+    assert done.returncode == 0, done.stderr
+    assert "prefetched, load time" in done.stdout
+    assert "within 900 MB" in done.stdout
+    assert "6/6 done" in done.stderr
+    assert Comparison.load(card).names == ("original", "sharded", "prefetched")
+    assert "<svg" in picture.read_text()
+
+
+def test_that_nothing_loads_is_exit_status_one_with_its_reason(demo, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(demo, broken)
+    (broken / "config.json").write_text('{"model_type": "no-such-model"}')
+    done = run("compare", broken, broken)
+    assert done.returncode == 1
+    assert "no-such-model" in done.stderr.splitlines()[-1]

@@ -337,6 +337,22 @@ class TestExperiment:
         assert comparison.to_frame()["outcome"].tolist() == ["failed", "failed"]
         assert comparison._repr_html_()
 
+    def test_an_arm_that_fails_twice_is_not_run_again(self, arms, monkeypatch):
+        monkeypatch.setattr(
+            compare,
+            "measure_load",
+            lambda folder, **_: fake_load(outcome="killed" if folder == str(arms[0]) else "ok"),
+        )
+        found = compare_loads(*arms, repeats=4)
+        assert [s.measurement.outcome for s in (*found.warm_ups, *found.samples) if s.arm == "original"] == [
+            "killed",
+            "killed",
+        ]
+        assert len(found.measurements("sharded")) == 4
+        assert "the original does not load (killed" in found.verdict
+        assert "the sharded one does" in found.verdict
+        assert found.plot() is not None
+
     @pytest.mark.parametrize("wrong", [{"repeats": 0}, {"margin": 0}, {"cache": "hot"}])
     def test_wrong_numbers_are_refused(self, arms, wrong):
         with pytest.raises(MeasurementError):
@@ -359,3 +375,24 @@ class TestExperiment:
         assert ratios["time_to_first_token_seconds"].conclusion == "less", comparison
         assert ratios["peak_anonymous_bytes"].conclusion == "less", comparison
         assert math.isclose(ratios["peak_anonymous_bytes"].original, 165 * MB, rel_tol=0.1)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_the_same_twice_is_no_difference_and_a_slowdown_is_called(self, arms, tmp_path):
+        load = """
+            with reporter.phase("load"):
+                held = bytearray(b"x") * 50_000_000
+                time.sleep({seconds})
+            with reporter.phase("first token"):
+                pass
+            reporter.send("done")
+        """
+        usual, slow = (
+            fake_interpreter(tmp_path, load.format(seconds=seconds), f"python-{seconds}")
+            for seconds in (0.5, 0.65)
+        )
+        others = {"slowed": {"source": arms[0], "python": slow}}
+        found = compare_loads(arms[0], arms[0], repeats=6, python=usual, others=others)
+        assert {ratio.conclusion for ratio in found.ratios.values()} <= {"same", "undecided"}, found
+        slowed = found.ratios_of("slowed")
+        assert slowed["load_wall_seconds"].conclusion == "more", found
+        assert slowed["peak_anonymous_bytes"].conclusion == "same", found

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from shardkit import Checkpoint, PlanError, make_demo_checkpoint, measure_load, plan_shards
-from shardkit.estimate import fit
+from shardkit.estimate import StoredTensor, estimate_load, fit
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +19,24 @@ def test_estimate_is_within_5_percent_of_a_measured_load(model, dtype):
     predicted = model.estimate(dtype).peak_anonymous_bytes
     assert measured.ok, measured.reason
     assert predicted == pytest.approx(measured.peak_anonymous_bytes, rel=0.05)
+
+
+def test_what_transformers_keeps_in_float32_counts_as_that():
+    stored = [
+        StoredTensor("block.0.DenseReluDense.wo.weight", 1000, "BF16"),
+        StoredTensor("q.weight", 10, "BF16"),
+    ]
+    copied = [
+        estimate_load("t5", stored, dtype, model_type="t5").copied_bytes for dtype in ("float16", "float32")
+    ]
+    assert copied == [4 * 1000 + 2 * 10, 4 * 1010]
+    assert estimate_load("t5", stored, "bfloat16", model_type="t5").copied_bytes == 0
+
+
+def test_experts_are_stacked_in_memory_whatever_their_dtype():
+    found = estimate_load("moe", [StoredTensor("layers.0.mlp.experts.3.w1.weight", 1000, "BF16")], None)
+    assert (found.copied_bytes, found.mapped_bytes) == (2000, 0)
+    assert "stacks the experts" in str(found)
 
 
 def test_shards_in_the_dtype_asked_for_are_mapped_and_not_copied(model):

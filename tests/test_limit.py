@@ -69,10 +69,21 @@ def test_load_killed_for_its_limit_is_a_result_with_its_curve(demo, tmp_path):
     measurement = measure_load(demo, python=python, memory_limit="150MB", timeout=60)
     assert measurement.outcome == "killed"
     assert "memory limit of 150 MB during load" in measurement.reason
+    assert 0 < measurement.load_start_seconds < measurement.curve.seconds[-1]
     assert measurement.memory_limit_bytes == measurement.environment.memory_limit_bytes == 150 * MB
     assert 100 * MB < measurement.peak_anonymous_bytes <= 150 * MB
     assert max(measurement.curve.anonymous_bytes) > 100 * MB
     assert "within 150 MB" in str(measurement)
+
+
+@needs_groups
+def test_load_killed_before_it_began_says_what_it_held(demo):
+    measurement = measure_load(demo, memory_limit="100MB", timeout=100)
+    assert measurement.outcome == "killed"
+    assert "during imports" in measurement.reason
+    assert measurement.load_start_seconds is None
+    assert 50 * MB < measurement.peak_anonymous_bytes <= 100 * MB
+    assert f"{measurement.peak_anonymous_bytes / MB:.3g} MB anonymous" in measurement.reason
 
 
 @needs_groups

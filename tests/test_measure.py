@@ -245,7 +245,7 @@ class TestBadEnds:
             measure_load(demo, cache="lukewarm")
         with pytest.raises(MeasurementError, match="-1"):
             measure_load(demo, generate=-1)
-        with pytest.raises(MeasurementError, match="no folder of a model"):
+        with pytest.raises(CheckpointError, match="neither a folder nor a file here"):
             measure_load(tmp_path / "nowhere")
         with pytest.raises(CheckpointError, match="no weights"):
             measure_load(tmp_path)

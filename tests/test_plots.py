@@ -1,5 +1,7 @@
 """Pictures: what is drawn, that it can be read, and that it does not depend on a theme."""
 
+from io import BytesIO
+
 import matplotlib as mpl
 import pytest
 
@@ -10,6 +12,7 @@ from matplotlib.collections import PathCollection
 
 from shardkit import plan_shards
 from shardkit.display.plots import (
+    comparison_png,
     describe_memory,
     kind_of,
     plot_bars,
@@ -103,6 +106,18 @@ def test_own_figures_are_black_on_white_in_a_dark_theme():
         axes = plot_comparison(fake_comparison())
     assert mpl.colors.to_hex(axes[0].figure.get_facecolor()) == "#ffffff"
     assert {mpl.colors.to_hex(text.get_color()) for one in axes for text in texts(one)} == {"#000000"}
+
+
+def test_picture_for_a_page_is_the_same_in_any_theme_and_leaves_pyplot_alone():
+    light = comparison_png(fake_comparison())
+    with plt.style.context(["dark_background", {"savefig.facecolor": "black"}]):
+        before = dict(mpl.rcParams)
+        dark = comparison_png(fake_comparison())
+        assert dict(mpl.rcParams) == before
+    assert plt.get_fignums() == []
+    first, second = (plt.imread(BytesIO(png))[..., :3] for png in (light, dark))
+    assert (first == 1).all(axis=2).mean() > 0.6
+    assert abs(first - second).mean() < 0.01
 
 
 def test_given_axes_keep_the_ink_of_their_theme():

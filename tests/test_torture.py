@@ -23,7 +23,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "comparisons"])  # see test_compare.py
 def test_nothing_is_lost_nor_believed_nor_executed(name: str, bench: Bench) -> None:
     kind = KINDS[name]
     outcome = bench.run(name, kind, range(kind.suite))
@@ -67,5 +67,5 @@ def test_pickles_would_be_executed_by_a_reader_that_trusts_them(tmp_path: Path) 
 
 
 def test_every_kind_runs_at_full_length_by_default() -> None:
-    assert all(kind.full >= kind.suite > 0 for kind in KINDS.values())
+    assert all(kind.full >= kind.suite > 0 for name, kind in KINDS.items() if name != "comparisons")
     assert Outcome("nothing").note == ""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from html import escape
 from typing import TYPE_CHECKING
 
-from shardkit.display.plots import describe_memory, plot_comparison
+from shardkit.display.plots import comparison_png, describe_memory
 from shardkit.measure.comparison import CARRIED_IN
 from shardkit.measure.measurement import format_seconds
 from shardkit.record import Table
@@ -29,6 +28,7 @@ summary { cursor: pointer; margin: .8em 0; }
 def comparison_card(comparison: Comparison) -> str:
     """Return the page. What it shows is escaped; what it carries, `Comparison.load` reads back."""
     runs = _runs(comparison).html()
+    picture = base64.b64encode(comparison_png(comparison)).decode()
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -39,7 +39,7 @@ def comparison_card(comparison: Comparison) -> str:
 </head>
 <body>
 {comparison.summary().html()}
-<p><img alt="{escape(_alternative(comparison))}" src="data:image/png;base64,{_picture(comparison)}"></p>
+<p><img alt="{escape(alternative(comparison))}" src="data:image/png;base64,{picture}"></p>
 <details><summary>Every run</summary><div class="shardkit">{runs}</div></details>
 {CARRIED_IN}{_carried(comparison)}</script>
 </body>
@@ -47,17 +47,8 @@ def comparison_card(comparison: Comparison) -> str:
 """
 
 
-def _picture(comparison: Comparison) -> str:
-    import matplotlib.pyplot as plt
-
-    with io.BytesIO() as file:
-        axes = plot_comparison(comparison, file)
-        picture = file.getvalue()
-    plt.close(axes[0].get_figure(root=True))
-    return base64.b64encode(picture).decode()
-
-
-def _alternative(comparison: Comparison) -> str:
+def alternative(comparison: Comparison) -> str:
+    """Return the words that stand for the picture."""
     return f"Wall times and peaks as in the table above, and memory over time: {describe_memory(comparison)}"
 
 

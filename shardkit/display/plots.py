@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from itertools import cycle, groupby
 from operator import itemgetter
 from statistics import median
@@ -26,6 +27,7 @@ from shardkit.sizes import format_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _COLORS = (BLUE, VERMILION, GREEN, PURPLE)
@@ -35,6 +37,7 @@ _PEAKS = ("peak_anonymous_bytes", "peak_total_bytes")
 _GROUP_WIDTH = 0.88  # of all arms' bars for one quantity
 _LEAD_SECONDS = 0.2
 _PROFILER_MARKS = 24
+_PAGE: dict[str, Any] = {"figsize": (8, 7), "layout": "constrained", "facecolor": "white"}
 _MARKERS = {LOAD: "o", FIRST_TOKEN: "D"}
 
 
@@ -43,6 +46,7 @@ def _white() -> Iterator[Any]:
     """Give pyplot with black on white, whatever theme the notebook has set."""
     import matplotlib.pyplot as plt
 
+    plt.draw_if_interactive()  # loads the backend, whose own settings must outlive the context
     black = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     with plt.rc_context(
         {"figure.facecolor": "white", "axes.facecolor": "white", **dict.fromkeys(black, "black")}
@@ -158,7 +162,7 @@ def plot_memory(source: Comparison | Sequence[LoadMeasurement], ax: Axes | None 
 
 def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, color: str, hatch: str) -> None:
     curve, ink = run.curve, _ink(ax)
-    start = load.start_seconds if (load := run.phase(LOAD)) else 0.0
+    start = run.load_start_seconds or 0.0
     split = zip(curve.seconds, curve.anonymous_bytes, curve.file_bytes, strict=True)
     points = [
         (at - start, anonymous / 1e9, (anonymous + file) / 1e9)
@@ -233,18 +237,40 @@ def plot_comparison(
     MeasurementError
         If the picture cannot be written there.
     """
-    with _white() as plt:
-        figure = plt.figure(figsize=(8, 7), layout="constrained")
-        grid = figure.add_gridspec(2, 2, height_ratios=(1, 1.15))
-        bars = [figure.add_subplot(grid[0, column]) for column in range(2)]
-        curves = figure.add_subplot(grid[1, :])
-        plot_bars(comparison, bars)
-        plot_memory(comparison, curves)
-        if path is not None:
-            try:
-                figure.savefig(path, dpi=150)
-            except (OSError, ValueError) as error:
-                raise MeasurementError(f"{path}: the picture cannot be written: {error}") from error
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(**_PAGE)
+    axes = _draw_comparison(comparison, figure)
+    if path is not None:
+        try:
+            figure.savefig(path, dpi=150, facecolor="white")
+        except (OSError, ValueError) as error:
+            raise MeasurementError(f"{path}: the picture cannot be written: {error}") from error
+    return axes
+
+
+def comparison_png(comparison: Comparison) -> bytes:
+    """Return what `plot_comparison` draws, made without pyplot, whose state is the main thread's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(**_PAGE)
+    _draw_comparison(comparison, figure)
+    with BytesIO() as file:
+        figure.savefig(file, format="png", dpi=110, facecolor="white")
+        return file.getvalue()
+
+
+def _draw_comparison(comparison: Comparison, figure: Figure) -> list[Axes]:
+    grid = figure.add_gridspec(2, 2, height_ratios=(1, 1.15))
+    bars = [figure.add_subplot(grid[0, column]) for column in range(2)]
+    curves = figure.add_subplot(grid[1, :])
+    for ax in (*bars, curves):  # black on white, whatever theme the notebook has set
+        ax.set_facecolor("white")
+        ax.tick_params(which="both", colors="black")
+        ax.spines[:].set_edgecolor("black")
+        ax.xaxis.label.set_color("black")
+    plot_bars(comparison, bars)
+    plot_memory(comparison, curves)
     return [*bars, curves]
 
 

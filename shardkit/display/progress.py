@@ -7,7 +7,14 @@ from typing import Any, Self
 
 from shardkit.run import Progress
 
-_LABELS = {"check": "checking what is there", "copy": "writing shards", "verify": "verifying"}
+_LABELS = {
+    "check": "checking what is there",
+    "copy": "writing shards",
+    "verify": "verifying",
+    "hash": "hashing",
+    "upload": "uploading",
+    "stream": "received and sent",
+}
 
 
 class ProgressBar:

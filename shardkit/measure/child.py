@@ -9,16 +9,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shardkit.errors import Cancelled
 from shardkit.measure.limit import limited
 from shardkit.measure.sampler import PortableSampler, Reading, StatusSampler
 
 _TAIL_BYTES = 4000
+_ASK_EVERY_SECONDS = 0.2
 _EVENTS_BYTES = 4_000_000
 
 
@@ -63,6 +65,7 @@ def run_child(
     timeout: float | None = None,
     environment: Mapping[str, str] | None = None,
     memory_limit: int | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> ChildEnd:
     """Start `command`, give it `job` and the path of a results file, sample it until it ends.
 
@@ -76,9 +79,13 @@ def run_child(
         Variables added to our own.
     memory_limit
         Bytes that the child and all its children may have; None for no limit.
+    stop
+        Asked a few times a second; True kills the child.
 
     Raises
     ------
+    Cancelled
+        If `stop` said so.
     MeasurementError
         If this system does not let us limit memory.
     """
@@ -101,7 +108,7 @@ def run_child(
         except (OSError, ValueError) as error:
             return ChildEnd(started_at, time.monotonic(), None, False, None, [], str(error), [], [], 0.0)
         samplers = (StatusSampler(child.pid), PortableSampler(child))
-        timed_out = _watch(child, samplers, {**job, "results": str(results)}, timeout)
+        timed_out = _watch(child, samplers, {**job, "results": str(results)}, timeout, stop)
         ended_at = time.monotonic()
         fine, portable = samplers
         return ChildEnd(
@@ -123,6 +130,7 @@ def _watch(
     samplers: tuple[StatusSampler, PortableSampler],
     job: Mapping[str, Any],
     timeout: float | None,
+    stop: Callable[[], bool] | None,
 ) -> bool:
     """Wait for the child and return whether it ran out of time; whatever happens, it is gone after."""
     timed_out = False
@@ -132,7 +140,7 @@ def _watch(
         with suppress(BrokenPipeError):  # a child that does not listen ends without a result
             _lifeline(child).write(json.dumps(job).encode() + b"\n")
             _lifeline(child).flush()
-        child.wait(timeout)
+        _wait(child, timeout, stop)
     except subprocess.TimeoutExpired:
         timed_out = True
     finally:
@@ -144,6 +152,17 @@ def _watch(
             if sampler.ident is not None:
                 sampler.join()
     return timed_out
+
+
+def _wait(child: subprocess.Popen[bytes], timeout: float | None, stop: Callable[[], bool] | None) -> None:
+    end = float("inf") if timeout is None else time.monotonic() + timeout
+    while stop is not None and (left := end - time.monotonic()) > _ASK_EVERY_SECONDS:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(min(left, _ASK_EVERY_SECONDS))
+            return
+        if stop():
+            raise Cancelled("stopped as asked, in the middle of a load")
+    child.wait(None if timeout is None else max(0.0, end - time.monotonic()))
 
 
 def _lifeline(child: subprocess.Popen[bytes]) -> Any:

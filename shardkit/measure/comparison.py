@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Self
 
-from shardkit.errors import MeasurementError
+from shardkit.errors import MeasurementError, ShardkitError
 from shardkit.measure.intervals import Conclusion, conclude, paired_interval, repeats_to_decide
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement, format_seconds
 from shardkit.record import Record, Summary, Table, plural, shown_path
@@ -328,7 +328,10 @@ class Comparison(Record):
             data = json.loads(carried.group(1) if (carried := _CARRIED.search(text)) else text)
         except (OSError, ValueError) as error:
             raise MeasurementError(f"{os.fspath(path)} cannot be read as a comparison: {error}") from error
-        return cls.from_dict(data if isinstance(data, dict) else {})
+        try:
+            return cls.from_dict(data if isinstance(data, dict) else {})
+        except ShardkitError as error:
+            raise ShardkitError(f"{os.fspath(path)}: {error}") from None
 
     def to_html(self) -> str:
         """Return one HTML page with figures, pictures and raw data that needs no other file, to be mailed."""

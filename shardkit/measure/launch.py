@@ -6,13 +6,14 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import MeasurementError
+from shardkit.files import LocalFiles, folder_here
 from shardkit.layout import find_weights, is_index, read_config, read_weight_map
 from shardkit.load import prefetch_bytes
 from shardkit.measure import page_cache
@@ -44,6 +45,7 @@ def measure_load(
     python: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
     options: Mapping[str, Any] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> LoadMeasurement:
     """Load a checkpoint with `from_pretrained` in a fresh process, and measure it.
 
@@ -53,7 +55,8 @@ def measure_load(
     Parameters
     ----------
     source
-        A checkpoint's folder, or the weights or index file in it that transformers loads.
+        A checkpoint's folder, or the weights or index file in it that transformers loads; or a model on
+        the Hub, which is downloaded first.
     dtype
         Asked of `from_pretrained`: "float16", "bfloat16", "float32", "auto"; None asks for nothing.
     device
@@ -75,9 +78,13 @@ def measure_load(
         Seconds.
     options
         Passed to `from_pretrained` as they are; JSON's types only.
+    stop
+        Asked a few times a second; True ends the load.
 
     Raises
     ------
+    Cancelled
+        If `stop` said so.
     MeasurementError
         If an argument is not understood, or memory cannot be limited here.
     CheckpointError
@@ -101,21 +108,22 @@ def measure_load(
     }
     command = [os.fspath(python or sys.executable), str(WORKER)]
     state = page_cache.prepare(files, cache)
-    end = run_child(command, job, timeout=timeout, environment=_ENVIRONMENT, memory_limit=limit)
+    end = run_child(command, job, timeout=timeout, environment=_ENVIRONMENT, memory_limit=limit, stop=stop)
     state = dataclasses.replace(state, resident_bytes_after=page_cache.resident_bytes(files))
     return _measurement(job, limit, state, end)
 
 
 def _weight_files(source: str | os.PathLike[str]) -> tuple[str, list[str]]:
     """Return the folder that transformers is given, and the paths of the weights that it loads from there."""
-    path = Path(os.path.abspath(os.path.expanduser(source)))
+    path = Path(folder_here(source))
     folder = path if path.is_dir() else path.parent
-    if not path.exists() or (folder != path and read_config(folder) is None):
-        raise MeasurementError(f"{source}: is no folder of a model: give the one that holds config.json")
-    chosen = find_weights(folder, read_config(folder))
+    inside = LocalFiles(folder)
+    if folder != path and read_config(inside) is None:
+        raise MeasurementError(f"{path}: a file without config.json beside it is no model to load")
+    chosen = find_weights(inside, read_config(inside))
     if path not in (folder, folder / chosen):
         raise MeasurementError(f"{path}: transformers loads {chosen} of this folder, not this file")
-    names = set(read_weight_map(folder, chosen).values()) if is_index(chosen) else {chosen}
+    names = set(read_weight_map(inside, chosen).values()) if is_index(chosen) else {chosen}
     return str(folder), [str(folder / name) for name in sorted(names)]
 
 
@@ -130,7 +138,9 @@ def _measurement(
     events = {event["event"]: event for event in end.events}
     begins = {event["name"]: event for event in end.events if event["event"] == "begin"}
     stack = events.get("stack", {})
-    load = begins.get(LOAD, {"at": end.ended_at, "peak_reset": True})
+    # Where it never came to the load, what it held before says at least how far it came.
+    load = begins.get(LOAD, {"at": end.started_at, "peak_reset": True})
+    load_start = load["at"] - end.started_at if LOAD in begins else None
     peaks = _peaks(end, load["at"], load["peak_reset"])
     outcome, reason = _outcome(end, events, limit, peaks)
     notes = [event["text"] for event in end.events if event["event"] == "note"]
@@ -149,6 +159,7 @@ def _measurement(
         outcome=outcome,
         reason=reason,
         phases=tuple(_phase(event, end) for event in end.events if event["event"] == "end"),
+        load_start_seconds=load_start,
         **peaks,
         peak_device_bytes=events.get("device", {}).get("peak_bytes"),
         cache=cache,

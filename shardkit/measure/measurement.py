@@ -111,6 +111,8 @@ class LoadMeasurement(Record):
         Why it is not "ok": one line.
     phases
         Those that were completed, in order.
+    load_start_seconds
+        When the load began, completed or not, since the process was started; None if it never did.
     peak_total_bytes, peak_anonymous_bytes, peak_file_bytes
         Largest from the start of the load to the end of the process: all resident memory, memory that
         must exist, file pages that the kernel may drop. None where the system does not tell.
@@ -139,6 +141,7 @@ class LoadMeasurement(Record):
     outcome: Literal["ok", "failed", "killed", "timeout"]
     reason: str
     phases: tuple[Phase, ...]
+    load_start_seconds: float | None
     peak_total_bytes: int | None
     peak_anonymous_bytes: int | None
     peak_file_bytes: int | None

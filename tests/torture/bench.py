@@ -19,8 +19,6 @@ from typing import NamedTuple, Self
 
 import xxhash
 
-_TRIAL_SECONDS = 200  # then a trial counts as hung, and its process is killed
-
 
 class Fault(str):
     """What went wrong, in words."""
@@ -55,13 +53,19 @@ Trial = Callable[[Place], Iterator[Finding]]
 
 
 class Kind(NamedTuple):
-    """A kind of trial; how many make it up, in full and in the suite; how to make what they share."""
+    """A kind of trial; how many make it up, in full and in the suite; how to make what they share.
+
+    A trial that takes longer than `seconds` counts as hung, and its process is killed.
+    """
 
     what: str
     trial: Trial
     full: int
     suite: int
     prepare: Callable[[Path], None] | None = None
+    workers: int | None = None  # how many trials at once, where they would disturb each other
+    seconds: int = 200  # then a trial counts as hung, and its process is killed
+    tolerated: int = 0  # faults that chance alone may bring
 
 
 @dataclass
@@ -73,6 +77,7 @@ class Outcome:
     faults: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     most: dict[str, float] = field(default_factory=dict)
+    tolerated: int = 0
 
     def add(self, findings: list[Finding], again: str) -> None:
         """Take in the findings of one trial; `again` is the command that repeats it."""
@@ -111,12 +116,12 @@ class Bench:
 
     def run(self, name: str, kind: Kind, numbers: range, seed: int = 0) -> Outcome:
         """Run trials by number, a few at once."""
-        outcome, shared = Outcome(kind.what), self._prepared(kind.prepare)
+        outcome, shared = Outcome(kind.what, tolerated=kind.tolerated), self._prepared(kind.prepare)
         context = get_context("forkserver")
         context.set_forkserver_preload(["torch", "shardkit.write", "shardkit.cast"])
         step = max(1, min(100, len(numbers) // (8 * self._workers)))
-        one = partial(_one, kind.trial, f"{seed}/{name}", shared)
-        with ProcessPoolExecutor(self._workers, mp_context=context) as pool:
+        one = partial(_one, kind, f"{seed}/{name}", shared)
+        with ProcessPoolExecutor(kind.workers or self._workers, mp_context=context) as pool:
             results = pool.map(one, numbers, chunksize=step)
             for number in numbers:
                 again = f"python -m tests.torture {name} --seed {seed} --trial {number}"
@@ -140,13 +145,13 @@ class Bench:
         return self._shared[prepare]
 
 
-def _one(trial: Trial, seed: str, shared: Path, number: int) -> list[Finding]:
+def _one(kind: Kind, seed: str, shared: Path, number: int) -> list[Finding]:
     work = shared / f"{seed.partition('/')[2]}-{number}"
     work.mkdir()
-    signal.alarm(_TRIAL_SECONDS)
+    signal.alarm(kind.seconds)
     findings: list[Finding] = []
     try:
-        for finding in trial(Place(shared, work, number, random.Random(f"{seed}/{number}"))):
+        for finding in kind.trial(Place(shared, work, number, random.Random(f"{seed}/{number}"))):
             findings.append(finding)  # noqa: PERF402  one by one: those before an exception are kept
     except Skip as reason:
         findings.append(Seen(f"skipped: {reason}"))

@@ -1,6 +1,6 @@
 """Every kind of trial, by the name that the command line knows it by."""
 
-from tests.torture import flips, kills, mutations, pickles, places, races, space
+from tests.torture import comparisons, flips, hubs, kills, mutations, pickles, places, races, space
 
 KINDS = {
     "kills": kills.RANDOM, "kills-at-calls": kills.CHOSEN,
@@ -8,5 +8,7 @@ KINDS = {
     "mutations": mutations.MUTATED, "monsters": mutations.MONSTROUS,
     "flips": flips.FLIPS, "pickles": pickles.PICKLES, "races": races.RACES,
     "places": places.ODD, "fallbacks": places.FALLBACKS,
+    "hub-trips": hubs.TRIPS, "hub-kills": hubs.KILLED,
     "cancels": places.CANCELS, "interrupts": places.INTERRUPTS,
+    "comparisons": comparisons.COMPARISONS,
 }  # fmt: skip

@@ -1,0 +1,111 @@
+"""Parameters of an unattended notebook, held against what it knows and can use before any work begins.
+
+Papermill only warns of a name that the notebook does not know, and runs on with the default.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, get_args
+
+from shardkit.checkpoint import Checkpoint
+from shardkit.errors import ShardkitError
+from shardkit.plan import Strategy
+from shardkit.record import listed, plural
+from shardkit.sizes import parse_size
+from shardkit.tensor import CAST_DTYPES
+
+_INJECTED = "# Parameters"  # how papermill begins the cell that it writes
+
+
+class ParameterError(ShardkitError, ValueError):
+    """A parameter of a notebook is unknown, or its value cannot be used."""
+
+    def _render_traceback_(self) -> list[str]:
+        # IPython shows this instead of frames, in which whoever typed a wrong value would have to find it.
+        return [f"{type(self).__name__}: {self}"]
+
+
+def check_parameters(names: Mapping[str, Any]) -> None:
+    """Refuse parameters that a notebook does not know, and values that it cannot use.
+
+    The parameters are those that its cells annotate: ``repeats: int = 5``.
+
+    Parameters
+    ----------
+    names
+        The `globals()` of a notebook, behind its parameters.
+
+    Raises
+    ------
+    ParameterError
+        Names the parameter, its value, and what it may be.
+    """
+    cells: Sequence[str] = names.get("In", ())
+    known = dict.fromkeys(name for cell in cells for name in _assigned(cell, ast.AnnAssign))
+    given = [name for cell in cells if cell.startswith(_INJECTED) for name in _assigned(cell, ast.Assign)]
+    if unknown := [name for name in given if name not in known]:
+        raise ParameterError(
+            f"{plural(len(unknown), 'unknown parameter')} ({listed(unknown)}): "
+            f"this notebook has {listed(known, len(known))}"
+        )
+    for name in known.keys() & _RULES.keys():
+        try:
+            _RULES[name](names[name])
+        except ShardkitError as error:
+            raise ParameterError(f"parameter {name}: {error}") from None
+
+
+def _assigned(cell: str, kind: type[ast.Assign | ast.AnnAssign]) -> list[str]:
+    """Return the names that a cell assigns at its top level, with or without an annotation."""
+    with suppress(SyntaxError):
+        found = (node for node in ast.parse(cell).body if isinstance(node, kind))
+        targets = (node.targets[0] if isinstance(node, ast.Assign) else node.target for node in found)
+        return [target.id for target in targets if isinstance(target, ast.Name)]
+    return []
+
+
+def _is_text(value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ShardkitError(f"{value!r} is no text (papermill's -r passes a number as text)")
+
+
+def _one_of(*choices: str) -> Callable[[object], None]:
+    def check(value: object) -> None:
+        if value not in choices:
+            raise ShardkitError(f"{value!r} is not one of {', '.join(choices)}")
+
+    return check
+
+
+def _is_checkpoint(value: Any) -> None:
+    if value != "":  # the demo model
+        _is_text(value)
+        Checkpoint.open(value)
+
+
+def _is_folder(value: Any) -> None:
+    _is_text(value)
+    if not Path(value).is_dir():
+        raise ShardkitError(f"{value!r} is not a folder that exists")
+
+
+def _is_count(value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise ShardkitError(f"{value!r} is not a whole number above zero")
+
+
+_RULES: dict[str, Callable[[Any], object]] = {
+    "model": _is_checkpoint,
+    "demo_size": parse_size,
+    "max_shard_size": parse_size,
+    "strategy": _one_of(*get_args(Strategy)),
+    "dtype": _one_of(*CAST_DTYPES),
+    "repeats": _is_count,
+    "cache": _one_of("cold", "warm"),
+    "output_folder": _is_text,
+    "results": _is_folder,
+}

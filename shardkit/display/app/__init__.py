@@ -1,0 +1,216 @@
+"""One widget that takes a newcomer through the whole job: choose, plan, shard, compare.
+
+    shardkit.ShardApp()                           # in a notebook cell
+    shardkit.ShardApp("path/to/model", dtype="float16").run_all()   # the same without anybody clicking
+
+Jobs run in a thread of their own and tell the page what happens by widget traits alone.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any, get_args
+
+import ipywidgets as widgets
+
+from shardkit.checkpoint import Checkpoint
+from shardkit.display.app import page
+from shardkit.display.app.choose import Choose
+from shardkit.display.app.compare import Compare
+from shardkit.display.app.plan import Plan
+from shardkit.display.app.shard import Shard
+from shardkit.display.app.step import Step
+from shardkit.display.app.worker import Worker
+from shardkit.errors import ShardkitError
+from shardkit.measure.comparison import Comparison
+from shardkit.plan import ShardPlan, Strategy
+from shardkit.sizes import parse_size
+from shardkit.tensor import CAST_DTYPES
+from shardkit.write import ShardReport
+
+__all__ = ["ShardApp"]
+
+_BUSY = "Another app of this notebook is at work. Cancel stops it; then start again."
+
+
+class ShardApp:
+    """Choose, plan, shard and compare, in a notebook.
+
+    Parameters
+    ----------
+    source
+        A folder, a weights file or a Hub id to begin with; it is opened at once.
+    destination
+        Where the shards go; None for a folder beside this notebook, called after the source.
+    max_shard_size, strategy, dtype, overwrite
+        As for `shard_checkpoint`; a `max_shard_size` of None suits the size of the model.
+    repeats, cache, memory_limit
+        As for `compare_loads`.
+    first_token
+        Whether a load is timed until its first token.
+
+    Raises
+    ------
+    ShardkitError
+        If a setting is not understood; says what is.
+
+    Attributes
+    ----------
+    widget
+        What is displayed, to be put into a layout of your own.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        destination: str | os.PathLike[str] | None = None,
+        max_shard_size: int | str | None = None,
+        strategy: Strategy = "size",
+        dtype: str | None = None,
+        overwrite: bool = False,
+        repeats: int = 5,
+        cache: str = "cold",
+        first_token: bool = True,
+        memory_limit: int | str | None = None,
+    ) -> None:
+        _check("strategy", strategy, get_args(Strategy))
+        _check("dtype", dtype, (None, *CAST_DTYPES))
+        _check("cache", cache, ("cold", "warm"))
+        if repeats < 1:
+            raise ShardkitError(f"repeats is {repeats}: give a number of pairs, 1 or more")
+        limit = None if memory_limit is None else parse_size(memory_limit)
+        size = None if max_shard_size is None else parse_size(max_shard_size)
+        self._choose = Choose(os.fspath(source or ""))
+        self._plan = Plan(size, strategy, dtype)
+        self._shard = Shard(os.fspath(destination or ""), overwrite)
+        self._compare = Compare(repeats, cache, first_token, limit)
+        self._steps = (self._choose, self._plan, self._shard, self._compare)
+        self._named = bool(destination)
+        self._worker, self._working = Worker(), None
+        self.widget = widgets.VBox([widgets.HTML(page.stylesheet()), *(step.box for step in self._steps)])
+        self.widget.add_class("sk-app")
+        self._connect()
+        self._refresh()
+        if source is not None:
+            self._begin(self._choose)
+
+    _working: Step | None
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """What was opened."""
+        return self._choose.checkpoint
+
+    @property
+    def plan(self) -> ShardPlan | None:
+        """What the controls of step 2 say."""
+        return self._plan.plan
+
+    @property
+    def report(self) -> ShardReport | None:
+        """What step 3 has written."""
+        return self._shard.report
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """What step 4 has found; while it runs or when it was stopped, what it has found so far."""
+        return self._compare.comparison
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Return whether nothing is running any more, after `timeout` seconds at most."""
+        try:
+            return self._worker.wait(timeout)
+        except KeyboardInterrupt:
+            Worker.stop()
+            raise
+
+    def run_all(self) -> Comparison:
+        """Do all four steps as they are set, for runs where nobody clicks, and return the comparison.
+
+        Raises
+        ------
+        ShardkitError
+            If a step fails, or another app of this process is at work.
+        """
+        for step in self._steps:
+            self.wait()
+            if not self._begin(step):
+                raise ShardkitError(step.missing or _BUSY)
+            self.wait()
+            if step.error is not None:
+                raise step.error
+        assert self._compare.comparison is not None  # noqa: S101 - or its step would have raised
+        return self._compare.comparison
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self.widget)  # type: ignore[no-untyped-call]
+
+    def __repr__(self) -> str:
+        source = self._choose.source.value
+        return f"ShardApp({source!r}): choose, plan, shard and compare, in a notebook"
+
+    def _connect(self) -> None:
+        for step in (self._choose, self._shard, self._compare):
+            step.start.on_click(partial(self._clicked, step))
+        self._plan.changed = self._planned
+        self._shard.destination.observe(lambda _: self._refresh(), "value")
+        self._choose.opened = self._opened
+        # Enter opens what was typed; a suggestion is only a suggestion until it is opened.
+        self._choose.entered = partial(self._begin, self._choose)
+
+    def _clicked(self, step: Step, _: Any) -> None:
+        self._begin(step)
+
+    def _begin(self, step: Step) -> bool:
+        """Start a step's job, or say why not; a second click on a step that works is overlooked."""
+        if self._working is not None:
+            if self._working is not step:
+                step.say(page.status("Not now: another step is at work. Wait for it, or cancel it."))
+            return False
+        if step.missing:
+            step.say(page.error(step.missing))
+            return False
+        self._working = step
+        self._refresh()
+        if self._worker.start(step.attempt, self._ended):
+            return True
+        self._ended()
+        step.say(page.error(_BUSY))
+        for other in self._steps:
+            other.let_cancel(True)
+        return False
+
+    def _ended(self) -> None:
+        self._working = None
+        self._refresh()
+
+    def _opened(self) -> None:
+        checkpoint = self._choose.checkpoint
+        self._shard.source = self._compare.original = checkpoint.source if checkpoint else ""
+        if checkpoint is not None and not self._named:
+            self._shard.destination.value = f"{self._choose.name}-sharded"
+        self._compare.clear()
+        self._shard.clear()
+        self._plan.open(checkpoint)
+
+    def _planned(self) -> None:
+        self._shard.plan = self._plan.plan
+        if self._plan.plan is not None:
+            self._compare.dtype.value = self._plan.plan.dtype or ""
+        self._choose.tell(self._plan.plan)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Let every button say what can be done now."""
+        self._compare.sharded = self._shard.destination.value.strip()
+        for step in self._steps:
+            step.show(working=step is self._working, busy=self._working is not None)
+
+
+def _check(setting: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        raise ShardkitError(f"{setting} is {value!r}: give one of {', '.join(map(str, known))}")

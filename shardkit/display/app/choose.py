@@ -1,0 +1,129 @@
+"""Step 1: which checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets as widgets
+
+from shardkit.checkpoint import Checkpoint
+from shardkit.demo import make_demo_checkpoint
+from shardkit.display.app import page
+from shardkit.display.app.step import Step, field
+from shardkit.errors import ShardkitError
+from shardkit.plan import ShardPlan
+from shardkit.record import Summary, Table
+from shardkit.sizes import format_size
+
+_DEMOS = {"mistral-demo-64MB": "64MB", "mistral-demo-512MB": "512MB"}
+_HELD = "what the checkpoint holds"
+_SUGGESTIONS = (
+    ("type a folder, a file or a Hub id below", ""),
+    ("demo model, 64 MB, made on the spot: fits anywhere", "mistral-demo-64MB"),
+    ("demo model, 512 MB, made on the spot", "mistral-demo-512MB"),
+    *(
+        (f"Hub: {name}{fits}", name)
+        for name, fits in (
+            ("sentence-transformers/all-MiniLM-L6-v2", " (small: fits Binder)"),
+            ("HuggingFaceTB/SmolLM2-135M", " (small: fits Binder)"),
+            ("mistralai/Mistral-7B-v0.1", ""),
+            ("tiiuae/falcon-7b-instruct", ""),
+        )
+    ),
+)
+
+
+class Choose(Step):
+    """Names a checkpoint and shows what it holds.
+
+    Attributes
+    ----------
+    checkpoint
+        What was opened last; None after a failure.
+    """
+
+    def __init__(self, source: str) -> None:
+        super().__init__(
+            1,
+            "Choose",
+            "Any safetensors or PyTorch checkpoint. Opening reads its headers, none of its weights.",
+            button="Open",
+            working="Opening…",
+        )
+        self.checkpoint: Checkpoint | None = None
+        self.suggestion = field(widgets.Dropdown, "Suggestions", options=_SUGGESTIONS)
+        self.source = field(
+            widgets.Text,
+            "Checkpoint",
+            value=source,
+            placeholder="folder, weights file or Hub id",
+            continuous_update=False,
+        )
+        self.entered: Callable[[], object] = lambda: None
+        self.opened: Callable[[], object] = lambda: None
+        self._taking = False
+        self.suggestion.observe(self._take_suggestion, "value")
+        self.source.observe(self._typed, "value")
+        self.controls = [self.suggestion]  # the text keeps its focus while what was entered is opened
+        self._held = widgets.HTML()
+        self.place(self.suggestion, self.source, self.start, self._message, self._held)
+        self._clear()
+
+    def _take_suggestion(self, change: Any) -> None:
+        if change["new"]:
+            self._taking = True
+            self.source.value = change["new"]
+            self._taking = False
+            self.say(page.status("Open shows what it holds."))
+
+    def _typed(self, _: Any) -> None:
+        if not self._taking:
+            self.entered()
+
+    def run(self) -> None:
+        """Open the checkpoint; a demo is made first."""
+        self.checkpoint = None
+        self._clear()
+        self.opened()
+        source = self.source.value.strip()
+        if not source:
+            raise ShardkitError("nothing is chosen: take a suggestion, or give a folder, a file or a Hub id")
+        if size := _DEMOS.get(source):
+            self.say(page.status(f"Making a demo model of {size} in {source} …"))
+            self.checkpoint = make_demo_checkpoint(source, size=size)
+        else:
+            self.say(page.status(f"Opening {source} …"))
+            self.checkpoint = Checkpoint.open(source)
+        self.opened()
+        self.say(page.done("Go on with the plan."))
+
+    def tell(self, plan: ShardPlan | None) -> None:
+        """Show what the checkpoint holds, and where it fits as it is and sharded as planned."""
+        if self.checkpoint is not None:
+            shown = page.columns(self.checkpoint.summary().html(), _fits(self.checkpoint, plan).html())
+            self._held.value = page.region(_HELD, shown, name="held")
+
+    def _clear(self) -> None:
+        self._held.value = page.region(_HELD, "What it holds, and where it fits, is shown here.", name="held")
+
+    @property
+    def name(self) -> str:
+        """What the checkpoint is called: the last part of its path or id."""
+        source = str(self.source.value).strip()
+        return os.path.basename(source.rstrip("/\\")).removesuffix(".safetensors")
+
+
+def _fits(checkpoint: Checkpoint, plan: ShardPlan | None) -> Summary:
+    """Return whether a load fits this machine and the free hosts, as it is and from planned shards."""
+    now = checkpoint.estimate(plan.dtype if plan else None)
+    shards = plan.estimate(now.dtype) if plan else now
+    rows = [
+        ("memory needed", "", *(format_size(e.peak_anonymous_bytes) for e in (now, shards))),
+        ("mapped from files", "", *(format_size(e.mapped_bytes) for e in (now, shards))),
+    ]
+    for host, with_shards in zip(now.hosts, shards.hosts, strict=True):
+        rows.append((host.name, format_size(host.memory_bytes), host.verdict, with_shards.verdict))
+    title = f"Does it fit, loaded as {now.dtype or 'stored'}?"
+    return Summary(title, (), (Table(("", "memory", "as it is", "as planned"), tuple(rows)),), now.notes)

@@ -1,0 +1,154 @@
+"""Step 2: how it is sharded; the layout follows while the slider moves."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+
+from shardkit.checkpoint import Checkpoint
+from shardkit.display.app import page
+from shardkit.display.app.step import Step, field
+from shardkit.errors import ShardkitError
+from shardkit.plan import ShardPlan, plan_shards
+from shardkit.record import Summary
+from shardkit.sizes import format_size
+from shardkit.tensor import CAST_DTYPES
+
+STRATEGIES = (
+    ("fill one file after the other", "size"),
+    ("one file for each decoder block", "layer"),
+    ("fewest files, as equal as can be", "balanced"),
+)
+_MANTISSAS = (10, 12, 16, 20, 25, 32, 40, 50, 63, 80)  # ten steps from a size to ten times it
+_MOST_FILES, _USUAL_FILES, _LEAST_BYTES = 200, 8, 1_000_000
+
+
+class Plan(Step):
+    """Sets size, strategy and dtype, and shows what would be written.
+
+    Attributes
+    ----------
+    plan
+        What the controls say; None as long as there is no checkpoint, or no such plan.
+    """
+
+    def __init__(self, max_shard_size: int | None, strategy: str, dtype: str | None) -> None:
+        super().__init__(
+            2,
+            "Plan",
+            "The plan is computed from the headers: nothing is written yet.",
+            button="",
+            working="",
+        )
+        self.plan: ShardPlan | None = None
+        self._checkpoint: Checkpoint | None = None
+        self.changed: Callable[[], None] = lambda: None
+        self._asked, self._filling = max_shard_size, False
+        self.size = field(widgets.SelectionSlider, "Shard size up to", options=[("-", 0)])
+        self.strategy = field(widgets.Dropdown, "Strategy", options=STRATEGIES, value=strategy)
+        dtypes = [("as it is stored (bytes are copied)", ""), *((name, name) for name in CAST_DTYPES)]
+        self.dtype = field(widgets.Dropdown, "Write as", options=dtypes, value=dtype or "")
+        self.controls = [self.size, self.strategy, self.dtype]
+        self._map = widgets.HTML()
+        self._told = widgets.HTML()
+        for control in self.controls:
+            control.observe(self._changed, "value")
+        self.place(*self.controls, self._message, self._map, self._told)
+        self._clear()
+
+    def open(self, checkpoint: Checkpoint | None) -> None:
+        """Plan for another checkpoint."""
+        self._checkpoint = checkpoint
+        if checkpoint is not None:
+            sizes = shard_sizes(checkpoint.total_bytes, self._asked)
+            self._filling = True
+            self.size.options = [(format_size(size), size) for size in sizes]
+            largest = checkpoint.largest.nbytes if checkpoint.largest else 0
+            usual = self._asked or max(checkpoint.total_bytes // _USUAL_FILES, largest + largest // 100)
+            self.size.value = next(size for size in sizes if size >= usual)
+            self._filling = False
+        self.attempt()
+
+    @property
+    def missing(self) -> str:
+        """What has to be done before: a checkpoint."""
+        return "" if self._checkpoint is not None else "there is nothing to plan: open a checkpoint (step 1)"
+
+    def show(self, *, working: bool, busy: bool) -> None:
+        """Let the controls say whether there is something to plan for."""
+        super().show(working=working, busy=busy or bool(self.missing))
+
+    def attempt(self) -> None:
+        """Plan, and tell who waits for it."""
+        super().attempt()
+        self.changed()
+
+    def run(self) -> None:
+        """Plan anew and show it."""
+        self.plan = None
+        if self._checkpoint is None:
+            self._clear()
+            return
+        try:
+            self.plan = plan_shards(
+                self._checkpoint,
+                max_shard_size=self.size.value,
+                strategy=self.strategy.value,
+                dtype=self.dtype.value or None,
+            )
+        except ShardkitError:
+            self._clear()
+            raise
+        self.say("")
+        self._map.value = page.region(
+            "layout of the files", page.layout_map(self._checkpoint, self.plan), name="layout"
+        )
+        self._told.value = page.region("the plan", _told(self._checkpoint, self.plan), name="plan")
+
+    def _changed(self, _: Any) -> None:
+        if not self._filling:
+            self.attempt()
+
+    def _clear(self) -> None:
+        self._map.value = page.region(
+            "layout of the files", "The layout of the files is drawn here.", name="layout"
+        )
+        self._told.value = page.region(
+            "the plan", "Number of files, disk and memory needed are shown here.", name="plan"
+        )
+
+
+def _told(checkpoint: Checkpoint, plan: ShardPlan) -> str:
+    """Return the plan with what it asks of disk and memory, and its files beside it."""
+    free = shutil.disk_usage(Path.cwd()).free
+    verdict = "enough" if free >= plan.disk_bytes else "NOT enough: choose a folder on another disk"
+    now = checkpoint.estimate(plan.dtype)
+    then, before = (format_size(e.peak_anonymous_bytes) for e in (plan.estimate(now.dtype), now))
+    summary = plan.summary()
+    facts = (
+        *summary.facts,
+        ("disk free here", f"{format_size(free)}: {verdict}"),
+        ("memory to load", f"{then} must exist ({before} as it is now)"),
+    )
+    files = Summary("Files", tables=summary.tables)
+    return page.columns(replace(summary, facts=facts, tables=()).html(), files.html())
+
+
+def shard_sizes(total_bytes: int, asked: int | None) -> list[int]:
+    """Return the sizes to choose from: round ones, from many files to one, and what was asked for."""
+    least = max(_LEAST_BYTES, total_bytes // _MOST_FILES)
+    sizes = {asked} if asked else set()
+    power = 10 ** (len(str(least)) - 2)
+    while True:
+        for mantissa in _MANTISSAS:
+            size = mantissa * power
+            if size >= least:
+                sizes.add(size)
+            if size > total_bytes * 1.01:  # room for a header: all in one file
+                return sorted(sizes)
+        power *= 10

@@ -1,0 +1,67 @@
+"""One job at a time, outside the kernel's main thread, so that the page never freezes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Event, Lock, Thread
+
+from shardkit.errors import Cancelled, ShardkitError
+
+
+class Worker:
+    """Runs jobs in a thread of their own, one at a time in the whole process.
+
+    Of the process, not of one app: whoever runs the app's cell again gets a second app, and a job of the
+    first would spoil what the second measures. So either app can stop whatever runs.
+    """
+
+    _running = Lock()
+    _stop = Event()
+
+    def __init__(self) -> None:
+        self._thread: Thread | None = None
+
+    @classmethod
+    def stopping(cls) -> bool:
+        """Whether the running job was asked to stop."""
+        return cls._stop.is_set()
+
+    @classmethod
+    def stop(cls) -> None:
+        """Ask the running job to stop."""
+        cls._stop.set()
+
+    def start(self, job: Callable[[], None], ended: Callable[[], None]) -> bool:
+        """Start a job, then call `ended`; False if another is running. The job deals with its own errors."""
+        if not self._running.acquire(blocking=False):
+            return False
+        self._stop.clear()
+
+        def run() -> None:
+            try:
+                job()
+            finally:
+                self._running.release()
+                ended()
+
+        # A daemon: a kernel that is told to go must not wait for a copy that can be resumed.
+        self._thread = Thread(target=run, name="shardkit-app", daemon=True)
+        self._thread.start()
+        return True
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Return whether this app's job ended within `timeout` seconds."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+        return self._thread is None or not self._thread.is_alive()
+
+
+def plain_words(error: BaseException) -> str:
+    """Say what went wrong as a person would, whatever was raised."""
+    if isinstance(error, Cancelled | ShardkitError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'system'}: {error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return "this machine's memory ran out: restart the kernel, or take a smaller model"
+    return f"unexpected {type(error).__name__}: {error}. This is a fault in shardkit: please report it"

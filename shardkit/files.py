@@ -1,0 +1,127 @@
+"""The files of a checkpoint, wherever they lie: what is asked of a folder here, or of a commit on the Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+from shardkit.errors import CheckpointError
+from shardkit.safetensors_file import Header, read_header
+
+# Folders of the tools that made the copy, and a trainer's earlier states: not of the model.
+NOT_OURS = re.compile(r"\.git|\.cache|__pycache__|\.ipynb_checkpoints|checkpoint-\d+|\..*\.shardkit-.*")
+
+
+def is_remote(path: str) -> bool:
+    """Whether a folder or file is on the Hub: ``hf://org/name@commit/file``."""
+    return path.startswith("hf://")
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative name stays in its folder, and cannot deceive a terminal."""
+    return (
+        name.isprintable() and not os.path.isabs(name) and ".." not in Path(name).parts and "\\" not in name
+    )
+
+
+def folder_here(source: str | os.PathLike[str]) -> str:
+    """Return the path of a checkpoint on this machine, downloaded first where it is on the Hub."""
+    path = os.path.abspath(os.path.expanduser(source))
+    if os.path.exists(path):
+        return path
+    from shardkit.hub.source import find_model
+
+    return find_model(os.fspath(source), download=True).files.folder
+
+
+class Files(Protocol):
+    """Files by their names relative to `folder`, with "/" between parts."""
+
+    @property
+    def folder(self) -> str:
+        """Its path, or ``hf://org/name@commit``."""
+
+    def is_file(self, name: str) -> bool:
+        """Whether there is such a file."""
+
+    def size(self, name: str) -> int:
+        """Return its size in bytes."""
+
+    def read(self, name: str) -> bytes:
+        """Return all of a small file."""
+
+    def header(self, name: str) -> Header:
+        """Read and validate the header of a safetensors file."""
+
+    def names(self) -> Iterable[str]:
+        """Return the names of files in the folder and, at least, in the folders in it."""
+
+    def belonging(self) -> Iterator[str]:
+        """Yield the names of files at any depth, in order; not those of tools that made the copy."""
+
+    def leaves(self, name: str) -> Path | None:
+        """Return where a file really is, if that is outside the folder."""
+
+
+class LocalFiles:
+    """The files of a folder on this machine."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._path = Path(folder)
+
+    @property
+    def folder(self) -> str:
+        """Its path."""
+        return str(self._path)
+
+    def is_file(self, name: str) -> bool:
+        """Whether there is such a file."""
+        try:
+            return (self._path / name).is_file()
+        except OSError:  # a name that the file system cannot have
+            return False
+
+    def size(self, name: str) -> int:
+        """Return its size in bytes."""
+        return (self._path / name).stat().st_size
+
+    def read(self, name: str) -> bytes:
+        """Return all of a small file."""
+        return (self._path / name).read_bytes()
+
+    def header(self, name: str) -> Header:
+        """Read and validate the header of a safetensors file."""
+        return read_header(self._path / name)
+
+    def names(self) -> Iterable[str]:
+        """Return the names of files in the folder and in the folders in it."""
+        found = (*self._path.iterdir(), *self._path.glob("*/*"))
+        return [path.relative_to(self._path).as_posix() for path in found if path.is_file()]
+
+    def belonging(self) -> Iterator[str]:
+        """Yield the names of files at any depth, in order; not those of tools that made the copy."""
+        for root, folders, names in os.walk(self._path, onerror=_unreadable):
+            folders[:] = sorted(name for name in folders if not NOT_OURS.fullmatch(name))
+            for name in folders:
+                if os.path.islink(path := os.path.join(root, name)):
+                    raise CheckpointError("is a link to a folder: put a copy in its place", file=path)
+            for name in sorted(names):
+                path = os.path.join(root, name)
+                if os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path)):  # no pipe
+                    yield os.path.relpath(path, self._path)
+
+    def leaves(self, name: str) -> Path | None:
+        """Return where a file really is, if that is outside the folder.
+
+        Snapshots of the Hub's cache are links into the cache's own `blobs`, and those are followed.
+        """
+        real, home = (self._path / name).resolve(), self._path.resolve()
+        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+        return None if real.is_relative_to(home) or real.is_relative_to(blobs) else real
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise CheckpointError(f"cannot be read: {error.strerror}", file=error.filename) from error

@@ -1,0 +1,259 @@
+"""Asking the Hub: with whose token, how patiently, and what a refusal means in plain words.
+
+A token lives in request headers alone. Errors quote no response and chain no client error, whose text has
+the URL: a signed one opens the file to whoever reads the notebook.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    logging,
+)
+
+from shardkit.errors import CheckpointError
+
+ResultT = TypeVar("ResultT")
+
+# What the client raises where the Hub refuses, fails, cannot be reached, or must not be asked.
+CLIENT_ERRORS: tuple[type[Exception], ...] = (
+    HTTPError,
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+
+TRIES = 6
+_CONNECT_TRIES = 2
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
+_LONGEST_WAIT = 300.0  # the Hub counts requests in windows of five minutes
+_TOKEN = re.compile(r"[!-~]+")
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def find_token(token: str | None = None) -> str | None:
+    """Return the token to use: the argument, the environment's, the client's store's, Colab's, Kaggle's.
+
+    Raises
+    ------
+    CheckpointError
+        If it could not be sent as it is.
+    """
+    found = (token or get_token() or _kaggle_secret() or "").strip()  # get_token asks Colab, too
+    if found and not _TOKEN.fullmatch(found):  # the client would quote it in an error
+        raise CheckpointError("the token for the Hub has characters that no token has: copy it anew")
+    return found or None
+
+
+def _kaggle_secret() -> str | None:
+    if "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
+        return None
+    try:
+        from kaggle_secrets import UserSecretsClient  # type: ignore[import-not-found]
+
+        secret: str | None = UserSecretsClient().get_secret("HF_TOKEN")
+    except Exception:  # no such secret, or not given to this notebook: Kaggle's client raises what it likes
+        return None
+    return secret
+
+
+@contextmanager
+def quiet(*, bars: bool = False) -> Iterator[None]:
+    """Keep the Hub's client from logging signed URLs when it tries again, and from showing its own bars."""
+    level, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    if had_bars and not bars:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if level != logging.ERROR:  # otherwise another thread has set it, whose it is to undo
+            logging.set_verbosity(level)
+        if had_bars and not bars:
+            enable_progress_bars()
+
+
+class UnreachableError(CheckpointError):
+    """The Hub did not answer, or not as it should, again and again."""
+
+
+class Patience:
+    """Counts failures in a row, and waits longer after each.
+
+    Parameters
+    ----------
+    what
+        What is being read, for the message.
+    tries
+        How many failures in a row are borne.
+    """
+
+    def __init__(self, what: str, tries: int = TRIES) -> None:
+        self._what, self._tries, self._failures = what, tries, 0
+
+    def progressed(self) -> None:
+        """Begin to count anew: something was received."""
+        self._failures = 0
+
+    def shorten(self, tries: int) -> None:
+        """Bear no more than `tries` failures from now on."""
+        self._tries = min(self._tries, tries)
+
+    def wait(self, reason: str, pause: float | None = None) -> None:
+        """Wait before the next try, `pause` seconds where the server has said so.
+
+        Raises
+        ------
+        UnreachableError
+            If this has gone on for too long.
+        """
+        self._failures += 1
+        if self._failures > self._tries or (pause or 0) > _LONGEST_WAIT:
+            asked = f", which asks to wait {pause:.0f} s" if pause else ""
+            raise UnreachableError(
+                f"{reason}{asked}; gave up after {self._failures} tries in a row: run the same again later",
+                file=self._what,
+            )
+        time.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (self._failures - 1)) if pause is None else pause)
+
+
+def ask(call: Callable[[], ResultT], what: str, tries: int = TRIES, *, bars: bool = False) -> ResultT:
+    """Return what a call of the Hub's client returns; try again after failures that may pass.
+
+    `bars` lets the client show how far a download is.
+
+    Raises
+    ------
+    CheckpointError
+        If it is refused, or fails again and again; says what to do.
+    """
+    patience = Patience(what, tries)
+    while True:
+        try:
+            with quiet(bars=bars):
+                return call()
+        except CLIENT_ERRORS as error:
+            cause = _root(error)
+            if not _may_pass(cause):
+                raise explained(cause, what) from None
+            reason, pause = _reason(cause), _pause_of(cause)
+            if type(cause).__name__ == "ConnectError":  # of httpx or httpx2: no network, or no such Hub
+                patience.shorten(_CONNECT_TRIES)
+        patience.wait(reason, pause)
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return what the client's "not in the cache, either" hides."""
+    while isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, CLIENT_ERRORS):
+        error = error.__cause__
+    return error
+
+
+def is_passing(status: int) -> bool:
+    """Whether a status may be another one soon: too many requests, or the server's own trouble."""
+    return status in (408, 425, 429) or status >= 500
+
+
+def pause_asked(headers: Mapping[str, str]) -> float | None:
+    """Return for how many seconds a response asks to be left alone; None where it does not."""
+    asked = headers.get("Retry-After", "").strip()
+    if asked.isdecimal():
+        return float(asked)
+    if asked:
+        try:
+            return max(0.0, (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds())
+        except (ValueError, TypeError):
+            return None
+    # The Hub's own: `RateLimit: "resolvers";r=0;t=54`.
+    left = re.search(r"r=0\b.*\bt=(\d+)", headers.get("RateLimit", ""))
+    return float(left[1]) if left else None
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return is_passing(error.response.status_code)
+    return isinstance(error, HTTPError)  # what else it is, the connection
+
+
+def _pause_of(error: BaseException) -> float | None:
+    return pause_asked(error.response.headers) if isinstance(error, HfHubHTTPError) else None
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, HfHubHTTPError):
+        return f"the Hub answered with status {error.response.status_code}"
+    return lost_connection(error)
+
+
+def lost_connection(error: BaseException) -> str:
+    """Say what happened to a connection."""
+    return f"no connection to the Hub ({type(error).__name__}: {without_queries(str(error))[:200]})"
+
+
+def without_queries(text: str) -> str:
+    """Cut the queries off all URLs in a text: there lie the signatures."""
+    return re.sub(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*", r"\1", text)
+
+
+def explained(error: BaseException, what: str) -> CheckpointError:
+    """Return the error of the Hub's client in the words of somebody who wants the model.
+
+    `what` is "hf://org/name", with revision or file where they matter.
+    """
+    repo_id = what.removeprefix("hf://").partition("@")[0]
+    page = f"{constants.ENDPOINT}/{'/'.join(repo_id.split('/')[:2])}"
+    if isinstance(error, GatedRepoError):
+        message = f"the repository is gated: ask for access or accept its licence at {page}, then {_LOG_IN}"
+    elif isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+        message = (
+            "is not in the local cache, and the Hub must not be asked (HF_HUB_OFFLINE is set): unset it, "
+            "or download the model where there is a network"
+        )
+    elif isinstance(error, DisabledRepoError):
+        message = f"the repository is disabled: see {page}"
+    elif isinstance(error, RepositoryNotFoundError):
+        message = (
+            "is neither a folder here nor a model that the Hub would show: check the name; "
+            f"if it is private, {_LOG_IN}"
+        )
+    elif isinstance(error, RevisionNotFoundError):
+        message = f"the repository has no such revision: its branches and tags are listed at {page}"
+    elif isinstance(error, EntryNotFoundError):
+        message = "the repository has no such file at this revision"
+    else:
+        message = _refused(error)
+    return CheckpointError(message, file=what)
+
+
+def _refused(error: Any) -> str:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status == 401:
+        return f"the Hub does not accept the token: {_LOG_IN}, with one that is valid"
+    if status == 403:
+        return (
+            f"access is forbidden: the token lacks the permission to read it; {_LOG_IN}, with one that has it"
+        )
+    return f"the Hub answered with status {status}" if status else lost_connection(error)

@@ -1,0 +1,356 @@
+"""Bytes of one commit of a Hub repository: any range of any file, over a connection that may fail.
+
+Whatever happens on the way, a range is read whole and from the commit it was asked of, or there is an error:
+size and ETag are held against those that the repository listed, and a read that was cut off goes on from the
+byte it had reached. Ranges are asked of the `resolve` URL, which leads to a CDN for large files, so they work
+whatever storage lies behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from shardkit.errors import CheckpointError
+from shardkit.files import NOT_OURS, is_inside
+from shardkit.hub.access import (
+    TRIES,
+    Patience,
+    ask,
+    explained,
+    find_token,
+    is_passing,
+    lost_connection,
+    pause_asked,
+)
+from shardkit.safetensors_file import PREFIX_BYTES, Header, parse_header, read_raw_header
+
+CHUNK_BYTES = 1 << 20
+# Nearly every header fits, so that a file takes one request.
+_HEADER_GUESS = 1 << 17
+_MAX_REDIRECTS = 5
+_REFUSED = (401, 403, 404, 410)
+_REMOTE = re.compile(r"(hf://([^@]+)@([0-9a-f]{40}))(?:/(.+))?", re.DOTALL)
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """What the Hub lists of a file: its size in bytes, and a hash of its content.
+
+    `sha256` is that of a large file (LFS); small ones have git's own `blob_id` only.
+    """
+
+    size: int
+    blob_id: str
+    sha256: str | None = None
+
+    def matches(self, path: Path) -> bool:
+        """Whether the file at `path` has this content, by size and hash."""
+        size = path.stat().st_size
+        digest = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        if size != self.size:
+            return False
+        with path.open("rb") as file:
+            while block := file.read(CHUNK_BYTES):
+                digest.update(block)
+        return digest.hexdigest() == (self.sha256 or self.blob_id)
+
+
+class _Passing(Exception):  # noqa: N818  never leaves this module
+    """A failure that may pass; how long to wait, in seconds, where the server says so."""
+
+    def __init__(self, reason: str, pause: float | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.pause = reason, pause
+
+
+@dataclass(frozen=True, slots=True)
+class _Location:
+    """Where a file's bytes are: the ETag that the Hub gave on the way there, and the one given there."""
+
+    url: Any
+    is_hub: bool
+    linked: str | None = None
+    etag: str | None = None
+
+
+class Repository:
+    """One commit of a model repository: `files.Files`, in the folder ``hf://org/name@commit``.
+
+    Attributes
+    ----------
+    repo_id, sha
+        Which repository, which commit.
+    folder
+        Its name as a folder: ``os.path.join(folder, file)`` names one of its files for `read_range`.
+    token
+        What it is read with; in no text of this class.
+    listing
+        All its files, by name.
+    """
+
+    def __init__(self, repo_id: str, sha: str, token: str | None, files: Mapping[str, RemoteFile]) -> None:
+        self.repo_id, self.sha, self.token, self.listing = repo_id, sha, token, files
+        self.folder = f"hf://{repo_id}@{sha}"
+        self._locations: dict[str, _Location] = {}
+
+    def __repr__(self) -> str:
+        return f"Repository({self.folder!r})"
+
+    def __str__(self) -> str:
+        return self.folder
+
+    def is_file(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return name in self.listing
+
+    def size(self, name: str) -> int:
+        """Return its size in bytes."""
+        return self.listing[name].size
+
+    def read(self, name: str) -> bytes:
+        """Return all of a small file."""
+        return self.fetch(name).read_bytes()
+
+    def names(self) -> Iterable[str]:
+        """Return the names of all files."""
+        return self.listing.keys()
+
+    def belonging(self) -> Iterator[str]:
+        """Yield the names of files at any depth, in order; not those of tools that made the copy."""
+        for name in sorted(self.listing):
+            if not any(map(NOT_OURS.fullmatch, name.split("/")[:-1])):
+                yield name
+
+    def leaves(self, name: str) -> None:
+        """Return None: nothing is outside."""
+
+    def read_range(self, file: str, offset: int, nbytes: int) -> Iterator[memoryview]:
+        """Yield a range of a file, `CHUNK_BYTES` at a time (the last may be less), in a buffer used again.
+
+        Raises
+        ------
+        CheckpointError
+            If the Hub refuses, stays away, or sends anything but this range of this commit.
+        """
+        buffer = bytearray(min(CHUNK_BYTES, nbytes))
+        view, filled = memoryview(buffer), 0
+        for piece in self._pieces(file, offset, nbytes):
+            taken = 0
+            while taken < len(piece):
+                count = min(len(piece) - taken, len(buffer) - filled)
+                view[filled : filled + count] = piece[taken : taken + count]
+                filled, taken = filled + count, taken + count
+                if filled == len(buffer):
+                    yield view
+                    filled = 0
+        if filled:
+            yield view[:filled]
+
+    def read_bytes(self, file: str, offset: int, nbytes: int) -> bytes:
+        """Return a range of a file; as `read_range`."""
+        return b"".join(self._pieces(file, offset, nbytes))
+
+    def header(self, file: str) -> Header:
+        """Read and validate the header of a safetensors file; as `safetensors_file.read_header`."""
+        size, where = self.listing[file].size, f"{self.folder}/{file}"
+        beginning = self.read_bytes(file, 0, min(size, _HEADER_GUESS))
+
+        def read(offset: int, nbytes: int) -> bytes:
+            missing = min(size, offset + nbytes) - len(beginning)
+            rest = self.read_bytes(file, len(beginning), missing) if missing > 0 else b""
+            return (beginning + rest)[offset : offset + nbytes]
+
+        raw = read_raw_header(read, size, where)
+        return parse_header(raw, size - PREFIX_BYTES - len(raw), where)
+
+    def fetch(self, file: str) -> Path:
+        """Return a small file's path in the client's cache, downloaded if need be, checked against its hash.
+
+        Raises
+        ------
+        CheckpointError
+            If it cannot be downloaded, or is not what the repository lists.
+        """
+
+        def download() -> str:
+            path: str = hf_hub_download(self.repo_id, file, revision=self.sha, token=self.token or False)
+            return path
+
+        path = Path(ask(download, f"{self.folder}/{file}"))
+        self.check((file, path))
+        return path
+
+    def check(self, downloaded: tuple[str, Path]) -> None:
+        """Hold a file of the client's cache against the Hub's hash of it.
+
+        Raises
+        ------
+        CheckpointError
+            If it is another; it is removed, so that nobody takes it for the Hub's.
+        """
+        file, path = downloaded
+        if not self.listing[file].matches(path):
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+            raise CheckpointError(
+                "what was downloaded is not what the Hub lists, by its hash, and was removed: run the same "
+                "again to download it again",
+                file=f"{self.folder}/{file}",
+            )
+
+    def _pieces(self, file: str, offset: int, nbytes: int) -> Iterator[bytes]:
+        """Yield a range in pieces of any length, going on from the byte reached when a connection is lost."""
+        where = f"{self.folder}/{file}"
+        patience, done = Patience(where), 0
+        while done < nbytes:
+            before = done
+            try:
+                for piece in self._request(file, offset + done, nbytes - done):
+                    done += len(piece)
+                    patience.progressed()
+                    yield piece
+                failure = _Passing("the Hub sent nothing")
+            except _Passing as passing:
+                failure = passing
+            except (HfHubHTTPError, OfflineModeIsEnabled) as error:
+                raise explained(error, where) from None
+            except HTTPError as error:
+                failure = _Passing(lost_connection(error))
+            if done == before:
+                self._locations.pop(file, None)  # asked anew at the Hub, which knows where it is now
+                patience.wait(failure.reason, failure.pause)
+
+    def _request(self, file: str, offset: int, nbytes: int) -> Iterator[bytes]:
+        """Ask for a range once, following redirects; yield what comes of it."""
+        location = self._locations.get(file) or self._start(file)
+        for _ in range(_MAX_REDIRECTS):
+            headers = {"Range": f"bytes={offset}-{offset + nbytes - 1}", "Accept-Encoding": "identity"}
+            if location.is_hub:  # the token is the Hub's alone: no CDN sees it
+                headers = build_hf_headers(token=self.token or False, library_name="shardkit") | headers
+            request = {"headers": headers, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+            with get_session().stream("GET", location.url, follow_redirects=False, **request) as response:
+                if 300 <= response.status_code < 400 and "Location" in response.headers:
+                    location = _next(location, response)
+                    continue
+                self._check_status(response, file, location)
+                self._check_content(response, file, offset, nbytes, location)
+                self._locations[file] = replace(location, etag=_etag(response))
+                received = 0
+                for piece in response.iter_raw():
+                    received += len(piece)
+                    if received > nbytes:
+                        raise self._wrong(file, f"was sent longer than the {nbytes} bytes asked for")
+                    yield piece
+                return
+        raise self._wrong(file, f"leads from one place to the next, {_MAX_REDIRECTS} times")
+
+    def _start(self, file: str) -> _Location:
+        url = hf_hub_url(self.repo_id, file, revision=self.sha, endpoint=constants.ENDPOINT)
+        return _Location(url, is_hub=True)
+
+    def _check_status(self, response: Any, file: str, location: _Location) -> None:
+        """Tell a failure that may pass from one that will not."""
+        status = response.status_code
+        if is_passing(status):
+            raise _Passing(f"the Hub answered with status {status}", pause_asked(response.headers))
+        if status in _REFUSED and not location.is_hub:  # a signed URL that has expired: ask for another
+            raise _Passing(f"its storage answered with status {status}")
+        if status == 200:
+            raise self._wrong(
+                file,
+                "was sent whole, not the range asked for: something on the way drops the Range header "
+                "(a proxy?); download it instead (stream=False)",
+            )
+        if status != 206:
+            hf_raise_for_status(response)
+            raise self._wrong(file, f"was answered with status {status}")
+
+    def _check_content(self, response: Any, file: str, offset: int, nbytes: int, location: _Location) -> None:
+        """Refuse anything but this range of this file, as it was listed and as its other parts were."""
+        listed, etag, known = self.listing[file], _etag(response), self._locations.get(file)
+        if (coding := response.headers.get("Content-Encoding", "identity")) != "identity":
+            raise self._wrong(file, f"was sent as {coding}, not as it is")
+        said = response.headers.get("Content-Range", "")
+        if not (found := _CONTENT_RANGE.fullmatch(said)):
+            raise self._wrong(file, f"was sent with Content-Range {said[:80]!r}")
+        first, last, total = map(int, found.groups())
+        if total != listed.size:
+            raise self._wrong(file, f"has {total} bytes, {listed.size} are listed: it changed")
+        if first != offset or last >= offset + nbytes:
+            raise self._wrong(file, f"was sent from byte {first} to {last}, not {nbytes} from {offset}")
+        if location.linked and location.linked != (listed.sha256 or location.linked):
+            raise self._wrong(file, f"has the ETag {location.linked}, {listed.sha256} is listed: it changed")
+        if known and known.etag != etag:
+            raise self._wrong(file, f"changed while it was read: its ETag was {known.etag}, is {etag}")
+
+    def _wrong(self, file: str, problem: str) -> CheckpointError:
+        return CheckpointError(problem, file=f"{self.folder}/{file}")
+
+
+def _next(location: _Location, response: Any) -> _Location:
+    url = response.url.join(response.headers["Location"])
+    parts = ("scheme", "host", "port")
+    is_same = all(getattr(url, part) == getattr(response.url, part) for part in parts)
+    return _Location(url, location.is_hub and is_same, _etag(response, "X-Linked-Etag") or location.linked)
+
+
+def _etag(response: Any, header: str = "ETag") -> str | None:
+    value: str = response.headers.get(header, "")
+    return value.removeprefix("W/").strip('"')[:80] or None
+
+
+def list_files(repo_id: str, sha: str, token: str | None, tries: int = TRIES) -> dict[str, RemoteFile]:
+    """Return all files of a commit."""
+    api = HfApi(token=token or False)
+    what = f"hf://{repo_id}@{sha}"
+    tree = ask(lambda: list(api.list_repo_tree(repo_id, revision=sha, recursive=True)), what, tries)
+    files = [entry for entry in tree if isinstance(entry, RepoFile)]
+    for file in files:
+        if not is_inside(file.path):
+            raise CheckpointError(f"lists a file outside the repository: {file.path[:200]!r}", file=what)
+    return {
+        file.path: RemoteFile(file.size, file.blob_id, file.lfs.sha256 if file.lfs else None)
+        for file in files
+    }
+
+
+_OPEN: dict[str, Repository] = {}
+
+
+def remember(repository: Repository) -> Repository:
+    """Keep a repository for `read_range` in this process; one that was opened with a token stays."""
+    if repository.token or repository.folder not in _OPEN:
+        _OPEN[repository.folder] = repository
+    return _OPEN[repository.folder]
+
+
+def repository_of(path: str) -> tuple[Repository, str]:
+    """Return the repository that a path ``hf://org/name@commit/file`` is in, and the file.
+
+    A process of a pool has not opened it: there it is listed anew, with the token found there.
+    """
+    found = _REMOTE.fullmatch(path)
+    if not found:
+        raise CheckpointError("is not of the form hf://org/name@commit/file", file=path)
+    folder, repo_id, sha, file = found.groups()
+    if folder not in _OPEN:
+        token = find_token()
+        remember(Repository(repo_id, sha, token, list_files(repo_id, sha, token)))
+    return _OPEN[folder], file or ""
+
+
+def read_range(path: str, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """Yield a range of a file on the Hub, given its path; as `Repository.read_range`."""
+    repository, file = repository_of(path)
+    return repository.read_range(file, offset, nbytes)

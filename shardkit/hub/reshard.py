@@ -1,0 +1,387 @@
+"""From Hub to Hub: each shard is made from ranged reads, checked, uploaded, dropped.
+
+Neither model ever lies on this disk. Finished shards are committed to a draft branch of the target, so that a
+run that was killed goes on from there, on this machine or another; the head changes once, at the end, in one
+commit that takes the shards over from the draft.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any
+
+import xxhash
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy
+
+from shardkit.checkpoint import Checkpoint
+from shardkit.destination import locked, remove_leftovers, staging_folder
+from shardkit.errors import (
+    Cancelled,
+    CastError,
+    CheckpointError,
+    DestinationError,
+    SpaceError,
+    VerificationError,
+)
+from shardkit.hub.access import quiet
+from shardkit.hub.card import CARD, Origin, Story, model_card
+from shardkit.hub.push import card_to_keep
+from shardkit.hub.remote import RemoteFile
+from shardkit.hub.target import Target, Tree, digest_bytes, digest_file, is_same
+from shardkit.layout import CONFIG_FILES
+from shardkit.plan import Shard, ShardPlan, Strategy, plan_shards
+from shardkit.record import listed, plural
+from shardkit.run import ProgressCallback, ProgressCount, default_workers, run_all
+from shardkit.sizes import format_size
+from shardkit.transfer import Lost, Outcome, Range, run_task, shard_tasks
+from shardkit.verify import Verification, altered_parts, damaged_shards, digest_range
+from shardkit.write import ShardReport, refuse_overflow, total_lost, write_beside
+
+_NOTES = ".shardkit"  # a folder of the draft branch: what is known of each shard there
+
+
+def shard_on_hub(
+    source_id: str,
+    target_id: str,
+    *,
+    max_shard_size: int | str = "2GB",
+    strategy: Strategy = "size",
+    dtype: object = None,
+    revision: str | None = None,
+    private: bool = True,
+    workers: int | None = None,
+    token: str | None = None,
+    verify: bool = True,
+    allow_overflow: bool = False,
+    progress: ProgressCallback | None = None,
+    work_folder: str | os.PathLike[str] | None = None,
+) -> ShardReport:
+    """Reshard a model of the Hub into another repository there, in bounded disk and memory.
+
+    On this disk there are never more than `workers` + 1 shards, in memory some megabytes for each. A run that
+    was interrupted goes on when it is repeated, from the shards that the target has already.
+
+    Parameters
+    ----------
+    source_id
+        "org/name" or "org/name@revision", in safetensors.
+    target_id
+        ``owner/name``; made where it is not there. Its head changes once, when all is there.
+    max_shard_size, strategy, dtype
+        As in `plan_shards`.
+    revision
+        Branch, tag or commit of the source.
+    private
+        Of a repository that is made. One that is there and public is refused, unless this is False.
+    workers
+        Of them and one more, each makes a shard or sends one (default: up to four).
+    token
+        One that may read the source and write the target; by default the environment's, or the client's.
+    verify
+        Read each shard back and hold it against what was received, before it is sent.
+    allow_overflow
+        Let a cast turn finite values into infinities.
+    progress
+        Called with a `Progress` (stage "stream", bytes received and sent); returning False stops.
+    work_folder
+        Where shards lie while they are made (default: the current folder). Cleaned up on every way out; what
+        a killed run has left there, by the next one.
+
+    Raises
+    ------
+    CheckpointError, PlanError, SizeError
+        If the source cannot be read or is not in safetensors, or the plan cannot be made.
+    DestinationError, SpaceError
+        If the target cannot be written or was changed by somebody else, or the disk cannot hold a shard.
+    CastError
+        If a cast makes finite values infinite; names the tensors.
+    VerificationError
+        If a shard is not what was received, or the Hub lists other content than was sent.
+    Cancelled
+        If `progress` returned False.
+    """
+    start = time.perf_counter()
+    checkpoint = _open(source_id, revision, token)
+    plan = plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
+    target = Target(target_id, token)
+    _check_apart(checkpoint, target)
+    job = _Job(checkpoint, plan, target, verify, allow_overflow)
+    with quiet(), _work_space(Path(work_folder or "."), job.name) as folder:
+        target.create(private)
+        job.begin(folder)
+        reused = tuple(job.finished)
+        job.carry_out(workers, progress)
+        moved = time.perf_counter()
+        sha = job.publish()
+    return job.report(sha, reused, moved - start, time.perf_counter() - start)
+
+
+def _open(source_id: str, revision: str | None, token: str | None) -> Checkpoint:
+    if os.path.exists(source_id):
+        raise CheckpointError("is on this machine: shard it to a folder, and push that", file=source_id)
+    source = f"hf://{source_id.removeprefix('hf://')}"
+    checkpoint = Checkpoint.open(source, revision=revision, token=token)
+    if checkpoint.format == "pickle":
+        raise CheckpointError(
+            "holds pickles, which cannot be read in part: shard it to a folder, and push that", file=source
+        )
+    if checkpoint.config is None:
+        raise CheckpointError(f"has no {listed(CONFIG_FILES)}, without which nobody can load it", file=source)
+    return checkpoint
+
+
+def _check_apart(checkpoint: Checkpoint, target: Target) -> None:
+    origin = Origin.of(checkpoint.source)
+    if origin and origin.repo_id.lower() == target.repo_id.lower():
+        raise DestinationError(f"{target.folder}: source and target are the same; give another repository")
+
+
+@contextmanager
+def _work_space(base: Path, name: str) -> Iterator[Path]:
+    """Hold a folder of this job's own, gone on every way out; remove what killed runs have left."""
+    base = base.expanduser().resolve()
+    base.mkdir(parents=True, exist_ok=True)
+    for left in base.glob(".shardkit-*.shardkit-*"):
+        with suppress(DestinationError):  # it is held by a run that is alive
+            remove_leftovers(base / left.name[1:].partition(".")[0])
+    with locked(base / name):
+        folder = staging_folder(base / name)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A shard that the draft branch has: its content, what casts lost in it, its tensors' digests."""
+
+    content: RemoteFile
+    lost: tuple[Lost, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+    def note(self) -> bytes:
+        """Return what is committed beside it, for a run that goes on."""
+        lost = [astuple(loss) for loss in self.lost]
+        return json.dumps(
+            {"content": astuple(self.content), "lost": lost, "digests": dict(self.digests)}
+        ).encode()
+
+    @classmethod
+    def of(cls, note: bytes) -> _Finished | None:
+        """Read a note; None where it is not one of ours."""
+        try:
+            said: dict[str, Any] = json.loads(note)
+            lost = tuple(Lost(*loss) for loss in said["lost"])
+            return cls(RemoteFile(*said["content"]), lost, dict(said["digests"]))
+        except (ValueError, KeyError, TypeError):
+            return None
+
+
+class _Job:
+    """One resharding: which shards the draft has, which are to be made."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: ShardPlan, target: Target, verify: bool, allow_overflow: bool
+    ) -> None:
+        self.finished: dict[str, _Finished] = {}
+        self._checkpoint, self._plan, self._target = checkpoint, plan, target
+        self._verify, self._allow_overflow = verify, allow_overflow
+        planned = [(s.file, [(t.source.name, t.dtype, t.begin) for t in s.tensors]) for s in plan.shards]
+        told = json.dumps([checkpoint.source, plan.metadata, planned])
+        self.name = f"shardkit-{xxhash.xxh3_64_hexdigest(told.encode())}"
+        self._stop, self._committing = Event(), Lock()
+        self._draft_head: str | None = None
+        self._checking_seconds = 0.0
+
+    def begin(self, folder: Path) -> None:
+        """Find the draft branch, or make it, and see which shards it has."""
+        self._folder = folder
+        self._target.branch_off(self.name)
+        self._draft_head = head = self._target.head(self.name)
+        if head is None:
+            raise DestinationError(f"{self._target.folder}: has no branch {self.name}, which was just made")
+        tree = self._target.files(head)
+        candidates = [s for s in self._plan.shards if s.file in tree and _note_of(s.file) in tree]
+        with run_all(lambda s: self._target.read(_note_of(s.file), head, tree), candidates) as notes:
+            for shard, note in notes:
+                found = _Finished.of(note)
+                if found and self._is_usable(shard, found, tree[shard.file]):
+                    self.finished[shard.file] = found
+
+    def _is_usable(self, shard: Shard, found: _Finished, there: RemoteFile) -> bool:
+        refuse_overflow(found.lost, self._plan, self._allow_overflow)
+        is_checked = len(found.digests) == len(shard.tensors) or not self._verify
+        return is_checked and found.content.size == shard.nbytes and is_same(there, found.content)
+
+    def carry_out(self, workers: int | None, progress: ProgressCallback | None) -> None:
+        """Make, send and drop the shards that the draft lacks."""
+        todo = [shard for shard in self._plan.shards if shard.file not in self.finished]
+        if not todo:
+            return
+        at_once = self._room(todo, (workers or default_workers()) + 1)
+        source_bytes = sum(tensor.source.nbytes for shard in todo for tensor in shard.tensors)
+        count = ProgressCount(progress, "stream", source_bytes + sum(shard.nbytes for shard in todo))
+        try:
+            with run_all(lambda shard: self._one(shard, count), todo, at_once) as results:
+                try:
+                    for shard, finished in results:
+                        self.finished[shard.file] = finished
+                except BaseException:
+                    self._stop.set()  # before the block waits for what is under way
+                    raise
+        except (CastError, VerificationError):
+            self._target.drop(self.name)  # nothing of it will ever be of use
+            raise
+        except OSError as error:
+            raise self._disk_error(error) from error
+
+    def _room(self, todo: list[Shard], wanted: int) -> int:
+        """Return how many shards may lie on the disk at once."""
+        largest = max(shard.nbytes for shard in todo)
+        free = shutil.disk_usage(self._folder).free
+        if free < largest:
+            raise SpaceError(
+                f"{self._folder.parent}: a shard takes up to {largest:,} bytes ({format_size(largest)}), its "
+                f"disk has {free:,} ({format_size(free)}) free: lower max_shard_size, or give a work_folder "
+                "on another disk"
+            )
+        return min(wanted, free // largest)
+
+    def _disk_error(self, error: OSError) -> DestinationError:
+        kind = SpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else DestinationError
+        return kind(
+            f"{self._folder.parent}: {error.strerror or error}; run the same again to go on, or with a "
+            "work_folder on another disk"
+        )
+
+    def _one(self, shard: Shard, count: ProgressCount) -> _Finished:
+        """Make a shard, check it, send it, note it on the draft, drop it."""
+        path = self._folder / shard.file
+        try:
+            outcome = self._make(shard, path, count)
+            refuse_overflow(outcome.lost, self._plan, self._allow_overflow)
+            digests = self._check(shard, outcome) if self._verify else {}
+            finished = _Finished(digest_file(path), outcome.lost, digests)
+            self._send(shard.file, path, finished)
+            count.add(shard.nbytes)
+        finally:
+            path.unlink(missing_ok=True)
+        return finished
+
+    def _make(self, shard: Shard, path: Path, count: ProgressCount) -> Outcome:
+        outcome = Outcome()
+        path.write_bytes(self._plan.header(shard))
+        os.truncate(path, shard.nbytes)
+        for task in shard_tasks(shard, self._checkpoint.folder, str(path)):
+            if self._stop.is_set():
+                raise Cancelled("stopped")
+            outcome += run_task(task)
+            count.add(task.nbytes)
+        return outcome
+
+    def _check(self, shard: Shard, outcome: Outcome) -> dict[str, str]:
+        """Read a shard back, hold it against what was received, and digest its tensors."""
+        start = time.perf_counter()
+        if self._checkpoint.is_remote:
+            wrong = [*altered_parts(self._plan, {shard.file: outcome.received}, self._folder, workers=1)]
+        else:
+            wrong = damaged_shards(self._checkpoint, self._plan, [shard], self._folder, workers=1)
+        if wrong:
+            raise VerificationError(
+                f"{self._folder / shard.file}: is not as it was received: the disk failed; nothing was sent"
+            )
+        path = str(self._folder / shard.file)
+        digests = {
+            t.source.name: digest_range(
+                Range(path, shard.header_bytes + t.begin, t.nbytes, 0, t.source.name, t.dtype, t.dtype)
+            )
+            for t in shard.tensors
+        }
+        self._checking_seconds += time.perf_counter() - start
+        return digests
+
+    def _send(self, file: str, path: Path, finished: _Finished) -> None:
+        operation, note = self._target.upload(file, path, finished.content, self.name), finished.note()
+        wanted = {file: finished.content, _note_of(file): digest_bytes(note)}
+        with self._committing:
+            self._draft_head = self._target.commit(
+                [operation, CommitOperationAdd(_note_of(file), note)],
+                wanted,
+                f"Draft of {file}",
+                self._draft_head,
+                self.name,
+            )
+
+    def publish(self) -> str:
+        """Make the head show all of it, in one commit; then the draft is of no more use."""
+        beside = self._folder / "beside"
+        beside.mkdir()
+        write_beside(self._checkpoint, self._plan, beside)
+        files = {p.relative_to(beside).as_posix(): p for p in beside.rglob("*") if p.is_file()}
+        head = self._target.head()
+        tree: Tree = self._target.files(head) if head else {}
+        base = card_to_keep(self._target, tree, head, files.pop(CARD, None))
+        shards = {shard.file: self.finished[shard.file].content for shard in self._plan.shards}
+        story = Story(self._checkpoint.source, self._plan, self._plan.dtype, self._digests())
+        card = model_card(base, self._target.repo_id, self._checkpoint, shards, story).encode()
+        contents = {name: digest_file(path) for name, path in files.items()} | shards
+        operations: dict[str, Any] = {n: CommitOperationAdd(n, str(path)) for n, path in files.items()}
+        operations |= {n: CommitOperationCopy(n, n, src_revision=self.name) for n in shards}
+        operations[CARD], contents[CARD] = CommitOperationAdd(CARD, card), digest_bytes(card)
+        message = f"Reshard {self._checkpoint.source} into {plural(len(shards), 'file')}"
+        sha = self._target.publish(head, tree, contents, operations, message)
+        self._target.drop(self.name)
+        return sha
+
+    def _digests(self) -> dict[str, str]:
+        return {n: d for finished in self.finished.values() for n, d in finished.digests.items()}
+
+    def report(self, sha: str, reused: tuple[str, ...], moved: float, seconds: float) -> ShardReport:
+        """Say what was done."""
+        checkpoint, plan = self._checkpoint, self._plan
+        destination = f"{self._target.folder}@{sha}"
+        verification = Verification(
+            source=checkpoint.source,
+            destination=destination,
+            tensors=len(checkpoint.tensors),
+            nbytes=checkpoint.total_bytes,
+            cast=sum(tensor.is_cast for shard in plan.shards for tensor in shard.tensors),
+            mismatches=(),
+            missing=(),
+            extra=(),
+            digests=self._digests(),
+            seconds=self._checking_seconds,
+            received=checkpoint.is_remote,
+        )
+        outcomes = [Outcome(finished.lost) for finished in self.finished.values()]
+        return ShardReport(
+            source=checkpoint.source,
+            destination=destination,
+            files={shard.file: shard.nbytes for shard in plan.shards},
+            tensors=len(checkpoint.tensors),
+            nbytes=plan.total_bytes,
+            dtype=plan.dtype,
+            lost=total_lost(plan, outcomes),
+            reused=reused,
+            side_files=tuple(checkpoint.side_files),
+            left_out=checkpoint.left_out,
+            verification=verification if self._verify else None,
+            copy_seconds=moved,
+            seconds=seconds,
+            notes=(*checkpoint.notes, *plan.summary().notes),
+        )
+
+
+def _note_of(file: str) -> str:
+    return f"{_NOTES}/{file}.json"

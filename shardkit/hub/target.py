@@ -1,0 +1,314 @@
+"""A Hub repository that is written to: what it holds, uploads into it, one commit at the end.
+
+An upload puts content into the repository's storage, where nobody sees it; only a commit changes what
+visitors see, and a commit is all or nothing. So whatever fails before it leaves the head as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+from shardkit.errors import DestinationError, VerificationError
+from shardkit.hub.access import (
+    CLIENT_ERRORS,
+    Patience,
+    UnreachableError,
+    find_token,
+    is_passing,
+    lost_connection,
+    pause_asked,
+)
+from shardkit.hub.remote import CHUNK_BYTES, RemoteFile, Repository, list_files
+
+ResultT = TypeVar("ResultT")
+Tree = Mapping[str, RemoteFile]
+
+MAIN: str = constants.DEFAULT_REVISION
+_REPO_ID = re.compile(r"(?:hf://)?([\w-][\w.-]*/[\w-][\w.-]*)")
+_GIT_BYTES = 10_000_000  # no larger file is in git itself: the Hub refuses it
+_TRIES = 5
+# The client wraps what befell an upload in a RuntimeError, and answers what is not taken with a ValueError.
+_FAILURES: tuple[type[Exception], ...] = (
+    RuntimeError, ValueError, ConnectionError, TimeoutError, *CLIENT_ERRORS
+)  # fmt: skip
+# Weights that a load would find beside ours or before them. Variants (model.fp16.safetensors) are asked for
+# by name, and stay.
+_SHADOWS = re.compile(
+    r"((pytorch_|diffusion_pytorch_|adapter_)?model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+)
+
+
+def digest_file(path: str | os.PathLike[str], seen: Callable[[int], object] = lambda _: None) -> RemoteFile:
+    """Describe a local file as the Hub would list it; `seen` is told of bytes as they are read."""
+    size = os.stat(path).st_size
+    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(CHUNK_BYTES):
+            sha256.update(block)
+            if size <= _GIT_BYTES:
+                git.update(block)
+            seen(len(block))
+    return RemoteFile(size, git.hexdigest(), sha256.hexdigest())
+
+
+def digest_bytes(data: bytes) -> RemoteFile:
+    """Describe a small file that is in memory only."""
+    git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
+    return RemoteFile(len(data), git.hexdigest(), hashlib.sha256(data).hexdigest())
+
+
+def is_same(listed: RemoteFile | None, ours: RemoteFile) -> bool:
+    """Whether the Hub lists just the content that `ours` describes."""
+    if listed is None or listed.size != ours.size:
+        return False
+    return listed.sha256 == ours.sha256 if listed.sha256 else listed.blob_id == ours.blob_id
+
+
+def shadows(listed: Iterable[str], ours: Iterable[str]) -> list[str]:
+    """Return the listed weights and indexes that a load could take for ours: of an earlier model, stale."""
+    kept = set(ours)
+    adapter = any(name.startswith("adapter_model") for name in kept)
+    found = (name for name in listed if name not in kept and _SHADOWS.fullmatch(name))
+    return sorted(name for name in found if name.startswith("adapter_model") == adapter)
+
+
+class Target:
+    """A model repository that is written to with the token given, or found.
+
+    Attributes
+    ----------
+    repo_id, folder
+        Its name, and as ``hf://org/name``.
+
+    Raises
+    ------
+    DestinationError
+        If the name is no repository's, or there is no token to write with.
+    """
+
+    def __init__(self, repo_id: str, token: str | None = None) -> None:
+        if not (found := _REPO_ID.fullmatch(repo_id)):
+            raise DestinationError(f"{repo_id[:200]!r} is not the name of a repository: give owner/name")
+        self.repo_id = found[1]
+        self.folder = f"hf://{self.repo_id}"
+        self._token = find_token(token)
+        if not self._token:
+            raise DestinationError(
+                f"{self.folder}: writing to the Hub takes a token that may write: log in with "
+                "`hf auth login`, or set HF_TOKEN"
+            )
+        self.api = HfApi(token=self._token, library_name="shardkit")
+
+    def __repr__(self) -> str:
+        return f"Target({self.repo_id!r})"
+
+    def create(self, private: bool) -> None:
+        """Make sure that the repository is there.
+
+        Raises
+        ------
+        DestinationError
+            If it must not be written, or is public and `private` was asked for.
+        """
+
+        def visibility() -> bool | None:
+            try:
+                return bool(self.api.model_info(self.repo_id).private)
+            except RepositoryNotFoundError:
+                self.api.create_repo(self.repo_id, private=private, exist_ok=True)
+                return None
+
+        if self.persist(visibility) is False and private:
+            raise DestinationError(
+                f"{self.folder}: already exists and is public: say that you mean it "
+                "(private=False, --public), or give another name"
+            )
+
+    def head(self, branch: str = MAIN) -> str | None:
+        """Return the commit that a branch shows; None where there is no such branch."""
+
+        def find() -> str | None:
+            try:
+                sha: str = self.api.model_info(self.repo_id, revision=branch).sha
+            except RevisionNotFoundError:
+                return None
+            return sha
+
+        return self.persist(find)
+
+    def branch_off(self, branch: str) -> None:
+        """Make a branch, from what the head shows; one that is there stays as it is."""
+        self.persist(lambda: self.api.create_branch(self.repo_id, branch=branch, exist_ok=True))
+
+    def drop(self, branch: str) -> None:
+        """Delete a branch, if it is there."""
+
+        def delete() -> None:
+            with suppress(RevisionNotFoundError):
+                self.api.delete_branch(self.repo_id, branch=branch)
+
+        self.persist(delete)
+
+    def files(self, sha: str) -> Tree:
+        """Return all files of a commit."""
+        return list_files(self.repo_id, sha, self._token)
+
+    def read(self, file: str, sha: str, tree: Tree) -> bytes:
+        """Return a small file of a commit."""
+        commit = Repository(self.repo_id, sha, self._token, tree)
+        return commit.read_bytes(file, 0, tree[file].size)
+
+    def upload(
+        self, file: str, path: str | os.PathLike[str], content: RemoteFile, branch: str = MAIN
+    ) -> CommitOperationAdd:
+        """Send a file's content, unless the repository has it; return what a commit needs to show it."""
+        added = CommitOperationAdd(file, str(path))
+        if content.sha256:
+            added.upload_info.sha256 = bytes.fromhex(content.sha256)  # or the client would hash it again
+        self.persist(
+            lambda: self.api.preupload_lfs_files(
+                self.repo_id, [added], revision=branch, num_threads=1, free_memory=False
+            )
+        )
+        return added
+
+    def commit_url(self, sha: str) -> str:
+        """Return where a commit is shown."""
+        return f"{constants.ENDPOINT}/{self.repo_id}/commit/{sha}"
+
+    def publish(
+        self,
+        head: str | None,
+        tree: Tree,
+        contents: Tree,
+        operations: Mapping[str, Any],
+        message: str,
+    ) -> str:
+        """Make the head show `contents` and no weights that could be taken for them; return its commit.
+
+        Parameters
+        ----------
+        head, tree
+            What it shows now.
+        contents
+            All files that are to be there, ours and unchanged; others stay.
+        operations
+            By file, what puts it there. Where all is there already, there is no commit.
+
+        Raises
+        ------
+        DestinationError
+            As `commit`.
+        VerificationError
+            If the Hub then lists anything else.
+        """
+        wanted: dict[str, RemoteFile | None] = dict.fromkeys(shadows(tree, contents))
+        wanted |= {n: ours for n, ours in contents.items() if not is_same(tree.get(n), ours)}
+        if not wanted and head:
+            return head
+        todo = [operations[n] if ours else CommitOperationDelete(n) for n, ours in wanted.items()]
+        sha = self.commit(todo, wanted, message, head)
+        if not self.holds(sha, {**contents, **wanted}):
+            raise VerificationError(f"{self.folder}: commit {sha} does not list what was sent: look at it")
+        return sha
+
+    def commit(
+        self,
+        operations: Iterable[Any],
+        wanted: Mapping[str, RemoteFile | None],
+        message: str,
+        parent: str | None,
+        branch: str = MAIN,
+    ) -> str:
+        """Make one commit on top of `parent`, and return its sha.
+
+        The commit may be made and its answer lost: then the branch is found to hold what is `wanted` (by
+        file, None where a file is to go), and all is well.
+
+        Raises
+        ------
+        DestinationError
+            If somebody else changed the branch meanwhile, or the Hub refuses.
+        """
+        operations, patience = list(operations), Patience(self.folder, _TRIES)
+        while True:
+            try:
+                done = self.api.create_commit(
+                    self.repo_id, operations, commit_message=message, revision=branch, parent_commit=parent
+                )
+                return str(done.oid)
+            except _FAILURES as error:
+                cause = _cause(error)
+            if (head := self.head(branch)) != parent and head is not None:
+                if self.holds(head, wanted):
+                    return head
+                raise DestinationError(
+                    f"{self.folder}: somebody else changed it meanwhile; nothing of ours is shown there. "
+                    "Run the same again: what was uploaded is not sent again"
+                )
+            self._wait(patience, cause)
+
+    def holds(self, sha: str, wanted: Mapping[str, RemoteFile | None]) -> bool:
+        """Whether a commit has these files with this content, and lacks those that are None."""
+        listed = self.files(sha)
+        return all(
+            is_same(listed.get(name), ours) if ours else name not in listed for name, ours in wanted.items()
+        )
+
+    def persist(self, call: Callable[[], ResultT]) -> ResultT:
+        """Return what a call of the client returns; try again after failures that may pass.
+
+        Raises
+        ------
+        DestinationError
+            If it is refused, or fails again and again.
+        """
+        patience = Patience(self.folder, _TRIES)
+        while True:
+            try:
+                return call()
+            except _FAILURES as error:
+                cause = _cause(error)
+            self._wait(patience, cause)
+
+    def _wait(self, patience: Patience, error: BaseException) -> None:
+        """Wait after a failure that may pass; raise what explains one that will not."""
+        if isinstance(error, HfHubHTTPError):
+            status, url = error.response.status_code, str(error.response.request.url)
+            # Storage answers 403 where a signed URL has expired: the next try asks for another.
+            if not is_passing(status) and url.startswith(f"{constants.ENDPOINT}/"):
+                raise DestinationError(f"{self.folder}: {_refused(status, error)}") from None
+            reason, pause = f"the Hub answered with status {status}", pause_asked(error.response.headers)
+        elif isinstance(error, ValueError):
+            raise DestinationError(f"{self.folder}: {error}") from None
+        else:
+            reason, pause = lost_connection(error), None
+        try:
+            patience.wait(reason, pause)
+        except UnreachableError as gave_up:
+            raise DestinationError(str(gave_up)) from None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what the client's "Error while uploading" hides."""
+    while isinstance(error, RuntimeError) and isinstance(error.__cause__, CLIENT_ERRORS):
+        error = error.__cause__
+    return error
+
+
+def _refused(status: int, error: Any) -> str:
+    if status in (401, 403):
+        return (
+            "the token may not write there: give one with write access to it (`hf auth login`, HF_TOKEN), "
+            "or another name"
+        )
+    said = f": {error.server_message[:200]}" if error.server_message else ""
+    return f"the Hub answered with status {status}{said}"

@@ -1,0 +1,481 @@
+"""The app without a browser: what its widgets say, what its threads do, what it refuses."""
+
+import re
+import sys
+import threading
+import time
+from base64 import b64decode
+from math import prod
+from pathlib import Path
+from statistics import median
+
+import psutil
+import pytest
+
+import shardkit
+from shardkit import ShardApp, compare, write
+from shardkit.checkpoint import Checkpoint
+from shardkit.demo import demo_shape
+from shardkit.display.app import page
+from shardkit.display.app.plan import shard_sizes
+from shardkit.display.app.worker import Worker
+from shardkit.errors import CheckpointError, DestinationError, ShardkitError, SizeError
+from shardkit.tensor import TensorInfo
+from tests.fake_loads import fake_interpreter, fake_load
+from tests.support import Tensor, write_checkpoint
+
+PATIENCE = 60
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield
+    Worker.stop()
+    assert not [t for t in threading.enumerate() if t.name == "shardkit-app" and not _ends(t)]
+
+
+def _ends(thread):
+    thread.join(PATIENCE)
+    return not thread.is_alive()
+
+
+@pytest.fixture
+def demo():
+    shardkit.make_demo_checkpoint("demo", size="6MB")
+    return "demo"
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """A disk that takes a while for each range, and counts them."""
+    written = []
+    real = write.run_task
+
+    def run_task(task):
+        written.append(task.path)
+        time.sleep(0.15)
+        return real(task)
+
+    monkeypatch.setattr(write, "run_task", run_task)
+    return written
+
+
+@pytest.fixture
+def instant_loads(monkeypatch):
+    """Loads that never happened, and what was asked of them."""
+    asked = []
+    monkeypatch.setattr(compare, "measure_load", lambda *_, **how: asked.append(how) or fake_load())
+    return asked
+
+
+def opened(source, **settings):
+    app = ShardApp(source, **settings)
+    assert app.wait(PATIENCE)
+    return app
+
+
+def button(app, text):
+    found = [w for w in everything(app.widget) if getattr(w, "_view_name", "") == "ButtonView"]
+    return next(w for w in found if w.description == text)
+
+
+def works(found):
+    """Whether a button looks as if it did something; none is disabled, which would take the focus from it."""
+    assert not found.disabled
+    return "sk-dim" not in found._dom_classes
+
+
+def control(app, label):
+    return next(w for w in everything(app.widget) if getattr(w, "description", None) == label)
+
+
+def everything(widget):
+    yield widget
+    for child in getattr(widget, "children", ()):
+        yield from everything(child)
+
+
+def html(app):
+    """All that the app says, without its styles."""
+    said = "".join(w.value for w in everything(app.widget) if w._view_name == "HTMLView")
+    return re.sub(r"<style>.*?</style>", "", said, flags=re.DOTALL)
+
+
+def words(app):
+    """What a person reads of it."""
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html(app)))
+
+
+def alerts(app):
+    return re.findall(r'role="alert".*?</div>', html(app), flags=re.DOTALL)
+
+
+def until(condition):
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def mistral_7b():
+    """The true shapes of Mistral-7B in two files, headers alone."""
+    tensors, offset = {}, 0
+    for name, shape in demo_shape("14.5GB").tensors():
+        nbytes = 2 * prod(shape)
+        tensors[name] = TensorInfo(name, "BF16", shape, f"{offset // 8 * 10**9}.safetensors", offset, nbytes)
+        offset += nbytes
+    return Checkpoint("/m", "/m", "safetensors", "model", ("model.safetensors",), tensors)
+
+
+class TestChoose:
+    def test_opening_shows_what_it_holds_and_where_it_fits(self, demo):
+        app = opened(demo, dtype="float16")
+        said = words(app)
+        assert "MistralForCausalLM" in said
+        assert "Does it fit, loaded as float16?" in said
+        for host in ("this machine", "Colab", "Kaggle", "Binder"):
+            assert host in said
+        assert not alerts(app)
+
+    def test_demo_is_made_where_there_is_none(self, tmp_path):
+        app = ShardApp()
+        assert not (tmp_path / "mistral-demo-64MB").exists()
+        control(app, "Suggestions").index = 1
+        assert app.checkpoint is None, "a suggestion is only a suggestion until it is opened"
+        button(app, "Open").click()
+        assert app.wait(PATIENCE)
+        assert app.checkpoint.source == str(tmp_path / "mistral-demo-64MB")
+
+    def test_entered_text_is_opened(self, demo):
+        app = ShardApp()
+        control(app, "Checkpoint").value = demo
+        assert app.wait(PATIENCE)
+        assert app.checkpoint.total_bytes > 5_000_000
+
+    @pytest.mark.parametrize("wrong", ["no/such/folder", "", "<b>x</b>", "a\x1b[31mb"])
+    def test_wrong_name_is_said_in_place_and_a_right_one_works_after(self, demo, wrong):
+        app = ShardApp()
+        start = button(app, "Open")
+        control(app, "Checkpoint").value = wrong
+        start.click()
+        assert app.wait(PATIENCE)
+        (said,) = alerts(app)
+        assert "Traceback" not in html(app)
+        assert "<b>x" not in said
+        assert "\x1b" not in said
+        assert not works(button(app, "Shard"))
+        control(app, "Checkpoint").value = demo
+        assert app.wait(PATIENCE)
+        assert not alerts(app)
+        assert works(button(app, "Shard"))
+
+    def test_names_from_a_hostile_file_stay_text(self, tmp_path):
+        name = "<img src=x onerror=alert(1)>\x1b[2J\u202e&amp;"
+        write_checkpoint(tmp_path / "hostile", [{name: Tensor("F32", (1,), b"1234")}])
+        said = html(opened("hostile"))
+        assert "<img" not in said
+        assert "\x1b" not in said
+        assert "\u202e" not in said
+        assert "&lt;img src=x onerror=alert(1)&gt;" in said
+
+    def test_fault_of_ours_is_shown_too(self, demo, monkeypatch):
+        app = opened(demo)
+        monkeypatch.setattr(Checkpoint, "summary", lambda _: 1 / 0)
+        button(app, "Open").click()
+        assert app.wait(PATIENCE)
+        assert any("ZeroDivisionError" in alert and "report" in alert for alert in alerts(app))
+        assert works(button(app, "Open"))
+
+    def test_another_checkpoint_forgets_what_belonged_to_the_first(self, demo, instant_loads):
+        app = opened(demo, repeats=1)
+        app.run_all()
+        assert instant_loads
+        assert app.report
+        assert "ABBA" in words(app)
+        control(app, "Checkpoint").value = "no/such/folder"
+        assert app.wait(PATIENCE)
+        assert (app.checkpoint, app.plan, app.report, app.comparison) == (None,) * 4
+        assert "ABBA" not in words(app)
+        assert not works(button(app, "Compare"))
+
+
+class TestPlan:
+    def test_every_control_changes_the_plan_at_once(self, demo):
+        app = opened(demo)
+        size = control(app, "Shard size up to")
+        counts = []
+        for place in range(len(size.options)):
+            size.index = place
+            counts.append(len(app.plan.shards))
+            assert app.plan.max_shard_size == size.value
+            assert f"planned: {counts[-1]} file" in words(app)
+        assert counts == sorted(counts, reverse=True)
+        assert counts[-1] == 1
+        control(app, "Strategy").value = "layer"
+        assert app.plan.strategy == "layer"
+        control(app, "Write as").value = "float16"
+        assert app.plan.dtype == control(app, "Load as").value == "float16"
+
+    def test_size_to_begin_with_gives_several_files_and_leaves_no_tensor_too_large(self, demo):
+        app = opened(demo)
+        assert 4 <= len(app.plan.shards) <= 9
+        assert app.plan.oversized == ()
+
+    def test_boxes_are_the_files_and_as_wide_as_their_bytes(self, demo):
+        app = opened(demo, max_shard_size="1MB")
+        now, planned = re.findall(
+            r'sk-strip.*?style="width:([\d.]+)%">(.*?)(?=<div class="sk-label|$)', html(app)
+        )
+        widths = [int(width) for width in re.findall(r"flex-grow:(\d+)", planned[1])]
+        assert widths[: len(app.plan.shards)] == [shard.nbytes for shard in app.plan.shards]
+        assert len(re.findall("sk-box", now[1])) == 2
+
+    @pytest.mark.parametrize("dtype", [None, "float16"])
+    def test_sliding_takes_less_than_a_tenth_of_a_second_for_7b(self, monkeypatch, dtype):
+        monkeypatch.setattr(Checkpoint, "open", lambda _: mistral_7b())
+        app = opened("mistral-7b", dtype=dtype)
+        assert len(app.checkpoint.tensors) == 291
+        size, took = control(app, "Shard size up to"), []
+        for strategy in ("size", "layer", "balanced"):
+            control(app, "Strategy").value = strategy
+            for place in range(len(size.options)):
+                begin = time.thread_time()  # not the wall's, which others on the machine share
+                size.index = place
+                took.append(time.thread_time() - begin)
+        assert median(took) < 0.05
+        assert sorted(took)[-3] < 0.1, "a few may fall into a collector's pause"
+
+    def test_cast_of_quantised_weights_is_refused_in_place(self, tmp_path):
+        write_checkpoint(tmp_path / "q", [{"w": Tensor("F8_E4M3", (4,), b"1234")}])
+        app = opened("q")
+        assert works(button(app, "Shard"))
+        control(app, "Write as").value = "float16"
+        assert "quantised" in alerts(app)[0]
+        assert not works(button(app, "Shard"))
+        control(app, "Write as").value = ""
+        assert not alerts(app)
+        assert works(button(app, "Shard"))
+
+    @pytest.mark.parametrize(
+        ("total", "asked"), [(0, None), (5, 3), (64 * 10**6, None), (145 * 10**8, 2**31)]
+    )
+    def test_sizes_go_from_many_files_to_one(self, total, asked):
+        sizes = shard_sizes(total, asked)
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] > total
+        assert asked is None or asked in sizes
+        assert 1 <= len(sizes) < 40
+
+    @pytest.mark.parametrize(
+        ("names", "said"),
+        [
+            (["model.embed_tokens.weight"], "embed_tokens"),
+            (["model.layers.3.a", "model.layers.4.a", "model.layers.4.b"], "blocks 3–4"),
+            (["h.0.a", "h.2.a", "lm_head.weight"], "lm_head, blocks 0, 2"),
+            (["layers.7.a"], "block 7"),
+            (["plain"], "plain"),
+            ([f"x.{'9' * 5000}.y"], f"{'9' * 5000}"),
+            ([], ""),
+        ],
+    )
+    def test_contents_name_blocks_and_what_lies_beside(self, names, said):
+        assert page.contents(names) == said
+
+
+class TestShard:
+    def test_writes_what_was_planned_and_proves_it(self, demo):
+        app = opened(demo, max_shard_size="1MB", dtype="float16")
+        button(app, "Shard").click()
+        assert app.wait(PATIENCE)
+        assert shardkit.verify_checkpoint(demo, "demo-sharded").equal
+        assert sorted(app.report.files) == [shard.file for shard in app.plan.shards]
+        assert "verified: all" in words(app)
+        assert "from_pretrained(&#x27;demo-sharded&#x27;" in html(app)
+        assert works(button(app, "Compare"))
+
+    def test_does_not_hold_up_the_kernel_and_starts_once(self, demo, slow_disk):
+        app = opened(demo, max_shard_size="1MB")
+        start = button(app, "Shard")
+        began = time.perf_counter()
+        start.click()
+        assert time.perf_counter() - began < 0.1
+        assert start.description == "Sharding…"
+        for _ in range(5):
+            start.click()  # as programs can, disabled or not
+            button(app, "Open").click()
+            button(app, "Compare").click()
+        assert control(app, "Shard size up to").disabled
+        assert app.wait(PATIENCE)
+        assert len(slow_disk) == len(app.plan.shards)
+        assert app.report
+
+    def test_progress_counts_up_in_bytes_with_rate_and_time_left(self, demo, slow_disk):
+        app = opened(demo, max_shard_size="1MB")
+        bar = next(w for w in everything(app._shard.box) if w._view_name == "ProgressView")
+        seen, lines = [], []
+        bar.observe(lambda change: seen.append(change["new"]), "value")
+        app._shard._message.observe(lambda change: lines.append(change["new"]), "value")
+        button(app, "Shard").click()
+        assert app.wait(PATIENCE)
+        assert slow_disk
+        assert all(0 <= value <= 1 for value in seen)
+        assert any(
+            re.search(r"Writing shards: [\d.]+ MB of 6\S* MB, .*B/s, .*s left", line) for line in lines
+        )
+        assert (bar.value, bar.bar_style) == (1, "success")
+
+    def test_cancel_stops_within_a_second_and_the_next_run_goes_on(self, demo, slow_disk):
+        app = opened(demo, max_shard_size="500KB")
+        button(app, "Shard").click()
+        until(lambda: len(slow_disk) > 6)
+        began = time.perf_counter()
+        next(w for w in everything(app._shard.box) if getattr(w, "description", "") == "Cancel").click()
+        assert app.wait(PATIENCE)
+        assert time.perf_counter() - began < 1
+        assert "Stopped as asked" in words(app)
+        assert not alerts(app)
+        assert not Path("demo-sharded").exists()
+        written = len(slow_disk)
+        button(app, "Shard").click()
+        assert app.wait(PATIENCE)
+        assert app.report.reused
+        assert "interrupted run checked and kept" in words(app)
+        assert len(slow_disk) - written == len(app.plan.shards) - len(app.report.reused)
+
+    def test_new_app_says_that_a_run_was_interrupted(self, demo, slow_disk):
+        app = opened(demo, max_shard_size="500KB")
+        button(app, "Shard").click()
+        until(lambda: len(slow_disk) > 6)
+        app._shard.cancel.click()
+        assert app.wait(PATIENCE)
+        again = opened(demo, max_shard_size="500KB")
+        assert "A run was interrupted here" in words(again)
+
+    def test_destination_that_is_taken_is_refused_until_told(self, demo):
+        app = opened(demo)
+        for _ in range(2):
+            button(app, "Shard").click()
+            assert app.wait(PATIENCE)
+        assert "already exists" in alerts(app)[0]
+        control(app, "Replace a checkpoint that is there").value = True
+        button(app, "Shard").click()
+        assert app.wait(PATIENCE)
+        assert not alerts(app)
+
+    def test_second_app_waits_its_turn_and_can_stop_the_first(self, demo, slow_disk):
+        first, second = opened(demo, max_shard_size="500KB"), opened(demo, destination="other")
+        button(first, "Shard").click()
+        until(lambda: slow_disk)
+        button(second, "Shard").click()
+        assert "Another app" in alerts(second)[0]
+        second._shard.cancel.click()
+        assert first.wait(PATIENCE)
+        assert "Stopped as asked" in words(first)
+        button(second, "Shard").click()
+        assert second.wait(PATIENCE)
+        assert second.report
+
+
+class TestCompare:
+    def test_fills_in_run_by_run_and_can_be_downloaded(self, demo, instant_loads):
+        app = opened(demo, repeats=2, cache="warm", dtype="float16", memory_limit="12.7GB")
+        seen = []
+        app._compare._picture.observe(lambda change: seen.append(change["new"]), "value")
+        comparison = app.run_all()
+        assert len(instant_loads) == 6
+        assert {(how["cache"], how["dtype"], how["generate"]) for how in instant_loads} == {
+            ("warm", "float16", 1)
+        }
+        assert len([shown for shown in seen if shown.startswith("<img")]) >= 6
+        said = html(app)
+        assert comparison.verdict in said
+        found = re.findall(r'download="(.*?)" href="data:(.*?);base64,(.*?)"', said)
+        held = {name: b64decode(data) for name, _, data in found}
+        Path("saved.json").write_bytes(held["comparison.json"])
+        assert shardkit.Comparison.load("saved.json") == comparison
+        assert held["comparison.png"].startswith(b"\x89PNG")
+        assert b"<html" in held["comparison.html"]
+
+    def test_picture_has_words_that_stand_for_it(self, demo, instant_loads):
+        app = opened(demo, repeats=1)
+        comparison = app.run_all()
+        assert instant_loads
+        (alternative,) = re.findall(r'<img class="sk-picture" alt="(.*?)"', html(app))
+        assert "original: at most 700 MB anonymous" in alternative
+        assert comparison.verdict in html(app)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_cancel_in_the_middle_of_a_load_ends_it_within_a_second(self, demo, tmp_path, monkeypatch):
+        script = """
+            with reporter.phase("load"):
+                time.sleep(600)
+        """
+        monkeypatch.setattr(sys, "executable", str(fake_interpreter(tmp_path, script)))
+        app = opened(demo)
+        button(app, "Shard").click()
+        assert app.wait(PATIENCE)
+        button(app, "Compare").click()
+        until(lambda: psutil.Process().children(recursive=True))
+        time.sleep(0.5)
+        began = time.perf_counter()
+        app._compare.cancel.click()
+        assert app.wait(PATIENCE)
+        assert time.perf_counter() - began < 1
+        assert "Nothing was found yet" in words(app)
+        assert not psutil.Process().children(recursive=True)
+
+    def test_cancel_between_runs_keeps_what_was_found(self, demo, monkeypatch):
+        runs = []
+
+        def measure(*_, **__):
+            runs.append(1)
+            time.sleep(0.05)
+            return fake_load()
+
+        monkeypatch.setattr(compare, "measure_load", measure)
+        app = opened(demo, repeats=20)
+        button(app, "Shard").click()
+        assert app.wait(PATIENCE)
+        button(app, "Compare").click()
+        until(lambda: len(runs) > 4)
+        app._compare.cancel.click()
+        assert app.wait(PATIENCE)
+        assert len(runs) < 10
+        assert "Stopped as asked" in words(app)
+        assert app.comparison.samples
+        assert works(button(app, "Compare"))
+
+
+class TestBatch:
+    def test_does_all_four_steps(self, demo, instant_loads):
+        comparison = ShardApp(demo, destination="out", max_shard_size="1MB", repeats=1).run_all()
+        original, sharded = comparison.arms
+        assert original.files == 2
+        assert sharded.files == len(list(Path("out").glob("*.safetensors"))) > 2
+        assert len(instant_loads) == 4
+
+    def test_failing_step_raises(self, demo, instant_loads):
+        Path("out").mkdir()
+        Path("out", "kept").touch()
+        with pytest.raises(DestinationError, match="already exists"):
+            ShardApp(demo, destination="out").run_all()
+        with pytest.raises(CheckpointError, match="no/such"):
+            ShardApp("no/such/folder").run_all()
+        assert not instant_loads
+
+    @pytest.mark.parametrize(
+        ("wrong", "raised"),
+        [
+            ({"max_shard_size": "much"}, SizeError),
+            ({"memory_limit": "-1"}, SizeError),
+            ({"strategy": "best"}, ShardkitError),
+            ({"dtype": "int3"}, ShardkitError),
+            ({"cache": "hot"}, ShardkitError),
+            ({"repeats": 0}, ShardkitError),
+            ({"unknown": 1}, TypeError),
+        ],
+    )
+    def test_wrong_setting_is_refused_at_once(self, wrong, raised):
+        with pytest.raises(raised):
+            ShardApp(**wrong)

@@ -1,0 +1,663 @@
+"""What is pushed to the Hub, and made there: whole or not at all, and loadable by everybody."""
+
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from huggingface_hub import CommitOperationAdd, HfApi
+
+import shardkit
+from shardkit.errors import Cancelled, CheckpointError, DestinationError
+from shardkit.hub.push import push_checkpoint
+from shardkit.hub.reshard import shard_on_hub
+from tests.loopback_hub import LoopbackHub
+from tests.support import Tensor, read_checkpoint, write_checkpoint
+
+REPO = "me/sharded"
+SENT = "PUT storage"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with tokenizer and a licence, in two files."""
+    folder = tmp_path_factory.mktemp("hub") / "model"
+    shardkit.make_demo_checkpoint(folder, size="5MB")
+    card = "---\nlicense: apache-2.0\ntags:\n- a-tag\n---\n\n# The model\n\nWhat it is.\n"
+    (folder / "README.md").write_text(card)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> shardkit.ShardReport:
+    folder = tmp_path_factory.mktemp("hub") / "sharded"
+    return shardkit.shard_checkpoint(model, folder, max_shard_size="400KB")
+
+
+def index_of(hub: LoopbackHub, repo: str = REPO) -> dict[str, str]:
+    return json.loads(hub.read(repo, "model.safetensors.index.json"))["weight_map"]
+
+
+def snapshot(hub: LoopbackHub, repo: str, folder: Path) -> Path:
+    """The files of a repository's head, read from the Hub's own storage."""
+    for name in hub.files(repo):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(hub.read(repo, name))
+    return folder
+
+
+def test_what_is_pushed_is_what_is_loaded_by_id(
+    hub: LoopbackHub, model: Path, sharded: shardkit.ShardReport
+) -> None:
+    url = push_checkpoint(sharded.destination, REPO)
+    head = hub.repo(REPO).branches["main"]
+    assert url == f"{hub.url}/{REPO}/commit/{head}"
+    assert hub.repo(REPO).private
+    code = """if 1:
+        import sys, torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        a, b = map(AutoModelForCausalLM.from_pretrained, sys.argv[1:])
+        ta, tb = map(AutoTokenizer.from_pretrained, sys.argv[1:])
+        assert a.state_dict().keys() == b.state_dict().keys()
+        assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+        text = "Sharding is"
+        assert ta(text)["input_ids"] == tb(text)["input_ids"]
+        tokens = ta(text, return_tensors="pt")
+        out = [m.generate(**tokens, max_new_tokens=5, do_sample=False) for m in (a, b)]
+        assert torch.equal(*out)
+        print("equal")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(model), REPO], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "equal\n", done.stderr[-2000:]
+    assert hub.half_heads(REPO) == []
+
+
+def test_second_push_of_the_same_sends_nothing_and_commits_nothing(
+    hub: LoopbackHub, sharded: shardkit.ShardReport
+) -> None:
+    first = push_checkpoint(sharded, REPO)
+    sent, commits = hub.received(SENT), len(hub.repo(REPO).commits)
+    assert push_checkpoint(sharded, REPO) == first
+    assert hub.received(SENT) == sent
+    assert len(hub.repo(REPO).commits) == commits
+
+
+def test_only_what_differs_is_sent(hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path) -> None:
+    push_checkpoint(sharded.destination, REPO)
+    changed = tmp_path / "changed"
+    subprocess.run(["cp", "-r", sharded.destination, changed], check=True)
+    first = sorted(sharded.files)[0]
+    data = (changed / first).read_bytes()
+    (changed / first).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    sent = hub.received(SENT)
+    push_checkpoint(changed, REPO)
+    assert hub.received(SENT) - sent == sharded.files[first]
+    assert hub.read(REPO, first) == (changed / first).read_bytes()
+
+
+def test_weights_of_an_earlier_model_go_in_the_same_commit(
+    hub: LoopbackHub, model: Path, sharded: shardkit.ShardReport, tmp_path: Path
+) -> None:
+    single = shardkit.shard_checkpoint(model, tmp_path / "single", max_shard_size="1GB")
+    push_checkpoint(single, REPO)
+    assert "model.safetensors" in hub.files(REPO)
+    commits = len(hub.repo(REPO).commits)
+    push_checkpoint(sharded, REPO)
+    assert "model.safetensors" not in hub.files(REPO)
+    assert set(index_of(hub).values()) == set(sharded.files)
+    push_checkpoint(single, REPO)
+    assert [name for name in hub.files(REPO) if "safetensors" in name] == ["model.safetensors"]
+    assert len(hub.repo(REPO).commits) == commits + 2
+    assert hub.half_heads(REPO) == []
+
+
+def test_files_of_others_stay(hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path) -> None:
+    others = tmp_path / "others"
+    (others / "onnx").mkdir(parents=True)
+    for name in ("model.fp16.safetensors", "onnx/model.onnx", "notes.txt", "adapter_model.safetensors"):
+        (others / name).write_bytes(b"others'")
+    hub.add_model(REPO, others, private=True)
+    push_checkpoint(sharded, REPO)
+    assert hub.files(REPO).keys() >= {
+        "model.fp16.safetensors", "onnx/model.onnx", "notes.txt", "adapter_model.safetensors",
+    }  # fmt: skip
+
+
+def test_card_says_what_is_known_and_keeps_what_was_there(
+    hub: LoopbackHub, model: Path, sharded: shardkit.ShardReport
+) -> None:
+    push_checkpoint(sharded, REPO)
+    card = hub.read(REPO, "README.md").decode()
+    assert card.startswith((model / "README.md").read_text().rstrip())
+    assert "| licence | apache-2.0 |" in card
+    assert str(model) not in card, "a path on this machine is nobody's business"
+    for name in sharded.files:
+        assert f"`{hub.files(REPO)[name].sha256}`" in card
+    assert f'AutoModelForCausalLM.from_pretrained("{REPO}")' in card
+    edited = card.replace("What it is.", "What it really is.")
+    (hub.store.folder.parent / "edited").mkdir()
+    (hub.store.folder.parent / "edited" / "README.md").write_text(edited)
+    hub.add_model(REPO, hub.store.folder.parent / "edited")
+    push_checkpoint(sharded, REPO)
+    assert hub.read(REPO, "README.md").decode() == edited, "what people write on the Hub stays"
+
+
+def test_source_is_named_by_what_the_hub_calls_it(hub: LoopbackHub, model: Path, tmp_path: Path) -> None:
+    sha = hub.add_model("org/model", model)
+    report = shardkit.shard_checkpoint("org/model", tmp_path / "out", max_shard_size="2MB", dtype="float16")
+    push_checkpoint(report, REPO)
+    card = hub.read(REPO, "README.md").decode()
+    assert f"[org/model]({hub.url}/org/model)" in card
+    assert f"`{sha}`" in card
+    assert "| dtype | cast to float16 |" in card
+    assert f"shardkit verify hf://org/model@{sha} hf://{REPO}" in card
+
+
+@pytest.mark.parametrize("damage", ["no config", "no shard", "cut shard", "pickle", "no folder"])
+def test_half_a_model_is_refused_before_the_hub_is_asked(
+    damage: str, hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    subprocess.run(["cp", "-r", sharded.destination, folder], check=True)
+    first = folder / sorted(sharded.files)[0]
+    if damage == "no config":
+        (folder / "config.json").unlink()
+    elif damage == "no shard":
+        first.unlink()
+    elif damage == "cut shard":
+        os.truncate(first, first.stat().st_size - 1)
+    elif damage == "pickle":
+        import torch
+
+        for path in folder.glob("model*"):
+            path.unlink()
+        torch.save({"t": torch.zeros(2)}, folder / "pytorch_model.bin")
+    else:
+        folder = tmp_path / "absent"
+    with pytest.raises(CheckpointError):
+        push_checkpoint(folder, REPO)
+    assert hub.requests == []
+
+
+def test_public_repository_is_written_only_when_meant(
+    hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    hub.add_model(REPO, tmp_path / "empty")
+    with pytest.raises(DestinationError, match="public"):
+        push_checkpoint(sharded, REPO)
+    push_checkpoint(sharded, REPO, private=False)
+    assert index_of(hub)
+
+
+def test_others_repositories_and_strangers_are_told_what_to_do(
+    hub: LoopbackHub, sharded: shardkit.ShardReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DestinationError, match="may not write"):
+        push_checkpoint(sharded, "org/model")
+    with pytest.raises(DestinationError, match="owner/name"):
+        push_checkpoint(sharded, "model")
+    with pytest.raises(DestinationError, match=r"Invalid user token|may not write"):
+        push_checkpoint(sharded, REPO, token="hf_wrong")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(DestinationError, match="HF_TOKEN"):
+        push_checkpoint(sharded, REPO)
+    assert hub.store.repos == {}
+
+
+FAULTS = [
+    {"kind": "drop", "where": SENT, "at": 300_000},
+    {"kind": "status", "where": SENT, "status": 403},
+    {"kind": "status", "where": r"POST hub .*/lfs/objects/batch", "status": 500},
+    {"kind": "status", "where": r"POST hub .*/commit/", "status": 503},
+    {"kind": "status", "where": r"POST hub .*/commit/", "status": 429, "headers": {"Retry-After": "0"}},
+    {"kind": "drop", "where": r"POST hub .*/commit/", "at": 5},
+    {"kind": "reset", "where": r"POST hub .*/preupload/"},
+    {"kind": "status", "where": r"GET hub .*/tree/", "status": 502},
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: "-".join(map(str, fault.values())))
+def test_passing_faults_are_borne(
+    fault: dict[str, object], hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path
+) -> None:
+    hub.fail(**fault)
+    push_checkpoint(sharded, REPO)
+    assert read_checkpoint(snapshot(hub, REPO, tmp_path / "got")) == read_checkpoint(
+        Path(sharded.destination)
+    )
+    titles = [commit.title for commit in hub.repo(REPO).history()]
+    assert len(titles) == 2, titles
+
+
+def test_expired_upload_urls_are_asked_for_again(
+    hub: LoopbackHub, sharded: shardkit.ShardReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shardkit.hub.access._LONGEST_PAUSE", 0.1)
+    hub.url_seconds = -1
+
+    def later(progress: shardkit.Progress) -> None:
+        if progress.stage == "upload":
+            hub.url_seconds = 3600
+
+    push_checkpoint(sharded, REPO, progress=later)
+    assert hub.half_heads(REPO) == []
+    hub.url_seconds = -1
+    with pytest.raises(DestinationError, match="403"):
+        push_checkpoint(sharded, "me/other")
+    assert "model.safetensors.index.json" not in hub.files("me/other")
+
+
+def test_interrupted_push_sends_the_rest_only(hub: LoopbackHub, sharded: shardkit.ShardReport) -> None:
+    calls = []
+
+    def stop(progress: shardkit.Progress) -> bool:
+        calls.append(progress)
+        return not (progress.stage == "upload" and progress.done_bytes > 1_500_000)
+
+    with pytest.raises(Cancelled):
+        push_checkpoint(sharded, REPO, progress=stop)
+    assert set(hub.files(REPO)) == {".gitattributes"}, "nobody sees a part"
+    sent = hub.received(SENT)
+    assert 0 < sent < sum(sharded.files.values())
+    push_checkpoint(sharded, REPO)
+    assert hub.received(SENT) == sum(sharded.files.values())
+    assert hub.half_heads(REPO) == []
+
+
+def test_concurrent_push_fails_cleanly(
+    hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path
+) -> None:
+    push_checkpoint(sharded, REPO)
+    other = shardkit.shard_checkpoint(sharded.destination, tmp_path / "other", max_shard_size="3MB")
+
+    def meanwhile(progress: shardkit.Progress) -> None:
+        if progress.stage == "upload" and progress.done_bytes == 0:
+            push_checkpoint(sharded.destination, REPO)
+            (tmp_path / "note").mkdir(exist_ok=True)
+            (tmp_path / "note" / "note.txt").write_text("somebody else")
+            hub.add_model(REPO, tmp_path / "note")
+
+    with pytest.raises(DestinationError, match="somebody else"):
+        push_checkpoint(other, REPO, progress=meanwhile)
+    assert set(index_of(hub).values()) == set(sharded.files)
+    sent = hub.received(SENT)
+    push_checkpoint(other, REPO)
+    assert hub.received(SENT) == sent, "what was uploaded is not sent again"
+    assert set(index_of(hub).values()) == set(other.files)
+    assert hub.half_heads(REPO) == []
+
+
+def test_what_the_hub_lists_after_the_commit_is_believed_only_if_it_is_right(
+    hub: LoopbackHub, sharded: shardkit.ShardReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = hub.store.blob
+
+    def forged(name: str, sha256: str, lfs: bool | None = None) -> object:
+        blob = real(name, sha256, lfs)
+        return blob._replace(sha256="0" * 64) if name == sorted(sharded.files)[0] else blob
+
+    monkeypatch.setattr(hub.store, "blob", forged)
+    with pytest.raises(shardkit.VerificationError, match="does not list"):
+        push_checkpoint(sharded, REPO)
+
+
+def test_round_trips_with_faults_end_equal_or_in_a_clear_error(
+    hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path
+) -> None:
+    dice = random.Random(7)
+    original = read_checkpoint(Path(sharded.destination))
+    for number in range(3):
+        repo = f"me/trip-{number}"
+        hub.chaos(dice, 0.1)
+        with suppress(shardkit.ShardkitError):
+            push_checkpoint(sharded, repo)
+        hub.chaos(dice, 0)
+        push_checkpoint(sharded, repo)
+        assert read_checkpoint(snapshot(hub, repo, tmp_path / str(number))) == original
+        assert hub.half_heads(repo) == []
+
+
+def test_adapter_is_pushed_and_replaces_adapters_only(hub: LoopbackHub, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "adapter", [{"w": Tensor("F32", (2,), bytes(8))}], "adapter_model")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"of the base")
+    (tmp_path / "base" / "adapter_model.bin").write_bytes(b"stale")
+    hub.add_model(REPO, tmp_path / "base", private=True)
+    push_checkpoint(folder, REPO)
+    weights = [name for name in hub.files(REPO) if "model" in name]
+    assert sorted(weights) == ["adapter_model.safetensors", "model.safetensors"]
+
+
+SOURCE = "org/model"
+RECEIVED = "GET storage"
+
+
+@pytest.fixture
+def source(hub: LoopbackHub, model: Path) -> str:
+    """The commit of a model on the Hub."""
+    return hub.add_model(SOURCE, model)
+
+
+def drafts(hub: LoopbackHub) -> list[str]:
+    return [branch for branch in hub.repo(REPO).branches if branch != "main"]
+
+
+def watched(folder: Path, seen: list[int]) -> Callable[[shardkit.Progress], None]:
+    """A progress callback that notes how many bytes lie in a folder."""
+
+    def look(_: shardkit.Progress) -> None:
+        with suppress(FileNotFoundError):  # a shard was just dropped
+            seen.append(sum(p.stat().st_blocks * 512 for p in folder.rglob("*.safetensors")))
+
+    return look
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize("strategy", ["size", "layer", "balanced"])
+def test_from_hub_to_hub_is_what_sharding_makes(
+    dtype: str | None, strategy: str, hub: LoopbackHub, source: str, model: Path, tmp_path: Path
+) -> None:
+    options = {"max_shard_size": "600KB", "strategy": strategy, "dtype": dtype}
+    here = shardkit.shard_checkpoint(model, tmp_path / "here", **options)
+    seen: list[int] = []
+    report = shard_on_hub(
+        SOURCE, REPO, **options, workers=2, work_folder=tmp_path / "work", progress=watched(tmp_path, seen)
+    )
+    got = snapshot(hub, REPO, tmp_path / "got")
+    names = {path.name for path in Path(here.destination).iterdir()}
+    assert {path.name for path in got.iterdir()} == names | {".gitattributes"}
+    for name in names - {"README.md"}:
+        assert (got / name).read_bytes() == (Path(here.destination) / name).read_bytes(), name
+    assert report.source == f"hf://{SOURCE}@{source}"
+    assert report.destination == f"hf://{REPO}@{hub.repo(REPO).branches['main']}"
+    assert report.files == here.files
+    assert report.verification.digests == here.verification.digests
+    assert report.verification.received
+    assert report.lost == here.lost
+    assert drafts(hub) == []
+    assert hub.half_heads(REPO) == []
+    assert list((tmp_path / "work").iterdir()) == []
+    assert 0 < max(seen) - model_bytes(tmp_path) <= 3 * 600_000
+
+
+def model_bytes(folder: Path) -> int:
+    return sum(p.stat().st_blocks * 512 for p in (folder / "here").rglob("*.safetensors"))
+
+
+def test_card_of_a_resharded_model_tells_its_story(hub: LoopbackHub, source: str, model: Path) -> None:
+    report = shard_on_hub(SOURCE, REPO, max_shard_size="2MB", dtype="float16")
+    card = hub.read(REPO, "README.md").decode()
+    assert card.startswith((model / "README.md").read_text().rstrip())
+    for said in (
+        f"[{SOURCE}]({hub.url}/{SOURCE})", f"`{source}`", "| licence | apache-2.0 |",
+        "strategy size, at most 2 MB a file", "cast to float16", "XXH3-128",
+    ):  # fmt: skip
+        assert said in card, said
+    for name, size in report.files.items():
+        assert f"| {name} | {size:,} | `{hub.files(REPO)[name].sha256}` |" in card
+    assert shardkit.verify_checkpoint(SOURCE, REPO).equal
+
+
+def test_source_is_read_once_and_only_through_signed_urls(hub: LoopbackHub, source: str) -> None:
+    total = sum(blob.size for name, blob in hub.files(SOURCE).items() if name.endswith(".safetensors"))
+    report = shard_on_hub(SOURCE, REPO, max_shard_size="600KB")
+    assert hub.sent(RECEIVED) < 1.1 * total
+    assert hub.received(SENT) == sum(report.files.values())
+    assert not any(request.token for request in hub.requests if request.host == "storage")
+    assert source
+
+
+def test_interrupted_job_goes_on_from_what_the_target_has(
+    hub: LoopbackHub, source: str, tmp_path: Path
+) -> None:
+    def stop(progress: shardkit.Progress) -> bool:
+        return progress.done_bytes < 0.7 * progress.total_bytes
+
+    options = {"max_shard_size": "300KB", "workers": 1, "work_folder": tmp_path / "work"}
+    with pytest.raises(Cancelled):
+        shard_on_hub(SOURCE, REPO, **options, progress=stop)
+    assert set(hub.files(REPO)) == {".gitattributes"}, "nobody sees a part"
+    assert len(drafts(hub)) == 1
+    assert list((tmp_path / "work").iterdir()) == []
+    sent, received = hub.received(SENT), hub.sent(RECEIVED)
+    report = shard_on_hub(SOURCE, REPO, **options)
+    assert len(report.reused) >= 3
+    left = sum(size for name, size in report.files.items() if name not in report.reused)
+    assert hub.received(SENT) - sent <= left
+    assert hub.sent(RECEIVED) - received < left + 300_000
+    assert drafts(hub) == []
+    verified = shardkit.verify_checkpoint(SOURCE, REPO)
+    assert verified.equal
+    assert verified.digests == report.verification.digests
+    assert source
+
+
+def test_draft_of_another_job_is_not_mistaken_for_this_one(hub: LoopbackHub, model: Path) -> None:
+    hub.add_model(SOURCE, model)
+    with pytest.raises(Cancelled):
+        shard_on_hub(
+            SOURCE, REPO, max_shard_size="300KB", progress=lambda p: p.done_bytes < 0.6 * p.total_bytes
+        )
+    report = shard_on_hub(SOURCE, REPO, max_shard_size="300KB", dtype="float16")
+    assert report.reused == ()
+    assert len(drafts(hub)) == 1
+    assert shardkit.verify_checkpoint(SOURCE, REPO).equal
+
+
+@pytest.mark.parametrize("damage", ["note", "shard"])
+def test_draft_that_was_tampered_with_is_made_again(
+    damage: str, hub: LoopbackHub, source: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Cancelled):
+        shard_on_hub(
+            SOURCE, REPO, max_shard_size="300KB", workers=1,
+            progress=lambda p: p.done_bytes < 0.7 * p.total_bytes,
+        )  # fmt: skip
+    (branch,) = drafts(hub)
+    shards = sorted(name for name in hub.files(REPO, branch) if name.endswith(".safetensors"))
+    forged = tmp_path / "forged"
+    (forged / ".shardkit").mkdir(parents=True)
+    name = f".shardkit/{shards[0]}.json" if damage == "note" else shards[0]
+    data = bytearray(hub.read(REPO, name, branch))
+    data[-1] ^= 1
+    (forged / name).write_bytes(data)
+    api = HfApi()
+    add = CommitOperationAdd(name, forged / name)
+    api.create_commit(REPO, [add], commit_message="tampered", revision=branch)
+    report = shard_on_hub(SOURCE, REPO, max_shard_size="300KB")
+    assert shards[0] not in report.reused
+    assert shardkit.verify_checkpoint(SOURCE, REPO).equal
+    assert source
+
+
+def test_stale_weights_of_the_target_go_with_the_one_commit(
+    hub: LoopbackHub, source: str, sharded: shardkit.ShardReport
+) -> None:
+    push_checkpoint(sharded, REPO)
+    commits = len(list(hub.repo(REPO).history()))
+    shard_on_hub(SOURCE, REPO, max_shard_size="1GB")
+    weights = [name for name in hub.files(REPO) if "safetensors" in name]
+    assert weights == ["model.safetensors"]
+    assert len(list(hub.repo(REPO).history())) == commits + 1
+    assert hub.half_heads(REPO) == []
+    assert source
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *FAULTS,
+        {"kind": "drop", "where": RECEIVED, "at": 100_000, "times": 3},
+        {"kind": "status", "where": RECEIVED, "status": 403},
+        {"kind": "status", "where": RECEIVED, "status": 503, "times": 2},
+        {"kind": "reset", "where": r"POST hub .*/branch/"},
+        {"kind": "drop", "where": r"DELETE hub", "at": 0},
+    ],
+    ids=lambda fault: "-".join(map(str, fault.values())),
+)
+def test_faults_on_the_way_from_hub_to_hub_are_borne(
+    fault: dict[str, object], hub: LoopbackHub, source: str
+) -> None:
+    hub.fail(**fault)
+    shard_on_hub(SOURCE, REPO, max_shard_size="1MB")
+    assert shardkit.verify_checkpoint(SOURCE, REPO).equal
+    assert hub.half_heads(REPO) == []
+    assert drafts(hub) == []
+    assert source
+
+
+def test_content_that_changes_on_the_way_is_never_published(hub: LoopbackHub, source: str) -> None:
+    hub.fail("etag", "GET storage", skip=2)
+    with pytest.raises(CheckpointError, match="changed"):
+        shard_on_hub(SOURCE, REPO, max_shard_size="1MB")
+    assert set(hub.files(REPO)) == {".gitattributes"}
+    assert source
+
+
+def test_cast_that_overflows_is_refused_before_anything_is_sent(hub: LoopbackHub, tmp_path: Path) -> None:
+    large = Tensor("F32", (2,), struct.pack("<2f", 1.0, 1e30))
+    folder = write_checkpoint(tmp_path / "large", [{"w": large}])
+    (folder / "config.json").write_text("{}")
+    hub.add_model(SOURCE, folder)
+    with pytest.raises(shardkit.CastError, match="w"):
+        shard_on_hub(SOURCE, REPO, dtype="float16")
+    assert hub.received(SENT) == 0
+    assert drafts(hub) == []
+    report = shard_on_hub(SOURCE, REPO, dtype="float16", allow_overflow=True)
+    assert [loss.overflowed for loss in report.lost] == [1]
+
+
+def test_what_cannot_be_resharded_on_the_hub_is_said_at_once(
+    hub: LoopbackHub, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DestinationError, match="the same"):
+        shard_on_hub(SOURCE, SOURCE)
+    with pytest.raises(CheckpointError, match="check the name"):
+        shard_on_hub("org/absent", REPO)
+    bare = write_checkpoint(tmp_path / "bare", [{"w": Tensor("F32", (2,), bytes(8))}])
+    hub.add_model("org/bare", bare)
+    with pytest.raises(CheckpointError, match="config"):
+        shard_on_hub("org/bare", REPO)
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(shardkit.SpaceError, match="lower max_shard_size"):
+        shard_on_hub(SOURCE, REPO, max_shard_size="1MB")
+    assert source
+
+
+def test_what_killed_runs_left_is_cleaned_up_and_what_lives_is_left_alone(
+    source: str, tmp_path: Path
+) -> None:
+    from shardkit.destination import locked
+
+    dead, alive = tmp_path / "shardkit-0123456789abcdef", tmp_path / "shardkit-fedcba9876543210"
+    for job in (dead, alive):
+        left = tmp_path / f".{job.name}.shardkit-staging"
+        left.mkdir()
+        (left / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    with locked(alive):
+        shard_on_hub(SOURCE, REPO, work_folder=tmp_path)
+        assert (tmp_path / f".{alive.name}.shardkit-staging").exists()
+    assert not (tmp_path / f".{dead.name}.shardkit-staging").exists()
+    assert source
+
+
+def cli(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from shardkit.cli import main; main()", *map(str, arguments)]
+    variables = os.environ | environment
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+
+
+def test_command_line_pushes_and_goes_from_hub_to_hub(
+    hub: LoopbackHub, source: str, sharded: shardkit.ShardReport
+) -> None:
+    pushed = cli("push", sharded.destination, REPO)
+    head = hub.repo(REPO).branches["main"]
+    assert (pushed.returncode, pushed.stdout) == (0, f"{hub.url}/{REPO}/commit/{head}\n"), pushed.stderr
+    assert hub.repo(REPO).private
+    done = cli("shard", f"hf://{SOURCE}", "hf://me/other", "--max-shard-size", "1MB", "--public", "--json")
+    assert done.returncode == 0, done.stderr
+    report = shardkit.ShardReport.from_dict(json.loads(done.stdout))
+    assert report.source == f"hf://{SOURCE}@{source}"
+    assert not hub.repo("me/other").private
+    assert cli("verify", REPO, "me/other").returncode == 0
+    assert cli("shard", SOURCE, "hf://me/other", "--overwrite").returncode == 2
+    refused = cli("shard", SOURCE, "hf://org/other")
+    assert refused.returncode == 1
+    assert len(refused.stderr.splitlines()) == 1, refused.stderr
+    here = cli("shard", sharded.destination, "hf://me/third")
+    assert (here.returncode, "push that" in here.stderr) == (1, True)
+
+
+SECRET = "hf_plantedInThisTestAlone"
+JOBS = """
+import json, logging, os, sys, tempfile
+token = sys.stdin.readline().strip() or None
+logging.basicConfig(level="DEBUG")
+import shardkit
+folder, = sys.argv[1:]
+for number in range(2):
+    try:
+        report = shardkit.shard_on_hub("org/model", "me/other", token=token, max_shard_size="1MB")
+        print(report, repr(report), json.dumps(report.to_dict()), report._repr_html_())
+        print(shardkit.push_checkpoint(folder, "me/sharded", token=token))
+    except shardkit.ShardkitError as error:
+        logging.exception("it failed")
+        print(repr(error), error.__context__, error.__cause__)
+"""
+
+
+def command_lines() -> str:
+    """What `ps` shows of every process."""
+    shown = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            shown.append(path.read_text(errors="replace"))
+    return "\n".join(shown)
+
+
+@pytest.mark.parametrize("planted", ["environment", "store", "argument"])
+@pytest.mark.usefixtures("source")
+def test_token_is_shown_to_the_hub_alone(
+    planted: str, hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path
+) -> None:
+    hub.users = {SECRET: "me"}
+    home = tmp_path / "hub-home"
+    home.mkdir(exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    if planted == "environment":
+        environment["HF_TOKEN"] = SECRET
+    elif planted == "store":
+        (home / "token").write_text(SECRET)
+    hub.fail("status", r"POST hub /api/models/me/other/commit/main", status=403)
+    hub.fail("drop", SENT, at=1000)
+    with subprocess.Popen(
+        [sys.executable, "-c", JOBS, sharded.destination], env=environment, cwd=tmp_path, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        process.stdin.write(f"{SECRET if planted == 'argument' else ''}\n")
+        process.stdin.flush()
+        seen_by_ps = command_lines()
+        output, _ = process.communicate()
+    assert process.returncode == 0, output[-2000:]
+    assert "may not write" in output
+    assert f"{hub.url}/me/sharded/commit/" in output
+    assert {request.token for request in hub.requests if request.host == "hub"} >= {SECRET}
+    assert {request.token for request in hub.requests if request.host == "storage"} == {None}
+    assert JOBS.strip()[:20] in seen_by_ps
+    assert SECRET not in seen_by_ps + output
+    (home / "token").unlink(missing_ok=True)
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert left == []

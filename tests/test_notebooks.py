@@ -1,0 +1,229 @@
+"""Notebooks as they are run: unattended with parameters, in a kernel that dies, and read without running."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from jupyter_client.manager import start_new_kernel
+from nbclient import NotebookClient
+from papermill import inspect_notebook
+
+from shardkit import Comparison
+from shardkit.batch import ParameterError, check_parameters
+from tests.fake_loads import fake_comparison
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+STORY = ROOT / "notebooks/01_shard_and_compare.ipynb"
+REPORT = ROOT / "notebooks/batch_report.ipynb"
+
+
+def papermill(notebook, folder, **parameters):
+    """Run a notebook with parameters in a folder, as a shell would."""
+    given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", folder, notebook]
+    return subprocess.run([*command, folder / "out.ipynb", *given], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parameters", "limit"),
+    [
+        ({"demo_size": "5MB", "max_shard_size": "1MB", "dtype": "float16"}, 10**6),
+        ({"demo_size": "5MB", "strategy": "layer", "dtype": "bfloat16", "cache": "warm"}, 10**8),
+        ({"demo_size": "10MB", "strategy": "balanced", "max_shard_size": 6_000_000, "repeats": 2}, 6 * 10**6),
+        ({"model": "all-MiniLM-L6-v2", "max_shard_size": "50MB", "dtype": "float32"}, 50 * 10**6),
+    ],
+    ids=["files_by_size", "files_by_layer", "balanced_files", "a_model_of_ones_own"],
+)
+def test_notebook_does_the_whole_job_that_its_parameters_say(parameters, limit, minilm, tmp_path):
+    given = {"repeats": 1, "output_folder": tmp_path / "made", **parameters}
+    if "model" in given:
+        given["model"] = minilm
+    done = papermill(STORY, tmp_path, **given)
+    assert done.returncode == 0, done.stderr
+    runs = Comparison.load(tmp_path / "made/comparison.json").to_frame()
+    assert set(runs["outcome"]) == {"ok"}
+    assert set(runs["pair"].dropna()) == set(range(given["repeats"]))
+    assert set(runs["dtype"]) == {given.get("dtype", "float16")}
+    assert set(runs["cache"]) == {given.get("cache", "cold")}
+    shards = list((tmp_path / "made/sharded").glob("*.safetensors"))
+    assert set(runs[runs["arm"] == "sharded"]["files"]) == {len(shards)}
+    assert len(shards) > 1
+    assert max(shard.stat().st_size for shard in shards) <= limit
+    assert (tmp_path / "made/comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "line"),
+    [
+        ({"model": "no/such/model"}, r"parameter model: .*no/such/model.*"),
+        ({"dtype": "float17"}, "parameter dtype: 'float17' is not one of float16, bfloat16, float32"),
+        ({"dtpye": "float16"}, r"1 unknown parameter \(dtpye\): this notebook has model, demo_size, .*"),
+        ({"repeats": "many"}, "parameter repeats: 'many' is not a whole number above zero"),
+    ],
+)
+def test_wrong_parameter_ends_in_one_clear_line_before_any_work(parameters, line, tmp_path):
+    done = papermill(STORY, tmp_path, **parameters)
+    assert done.returncode != 0
+    assert re.fullmatch(f"ParameterError: {line}", done.stderr.strip().splitlines()[-1])
+    assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"]
+
+
+def test_batch_report_merges_what_lies_below_a_folder(tmp_path):
+    for run, ratio in (("a", 0.5), ("b", 1.0)):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        fake_comparison(ratio=ratio).save(tmp_path / "runs" / run / "comparison.json")
+    done = papermill(REPORT, tmp_path, results="runs", output_folder="runs")
+    assert done.returncode == 0, done.stderr
+    medians = pd.read_csv(tmp_path / "runs/medians.csv").set_index(["result", "arm"])["load time (s)"]
+    assert medians["b/comparison.json", "sharded"] == pytest.approx(2.0, rel=0.05)
+    assert medians["a/comparison.json", "sharded"] == pytest.approx(1.0, rel=0.05)
+    assert (tmp_path / "runs/medians.png").read_bytes().startswith(b"\x89PNG")
+    shown = json.dumps(nbformat.read(tmp_path / "out.ipynb", as_version=4))
+    assert "no difference within" in shown
+    assert "2x faster" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (None, "MeasurementError: no results to merge"),
+        ("{}", r"ShardkitError: .*runs/comparison\.json: this is None, not 'shardkit/Comparison/\d+'"),
+        (
+            fake_comparison().to_dict() | {"arms": 3},
+            r"ShardkitError: .*comparison\.json: .*not readable: .*arms",
+        ),
+    ],
+    ids=["none", "another file", "damaged"],
+)
+def test_batch_report_names_what_it_cannot_merge(text, line, tmp_path):
+    (tmp_path / "runs").mkdir()
+    if text is not None:
+        written = text if isinstance(text, str) else json.dumps(text)
+        (tmp_path / "runs/comparison.json").write_text(written)
+    done = papermill(REPORT, tmp_path, results="runs", output_folder="runs")
+    assert done.returncode != 0
+    last = re.sub(r"\x1b\[[\d;]*m", "", done.stderr.strip().splitlines()[-1])
+    assert re.match(line, last)
+
+
+def names(**values):
+    """The namespace of a notebook behind its parameters and what papermill wrote."""
+    cells = ["", 'cache: str = "cold"\nrepeats: int = 5', "%syntax of a shell", "other = 3"]
+    cells.append("# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in values.items()))
+    return {"In": cells, "cache": "cold", "repeats": 5, "other": 3, **values}
+
+
+def test_known_parameters_pass():
+    check_parameters(names(cache="warm", repeats=1))
+    check_parameters({"In": ["model: str = ''"], "model": ""})
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 2.0, "3", None])
+def test_repeats_is_a_whole_number_above_zero(value):
+    with pytest.raises(ParameterError, match=r"parameter repeats: .* not a whole number above zero"):
+        check_parameters(names(repeats=value))
+
+
+def test_a_name_that_another_cell_assigned_is_no_parameter():
+    with pytest.raises(
+        ParameterError, match=r"unknown parameter \(other\): this notebook has cache, repeats"
+    ):
+        check_parameters(names(other=4))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_parameter_has_a_type_and_a_help_text(notebook):
+    parameters = inspect_notebook(notebook)
+    assert parameters
+    for parameter in parameters.values():
+        assert parameter["inferred_type_name"] in ("str", "int")
+        assert len(parameter["help"]) > 10
+
+
+class Kernel:
+    """A real kernel that runs a notebook's cells in a folder."""
+
+    def __init__(self, folder):
+        self.manager, self.client = start_new_kernel(kernel_name="python3", cwd=folder)
+
+    def run(self, *cells):
+        """Run cells to their end, and return what the last one shows."""
+        shown = []
+        for cell in cells:
+            reply = self.client.execute_interactive(cell, output_hook=shown.append, timeout=120)
+            assert reply["content"]["status"] == "ok", reply["content"].get("traceback")
+        data = [message["content"].get("data", {}) for message in shown]
+        return [texts["text/plain"] for texts in data if "text/plain" in texts][-1]
+
+    def start(self, cell):
+        """Run a cell, and do not wait."""
+        self.client.execute(cell)
+
+    def restart(self):
+        """Kill the kernel where it stands, and start another, as the menu of a notebook does."""
+        self.manager.restart_kernel(now=True)
+        self.client.wait_for_ready(timeout=60)
+
+    def close(self):
+        self.client.stop_channels()
+        self.manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture
+def kernel(tmp_path):
+    made = Kernel(tmp_path)
+    yield made
+    made.close()
+
+
+def test_running_again_after_the_kernel_died_in_the_middle_of_sharding_goes_on_there(kernel, tmp_path):
+    cells = [cell.source for cell in nbformat.read(STORY, as_version=4).cells if cell.cell_type == "code"]
+    sharding = next(place for place, cell in enumerate(cells) if "shard_checkpoint" in cell)
+    before = [cell.replace('"100MB"', '"10MB"') for cell in cells[:sharding]]
+    kernel.run(*before)
+    kernel.start(cells[sharding])
+    limit = time.monotonic() + 60
+    while len(written := list(tmp_path.glob("demo-output/*sharded*/*.safetensors"))) < 20:
+        assert time.monotonic() < limit, written
+        time.sleep(0.002)
+    kernel.restart()
+    assert not (tmp_path / "demo-output/sharded").exists()
+    shown = kernel.run(*before, cells[sharding])
+    assert re.search(r"reused +model-\d{5}-of-\d{5}\.safetensors", shown)
+    assert re.search(r"verified +equal, 129 tensors", shown)
+
+
+def test_every_picture_appears_under_its_cell(tmp_path):
+    """The first plot of a kernel loads the backend of notebooks, and must not spoil it for the next."""
+    fake_comparison().save(tmp_path / "comparison.json")
+    cells = ["import shardkit; from shardkit.display.plots import plot_bars, plot_memory"]
+    cells += ["found = shardkit.Comparison.load('comparison.json')"]
+    cells += ["plot_bars(found);", "plot_memory(found);", "found.plot();"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}).execute()
+    pictures = [[output for output in cell.outputs if "image/png" in output.data] for cell in notebook.cells]
+    assert [len(found) for found in pictures] == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_notebook_can_be_read_without_running(notebook):
+    stored = nbformat.read(notebook, as_version=4)
+    nbformat.validate(stored)
+    code = [cell for cell in stored.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    shown = {cell.id for cell in code for output in cell.outputs if "image/png" in output.get("data", {})}
+    assert shown == {cell.id for cell in code if re.search(r"plots?(_\w+)?\(", cell.source)}
+    assert not [output for output in outputs if output.output_type == "error"]
+    text = json.dumps(stored)
+    for foreign in ("widget-state", "widget-view", "/home/", "/tmp/", "/root/"):
+        assert foreign not in text
+    assert all(len(cell.source.splitlines()) <= 12 for cell in code)

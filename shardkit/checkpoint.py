@@ -73,6 +73,8 @@ class Checkpoint(Record):
         Tied tensors of a pickle that share another's storage: dropped name to kept name.
     notes
         What a person should be told.
+    seen
+        State of the weight files just before their headers were read; on this disk alone, so not in JSON.
     """
 
     source: str
@@ -87,6 +89,7 @@ class Checkpoint(Record):
     left_out: tuple[str, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    seen: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -144,7 +147,9 @@ class Checkpoint(Record):
     def _open_files(cls, folder: Files, source: str, notes: tuple[str, ...] = ()) -> Self:
         config = read_config(folder)
         opened = cls._open_chosen(folder, source, find_weights(folder, config), config)
-        return replace(opened, notes=(*notes, *opened.notes))
+        noted = replace(opened, notes=(*notes, *opened.notes))
+        noted.seen.update(opened.seen)
+        return noted
 
     @classmethod
     def _open_chosen(
@@ -155,6 +160,7 @@ class Checkpoint(Record):
         if is_index(chosen):
             weight_map = read_weight_map(folder, chosen)
             files = tuple(sorted(set(weight_map.values())))
+        seen = _states(folder, files)
         is_pickle = not files[0].endswith(".safetensors")
         if is_pickle:
             tensors, aliases, notes = _scan_pickles(folder, files, config)
@@ -165,7 +171,7 @@ class Checkpoint(Record):
             aliases, notes = {}, ()
         _check_weight_map(weight_map, tensors, aliases, chosen)
         side_files, left_out = sort_out(folder, {chosen, *files}) if belongs else ({}, ())
-        return cls(
+        checkpoint = cls(
             source=source,
             folder=folder.folder,
             format="pickle" if is_pickle else "safetensors",
@@ -179,6 +185,8 @@ class Checkpoint(Record):
             aliases=aliases,
             notes=notes,
         )
+        checkpoint.seen.update(seen)
+        return checkpoint
 
     @cached_property
     def total_bytes(self) -> int:
@@ -290,6 +298,20 @@ class Checkpoint(Record):
         if self.left_out:
             notes.append(f"other weights in the folder, not part of this checkpoint: {listed(self.left_out)}")
         return tuple(notes)
+
+
+def _states(folder: Files, files: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    if is_remote(folder.folder):
+        return {}  # the commit is in its name
+    try:
+        return {file: file_state(os.stat(os.path.join(folder.folder, file))) for file in files}
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", file=error.filename) from error
+
+
+def file_state(status: os.stat_result) -> tuple[int, ...]:
+    """Return what tells one state of a file from another."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _scan_pickles(folder: Files, files: tuple[str, ...], config: Mapping[str, Any] | None) -> Scan:

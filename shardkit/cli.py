@@ -5,6 +5,7 @@ Exit status: 0 done; 1 it could not be done, or did not verify (one line on stde
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -20,7 +21,7 @@ import shardkit
 from shardkit.display.progress import ProgressBar
 from shardkit.errors import ShardkitError
 from shardkit.plan import Strategy
-from shardkit.record import Record
+from shardkit.record import Record, listed, printable
 from shardkit.sizes import format_size
 
 app = typer.Typer(
@@ -64,11 +65,10 @@ def inspect(
     from shardkit.checkpoint import Checkpoint
     from shardkit.destination import leftovers
 
-    for path in leftovers(source):
-        print(
-            f"shardkit: an interrupted run left {path}: `shardkit clean {source}` removes it; "
-            "the same `shardkit shard` as before goes on from there",
-            file=sys.stderr,
+    if left := leftovers(source):
+        _say(
+            f"an interrupted run left {listed(map(str, left))}: `shardkit clean {source}` removes it; "
+            "the same `shardkit shard` as before goes on from there"
         )
     checkpoint = Checkpoint.open(source)
     estimate = checkpoint.estimate(dtype)
@@ -188,7 +188,7 @@ def clean(destination: Annotated[str, typer.Argument(help="The folder that was b
     from shardkit.destination import remove_leftovers
 
     removed = remove_leftovers(destination)
-    print("\n".join(f"removed {path}" for path in removed) or f"nothing was left beside {destination}")
+    print("\n".join(f"removed {printable(str(path))}" for path in removed) or "nothing to be removed")
 
 
 @app.command()
@@ -274,7 +274,8 @@ def _told_how_to_go_on() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _fail("stopped; the same command goes on from here", status=130)
+        _say("stopped; the same command goes on from here")
+        os._exit(130)  # without waiting for a disk that is busy with what is to be written again
 
 
 def _progress_bar() -> ProgressBar:
@@ -288,6 +289,9 @@ def _show(record: Record, as_json: bool) -> None:
 
 def main() -> None:
     """Run the command line; every error that is not a bug ends in one line and status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of few characters is no error
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the Hub's client is imported
     try:
@@ -301,6 +305,14 @@ def main() -> None:
         _fail(f"{error.filename or 'system'}: {error.strerror or error}")
 
 
-def _fail(message: str, status: int = 1) -> None:
-    print(f"shardkit: {message}", file=sys.stderr)
-    sys.exit(status)
+def _fail(message: str) -> NoReturn:
+    _say(message)
+    sys.exit(1)
+
+
+def _say(message: str) -> None:
+    print(f"shardkit: {printable(message)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,17 @@
 """Where a result goes: what must not be written, who is writing, and the one step that puts it in place.
 
-Beside a destination `out` lies `.out.shardkit-staging` while it is written, `.out.shardkit-lock` while
-somebody writes it, and, where two folders cannot be swapped in one step, `.out.shardkit-old` for an instant.
+Beside a destination `out` lie `.out.shardkit-staging` and `.out.shardkit-journal` while it is written,
+`.out.shardkit-lock` while somebody writes it, `.out.shardkit-trash` while something is removed, and, where
+two folders cannot be swapped in one step, `.out.shardkit-old` for an instant.
 """
 
 from __future__ import annotations
 
 import ctypes
-import glob
 import os
 import shutil
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,9 +21,13 @@ import filelock
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import DestinationError
 from shardkit.layout import is_weights
+from shardkit.record import listed
 
 _LOCK_SECONDS = 2.0
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_ROLES = ("staging", "journal", "old", "trash", "lock")
+
+warnings.filterwarnings("ignore", "flock not supported", UserWarning)  # its other way to lock does as well
 
 
 def resolve(destination: str | os.PathLike[str]) -> Path:
@@ -33,6 +38,11 @@ def resolve(destination: str | os.PathLike[str]) -> Path:
 def staging_folder(target: Path) -> Path:
     """Return where a destination is staged."""
     return _beside(target, "staging")
+
+
+def journal_path(target: Path) -> Path:
+    """Return where it is written down what of a destination is finished."""
+    return _beside(target, "journal")
 
 
 def check_destination(checkpoint: Checkpoint, target: Path, overwrite: bool) -> None:
@@ -50,6 +60,8 @@ def check_destination(checkpoint: Checkpoint, target: Path, overwrite: bool) -> 
 
 def check_free(target: Path, overwrite: bool) -> None:
     """Refuse a destination that holds what is not to be replaced; as `check_destination`."""
+    if _is_within(Path(), target):
+        raise DestinationError(f"{target}: is or holds the working folder, and cannot be replaced: leave it")
     if target.exists() and not target.is_dir():
         raise DestinationError(f"{target}: is a file; give a folder")
     if os.path.ismount(target):
@@ -69,13 +81,28 @@ def check_free(target: Path, overwrite: bool) -> None:
 
 def _check_apart(checkpoint: Checkpoint, target: Path) -> None:
     source, folder = Path(checkpoint.source).resolve(), Path(checkpoint.folder).resolve()
-    if target in (source, folder):
+    if _is_same(target, source) or _is_same(target, folder):
         raise DestinationError(f"{target}: destination and source are the same; give another folder")
-    if folder in target.parents and (source == folder or checkpoint.config is not None):
+    if _is_within(target, folder) and (source == folder or checkpoint.config is not None):
         raise DestinationError(f"{target}: the destination lies inside the source {folder}")
     for file in (checkpoint.folder, *(checkpoint.path(name) for name in checkpoint.files)):
-        if Path(file).resolve().is_relative_to(target):
+        if _is_within(Path(file), target):
             raise DestinationError(f"{target}: {file}, of the source, lies inside the destination")
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or lies in it, by any name: mounts and letter case make others."""
+    try:
+        path = path.resolve()
+    except FileNotFoundError:  # the working folder is gone
+        return False
+    return any(_is_same(part, folder) for part in (path, *path.parents))
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    with suppress(OSError):
+        return os.path.samefile(path, other)
+    return False
 
 
 @contextmanager
@@ -96,14 +123,18 @@ def locked(target: Path) -> Iterator[None]:
             raise DestinationError(f"{target}: the folder {target.parent} cannot be written") from None
         holder = ""
         with suppress(OSError):
-            holder = f" ({path.read_text(encoding='utf-8')})"
+            holder = f" ({' '.join(path.read_text(encoding='utf-8').split())})"
         raise DestinationError(f"{target}: another run is writing it{holder}") from None
+    # Without flock the file's being there is the lock, and what is in it tells whether it is stale.
+    is_soft = isinstance(lock, filelock.SoftFileLock)
     try:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        if not is_soft:
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         recover(target)
         yield
     finally:
-        path.unlink(missing_ok=True)  # while held: whoever waits for it sees that it is gone, and retries
+        if not is_soft:
+            path.unlink(missing_ok=True)  # while held: whoever waits sees that it is gone, and retries
         lock.release()
 
 
@@ -129,23 +160,52 @@ def leftovers(destination: str | os.PathLike[str]) -> list[Path]:
 def remove_leftovers(destination: str | os.PathLike[str]) -> list[Path]:
     """Remove what interrupted runs have left, and return what it was.
 
+    An old destination that was aside when its run was killed is put back.
+
     Raises
     ------
     DestinationError
-        If a run is writing the destination just now.
+        If a run is writing the destination just now, or something cannot be removed.
     """
     target = resolve(destination)
     found = _all_beside(target)
+    is_aside = not os.path.lexists(target)
     if found:
         with locked(target):
-            for path in _all_beside(target):
-                if path.is_dir():
-                    shutil.rmtree(path)
-    return found
+            discard_unfinished(target)
+        if left := _all_beside(target):
+            raise DestinationError(f"{target}: cannot be removed: {listed(map(str, left))}")
+    return [path for path in found if not (is_aside and path == _beside(target, "old"))]
+
+
+def discard_unfinished(target: Path) -> None:
+    """Remove what a run has written so far."""
+    discard(staging_folder(target), target)
+    journal_path(target).unlink(missing_ok=True)
+
+
+def discard(path: Path, target: Path) -> Path | None:
+    """Remove what lies beside a destination; return what is left of it if it will not go."""
+    trash = _beside(target, "trash")
+    remove(trash)
+    if os.path.lexists(path) and not os.path.lexists(trash):
+        path.rename(trash)  # so that a kill in the middle leaves nothing that looks whole
+    remove(path)
+    remove(trash)
+    return next(filter(os.path.lexists, (path, trash)), None)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or as much of a folder as goes."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        with suppress(OSError):
+            path.unlink()
 
 
 def put_in_place(new: Path, target: Path, overwrite: bool) -> None:
-    """Rename a finished folder to its destination; an old one there is replaced in one step, and removed.
+    """Rename a finished folder to its destination; an old one there takes its place in the same step.
 
     Raises
     ------
@@ -154,7 +214,6 @@ def put_in_place(new: Path, target: Path, overwrite: bool) -> None:
     """
     if overwrite and target.is_dir() and any(target.iterdir()):
         _exchange(new, target)
-        shutil.rmtree(new)
     else:
         new.rename(target)
     sync(target.parent)
@@ -170,12 +229,13 @@ def sync(path: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Undo or complete an exchange by way of a third name that was cut short."""
+    """Undo or complete what a killed run was about: an exchange by way of a third name, a removal."""
     aside = _beside(target, "old")
     if aside.exists() and not target.exists():
         aside.rename(target)
-    elif aside.exists():
-        shutil.rmtree(aside)
+    discard(aside, target)
+    if not os.path.lexists(staging_folder(target)):  # a journal of what was put in place
+        journal_path(target).unlink(missing_ok=True)
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -203,4 +263,4 @@ def _lock_path(target: Path) -> Path:
 
 
 def _all_beside(target: Path) -> list[Path]:
-    return sorted(target.parent.glob(f".{glob.escape(target.name)}.shardkit-*"))
+    return [path for role in _ROLES if os.path.lexists(path := _beside(target, role))]

@@ -19,13 +19,17 @@ class CheckpointError(ShardkitError):
     def __init__(self, message: str, *, file: str | None = None, tensor: str | None = None) -> None:
         self.file, self.tensor = file, tensor
         where = ", ".join(
-            part for part in (file, f"tensor {tensor!r}" if tensor is not None else None) if part
+            part for part in (file, f"tensor {_clipped(tensor)!r}" if tensor is not None else None) if part
         )
         super().__init__(f"{where}: {message}" if where else message)
 
     def __reduce__(self) -> tuple[object, ...]:
         # The composed message must survive a process pool, where exceptions travel by pickle.
         return _rebuild, (type(self), self.args, self.file, self.tensor)
+
+
+def _clipped(name: str) -> str:
+    return name if len(name) <= 200 else name[:197] + "..."
 
 
 def _rebuild(
@@ -65,8 +69,19 @@ class VerificationError(ShardkitError):
     """The copy does not hold the same tensors as its source."""
 
 
-class Cancelled(ShardkitError):  # noqa: N818  the user asked for it: no error
+class _InOneLine:
+    """Shown without a traceback in a notebook: the user asked for it."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
+class Cancelled(_InOneLine, ShardkitError):  # noqa: N818  the user asked for it: no error
     """The progress callback asked to stop."""
+
+
+class Interrupted(_InOneLine, KeyboardInterrupt):
+    """Ctrl-C, or a notebook's stop button, in a job that can be resumed."""
 
 
 class MeasurementError(ShardkitError):

@@ -6,8 +6,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
+from shardkit.errors import CheckpointError
 from shardkit.safetensors_file import Header, read_header
 
 # Folders of the tools that made the copy, and a trainer's earlier states: not of the model.
@@ -102,11 +103,14 @@ class LocalFiles:
 
     def belonging(self) -> Iterator[str]:
         """Yield the names of files at any depth, in order; not those of tools that made the copy."""
-        for root, folders, names in os.walk(self._path):
+        for root, folders, names in os.walk(self._path, onerror=_unreadable):
             folders[:] = sorted(name for name in folders if not NOT_OURS.fullmatch(name))
+            for name in folders:
+                if os.path.islink(path := os.path.join(root, name)):
+                    raise CheckpointError("is a link to a folder: put a copy in its place", file=path)
             for name in sorted(names):
                 path = os.path.join(root, name)
-                if os.path.isfile(path):  # neither pipes nor dangling links
+                if os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path)):  # no pipe
                     yield os.path.relpath(path, self._path)
 
     def leaves(self, name: str) -> Path | None:
@@ -117,3 +121,7 @@ class LocalFiles:
         real, home = (self._path / name).resolve(), self._path.resolve()
         blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
         return None if real.is_relative_to(home) or real.is_relative_to(blobs) else real
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise CheckpointError(f"cannot be read: {error.strerror}", file=error.filename) from error

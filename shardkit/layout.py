@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 from shardkit.errors import CheckpointError
@@ -22,7 +23,8 @@ from shardkit.sizes import format_size
 CANONICAL_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 CONFIG_FILES = ("config.json", "adapter_config.json")
 
-_MAX_JSON_BYTES = 25_000_000
+_MAX_INDEX_BYTES = 25_000_000
+_MAX_CONFIG_BYTES = 3_000_000  # one that names 20,000 classes, twice, has half of that
 _MAX_JSON_DEPTH = 100
 _INDEX = re.compile(r".*\.(safetensors|bin)\.index(\.[^.]+)?\.json")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|ot|tflite)")
@@ -66,17 +68,19 @@ def config_dtype(config: Mapping[str, Any] | None) -> str | None:
     return said.removeprefix("torch.") if isinstance(said, str) else None
 
 
-def _read_json(files: Files, name: str) -> Any:
+def _read_json(files: Files, name: str, limit: int = _MAX_CONFIG_BYTES) -> Any:
     path = os.path.join(files.folder, name)
     try:
-        if files.size(name) > _MAX_JSON_BYTES:
-            raise CheckpointError(f"is larger than {format_size(_MAX_JSON_BYTES)}", file=path)
+        if files.size(name) > limit:
+            raise CheckpointError(f"is larger than {format_size(limit)}", file=path)
         document = load_json(files.read(name), path)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", file=path) from error
     level = [document] if isinstance(document, (dict, list)) else []
     for _ in range(_MAX_JSON_DEPTH):
-        children = (value.values() if isinstance(value, dict) else value for value in level)
+        children = [value.values() if isinstance(value, dict) else value for value in level]
+        if any(inf in values or -inf in values for values in children):
+            raise CheckpointError("has too large a number", file=path)
         level = [v for values in children for v in values if isinstance(v, (dict, list))]
         if not level:
             return document
@@ -182,7 +186,8 @@ def read_weight_map(files: Files, index: str) -> dict[str, str]:
     CheckpointError
         If the index is damaged, or names files that are missing or outside.
     """
-    document, where = _read_json(files, index), os.path.join(files.folder, index)
+    document = _read_json(files, index, _MAX_INDEX_BYTES)
+    where = os.path.join(files.folder, index)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError("has no weight_map of tensor names to file names", file=where)
@@ -202,7 +207,11 @@ def _check_inside(files: Files, file: str, named_in: str) -> None:
     where = os.path.join(files.folder, named_in)
     if not is_inside(file):
         raise CheckpointError(f"names a file outside the folder: {file!r}", file=where)
+    if os.path.normpath(file) != file:  # one file by many names would be read many times
+        raise CheckpointError(f"names {file!r} instead of {os.path.normpath(file)!r}", file=where)
     if not files.is_file(file):
+        if os.path.exists(os.path.join(files.folder, file)):
+            raise CheckpointError(f"names {file!r}, which is not a regular file", file=where)
         raise CheckpointError(
             f"names {file!r}, which is not there: the download may have been cut", file=where
         )
@@ -220,6 +229,11 @@ def sort_out(files: Files, weights: set[str]) -> tuple[dict[str, int], tuple[str
             continue
         if is_weights(os.path.basename(file)) and os.path.dirname(file) not in modules:
             left_out.append(file)
+        elif not files.is_file(file):
+            path = os.path.join(files.folder, file)
+            raise CheckpointError(
+                f"is a link to {os.readlink(path)}, which is not there: the download was cut", file=path
+            )
         elif (real := files.leaves(file)) is not None:
             raise CheckpointError(
                 f"is a link that leaves the folder, to {real}: put a copy in its place, so that what goes "
@@ -237,4 +251,5 @@ def _modules(files: Files) -> set[str]:
         return set()
     listed_modules = _read_json(files, "modules.json")
     modules = listed_modules if isinstance(listed_modules, list) else []
-    return {str(module.get("path")) for module in modules if isinstance(module, dict)} - {""}
+    paths = {os.path.normpath(str(module.get("path"))) for module in modules if isinstance(module, dict)}
+    return paths - {"."}

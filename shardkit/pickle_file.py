@@ -85,11 +85,14 @@ def _identity(tensor: torch.Tensor) -> object:
 
 def _load(path: str) -> tuple[Mapping[str, torch.Tensor], bool]:
     """Return the tensors of a file, and whether they are mapped rather than in memory."""
+    try:
+        with open(path, "rb") as file:
+            refuse_lfs_pointer(file.read(16), path)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", file=path) from error
+    mapped = check_pickle(path)
     import torch
 
-    with open(path, "rb") as file:
-        refuse_lfs_pointer(file.read(16), path)
-    mapped = check_pickle(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises whatever its parsers do

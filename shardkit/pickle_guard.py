@@ -18,7 +18,9 @@ from typing import IO, Any, ClassVar, NoReturn
 from shardkit.errors import CheckpointError
 
 ZIP_MAGIC = b"PK\x03\x04"
-_MAX_PICKLE_BYTES = 8_000_000  # a tensor takes some 200: 40,000 of them
+_MAX_PICKLE_BYTES = 8_000_000  # a tensor takes some 200
+_MAX_READS = 1_600_000  # eighty for a tensor: 20,000 of them; more would take seconds
+_MAX_MARKS = 100  # open at once: a state dict needs five
 _END, _END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q")
 _LOCATOR, _UNSAID = struct.Struct("<4sLQL"), 0xFFFF_FFFF
 _LOCAL_HEADER = struct.Struct("<26x2H")
@@ -31,7 +33,7 @@ _STORAGE_ITEMSIZE = {
 _CALLED = ("OrderedDict", "Size", "device", "_get_layout")
 _NEVER_WRITTEN = (
     "DICT", "EMPTY_SET", "ADDITEMS", "FROZENSET", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ",
-    "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4",
+    "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4", "FRAME",
 )  # fmt: skip
 
 
@@ -57,6 +59,8 @@ def check_pickle(path: str) -> bool:
         raise CheckpointError(f"cannot be read: {error}", file=path) from error
     except Exception as error:  # a hostile pickle makes the unpickler raise anything
         text = str(error) or type(error).__name__
+        if isinstance(error, KeyError):  # of the opcode
+            text = "it does not begin as one"
         raise CheckpointError(f"not a pickle of tensors alone, refused: {text[:200]}", file=path) from error
     return is_zip
 
@@ -142,14 +146,16 @@ def _go_through(file: IO[bytes]) -> dict[str, int]:
     """Unpickle one object with inert stand-ins; return the bytes that its storages claim, by key."""
     unpickler = _InertUnpickler(_Bounded(file))  # type: ignore[arg-type]  # it reads, and needs no more
     unpickler.load()
+    if unpickler.stack or unpickler.metastack:
+        raise pickle.UnpicklingError("it makes objects that nothing holds")
     return unpickler.storages
 
 
 class _Bounded:
-    """Reads at most `_MAX_PICKLE_BYTES` of a file."""
+    """Reads at most `_MAX_PICKLE_BYTES` of a file, in at most `_MAX_READS` steps: one or two an opcode."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._left = file, _MAX_PICKLE_BYTES
+        self._file, self._left, self._reads = file, _MAX_PICKLE_BYTES, _MAX_READS
 
     def read(self, count: int) -> bytes:
         return self._counted(self._file.read(min(count, self._left + 1)))
@@ -159,6 +165,9 @@ class _Bounded:
 
     def _counted(self, data: bytes) -> bytes:
         self._left -= len(data)
+        self._reads -= 1
+        if self._reads < 0:
+            raise pickle.UnpicklingError(f"it describes its tensors in more than {_MAX_READS} steps")
         if self._left < 0:
             raise pickle.UnpicklingError(f"it describes its tensors in more than {_MAX_PICKLE_BYTES} bytes")
         return data
@@ -213,6 +222,7 @@ class _InertUnpickler(pickle._Unpickler):
     """The standard library's own, in Python, because its C twin cannot be asked to look at keys."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    metastack: list[list[Any]]
     stack: list[Any]  # the standard library's, which its type stubs leave out
     pop_mark: Callable[[], list[Any]]
 
@@ -234,6 +244,13 @@ class _InertUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"storage {key!r} claims different sizes")
         return _Storage()
 
+    def _mark(self) -> None:
+        if len(self.metastack) >= _MAX_MARKS:
+            raise pickle.UnpicklingError(f"it is nested more than {_MAX_MARKS} deep")
+        self.metastack.append(self.stack)
+        self.stack = []
+        self.append = self.stack.append
+
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         _check_key(key)
@@ -250,6 +267,7 @@ class _InertUnpickler(pickle._Unpickler):
 
 
 _InertUnpickler.dispatch |= {
+    pickle.MARK[0]: _InertUnpickler._mark,
     pickle.SETITEM[0]: _InertUnpickler._set_item,
     pickle.SETITEMS[0]: _InertUnpickler._set_items,
     **{getattr(pickle, name)[0]: _InertUnpickler._refuse for name in _NEVER_WRITTEN},

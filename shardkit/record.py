@@ -35,7 +35,7 @@ class Table:
 
     def text(self) -> str:
         """Return the table with its columns aligned by spaces."""
-        lines = [tuple(map(_printable, line)) for line in (self.columns, *self.rows)]
+        lines = [tuple(map(printable, line)) for line in (self.columns, *self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
         align = [str.rjust if right else str.ljust for right in self._are_figures]
         return "\n".join(
@@ -74,13 +74,12 @@ class Summary:
     def text(self) -> str:
         """Return the summary as plain text."""
         width = max((len(label) for label, _ in self.facts), default=0)
-        lines = [_printable(self.title)]
-        lines += (
-            f"  {_printable(label):<{width}}  {_printable(value)}".rstrip() for label, value in self.facts
-        )
+        lines = [printable(self.title)]
+        for label, value in self.facts:
+            lines.append(f"  {printable(label):<{width}}  {printable(value)}".rstrip())
         for table in self.tables:
             lines += ["", *(f"  {line}" for line in table.text().splitlines())]
-        return "\n".join([*lines, *(f"  ! {_printable(note)}" for note in self.notes)])
+        return "\n".join([*lines, *(f"  ! {printable(note)}" for note in self.notes)])
 
     def html(self) -> str:
         """Return the summary as HTML, every value escaped."""
@@ -144,7 +143,7 @@ class Record:
         return f"shardkit/{cls.__name__}/{cls.schema}"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Escape what could move a terminal's cursor: names come from files that strangers wrote."""
     if text.isprintable():
         return text
@@ -152,7 +151,7 @@ def _printable(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return escape(_printable(text))
+    return escape(printable(text))
 
 
 def plural(count: int, noun: str) -> str:
@@ -169,7 +168,10 @@ def listed(names: Iterable[str], limit: int = 4) -> str:
 
 def shown_path(path: str) -> str:
     """Return a path as a person would write it here: relative to this folder where it lies inside."""
-    here = os.getcwd()
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # it was removed
+        return path
     return os.path.relpath(path, here) if path.startswith(here + os.sep) else path
 
 

@@ -12,7 +12,7 @@ from itertools import islice
 from threading import Lock
 from typing import TypeVar
 
-from shardkit.errors import Cancelled
+from shardkit.errors import Cancelled, Interrupted, ShardkitError
 
 TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
@@ -38,6 +38,28 @@ def default_workers() -> int:
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
+def worker_count(workers: int | None) -> int:
+    """Return how many workers are meant.
+
+    Raises
+    ------
+    ShardkitError
+        If it is less than one.
+    """
+    if workers is not None and workers < 1:
+        raise ShardkitError(f"workers is {workers}: give 1 or more, or None for {default_workers()}")
+    return workers or default_workers()
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Say of an interrupt that the job can be taken up again."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted("stopped; the same call goes on from here") from error
+
+
 @contextmanager
 def run_all(
     function: Callable[[TaskT], ResultT],
@@ -49,7 +71,7 @@ def run_all(
 
     Leaving the block cancels what has not begun and waits for what has: nothing runs on behind it.
     """
-    count = workers or default_workers()
+    count = worker_count(workers)
     pool = executor or ThreadPoolExecutor(count, thread_name_prefix="shardkit")
     running: dict[Future[ResultT], TaskT] = {}
     try:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import reprlib
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -18,12 +20,18 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeGuard
 
 from shardkit.errors import CheckpointError
 
-# The format allows 100 MB, the Hub's client reads 25 MB: some 200,000 tensors in one file. Parsed, a hostile
-# header of 100 MB would take gigabytes.
+# The format allows 100 MB, the Hub's client reads 25 MB. Parsed, a hostile header of 100 MB would take
+# gigabytes, and so would one of 25 MB but for these bounds, which leave room for 100,000 tensors and more.
 MAX_HEADER_BYTES = 25_000_000
-_MAX_STRUCTURE = 2_000_000  # brackets and commas: ten for each of those tensors
+_MAX_STRUCTURE = 1_200_000  # brackets and commas: eleven for a tensor of five dimensions
+_MAX_COLONS = 600_000  # four for each tensor
+_MAX_UNQUOTED = 4_000_000  # bytes from quote to quote: beyond, one wide character makes each of them four
+_MAX_NAME = 4096
+_MAX_KEYS, _MAX_METADATA = 100, 10_000
 PREFIX_BYTES = 8
 FORMAT_METADATA = {"format": "pt"}
+_clip = reprlib.repr
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 DTYPE_BITS = {
@@ -62,7 +70,7 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
         fill whole bytes (4 and 6 bit dtypes).
     """
     if dtype not in DTYPE_BITS:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPE_BITS)}")
+        raise ValueError(f"dtype {_clip(dtype)} is not one of {', '.join(DTYPE_BITS)}")
     elements = 1
     for length in shape:
         elements *= length
@@ -157,6 +165,10 @@ def parse_header(raw: bytes, data_bytes: int, file: str) -> Header:
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError("__metadata__ is not a map of strings", file=file)
+    if len(metadata) > _MAX_METADATA:  # which would go into every shard
+        raise CheckpointError(
+            f"__metadata__ has {len(metadata)} entries, at most {_MAX_METADATA} are read", file=file
+        )
     entries = sorted(
         (_entry(name, value, file) for name, value in document.items()),
         key=lambda entry: (entry.begin, entry.end),
@@ -168,6 +180,8 @@ def parse_header(raw: bytes, data_bytes: int, file: str) -> Header:
 def load_json(raw: bytes, file: str) -> Any:
     """Parse strict JSON from a file that may be hostile: no duplicate keys, no NaN, no deep nesting.
 
+    Numbers too large for a float come out infinite: a function called for each would take seconds.
+
     Raises
     ------
     CheckpointError
@@ -177,15 +191,18 @@ def load_json(raw: bytes, file: str) -> Any:
         raise CheckpointError(
             f"has {structure} brackets and commas, at most {_MAX_STRUCTURE} are read", file=file
         )
+    if (colons := raw.count(b":")) > _MAX_COLONS:
+        raise CheckpointError(f"has {colons} colons, at most {_MAX_COLONS} are read", file=file)
+    if _has_long_token(raw):
+        raise CheckpointError(f"has a string or a list of more than {_MAX_UNQUOTED} bytes", file=file)
     try:
         document = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_unique_keys,
             parse_constant=_no_constant,
-            parse_float=_finite,
             parse_int=_integer if b"-0" in raw else None,
         )
-        if b"\\u" in raw:  # only an escape can hide half of a surrogate pair, which is no text
+        if _SURROGATE.search(raw):  # only an escape can hide half of a surrogate pair, which is no text
             json.dumps(document, ensure_ascii=False).encode("utf-8")
         return document
     except UnicodeEncodeError:
@@ -211,10 +228,10 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _finite(text: str) -> float:
-    if math.isinf(number := float(text)):
-        raise ValueError(f"{text[:80]} is too large a number")
-    return number
+def _has_long_token(raw: bytes) -> bool:
+    bare = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    starts = range(0, len(bare) - _MAX_UNQUOTED + 1, _MAX_UNQUOTED)
+    return any(bare.find(b'"', at, at + _MAX_UNQUOTED) < 0 for at in starts)
 
 
 def _integer(text: str) -> float:
@@ -226,10 +243,12 @@ def _entry(name: str, value: Any, file: str) -> Entry:
     check_name(name, file)
     if not isinstance(value, dict):
         raise CheckpointError("the header entry is not a JSON object", file=file, tensor=name)
+    if len(value) > _MAX_KEYS:
+        raise CheckpointError(f"the header entry has {len(value)} keys", file=file, tensor=name)
     unknown = value.keys() - _ENTRY_KEYS if len(value) > len(_ENTRY_KEYS) else ()
-    if any(isinstance(value[key], (dict, list)) for key in unknown):
+    if any(isinstance(value[key], (dict, list)) or value[key] in (math.inf, -math.inf) for key in unknown):
         raise CheckpointError(
-            "the header entry has an unknown key with a nested value", file=file, tensor=name
+            "the header entry has an unknown key with a nested or infinite value", file=file, tensor=name
         )
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(dtype, str):
@@ -254,6 +273,10 @@ def _entry(name: str, value: Any, file: str) -> Entry:
 
 def check_name(name: str, file: str) -> None:
     """Refuse a tensor name that could deceive a terminal, or that a header could not hold."""
+    if len(name) > _MAX_NAME:
+        raise CheckpointError(
+            f"the name has {len(name)} characters, at most {_MAX_NAME} are read", file=file, tensor=name
+        )
     if not name.isprintable():
         raise CheckpointError("the name has control or other unprintable characters", file=file, tensor=name)
     if name == "__metadata__":
@@ -267,14 +290,6 @@ def _is_counts(value: Any) -> TypeGuard[list[int]]:
         if type(item) is not int or item < 0:
             return False
     return True
-
-
-def _clip(value: object) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = f"a deeply nested {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _check_layout(entries: Sequence[Entry], data_bytes: int, file: str) -> None:

@@ -13,6 +13,7 @@ _UNITS = {"": 1, "B": 1} | {
     for suffix, base in (("B", 1000), ("IB", 1024))
 }
 _SIZE = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+_MOST = 10**30  # beyond any disk, and what follows from it can still be shown
 _ACCEPTED = 'a positive number of bytes, or text such as "500MB", "2GB" (decimal) or "1.5GiB" (binary)'
 
 
@@ -32,7 +33,9 @@ def parse_size(size: int | str) -> int:
     elif isinstance(size, str) and (match := _SIZE.fullmatch(size)) and match[2].upper() in _UNITS:
         number = int(Decimal(match[1].replace("_", "")) * _UNITS[match[2].upper()])
     else:
-        raise SizeError(f"{size!r} is not a size: give {_ACCEPTED}")
+        raise SizeError(f"{str(size)[:80]!r} is not a size: give {_ACCEPTED}")
+    if number > _MOST:
+        raise SizeError(f"a size above {_MOST:.0e} bytes fits on no disk: give {_ACCEPTED}")
     if number <= 0:
         raise SizeError(f"{size!r} is not a size above zero: give {_ACCEPTED}")
     return number

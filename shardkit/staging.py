@@ -13,19 +13,23 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from shardkit.checkpoint import Checkpoint
+from shardkit.checkpoint import Checkpoint, file_state
 from shardkit.destination import (
     check_destination,
     clear_stale_lock,
+    discard,
+    discard_unfinished,
+    journal_path,
     locked,
     put_in_place,
+    remove,
     resolve,
     staging_folder,
     sync,
@@ -36,7 +40,7 @@ from shardkit.plan import ShardPlan
 from shardkit.sizes import format_size
 from shardkit.transfer import Lost, Outcome, Received
 
-_JOURNAL = ".journal.jsonl"
+_CHANGED = "changed while it was copied; nothing was published"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -49,16 +53,20 @@ class Staging:
         What it will be, what it is.
     finished
         Shards that are written, with what casts lost in them and what was received of them.
+    notes
+        What a person should be told.
     """
 
     def __init__(self, checkpoint: Checkpoint, plan: ShardPlan, destination: Path, overwrite: bool) -> None:
         self.destination, self.folder = destination, staging_folder(destination)
         self.finished: dict[str, Outcome] = {}
+        self.notes: list[str] = []
         self._checkpoint, self._plan, self._overwrite = checkpoint, plan, overwrite
+        self._journal = journal_path(destination)
         self._fingerprint = _fingerprint(checkpoint, plan)
         self._syncing = ThreadPoolExecutor(2, thread_name_prefix="shardkit-sync")
         self._synced: list[Future[None]] = []
-        self._stats: dict[str, tuple[int, int]] = {}
+        self._stats: dict[str, tuple[int, ...] | None] = {}
 
     def check_destination(self) -> None:
         """Refuse a destination that overlaps the source, or holds what is not to be replaced."""
@@ -66,40 +74,50 @@ class Staging:
 
     def open(self, resume: bool) -> None:
         """Create the folder, or take over what an earlier run of the same job has left."""
-        if self.folder.exists():
-            self.finished = self._read_journal() if resume else {}
-            if not self.finished:
-                shutil.rmtree(self.folder)
-        self.folder.mkdir(exist_ok=True)
-        # Written anew, without the line that a kill has torn.
-        entries = [{"fingerprint": self._fingerprint}, *(_entry(*shard) for shard in self.finished.items())]
-        new = self.folder / f"{_JOURNAL}.new"
-        new.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-        new.replace(self.folder / _JOURNAL)
+        self.finished = self._read_journal() if resume and not self.folder.is_symlink() else {}
+        if self.finished:
+            for path in self.folder.iterdir():
+                if path.name not in self.finished:
+                    remove(path)
+            self._write_journal("")  # ends the line that a kill has torn
+        else:
+            discard_unfinished(self.destination)
+            self.folder.mkdir()
+            self._write_journal(json.dumps({"fingerprint": self._fingerprint}))
         for file in self.finished:
-            self._sync_later(file)
+            self.wrote(file)
 
     def path(self, file: str) -> Path:
         """Return where a file is written."""
         return self.folder / file
 
-    def staged_bytes(self) -> int:
-        """Bytes that are there already."""
-        return sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
+    def check_space(self) -> None:
+        """Refuse a job that does not fit on the disk."""
+        needed, free = self._space()
+        if needed > free:
+            raise SpaceError(
+                f"{self.destination}: needs {needed:,} bytes ({format_size(needed)}), its disk has "
+                f"{free:,} ({format_size(free)}) free: {needed - free:,} bytes short; "
+                "make space and run the same again"
+            )
 
     def finish(self, file: str, outcome: Outcome) -> None:
         """Journal a shard whose last byte was written, and sync it off the caller's thread."""
         self.finished[file] = outcome
-        with (self.folder / _JOURNAL).open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps(_entry(file, outcome)) + "\n")
-        self._sync_later(file)
+        self._write_journal(json.dumps(_entry(file, outcome)))
+        self.wrote(file)
+
+    def wrote(self, file: str) -> None:
+        """Remember the state of a file, so that a later change is seen; sync it off the caller's thread."""
+        self._stats[file] = _state_of(self.path(file))
+        self._synced.append(self._syncing.submit(self._sync, file))
 
     def forget(self, file: str) -> None:
         """Write a shard again that the journal has as finished."""
         self.finished.pop(file, None)
 
     def wait(self) -> None:
-        """Return when all finished shards are on the disk."""
+        """Return when all that was written is on the disk."""
         for future in self._synced:
             future.result()
 
@@ -114,18 +132,24 @@ class Staging:
             If something appeared at the destination meanwhile.
         """
         self.wait()
-        self._check_unchanged()
-        for entry in sorted(self.folder.rglob("*")):
-            if entry.name not in self._stats:
-                sync(entry)
-        self.check_destination()
-        (self.folder / _JOURNAL).unlink()
+        for folder in (path for path in self.folder.rglob("*") if path.is_dir()):
+            sync(folder)
         sync(self.folder)
+        self.check_destination()
+        self._check_unchanged()
         put_in_place(self.folder, self.destination, self._overwrite)
+        with suppress(OSError):  # it is done; what stays behind is in nobody's way
+            self._journal.unlink()
+        try:
+            left = discard(self.folder, self.destination)
+        except OSError:
+            left = self.folder
+        if left:
+            self.notes.append(f"what was there before could not be removed; the rest of it is {left}")
 
     def close(self) -> None:
-        """End the sync threads, and let go of pickles."""
-        self._syncing.shutdown(wait=True, cancel_futures=True)
+        """End the sync threads without waiting for a slow disk, and let go of pickles."""
+        self._syncing.shutdown(wait=False, cancel_futures=True)
         close_pickles()
 
     @contextmanager
@@ -135,57 +159,79 @@ class Staging:
             yield
         except ShardkitError as error:
             if not (isinstance(error, (Cancelled, SpaceError, DestinationError)) and self.finished):
-                shutil.rmtree(self.folder, ignore_errors=True)
+                with suppress(OSError):
+                    discard_unfinished(self.destination)
             raise
 
-    def full(self) -> SpaceError:
-        """Return the error that says how many bytes are short."""
+    def explained(self, error: OSError) -> ShardkitError:
+        """Return what a failed system call means to whoever started the job."""
+        if error.errno in _FULL:
+            needed, free = self._space()
+            short = needed - free if needed > free else needed  # as under a quota, which no disk tells of
+            return SpaceError(
+                f"{self.destination}: the disk is full, {short:,} bytes ({format_size(short)}) short; "
+                "make space and run the same again to go on"
+            )
+        files = (*self._checkpoint.files, *self._checkpoint.side_files)
+        if error.filename in map(self._checkpoint.path, files):
+            return CheckpointError(f"cannot be read: {error.strerror}", file=error.filename)
+        where = error.filename or self.folder
+        return DestinationError(f"{self.destination}: {error.strerror or error} ({where})")
+
+    def _space(self) -> tuple[int, int]:
+        """Return how many bytes are still to be written, in whole blocks, and how many are free."""
         disk = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
-        short = max(1, self._plan.disk_bytes - self.staged_bytes() - shutil.disk_usage(disk).free)
-        return SpaceError(
-            f"{self.destination}: the disk is full, {short:,} bytes ({format_size(short)}) short; "
-            "make space and run the same again to go on"
-        )
+        block = os.statvfs(disk).f_frsize
+        sizes = {self.path(shard.file): shard.nbytes for shard in self._plan.shards}
+        sizes |= {self.path(file): size for file, size in self._checkpoint.side_files.items()}
+        if self._plan.index is not None and self._plan.index_file is not None:
+            sizes[self.path(self._plan.index_file)] = len(self._plan.index.encode())
+        # A header names all that a line of the journal can.
+        sizes[self._journal] = sum(shard.header_bytes for shard in self._plan.shards)
+        needed = sum(max(0, -(-size // block) * block - _held(path)) for path, size in sizes.items())
+        others = {path.parent for path in sizes} | {"lock", "config"}  # a cast may make the config longer
+        return needed + block * len(others), shutil.disk_usage(disk).free
 
     def _check_unchanged(self) -> None:
         if _fingerprint(self._checkpoint, self._plan) != self._fingerprint:
-            raise CheckpointError(
-                "changed while it was copied; nothing was published", file=self._checkpoint.source
-            )
+            raise CheckpointError(_CHANGED, file=self._checkpoint.source)
         for file, seen in self._stats.items():
-            if _stat(self.path(file)) != seen:
+            if seen is None or _state_of(self.path(file)) != seen:
                 raise CheckpointError(
                     "changed on disk after it was written; nothing was published", file=str(self.path(file))
                 )
 
-    def _sync_later(self, file: str) -> None:
-        self._synced.append(self._syncing.submit(self._sync, file))
-
     def _sync(self, file: str) -> None:
         sync(self.path(file))
-        self._stats[file] = _stat(self.path(file))
+
+    def _write_journal(self, line: str) -> None:
+        with self._journal.open("a", encoding="utf-8") as journal:
+            journal.write(line + "\n")
 
     def _read_journal(self) -> dict[str, Outcome]:
         """Return the finished shards; none where the journal is of another job, or unreadable."""
         shards = {shard.file: shard for shard in self._plan.shards}
+        first, *entries = self._journal_lines() or [None]
+        if first != {"fingerprint": self._fingerprint}:
+            if first is not None:
+                self.notes.append("begun anew: what an earlier run left is of another source or another plan")
+            return {}
         kept = {}
-        for entry in self._journal_entries():
+        for entry in entries:
             try:
                 shard, lost = shards[entry["shard"]], tuple(Lost(*loss) for loss in entry["lost"])
                 received = tuple(Received(*part) for part in entry["received"])
             except (KeyError, TypeError):
                 continue
             path = self.path(shard.file)
-            if path.is_file() and path.stat().st_size == shard.nbytes:
+            if path.is_file() and not path.is_symlink() and path.stat().st_size == shard.nbytes:
                 kept[shard.file] = Outcome(lost, received)
         return kept
 
-    def _journal_entries(self) -> list[Any]:
+    def _journal_lines(self) -> list[Any]:
         try:
-            first, *lines = (self.folder / _JOURNAL).read_text(encoding="utf-8").splitlines()
-            if json.loads(first) != {"fingerprint": self._fingerprint}:
-                return []
-            return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be torn
+            lines = self._journal.read_text(encoding="utf-8").splitlines()
+            return [json.loads(line) for line in lines if line.endswith("}")]  # others were torn by a kill
         except (OSError, ValueError):
             return []
 
@@ -220,10 +266,7 @@ def staging(
             held.open(resume)
             yield held
     except OSError as error:
-        if error.errno in _FULL:
-            raise held.full() from error
-        where = error.filename or held.folder
-        raise DestinationError(f"{held.destination}: {error.strerror or error} ({where})") from error
+        raise held.explained(error) from error
     finally:
         held.close()
 
@@ -244,11 +287,27 @@ def _seen(checkpoint: Checkpoint) -> list[Any]:
         return [checkpoint.folder]  # the commit is in its name
     files = [*checkpoint.files, *checkpoint.side_files]
     try:
-        return [(file, *_stat(Path(checkpoint.path(file)))) for file in files]
+        found = {file: os.stat(checkpoint.path(file)) for file in files}
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", file=error.filename) from error
+    for file, status in found.items():
+        state = file_state(status)
+        is_same = checkpoint.side_files.get(file, status.st_size) == status.st_size
+        if checkpoint.seen.get(file, state) != state or not is_same:
+            raise CheckpointError(_CHANGED, file=checkpoint.path(file))
+    return [(file, status.st_size, status.st_mtime_ns) for file, status in found.items()]
 
 
-def _stat(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+def _state_of(path: Path) -> tuple[int, ...] | None:
+    """Return what tells that a file was changed, even if its time was put back; None where it is gone."""
+    try:
+        with path.open("rb") as file:  # opened, so that a network disk asks its server
+            status = os.fstat(file.fileno())
+    except FileNotFoundError:
+        return None
+    return *file_state(status), status.st_ctime_ns
+
+
+def _held(path: Path) -> int:
+    """Bytes that the disk has given to a file."""
+    return path.stat().st_blocks * 512 if path.is_file() else 0

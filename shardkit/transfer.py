@@ -11,6 +11,7 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -184,6 +185,13 @@ def shard_tasks(shard: Shard, folder: str, path: str) -> list[Task]:
     return [*tasks, Task(path, tuple(pending))] if pending or not tasks else tasks
 
 
+def file_tasks(source: str, path: str, nbytes: int) -> Iterator[Task]:
+    """Cut the copy of a whole file, which is no weights, into tasks."""
+    whole = Range(source, 0, nbytes, 0, "", "U8", "U8")
+    for start in range(0, nbytes, TASK_BYTES):
+        yield Task(path, (_part(whole, start, min(TASK_BYTES, nbytes - start)),))
+
+
 def run_task(task: Task) -> Outcome:
     """Write a task's ranges into its shard file, which exists; return what casts lost, and what was received.
 
@@ -223,7 +231,8 @@ def _start_writeback(target: int, task: Task) -> None:
     if hasattr(os, "posix_fadvise") and task.ranges:
         first, last = task.ranges[0], task.ranges[-1]
         end = last.target_offset + last.nbytes
-        os.posix_fadvise(target, first.target_offset, end - first.target_offset, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # not every filesystem takes advice
+            os.posix_fadvise(target, first.target_offset, end - first.target_offset, os.POSIX_FADV_DONTNEED)
 
 
 def read_chunks(part: Range) -> Iterator[memoryview]:
@@ -244,14 +253,23 @@ def read_chunks(part: Range) -> Iterator[memoryview]:
         yield from (data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES))
         return
     buffer = memoryview(bytearray(min(CHUNK_BYTES, part.nbytes)))
-    source = os.open(part.path, os.O_RDONLY)
-    try:
+    with _opened(part) as source:
         done = 0
         while done < part.nbytes:
             chunk = buffer[: part.nbytes - done]
             _read_exactly(source, chunk, part.offset + done, part)
             yield chunk
             done += len(chunk)
+
+
+@contextmanager
+def _opened(part: Range) -> Iterator[int]:
+    try:
+        source = os.open(part.path, os.O_RDONLY)
+    except OSError as error:
+        raise _unreadable(part, error) from error
+    try:
+        yield source
     finally:
         os.close(source)
 
@@ -287,20 +305,26 @@ def _pickled(part: Range) -> memoryview:
 def _read_exactly(source: int, buffer: memoryview, offset: int, part: Range) -> None:
     filled = 0
     while filled < len(buffer):
-        count = os.preadv(source, [buffer[filled:]], offset + filled)
+        try:
+            count = os.preadv(source, [buffer[filled:]], offset + filled)
+        except OSError as error:
+            raise _unreadable(part, error) from error
         if not count:
-            raise _truncated(part, offset + filled)
+            raise _truncated(part, min(offset + filled, os.fstat(source).st_size))
         filled += count
 
 
 def _truncated(part: Range, at: int) -> CheckpointError:
-    at = min(at, os.path.getsize(part.path))
     return CheckpointError(
         f"ends at byte {at}, the data goes on to {part.offset + part.nbytes}: "
         "it was cut short while it was read",
         file=part.path,
-        tensor=part.tensor,
+        tensor=part.tensor or None,
     )
+
+
+def _unreadable(part: Range, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot be read: {error.strerror}", file=part.path, tensor=part.tensor or None)
 
 
 def _write_all(target: int, position: int, data: memoryview) -> None:
@@ -311,8 +335,7 @@ def _write_all(target: int, position: int, data: memoryview) -> None:
 
 def _copy_range(part: Range, target: int) -> None:
     """Copy in the kernel where it can: `copy_file_range`, then `sendfile`, then through a buffer."""
-    source = os.open(part.path, os.O_RDONLY)
-    try:
+    with _opened(part) as source:
         done = 0
         for copy in (_copy_file_range, _sendfile):
             done += copy(source, target, part, done)
@@ -320,8 +343,6 @@ def _copy_range(part: Range, target: int) -> None:
             for chunk in read_chunks(_part(part, done, part.nbytes - done)):
                 _write_all(target, part.target_offset + done, chunk)
                 done += len(chunk)
-    finally:
-        os.close(source)
 
 
 def _copy_file_range(source: int, target: int, part: Range, done: int) -> int:

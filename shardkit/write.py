@@ -7,7 +7,6 @@ end. What a killed run has finished there is used by the next one, if source and
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -18,20 +17,21 @@ from pathlib import Path
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.destination import check_free, resolve
-from shardkit.errors import CastError, DownloadNeededError, SpaceError, VerificationError
+from shardkit.errors import CastError, DownloadNeededError, VerificationError
 from shardkit.layout import adapted_config
 from shardkit.plan import Shard, ShardPlan, Strategy, plan_shards
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import (
     ProgressCallback,
     ProgressCount,
-    default_workers,
+    resumable,
     run_all,
     take_turns,
+    worker_count,
 )
 from shardkit.sizes import format_size
 from shardkit.staging import Staging, staging
-from shardkit.transfer import Lost, Outcome, Task, run_task, shard_tasks
+from shardkit.transfer import Lost, Outcome, Task, file_tasks, run_task, shard_tasks
 from shardkit.verify import (
     Verification,
     altered_parts,
@@ -119,6 +119,7 @@ class ShardReport(Record):
         return Summary("Sharded checkpoint", facts, lost, notes)
 
 
+@resumable()
 def shard_checkpoint(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -181,20 +182,21 @@ def shard_checkpoint(
     Cancelled
         If `progress` returned False.
     """
-    start = time.perf_counter()
+    start, workers = time.perf_counter(), worker_count(workers)
     planned = partial(plan_shards, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
     checkpoint = _open(opened, planned, destination, overwrite, stream)
     plan = planned(checkpoint)
     with staging(checkpoint, plan, destination, overwrite, resume) as stage:
         reused = _reuse(checkpoint, plan, stage, workers, executor, progress)
-        _check_space(plan, stage)
+        stage.check_space()
         copying = time.perf_counter()
-        _write_shards(checkpoint, plan, stage, workers, executor, progress)
+        count = _write_shards(checkpoint, plan, stage, workers, executor, progress)
         copy_seconds = time.perf_counter() - copying
         lost = total_lost(plan, stage.finished.values())
         refuse_overflow(lost, plan, allow_overflow)
-        write_beside(checkpoint, plan, stage.folder)
+        for file in write_beside(checkpoint, plan, stage.folder, lambda: count.add(0)):
+            stage.wrote(file)
         verification = _verify(checkpoint, plan, stage, workers, executor, progress) if verify else None
         stage.publish()
     return ShardReport(
@@ -211,7 +213,7 @@ def shard_checkpoint(
         verification=verification,
         copy_seconds=copy_seconds,
         seconds=time.perf_counter() - start,
-        notes=(*checkpoint.notes, *plan.summary().notes, *(_STREAMED,) * checkpoint.is_remote),
+        notes=(*checkpoint.notes, *plan.summary().notes, *stage.notes, *(_STREAMED,) * checkpoint.is_remote),
     )
 
 
@@ -243,7 +245,7 @@ def _reuse(
     checkpoint: Checkpoint,
     plan: ShardPlan,
     stage: Staging,
-    workers: int | None,
+    workers: int,
     executor: Executor | None,
     progress: ProgressCallback | None,
 ) -> tuple[str, ...]:
@@ -259,24 +261,14 @@ def _reuse(
     return tuple(shard.file for shard in shards if shard.file in stage.finished)
 
 
-def _check_space(plan: ShardPlan, stage: Staging) -> None:
-    free = shutil.disk_usage(stage.folder).free
-    needed = plan.disk_bytes - stage.staged_bytes()
-    if needed > free:
-        raise SpaceError(
-            f"{stage.destination}: needs {needed:,} bytes ({format_size(needed)}), its disk has "
-            f"{free:,} ({format_size(free)}) free: {format_size(needed - free)} short"
-        )
-
-
 def _write_shards(
     checkpoint: Checkpoint,
     plan: ShardPlan,
     stage: Staging,
-    workers: int | None,
+    workers: int,
     executor: Executor | None,
     progress: ProgressCallback | None,
-) -> None:
+) -> ProgressCount:
     todo = [shard for shard in plan.shards if shard.file not in stage.finished]
     tasks_left: Counter[str] = Counter()
     outcomes: defaultdict[str, Outcome] = defaultdict(Outcome)
@@ -292,7 +284,7 @@ def _write_shards(
 
     # Writes into one file wait for each other in the kernel: keep as many files going as there are workers.
     # No network is fast enough for that to matter; one file after the other, a kill costs one at most.
-    tasks = take_turns(map(tasks_of, todo), 1 if checkpoint.is_remote else workers or default_workers())
+    tasks = take_turns(map(tasks_of, todo), 1 if checkpoint.is_remote else workers)
     with run_all(run_task, tasks, workers, executor) as results:
         for task, outcome in results:
             file = os.path.basename(task.path)
@@ -302,6 +294,7 @@ def _write_shards(
                 stage.finish(file, outcomes.pop(file))
             count.add(task.nbytes)
     stage.wait()
+    return count
 
 
 def total_lost(plan: ShardPlan, outcomes: Iterable[Outcome]) -> tuple[Lost, ...]:
@@ -326,17 +319,24 @@ def refuse_overflow(lost: tuple[Lost, ...], plan: ShardPlan, allow_overflow: boo
         )
 
 
-def write_beside(checkpoint: Checkpoint, plan: ShardPlan, folder: Path) -> None:
-    """Write all that is not a shard; the index last."""
+def write_beside(
+    checkpoint: Checkpoint, plan: ShardPlan, folder: Path, hear: Callable[[], None] = lambda: None
+) -> list[str]:
+    """Write all that is not a shard, the index last; return what it was. `hear` may stop it by raising."""
     for file in checkpoint.side_files:
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
         if file == checkpoint.config_file and (text := adapted_config(checkpoint.config or {}, plan.dtype)):
             target.write_text(text, encoding="utf-8")
         else:
-            shutil.copyfile(_here(checkpoint, file), target)
+            source = os.fspath(_here(checkpoint, file))
+            target.touch()
+            for task in file_tasks(source, str(target), checkpoint.side_files[file]):
+                run_task(task)
+                hear()
     if plan.index is not None and plan.index_file is not None:
         (folder / plan.index_file).write_text(plan.index, encoding="utf-8")
+    return [*checkpoint.side_files, *filter(None, [plan.index_file])]
 
 
 def _here(checkpoint: Checkpoint, file: str) -> str | Path:

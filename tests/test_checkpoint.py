@@ -1,5 +1,6 @@
 """What is found in a folder, and what is refused; the readers of transformers decide what is right."""
 
+import errno
 import itertools
 import json
 import os
@@ -323,6 +324,67 @@ def test_weight_map_must_not_leave_the_folder(name: str, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"outside the folder|leaves the folder") as caught:
         Checkpoint.open(folder)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["./w.safetensors", "sub//w.safetensors", "sub/./w.safetensors"])
+def test_weight_map_names_a_file_in_one_way(name: str, tmp_path: Path) -> None:
+    put(tmp_path, {"w.safetensors": WEIGHTS, "sub/w.safetensors": WEIGHTS})
+    put(tmp_path, {"model.safetensors.index.json": index(w=name)})
+    with pytest.raises(CheckpointError, match="instead of") as caught:
+        Checkpoint.open(tmp_path)
+    assert name in str(caught.value)
+
+
+def test_pipe_named_by_an_index_is_no_cut_download(tmp_path: Path) -> None:
+    put(tmp_path, {"model.safetensors.index.json": index(w="w.safetensors")})
+    os.mkfifo(tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["../shared", "real"])
+def test_linked_folder_is_refused_rather_than_left_out(target: str, tmp_path: Path) -> None:
+    put(tmp_path, {"shared/vocab.txt": "a", "source/real/vocab.txt": "a"})
+    (put(tmp_path / "source", {"model.safetensors": WEIGHTS}) / "tokenizer").symlink_to(target)
+    with pytest.raises(CheckpointError, match=r"tokenizer: is a link to a folder"):
+        Checkpoint.open(tmp_path / "source")
+
+
+def test_dangling_link_is_refused_unless_it_is_of_weights_that_stay_behind(tmp_path: Path) -> None:
+    put(tmp_path, {"model.safetensors": WEIGHTS})
+    (tmp_path / "tf_model.h5").symlink_to("../../blobs/pruned")
+    assert Checkpoint.open(tmp_path).side_files == {}
+    (tmp_path / "tokenizer.json").symlink_to("../../blobs/pruned")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is a link to .*pruned, which is not there"):
+        Checkpoint.open(tmp_path)
+
+
+def test_folder_that_cannot_be_read_is_refused_rather_than_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, {"model.safetensors": WEIGHTS, "private/vocab.txt": "a"})
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if os.path.basename(path) == "private":  # as root, whom no rights stop, would not see it
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(CheckpointError, match=r"private: cannot be read: Permission denied"):
+        Checkpoint.open(tmp_path)
+
+
+def test_config_of_many_megabytes_is_not_read(tmp_path: Path) -> None:
+    put(tmp_path, {"model.safetensors": WEIGHTS, "config.json": json.dumps({"a": "x" * 3_000_000})})
+    with pytest.raises(CheckpointError, match=r"config\.json: is larger than 3 MB"):
+        Checkpoint.open(tmp_path)
+
+
+def test_infinite_number_in_a_config_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, {"model.safetensors": WEIGHTS, "config.json": '{"a": [{"b": -1e999}]}'})
+    with pytest.raises(CheckpointError, match="too large a number"):
+        Checkpoint.open(tmp_path)
 
 
 def test_folder_named_like_the_hub_cache_gives_no_way_out(tmp_path: Path) -> None:

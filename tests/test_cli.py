@@ -99,9 +99,8 @@ def test_interrupt_leaves_no_destination_and_the_same_command_goes_on(tmp_path):
     make_demo_checkpoint(source, size="600MB")
     command = [*SHARDKIT, "shard", str(source), str(target), "--max-shard-size", "20MB", "--dtype", "float32"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    staging = tmp_path / ".sharded.shardkit-staging"
-    while not (staging.is_dir() and (staging / ".journal.jsonl").is_file()
-               and (staging / ".journal.jsonl").read_text().count("shard") > 2):  # fmt: skip
+    staging, journal = (tmp_path / f".sharded.shardkit-{role}" for role in ("staging", "journal"))
+    while not (journal.is_file() and journal.read_text().count('"shard"') > 2):
         assert process.poll() is None, "it ended before it could be interrupted"
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -116,6 +115,21 @@ def test_interrupt_leaves_no_destination_and_the_same_command_goes_on(tmp_path):
     assert not staging.exists()
 
 
+def test_interrupt_does_not_wait_for_a_slow_disk(demo, tmp_path):
+    slow = "import os, time; os.fsync = lambda _: time.sleep(60); from shardkit.cli import main; main()"
+    command = [sys.executable, "-c", slow, "shard", demo, str(tmp_path / "out"), "--max-shard-size", "5MB"]
+    journal = tmp_path / ".out.shardkit-journal"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (journal.is_file() and '"shard"' in journal.read_text()):
+        assert process.poll() is None, "it ended before it could be interrupted"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == "shardkit: stopped; the same command goes on from here\n"
+    assert run("shard", demo, tmp_path / "out", "--max-shard-size", "5MB").returncode == 0
+
+
 def test_clean_removes_what_an_interrupted_run_left(tmp_path):
     left = tmp_path / ".out.shardkit-staging"
     left.mkdir()
@@ -125,6 +139,64 @@ def test_clean_removes_what_an_interrupted_run_left(tmp_path):
     assert str(left) in done.stdout
     assert list(tmp_path.iterdir()) == []
     assert "nothing" in run("clean", tmp_path / "out").stdout
+
+
+def test_clean_removes_nothing_of_another_name_and_puts_an_old_destination_back(tmp_path):
+    for name in (".out.shardkit-x.shardkit-staging", ".out.shardkit-notes", ".out.shardkit-old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.shardkit-staging").write_text("planted")
+    (tmp_path / ".out.shardkit-old" / "model.safetensors").write_text("old")
+    done = run("clean", tmp_path / "out")
+    assert done.stdout == f"removed {tmp_path / '.out.shardkit-staging'}\n"
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "old"
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"out", ".out.shardkit-x.shardkit-staging", ".out.shardkit-notes"}
+
+
+def test_inspect_tells_of_leftovers_in_one_line(tmp_path):
+    for role in ("staging", "journal"):
+        (tmp_path / f".out.shardkit-{role}").mkdir()
+    told = run("inspect", tmp_path / "out").stderr.splitlines()
+    assert [line.count(".out.shardkit-") for line in told if "interrupted run" in line] == [2]
+
+
+def test_error_moves_no_cursor_and_makes_no_second_line(tmp_path):
+    path = tmp_path / "a\x1b[31m\nb.safetensors"
+    path.write_bytes(b"garbage!")
+    done = run("inspect", path)
+    assert done.returncode == 1
+    assert r"a\x1b[31m\nb.safetensors" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_terminal_of_few_characters_is_no_error(tmp_path):
+    made = make_demo_checkpoint(tmp_path / "größe 層", size="5MB")
+    done = run("inspect", made.source, env={**os.environ, "PYTHONIOENCODING": "latin-1"}, encoding="latin-1")
+    assert done.returncode == 0, done.stderr
+    assert r"größe \u5c64" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["shardkit", "shardkit.cli"])
+def test_module_is_the_command(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout[0].isdigit()
+
+
+def test_interrupt_while_python_imports_is_no_traceback(tmp_path):
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run([sys.executable, "-m", "shardkit"], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_working_folder_that_is_gone_is_no_error(demo, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    main = "import os; from shardkit.cli import main; os.rmdir(os.getcwd()); main()"
+    command = [sys.executable, "-c", main, "shard", demo, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=gone)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_terminal_sees_progress_and_a_pipe_does_not(demo, tmp_path):

@@ -542,7 +542,7 @@ class TestStreaming:
         )
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
         assert not out.exists()
-        journal = staging / ".journal.jsonl"
+        journal = staging.with_name(staging.name.replace("-staging", "-journal"))
         finished = [json.loads(line)["shard"] for line in journal.read_text().splitlines()[1:]]
         assert len(finished) >= 3  # of four that were received: one after the other
         if damage == "byte":
@@ -553,7 +553,7 @@ class TestStreaming:
             journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
         before = hub.sent(STORAGE)
         report = shard_checkpoint(ID, out, max_shard_size="600KB", stream=True)
-        assert report.reused == tuple(finished if damage is None else finished[1:])
+        assert sorted(report.reused) == sorted(finished if damage is None else finished[1:])
         again = COUNT - len(report.reused)
         assert hub.sent(STORAGE) - before < again * 500_000 + 200_000
         assert verify_checkpoint(folder, out).equal
@@ -752,7 +752,7 @@ for source in "org/own", "org/own", "org/download", "org/wrong", "other/gated", 
         assert all(
             word in ran.stderr for word in ("stopped as asked", "sent whole", "gated", "check the name")
         )
-        assert (work / ".cut.shardkit-staging" / ".journal.jsonl").exists()
+        assert (work / ".cut.shardkit-journal").exists()
         said = ran.stdout + ran.stderr
         assert token not in said
         assert "Signature=" not in said

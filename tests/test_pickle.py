@@ -402,11 +402,36 @@ def test_compressed_record_is_refused_with_its_sizes(compression: int, tmp_path:
         Checkpoint.open(tmp_path)
 
 
+BOMBS = {
+    "marks": (b"}" + b"(" * 1_000_000, "nested more than 100 deep"),
+    "objects that nothing holds": (b"}" * 1000, "nothing holds"),
+    "steps": (b"]" * 3_000_000, "1600000 steps"),
+    "frame": (b"\x95" + (1_000_000).to_bytes(8, "little") + b"}" * 1_000_000, "more than tensors"),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+@FORMATS
+def test_pickle_that_makes_work_instead_of_tensors_is_refused(
+    kind: str, zipped: bool, tmp_path: Path
+) -> None:
+    opcodes, words = BOMBS[kind]
+    raw, path = b"\x80\x02" + opcodes + b".", tmp_path / "pytorch_model.bin"
+    if zipped:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", raw)
+    else:
+        path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=words):
+        Checkpoint.open(tmp_path)
+
+
 BROKEN: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda _: b"",
     "cut": lambda raw: raw[: len(raw) // 2],
     "zeros": lambda raw: bytes(len(raw)),
     "not a pickle": lambda _: b"hello world",
+    "another format": lambda _: b"GGUF\3\0\0\0" + bytes(100),
     "zip without records": lambda _: b"PK\5\6" + bytes(18),
     "no directory": lambda raw: raw[:-22],
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,47 @@ def test_damaged_file_is_refused_with_place_and_numbers(case: str, tmp_path: Pat
 def test_reference_reader_refuses_the_same_damage(case: str) -> None:
     with pytest.raises(safetensors.SafetensorError):
         safetensors.deserialize(DAMAGED[case][0])
+
+
+def monster(count: int, unit: Callable[[int], str], before: str = "", after: str = "") -> bytes:
+    return file_bytes(f"{{{before}{','.join(map(unit, range(count)))}{after}}}".encode())
+
+
+MONSTERS = {
+    "two million commas": (lambda: monster(2_000_000, str, '"a":[', "]"), "brackets and commas"),
+    "a million keys": (lambda: monster(900_000, lambda i: f'"{i}":0'), "900000 colons"),
+    "a string of 9 MB": (
+        lambda: monster(1, lambda _: '"\U00010400' + "a" * 9_000_000 + '":0'),
+        "4000000 bytes",
+    ),
+    "a name of 5,000 characters": (lambda: monster(1, lambda _: f'"{"a" * 5000}":0'), "5000 characters"),
+    "metadata in every shard": (
+        lambda: monster(20_000, lambda i: f'"{i}":""', '"__metadata__":{', "}"),
+        "20000 entries",
+    ),
+    "a thousand unknown keys": (lambda: monster(1000, lambda i: f'"{i}":0', '"a":{', "}"), "1000 keys"),
+    "an infinite unknown key": (lambda: monster(4, lambda i: f'"{i}":1e999', '"a":{', "}"), "infinite"),
+    "a long dtype": (
+        lambda: file_bytes({"a": entry(0, 0, [0], "F" * 1_000_000)}),
+        "'FFF",
+    ),
+    "a long shape": (lambda: file_bytes({"a": entry(0, 0, [1.5] * 500_000)}), "[1.5, 1.5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MONSTERS)
+def test_header_that_would_take_seconds_or_gigabytes_is_refused_in_a_line(case: str, tmp_path: Path) -> None:
+    raw, words = MONSTERS[case]
+    with pytest.raises(CheckpointError) as caught:
+        read_header(written(tmp_path, raw()))
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < len(str(tmp_path)) + 600
+
+
+def test_header_of_a_hundred_thousand_tensors_is_read(tmp_path: Path) -> None:
+    name = "model.layers.{}.block_sparse_moe.experts.weight"
+    made = {name.format(i): entry(0, 0, [0, 1, 2, 3, 4]) for i in range(100_000)}
+    assert len(read_header(written(tmp_path, file_bytes(made))).entries) == 100_000
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[2Jb", "a\0", "a\u202eb", "\ud800"])

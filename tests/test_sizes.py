@@ -61,6 +61,13 @@ def test_size_below_one_byte_is_refused(written: int | str) -> None:
         parse_size(written)
 
 
+@pytest.mark.parametrize("written", ["9" * 400, "9" * 5000 + "EB", 10**400])
+def test_size_beyond_all_disks_is_refused_in_a_line(written: int | str) -> None:
+    with pytest.raises(SizeError, match="fits on no disk") as caught:
+        parse_size(written)
+    assert len(str(caught.value)) < 300
+
+
 def test_fraction_of_a_gigabyte_is_exact() -> None:
     assert parse_size("4.35GB") == 4_350_000_000  # 4.35 * 10**9 in floating point is one byte less
 

@@ -53,6 +53,7 @@ from tests.support import (
     weight_files,
     write_checkpoint,
 )
+from tests.torture.bench import Skip, mounted
 
 LIMIT = 2000
 COUNT = 6
@@ -498,6 +499,70 @@ def test_destination_that_cannot_be_made_is_one_clear_error(name: str, source: P
     assert name.split("/")[0] in str(caught.value)
 
 
+def test_source_is_known_by_another_mount_of_its_folder(source: Path, tmp_path: Path) -> None:
+    before = contents(source)
+    try:
+        with mounted(tmp_path / "again", "-o", "bind", str(source)) as again:
+            (tmp_path / "outer").mkdir()
+            for target in (again, again / "out"):
+                with pytest.raises(DestinationError, match=r"same|inside the source"):
+                    shard(source, target, overwrite=True)
+    except Skip as reason:
+        pytest.skip(str(reason))
+    assert contents(source) == before
+
+
+@pytest.mark.parametrize("target", [".", "..", "../.."])
+def test_working_folder_and_what_holds_it_are_not_replaced(
+    target: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b" / "c")
+    with pytest.raises(DestinationError, match="working folder"):
+        shard(source, target)
+    assert Path.cwd() == tmp_path / "a" / "b" / "c"
+
+
+def test_old_checkpoint_that_cannot_be_removed_is_a_note_and_no_obstacle(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard(source_of(out.with_name("old"), seed=1), out)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        report = shard(source, out, overwrite=True)
+        assert verify_checkpoint(source, out).equal
+        assert "could not be removed" in str(report)
+        shutil.move(out, out.with_name("first"))
+        shard(source, out)
+        with pytest.raises(DestinationError, match=r"\.out\.shardkit-trash"):
+            destination.remove_leftovers(out)
+    assert destination.remove_leftovers(out) == [out.with_name(".out.shardkit-trash")]
+    assert beside(out) == {"old", "first"}
+    shard(source_of(out.with_name("new"), seed=2), out, overwrite=True)
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_lies_in_place_of_the_staging_folder_is_removed_and_not_followed(
+    kind: str, source: Path, out: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "thesis.txt").write_text("mine")
+    if kind == "file":
+        staging.staging_folder(out).write_text("")
+    else:
+        staging.staging_folder(out).symlink_to("victim")
+    shard(source, out)
+    assert contents(tmp_path / "victim") == {"thesis.txt": b"mine"}
+    assert beside(out) == {"victim"}
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_less_than_one_worker_is_refused(workers: int, source: Path, out: Path) -> None:
+    with pytest.raises(ShardkitError, match=f"workers is {workers}: give 1 or more"):
+        shard(source, out, workers=workers)
+    assert beside(out) == set()
+
+
 # Failures --------------------------------------------------------------------------------------------
 
 CALLS = ["copy_file_range", "fsync", "truncate", "unlink", "mkdir", "open", "pwrite"]
@@ -532,7 +597,7 @@ def failing_call(name: str, inside: Path) -> Callable[[pytest.MonkeyPatch, int],
 
         def call(*args: object, **kwargs: object) -> object:
             paths = [os.fspath(a) for a in args if isinstance(a, (str, os.PathLike))]
-            if not paths or any("shardkit-staging" in str(path) for path in paths):
+            if not paths or any(".shardkit-" in str(path) for path in paths):
                 with lock:
                     left[0] -= 1
                     if left[0] == -1:
@@ -568,6 +633,7 @@ def test_destination_is_absent_or_whole_whichever_system_call_fails(
 
     assert run_until_it_works(failing_call(name, out), run, check) > 0
     assert verify_checkpoint(source, out).equal
+    destination.remove_leftovers(out)  # of a failure to remove them
     assert beside(out) == {"old"}
 
 
@@ -576,7 +642,7 @@ STAGES = {
     "copying": (write, "run_task"),
     "syncing": (staging.Staging, "_sync"),
     "writing config and index": (write, "_write_beside"),
-    "copying a side file": (shutil, "copyfile"),
+    "copying a side file": (write, "file_tasks"),
     "verifying": (write, "verify_checkpoint"),
     "publishing": (staging.Staging, "publish"),
 }
@@ -665,6 +731,42 @@ def test_source_that_shrinks_meanwhile_is_an_error_not_a_hang(
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_source_that_is_removed_meanwhile_is_named(file: str, source: Path, out: Path) -> None:
+    def unlink(progress: Progress) -> None:
+        if not progress.done_bytes:
+            (source / file).unlink(missing_ok=True)
+
+    with pytest.raises(CheckpointError, match="cannot be read: No such file") as caught:
+        shard(source, out, progress=unlink)
+    assert caught.value.file == str(source / file)
+    assert not out.exists()
+
+
+STOPS = {
+    "cancelled": ("progress=lambda _: False", "Cancelled: stopped as asked"),
+    "interrupted": ("progress=stop", "Interrupted: stopped; the same call goes on from here"),
+}
+
+
+@pytest.mark.parametrize("how", STOPS)
+def test_stop_is_one_line_in_a_notebook(how: str, source: Path, out: Path) -> None:
+    option, said = STOPS[how]
+    code = f"""
+from shardkit import shard_checkpoint
+def stop(progress):
+    raise KeyboardInterrupt
+shard_checkpoint({str(source)!r}, {str(out)!r}, {option})
+"""
+    done = subprocess.run(
+        [sys.executable, "-m", "IPython", "--colors=NoColor", "-c", code],
+        capture_output=True, text=True, check=False, env={**os.environ, "IPYTHONDIR": str(out.parent / "ip")},
+    )  # fmt: skip
+    assert said in done.stdout + done.stderr
+    assert len((done.stdout + done.stderr).strip().splitlines()) == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_source_that_changes_meanwhile_is_not_published(file: str, source: Path, out: Path) -> None:
     def touch(progress: Progress) -> None:
         if progress.stage == "verify" and not progress.done_bytes:
@@ -688,12 +790,95 @@ def test_shard_that_changes_between_proof_and_publishing_is_not_published(source
     assert not out.exists()
 
 
+def staged(out: Path, file: str) -> Path:
+    return staging.staging_folder(out) / file
+
+
+def flip_unseen(path: Path) -> None:
+    """Flip a bit, and put the time of the last change back."""
+    before = path.stat()
+    time.sleep(0.02)  # so that the time of change of the file's record is another
+    flip(path, -1)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+LATE: dict[str, Callable[[Path], object]] = {
+    "model-00002-of-00006.safetensors": flip_unseen,
+    "model.safetensors.index.json": lambda path: os.truncate(path, 100),
+    "config.json": lambda path: path.unlink(),
+    "1_Pooling/config.json": flip_unseen,
+}
+
+
+@pytest.mark.parametrize("file", LATE)
+def test_change_after_the_proof_is_not_published(file: str, source: Path, out: Path) -> None:
+    def change(progress: Progress) -> None:
+        if progress.stage == "verify" and progress.done_bytes == progress.total_bytes:
+            LATE[file](staged(out, file))
+
+    with pytest.raises(CheckpointError, match="changed on disk after it was written"):
+        shard(source, out, progress=change)
+    assert not out.exists()
+
+
+def test_shard_that_changes_while_it_waits_for_the_disk_is_not_published(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = staging.sync
+
+    def late(path: Path) -> None:
+        if path.name == "model-00002-of-00006.safetensors":
+            time.sleep(0.02)
+            flip(path, -1)
+        real(path)
+
+    monkeypatch.setattr(staging, "sync", late)
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00006\.safetensors.*changed on disk"):
+        shard(source, out, verify=False)
+    assert not out.exists()
+
+
+def test_source_replaced_after_its_header_was_read_is_not_published(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(*args: object, **options: object) -> object:
+        made = plan_shards(*args, **options)  # type: ignore[arg-type]
+        rewrite_source(source)
+        return made
+
+    monkeypatch.setattr(write, "plan_shards", plan)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: changed while it was copied"):
+        shard(source, out)
+    assert not out.exists()
+
+
+def test_every_file_is_synced_before_the_folder_is_renamed(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A module's file may have the name of a shard.
+    (source / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense/"}]')
+    (source / "2_Dense").mkdir()
+    save_file({"dense": torch.ones(4)}, source / "2_Dense" / "model.safetensors")
+    synced: set[Path] = set()
+    real = staging.sync
+
+    def sync(path: Path) -> None:
+        synced.add(path)
+        real(path)
+
+    monkeypatch.setattr(staging, "sync", sync)
+    shard(source, out, max_shard_size="1GB")
+    assert (out / "2_Dense" / "model.safetensors").exists()
+    assert {path.relative_to(staging.staging_folder(out)) for path in synced} == {
+        path.relative_to(out) for path in (out, *out.rglob("*"))
+    }
+
+
 # Resume ----------------------------------------------------------------------------------------------
 
 
 def journal(out: Path) -> Path:
-    (path,) = staging.staging_folder(out).glob("*journal*")
-    return path
+    return destination.journal_path(out)
 
 
 def journaled(out: Path) -> list[str]:
@@ -791,10 +976,59 @@ def touch_config(source: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [rewrite_source, touch_config])
-def test_changed_source_starts_anew(change: Callable[[Path], None], source: Path, out: Path) -> None:
+def test_changed_source_starts_anew_and_says_so(
+    change: Callable[[Path], None], source: Path, out: Path
+) -> None:
     interrupt(source, out)
     change(source)
-    assert copied(source, out)[0].reused == ()
+    report, _ = copied(source, out)
+    assert report.reused == ()
+    assert "begun anew" in str(report)
+
+
+def test_nothing_is_said_of_beginning_anew_where_nothing_was_left(source: Path, out: Path) -> None:
+    assert "anew" not in str(shard(source, out))
+
+
+def test_cancel_is_heard_while_a_resume_checks_what_is_there(source: Path, out: Path) -> None:
+    finished = interrupt(source, out)
+    with pytest.raises(Cancelled, match="check"):
+        shard(source, out, progress=lambda progress: progress.stage != "check")
+    assert sorted(copied(source, out)[0].reused) == finished
+
+
+def test_finished_work_survives_a_failure_to_put_it_in_place(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.rename
+
+    def rename(a: os.PathLike[str], b: os.PathLike[str]) -> None:
+        if Path(b) == out:
+            raise OSError(errno.EIO, "Input/output error", os.fspath(b))
+        real(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(DestinationError, match="Input/output error"):
+            shard(source, out)
+    report, nbytes = copied(source, out)
+    assert (len(report.reused), nbytes) == (COUNT, 0)
+
+
+def test_nothing_but_finished_shards_is_taken_over(source: Path, out: Path) -> None:
+    # What a kill leaves between the exchange of two folders and the removal of the old one.
+    interrupt(source, out)
+    (staging.staging_folder(out) / "tokenizer.json").write_text("of an older model")
+    (staging.staging_folder(out) / "model.safetensors").write_text("of an older model")
+    copied(source, out)
+    assert not {"tokenizer.json", "model.safetensors"} & contents(out).keys()
+
+
+def test_side_file_may_have_any_name(source: Path, out: Path) -> None:
+    (source / ".journal.jsonl").write_text("mine")
+    interrupt(source, out)
+    copied(source, out)
+    assert (out / ".journal.jsonl").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -925,6 +1159,22 @@ def test_full_disk_names_the_bytes_short_and_resumes_after_space_is_made(
     assert nbytes == (COUNT - len(report.reused)) * 1600
 
 
+def test_making_just_the_bytes_free_that_were_named_is_enough(source: Path, tmp_path: Path) -> None:
+    for number in range(40):
+        (source / f"{number}.txt").write_text("x")  # a block of the disk each
+    try:
+        with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "none") as disk:
+            filler = (disk / "filler").open("wb")
+            os.posix_fallocate(filler.fileno(), 0, shutil.disk_usage(disk).free - 100_000)
+            with filler, pytest.raises(SpaceError, match="short") as caught:
+                shard(source, disk / "out")
+            short = int(re.search(r"([\d,]+) bytes short", str(caught.value))[1].replace(",", ""))
+            os.truncate(disk / "filler", (disk / "filler").stat().st_size - short)
+            shard(source, disk / "out")
+    except Skip as reason:
+        pytest.skip(str(reason))
+
+
 # Two runs at once -----------------------------------------------------------------------------------
 
 
@@ -954,11 +1204,20 @@ def test_second_run_on_a_destination_is_refused_while_the_first_goes_on(
     assert beside(out) == set()
 
 
-def test_lock_of_a_dead_process_is_no_obstacle(source: Path, out: Path) -> None:
+NO_FLOCK = """
+import errno, fcntl
+def missing(*_):
+    raise OSError(errno.ENOSYS, "not here")
+fcntl.flock = missing
+"""
+
+
+@pytest.mark.parametrize("system", ["", NO_FLOCK], ids=["flock", "no flock"])
+def test_lock_of_a_dead_process_is_no_obstacle(system: str, source: Path, out: Path) -> None:
     code = """
 import os, sys
 from shardkit import shard_checkpoint
-journal = os.path.join(os.path.dirname(sys.argv[2]), ".out.shardkit-staging", ".journal.jsonl")
+journal = os.path.join(os.path.dirname(sys.argv[2]), ".out.shardkit-journal")
 def die(progress):
     if progress.done_bytes >= 3200:
         while open(journal).read().count("shard") < 2:
@@ -966,12 +1225,21 @@ def die(progress):
         os.kill(os.getpid(), 9)
 shard_checkpoint(sys.argv[1], sys.argv[2], max_shard_size=2000, workers=1, progress=die)
 """
-    killed = subprocess.run([sys.executable, "-c", code, source, out], check=False)
+    killed = subprocess.run([sys.executable, "-c", system + code, source, out], check=False)
     assert killed.returncode == -9
     assert not out.exists()
-    assert beside(out)  # a lock, and a staging folder
-    report, _ = copied(source, out)
-    assert len(report.reused) == 2
+    assert beside(out) == {".out.shardkit-lock", ".out.shardkit-journal", ".out.shardkit-staging"}
+    again = system + code.replace("os.kill(", "print(").replace(
+        "shard_checkpoint(sys", "r = shard_checkpoint(sys"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", again + "print(len(r.reused))", source, out],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split()[-1] == "2"
+    assert done.stderr == ""
+    assert verify_checkpoint(source, out).equal
+    assert beside(out) == set()
 
 
 # What it costs --------------------------------------------------------------------------------------

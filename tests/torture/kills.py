@@ -78,7 +78,7 @@ def _begin(place: Place, how: str, dtype: str | None) -> Spec:
         with suppress(Cancelled):
             shard_checkpoint(spec["source"], spec["destination"], **spec["options"], **stop)
     if how == "torn journal":
-        journal = place.work / ".out.shardkit-staging" / ".journal.jsonl"
+        journal = place.work / ".out.shardkit-journal"
         os.truncate(journal, max(0, journal.stat().st_size - place.dice.randint(1, 60)))
     return spec
 

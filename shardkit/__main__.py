@@ -1,0 +1,17 @@
+"""`python -m shardkit`, and the command `shardkit`."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C is no traceback, even while Python still imports."""
+    try:
+        from shardkit import cli
+
+        cli.main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -641,7 +641,7 @@ STAGES = {
     "reading what an earlier run left": (write, "damaged_shards"),
     "copying": (write, "run_task"),
     "syncing": (staging.Staging, "_sync"),
-    "writing config and index": (write, "_write_beside"),
+    "writing config and index": (write, "write_beside"),
     "copying a side file": (write, "file_tasks"),
     "verifying": (write, "verify_checkpoint"),
     "publishing": (staging.Staging, "publish"),

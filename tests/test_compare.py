@@ -385,6 +385,20 @@ class TestExperiment:
         assert "the original does not load (killed" in found.verdict
         assert "the sharded one does" in found.verdict
         assert found.plot() is not None
+        assert "original failed twice, and was not run again" in str(found)
+        assert "load time 2 s, time to first token 3 s, peak anonymous 700 MB" in str(found)
+
+    def test_where_the_original_dies_the_others_are_compared_with_the_first_that_lives(self):
+        base = fake_comparison(ratio=0.5, noise=0.0)
+        dead = [Sample("original", s.pair, fake_load(outcome="killed")) for s in base.samples[:2]]
+        lives = [s for s in base.samples if s.arm == "sharded"]
+        third = [Sample("prefetched", s.pair, fake_load(wall=0.25)) for s in lives]
+        arms = (*base.arms, fake_arm("prefetched", "F16"))
+        found = fake_comparison(arms=arms, samples=(*dead, *lives, *third), warm_ups=())
+        assert found.reference == "sharded"
+        assert "prefetched against sharded, load time: 4x faster" in found.verdict
+        assert "the original does not load" in found.verdict
+        assert found.summary().tables[0].columns[:3] == ("median", "sharded", "prefetched")
 
     @pytest.mark.parametrize("wrong", [{"repeats": 0}, {"margin": 0}, {"margin": math.inf}, {"cache": "hot"}])
     def test_wrong_numbers_are_refused(self, arms, wrong):

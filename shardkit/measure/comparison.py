@@ -75,7 +75,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Ratio:
-    """One quantity of one arm, to that of the original.
+    """One quantity of one arm, to that of the original (or of the first arm that loads).
 
     Attributes
     ----------
@@ -174,8 +174,13 @@ class Comparison(Record):
 
     def ratios_of(self, arm: str) -> dict[str, Ratio]:
         """Return what was found of an arm by quantity; one that was not told by both is left out."""
-        found = (self._ratio(arm, quantity) for quantity in QUANTITIES)
+        found = (self._ratio(arm, quantity) for quantity in QUANTITIES if arm != self.reference)
         return {ratio.quantity: ratio for ratio in found if ratio}
+
+    @property
+    def reference(self) -> str:
+        """Name of the arm that the others are compared with: the original, or the first that loads."""
+        return next((name for name in self.names if self.measurements(name)), ORIGINAL)
 
     def _ratio(self, arm: str, quantity: str) -> Ratio | None:
         pairs: dict[int | None, dict[str, float]] = {}
@@ -183,10 +188,10 @@ class Comparison(Record):
             value = getattr(sample.measurement, quantity)
             if sample.measurement.ok and value:
                 pairs.setdefault(sample.pair, {})[sample.arm] = value
-        whole = [pair for pair in pairs.values() if ORIGINAL in pair and arm in pair]
+        whole = [pair for pair in pairs.values() if self.reference in pair and arm in pair]
         if not whole:
             return None
-        first, second = ([pair[name] for pair in whole] for name in (ORIGINAL, arm))
+        first, second = ([pair[name] for pair in whole] for name in (self.reference, arm))
         interval = paired_interval(first, second, self.seed)
         return Ratio(
             quantity=quantity,
@@ -227,10 +232,11 @@ class Comparison(Record):
         if words:
             words += [f"the {arm} one does" for arm in self.names if self.measurements(arm)]
         words += self._partial_failures()
-        for name in self.names[1:]:
+        against = "" if self.reference == ORIGINAL else f" against {self.reference}"
+        for name in self.names:
             ratios = self.ratios_of(name)
             told = [f"{QUANTITIES[q][0]}: {ratios[q].words()}" for q in _MAIN if q in ratios]
-            words += [f"{name}, {line}" for line in told] if len(self.arms) > 2 else told
+            words += [f"{name}{against}, {line}" for line in told] if len(self.arms) > 2 else told
         return "; ".join(words) or "nothing was measured"
 
     def typical(self, arm: str, by: str = "load_wall_seconds") -> LoadMeasurement | None:
@@ -273,27 +279,39 @@ class Comparison(Record):
 
     def summary(self) -> Summary:
         """Return the verdict, all arms' times, and every quantity with its interval."""
+        counted = self.samples or self.warm_ups
         pairs = plural(len({sample.pair for sample in self.samples}), "pair")
-        stacks = dict.fromkeys(s.measurement.stack() for s in self.samples)
-        caches = dict.fromkeys(s.measurement.cache.asked for s in self.samples)
+        told = ", ".join(dict.fromkeys(f"{s.measurement.cache.asked} page cache" for s in counted))
+        stacks = dict.fromkeys(s.measurement.stack() for s in counted)
+        machines = dict.fromkeys(str(s.measurement.environment) for s in counted)
         facts = (
             *(("verdict" if not line else "", words) for line, words in enumerate(self.verdict.split("; "))),
-            *((f"{arm}, median run", run.time_line()) for arm in self.names if (run := self.typical(arm))),
+            *((f"{arm}, a typical run", run.time_line()) for arm in self.names if (run := self.typical(arm))),
+            *((f"{arm}, medians", self._medians(arm)) for arm in self.names if self.failures),
             *((f"{arm.name} from", shown_path(arm.source)) for arm in self.arms),
             *((f"{arm} stored", self.explain(arm)) for arm in self.names),
-            ("runs", f"{pairs} in ABBA order, one warm-up each, {' and '.join(caches)} page cache"),
+            ("runs", f"{pairs} in ABBA order, one warm-up each, {told}"),
             ("stack", " | ".join(stacks) or "not told"),
-            ("machine", " | ".join(dict.fromkeys(str(s.measurement.environment) for s in self.samples))),
+            ("machine", " | ".join(machines) or "not told"),
         )  # fmt: skip
-        tables = (self._table(arm) for arm in self.names[1:])
+        tables = (self._table(arm) for arm in self.names)
         return Summary(
             "Comparison of loads", facts, tuple(table for table in tables if table.rows), self._warnings()
         )
 
+    def _medians(self, arm: str) -> str:
+        """Return an arm's own figures, for when there is nothing to compare them with."""
+        told = []
+        for quantity in _MAIN:
+            if (value := self.median(arm, quantity)) is not None:
+                shown = format_size if quantity.endswith("_bytes") else format_seconds
+                told.append(f"{QUANTITIES[quantity][0]} {shown(value)}")
+        return ", ".join(told) or "none"
+
     def _table(self, arm: str) -> Table:
         verdict = f"verdict (95 % interval, ±{100 * self.margin:.3g} %)"
         rows = tuple(ratio.row() for ratio in self.ratios_of(arm).values())
-        return Table(("median", ORIGINAL, arm, "ratio", verdict), rows)
+        return Table(("median", self.reference, arm, "ratio", verdict), rows)
 
     def _warnings(self) -> tuple[str, ...]:
         counted = Counter(warning for s in self.samples for warning in s.measurement.warnings())
@@ -304,7 +322,8 @@ class Comparison(Record):
             f"{count} of {plural(len(self.samples), 'run')}: {what}"
             for what, count in (counted + failed).items()
         )
-        return (*self.notes, *differ, *self._changed(), *some)
+        twice = tuple(f"{arm} failed twice, and was not run again" for arm in self.failures)
+        return (*self.notes, *differ, *self._changed(), *some, *twice)
 
     def _changed(self) -> Iterator[str]:
         for name in self.names:

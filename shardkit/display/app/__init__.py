@@ -31,6 +31,7 @@ from shardkit.write import ShardReport
 
 __all__ = ["ShardApp"]
 
+_PATIENCE_SECONDS = 60.0
 _BUSY = "Another app of this notebook is at work. Cancel stops it; then start again."
 
 
@@ -136,6 +137,7 @@ class ShardApp:
         """
         for step in self._steps:
             self.wait()
+            Worker.until_free(_PATIENCE_SECONDS)  # another app may just be opening its source
             if not self._begin(step):
                 raise ShardkitError(step.missing or _BUSY)
             self.wait()

@@ -31,6 +31,12 @@ class Worker:
         """Ask the running job to stop."""
         cls._stop.set()
 
+    @classmethod
+    def until_free(cls, timeout: float) -> None:
+        """Wait until no app of this process is at work, `timeout` seconds at most."""
+        if cls._running.acquire(timeout=timeout):
+            cls._running.release()
+
     def start(self, job: Callable[[], None], ended: Callable[[], None]) -> bool:
         """Start a job, then call `ended`; False if another is running. The job deals with its own errors."""
         if not self._running.acquire(blocking=False):

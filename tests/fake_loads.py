@@ -88,7 +88,7 @@ def fake_interpreter(folder: Path, script: str, name: str = "python") -> Path:
         import json, os, signal, subprocess, sys, time
         sys.path.insert(0, {str(WORKER.parent)!r})
         import worker
-        job = json.loads(sys.stdin.buffer.readline())
+        job = json.load(open(sys.argv[-1]))
         worker.tie_life_to_parent()
         reporter = worker.Reporter(job["results"])
     """

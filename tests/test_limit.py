@@ -57,6 +57,43 @@ def test_groups_of_a_killed_process_are_removed():
 
 
 @needs_groups
+def test_group_in_which_something_lives_is_left_alone_whoever_made_it():
+    parent = limit._make_group(64 * MB, limit.CGROUP_ROOT, limit.OWN_CGROUP).parent
+    foreign = parent / "shardkit-999999998-0"  # a number that means nothing here may be alive in a container
+    foreign.mkdir()
+    sleeper = subprocess.Popen(["sleep", "600"])
+    try:
+        (foreign / "cgroup.procs").write_text(str(sleeper.pid))
+        with limited(200 * MB):
+            assert sleeper.poll() is None
+            assert foreign.exists()
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+        limit._remove(foreign)
+        for left in groups_left():
+            left.rmdir()
+
+
+def test_process_of_another_namespace_is_not_taken_for_our_own(tmp_path):
+    group = tmp_path / "group"
+    group.mkdir()
+    (group / "cgroup.procs").write_text("0\n")  # what version 2 shows of it
+    code = (
+        f"from pathlib import Path; from shardkit.measure import limit; limit._remove(Path({str(group)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], start_new_session=True, check=False)
+    assert done.returncode == 0
+
+
+@needs_groups
+def test_missing_interpreter_could_not_be_started_under_a_limit_either(demo):
+    measurement = measure_load(demo, python="/no/such/python", memory_limit="1GB")
+    assert measurement.outcome == "failed"
+    assert "could not be started: /no/such/python" in measurement.reason
+
+
+@needs_groups
 def test_load_killed_for_its_limit_is_a_result_with_its_curve(demo, tmp_path):
     script = """
         with reporter.phase("load"):

@@ -71,9 +71,8 @@ def conclude(state: CacheState, files: Iterable[str], read_bytes: int | None) ->
     if state.asked == "cold" and resident is not None and read_bytes is not None:
         unread = resident - read_bytes
         if unread > _UNREAD_SHARE * state.total_bytes:
-            return doubt(
-                state, f"{unread / state.total_bytes:.0%} came into memory by other hands than the load's"
-            )
+            share = f"{unread / state.total_bytes:.0%}"
+            return doubt(state, f"{share} came into memory without the load reading it, as the kernel counts")
     return state
 
 

@@ -10,7 +10,7 @@ import pytest
 from shardkit import MeasurementError, measure_load
 from shardkit.measure import limit
 from shardkit.measure.limit import limited, why_unlimited
-from tests.fake_loads import MB, fake_interpreter
+from tests.fake_loads import MB, fake_interpreter, gone
 
 needs_groups = pytest.mark.skipif(
     why_unlimited() is not None, reason=f"memory cannot be limited here: {why_unlimited()}"
@@ -111,6 +111,24 @@ def test_load_killed_for_its_limit_is_a_result_with_its_curve(demo, tmp_path):
     assert 100 * MB < measurement.peak_anonymous_bytes <= 150 * MB
     assert max(measurement.curve.anonymous_bytes) > 100 * MB
     assert "within 150 MB" in str(measurement)
+
+
+@needs_groups
+def test_daemon_that_left_its_session_ends_with_the_limit(demo, tmp_path):
+    script = """
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                reporter.send("note", text=str(os.getpid()))
+                time.sleep(600)
+            os._exit(0)
+        os.wait()
+        time.sleep(0.3)
+        reporter.send("done")
+    """
+    measurement = measure_load(demo, python=fake_interpreter(tmp_path, script), memory_limit="200MB")
+    assert measurement.ok, measurement
+    assert gone(int(measurement.notes[0]))
 
 
 @needs_groups

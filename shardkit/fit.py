@@ -168,7 +168,8 @@ def _limited_run(limit: int, found: LoadMeasurement) -> LimitedRun:
 
 
 def _seconds(found: LoadMeasurement) -> float:
-    return max((*found.curve.seconds, *(phase.start_seconds + phase.wall_seconds for phase in found.phases)))
+    ends = (phase.start_seconds + phase.wall_seconds for phase in found.phases)
+    return max((*found.curve.seconds, *ends), default=0.0)
 
 
 def _next_limit(runs: Sequence[LimitedRun], guess: int, tolerance: float) -> int | None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from shardkit.checkpoint import Checkpoint
+from shardkit.errors import CheckpointError
+from shardkit.files import LocalFiles, folder_here
+from shardkit.layout import find_weights, is_index, read_config, read_weight_map
 from shardkit.prefetch import Prefetch
 from shardkit.tensor import CAST_DTYPES
 
@@ -28,7 +32,8 @@ def load_model(
     Parameters
     ----------
     source
-        A checkpoint that transformers loads: a folder.
+        A checkpoint's folder, or the weights or index file in it that transformers loads; or a model on
+        the Hub, which is downloaded first.
     dtype
         Asked of `from_pretrained`. Shards written in this dtype are mapped and not copied; so the source
         must stay where it is for as long as the model lives.
@@ -45,10 +50,10 @@ def load_model(
     Raises
     ------
     CheckpointError
-        If the source is not a sound checkpoint.
+        If the source is not a sound checkpoint, or a file that transformers would not load.
     """
-    checkpoint = Checkpoint.open(source)
-    files = [checkpoint.path(file) for file in checkpoint.files]
+    folder, files = loaded_files(source)
+    checkpoint = Checkpoint.open(folder)
     reading = Prefetch(files, limit_bytes=prefetch_bytes(checkpoint, dtype))
     if prefetch:
         reading.start()
@@ -57,11 +62,32 @@ def load_model(
 
         loader = _loader(transformers, checkpoint.architecture or "")
         name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-        return loader.from_pretrained(checkpoint.folder, **{name: dtype}, **from_pretrained_options)
+        return loader.from_pretrained(folder, **{name: dtype}, **from_pretrained_options)
     except BaseException:
         if prefetch:
             reading.stop()
         raise
+
+
+def loaded_files(source: str | os.PathLike[str]) -> tuple[str, list[str]]:
+    """Return the folder that transformers is given, and the paths of the weights that it loads from there.
+
+    Raises
+    ------
+    CheckpointError
+        If `source` holds no checkpoint, or is a file beside the one that transformers chooses.
+    """
+    path = Path(folder_here(source))
+    folder = path if path.is_dir() else path.parent
+    inside = LocalFiles(folder)
+    config = read_config(inside)
+    if folder != path and config is None:
+        raise CheckpointError("a file without config.json beside it is no model to load", file=str(path))
+    chosen = find_weights(inside, config)
+    if path not in (folder, folder / chosen):
+        raise CheckpointError(f"transformers loads {chosen} of this folder, not this file", file=str(path))
+    names = set(read_weight_map(inside, chosen).values()) if is_index(chosen) else {chosen}
+    return str(folder), [str(folder / name) for name in sorted(names)]
 
 
 def _loader(transformers: Any, architecture: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from textwrap import dedent
 
@@ -88,10 +89,23 @@ def fake_interpreter(folder: Path, script: str, name: str = "python") -> Path:
         import json, os, signal, subprocess, sys, time
         sys.path.insert(0, {str(WORKER.parent)!r})
         import worker
-        job = json.loads(sys.stdin.buffer.readline())
+        job = json.load(open(sys.argv[-1]))
         worker.tie_life_to_parent()
         reporter = worker.Reporter(job["results"])
     """
     path.write_text(dedent(head) + dedent(script))
     path.chmod(0o755)
     return path
+
+
+def gone(pid: int, seconds: float = 10.0) -> bool:
+    """Whether a process ends within a time; a zombie has ended."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.02)
+    return False

@@ -10,7 +10,7 @@ import pytest
 from shardkit import MeasurementError, measure_load
 from shardkit.measure import limit
 from shardkit.measure.limit import limited, why_unlimited
-from tests.fake_loads import MB, fake_interpreter
+from tests.fake_loads import MB, fake_interpreter, gone
 
 needs_groups = pytest.mark.skipif(
     why_unlimited() is not None, reason=f"memory cannot be limited here: {why_unlimited()}"
@@ -57,6 +57,43 @@ def test_groups_of_a_killed_process_are_removed():
 
 
 @needs_groups
+def test_group_in_which_something_lives_is_left_alone_whoever_made_it():
+    parent = limit._make_group(64 * MB, limit.CGROUP_ROOT, limit.OWN_CGROUP).parent
+    foreign = parent / "shardkit-999999998-0"  # a number that means nothing here may be alive in a container
+    foreign.mkdir()
+    sleeper = subprocess.Popen(["sleep", "600"])
+    try:
+        (foreign / "cgroup.procs").write_text(str(sleeper.pid))
+        with limited(200 * MB):
+            assert sleeper.poll() is None
+            assert foreign.exists()
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+        limit._remove(foreign)
+        for left in groups_left():
+            left.rmdir()
+
+
+def test_process_of_another_namespace_is_not_taken_for_our_own(tmp_path):
+    group = tmp_path / "group"
+    group.mkdir()
+    (group / "cgroup.procs").write_text("0\n")  # what version 2 shows of it
+    code = (
+        f"from pathlib import Path; from shardkit.measure import limit; limit._remove(Path({str(group)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], start_new_session=True, check=False)
+    assert done.returncode == 0
+
+
+@needs_groups
+def test_missing_interpreter_could_not_be_started_under_a_limit_either(demo):
+    measurement = measure_load(demo, python="/no/such/python", memory_limit="1GB")
+    assert measurement.outcome == "failed"
+    assert "could not be started: /no/such/python" in measurement.reason
+
+
+@needs_groups
 def test_load_killed_for_its_limit_is_a_result_with_its_curve(demo, tmp_path):
     script = """
         with reporter.phase("load"):
@@ -74,6 +111,24 @@ def test_load_killed_for_its_limit_is_a_result_with_its_curve(demo, tmp_path):
     assert 100 * MB < measurement.peak_anonymous_bytes <= 150 * MB
     assert max(measurement.curve.anonymous_bytes) > 100 * MB
     assert "within 150 MB" in str(measurement)
+
+
+@needs_groups
+def test_daemon_that_left_its_session_ends_with_the_limit(demo, tmp_path):
+    script = """
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                reporter.send("note", text=str(os.getpid()))
+                time.sleep(600)
+            os._exit(0)
+        os.wait()
+        time.sleep(0.3)
+        reporter.send("done")
+    """
+    measurement = measure_load(demo, python=fake_interpreter(tmp_path, script), memory_limit="200MB")
+    assert measurement.ok, measurement
+    assert gone(int(measurement.notes[0]))
 
 
 @needs_groups

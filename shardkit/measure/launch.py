@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import os
 import signal
 import sys
@@ -13,12 +13,11 @@ from typing import Any, Literal
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import MeasurementError
-from shardkit.files import LocalFiles, folder_here
-from shardkit.layout import find_weights, is_index, read_config, read_weight_map
-from shardkit.load import prefetch_bytes
+from shardkit.load import loaded_files, prefetch_bytes
 from shardkit.measure import page_cache
 from shardkit.measure.child import ChildEnd, run_child
 from shardkit.measure.environment import describe_machine
+from shardkit.measure.events import told_pid
 from shardkit.measure.measurement import LOAD, LoadMeasurement, MemoryCurve, Phase, SamplerCost
 from shardkit.measure.sampler import Reading
 from shardkit.sizes import format_size, parse_size
@@ -27,6 +26,7 @@ from shardkit.tensor import CAST_DTYPES
 WORKER = Path(__file__).with_name("worker.py")
 _PREFETCH = Path(__file__).parents[1] / "prefetch.py"
 _CURVE_POINTS = 500
+_FILE_OPTIONS = ("use_safetensors", "variant", "subfolder", "gguf_file", "revision")
 # A load from a folder has no business on the network, whose delays would count as the load's.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -50,7 +50,8 @@ def measure_load(
     """Load a checkpoint with `from_pretrained` in a fresh process, and measure it.
 
     A load that raises, is killed or takes too long is a result, not an error; the process never
-    outlives the call, or its caller.
+    outlives the call, or its caller. (A daemon that it starts in a session of its own does, unless there
+    is a memory limit.)
 
     Parameters
     ----------
@@ -77,7 +78,8 @@ def measure_load(
     timeout
         Seconds.
     options
-        Passed to `from_pretrained` as they are; JSON's types only.
+        Passed to `from_pretrained` as they are; JSON's types only. With ``trust_remote_code=True`` the
+        checkpoint's own code runs.
     stop
         Asked a few times a second; True ends the load.
 
@@ -88,7 +90,7 @@ def measure_load(
     MeasurementError
         If an argument is not understood, or memory cannot be limited here.
     CheckpointError
-        If `source` holds no checkpoint.
+        If `source` holds no checkpoint, or is a file that transformers would not load.
     """
     if cache not in ("cold", "warm"):
         raise MeasurementError(f'cache is {cache!r}: give "cold" or "warm"')
@@ -97,34 +99,41 @@ def measure_load(
     if generate < 0:
         raise MeasurementError(f"generate is {generate}: give a number of tokens, or 0 for none")
     limit = None if memory_limit is None else parse_size(memory_limit)
-    folder, files = _weight_files(source)
+    given = _as_json(options or {})
+    folder, files = loaded_files(source)
     job = {
         "folder": folder,
         "dtype": dtype,
         "device": device,
         "generate": generate,
-        "options": dict(options or {}),
+        "options": given,
         "prefetch": _prefetch_job(folder, files, dtype, limit) if prefetch else None,
     }
-    command = [os.fspath(python or sys.executable), str(WORKER)]
+    command = [os.path.expanduser(python or sys.executable), str(WORKER)]
     state = page_cache.prepare(files, cache)
     end = run_child(command, job, timeout=timeout, environment=_ENVIRONMENT, memory_limit=limit, stop=stop)
-    state = dataclasses.replace(state, resident_bytes_after=page_cache.resident_bytes(files))
+    state = page_cache.conclude(state, files, None if prefetch else _read_since_load(end))
+    if chosen := [name for name in _FILE_OPTIONS if name in given]:
+        state = page_cache.doubt(state, f"with {', '.join(chosen)} other files may have been loaded")
     return _measurement(job, limit, state, end)
 
 
-def _weight_files(source: str | os.PathLike[str]) -> tuple[str, list[str]]:
-    """Return the folder that transformers is given, and the paths of the weights that it loads from there."""
-    path = Path(folder_here(source))
-    folder = path if path.is_dir() else path.parent
-    inside = LocalFiles(folder)
-    if folder != path and read_config(inside) is None:
-        raise MeasurementError(f"{path}: a file without config.json beside it is no model to load")
-    chosen = find_weights(inside, read_config(inside))
-    if path not in (folder, folder / chosen):
-        raise MeasurementError(f"{path}: transformers loads {chosen} of this folder, not this file")
-    names = set(read_weight_map(inside, chosen).values()) if is_index(chosen) else {chosen}
-    return str(folder), [str(folder / name) for name in sorted(names)]
+def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        same: dict[str, Any] = json.loads(json.dumps(dict(options)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise MeasurementError(f"options go to another process as JSON: {error}") from None
+    return same
+
+
+def _read_since_load(end: ChildEnd) -> int | None:
+    """Return the bytes that came from the disk from the load on; None if that is not told."""
+    ends = [event for event in end.events if event["event"] == "end"]
+    names = [event["name"] for event in ends]
+    if LOAD not in names or not any(event["event"] == "done" for event in end.events):
+        return None
+    counts = [event["read_bytes"] for event in ends[names.index(LOAD) :]]
+    return None if None in counts else sum(counts)
 
 
 def _prefetch_job(folder: str, files: list[str], dtype: str | None, limit: int | None) -> dict[str, Any]:
@@ -147,6 +156,10 @@ def _measurement(
     if not load["peak_reset"]:
         notes.append(
             "the kernel's memory peak could not be reset: peaks are sampled, short ones may be missing"
+        )
+    if told_pid(end.events) is not None and not end.readings and not end.portable_readings:
+        notes.append(
+            "the process that loads could not be sampled: its peaks of anonymous and file memory are unknown"
         )
     return LoadMeasurement(
         source=job["folder"],
@@ -232,9 +245,10 @@ def _phase(event: Mapping[str, Any], end: ChildEnd) -> Phase:
         user_seconds=event["user_seconds"],
         system_seconds=event["system_seconds"],
         peak_total_bytes=event["peak_total_bytes"],
-        # What the worker itself saw at the end counts too: a phase may be shorter than a pause.
-        peak_anonymous_bytes=_largest([event["anonymous_bytes"], *(r.anonymous_bytes for r in inside)]),
-        peak_file_bytes=_largest([event["file_bytes"], *(r.file_bytes for r in inside)]),
+        peak_anonymous_bytes=_split_peak(
+            end, [event["anonymous_bytes"], *(r.anonymous_bytes for r in inside)]
+        ),
+        peak_file_bytes=_split_peak(end, [event["file_bytes"], *(r.file_bytes for r in inside)]),
         major_faults=event["major_faults"],
         read_bytes=event["read_bytes"],
     )
@@ -243,9 +257,11 @@ def _phase(event: Mapping[str, Any], end: ChildEnd) -> Phase:
 def _peaks(end: ChildEnd, load_at: float, was_reset: bool) -> dict[str, Any]:
     phases = [event for event in end.events if event["event"] == "end" and event["at"] >= load_at]
     readings = [reading for reading in end.readings if reading.at >= load_at]
-    if was_reset and readings:
+    is_kernels = was_reset and bool(readings or not end.portable_readings)
+    if is_kernels:
         # A phase that was cut short reports nothing: its running peak, as last seen, stands in.
-        total = [*(event["peak_total_bytes"] for event in phases), readings[-1].peak_total_bytes]
+        total = [event["peak_total_bytes"] for event in phases]
+        total += [reading.peak_total_bytes for reading in readings[-1:]]
     else:
         total = [size for at, size in end.portable_readings if at >= load_at]
         total += [reading.anonymous_bytes + reading.file_bytes for reading in readings]
@@ -253,10 +269,16 @@ def _peaks(end: ChildEnd, load_at: float, was_reset: bool) -> dict[str, Any]:
     file = [event["file_bytes"] for event in phases] + [r.file_bytes for r in readings]
     return {
         "peak_total_bytes": _largest(total),
-        "peak_anonymous_bytes": _largest(anonymous),
-        "peak_file_bytes": _largest(file),
-        "peak_is_kernels": was_reset and bool(readings),
+        "peak_anonymous_bytes": _split_peak(end, anonymous),
+        "peak_file_bytes": _split_peak(end, file),
+        "peak_is_kernels": is_kernels,
     }
+
+
+def _split_peak(end: ChildEnd, numbers: Iterable[int | None]) -> int | None:
+    # What the worker itself saw at the end of a phase counts too: a phase may be shorter than a pause.
+    # But where nobody else watched, it is no peak.
+    return _largest(numbers) if end.readings else None
 
 
 def _largest(numbers: Iterable[int | None]) -> int | None:
@@ -265,7 +287,8 @@ def _largest(numbers: Iterable[int | None]) -> int | None:
 
 def _sampler_cost(end: ChildEnd, load_at: float) -> SamplerCost:
     times = [reading.at for reading in end.readings]
-    gaps = [later - earlier for earlier, later in pairwise(times) if later > load_at]
+    looks = [*times, max(end.sampled_until, *times)] if times else []
+    gaps = [later - earlier for earlier, later in pairwise(looks) if later > load_at]
     share = end.sampler_cpu_seconds / (end.ended_at - end.started_at)
     return SamplerCost(len(times), max(gaps, default=None), share)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
 from pathlib import Path
 
 from shardkit.errors import MeasurementError
@@ -27,7 +27,6 @@ OWN_CGROUP = "/proc/self/cgroup"
 NO_LIMIT = 2**60
 _LIMIT_FILE = {False: "memory.limit_in_bytes", True: "memory.max"}
 _PROBE_BYTES = 64 << 20
-_number = count()
 
 # The shell joins the group and becomes the command, so that all the command's memory counts.
 _JOIN = 'echo 0 > "$0" && exec "$@"'
@@ -97,26 +96,32 @@ def _systemd(nbytes: int) -> list[str]:
 def _make_group(nbytes: int, root: str, own: str) -> Path | None:
     """Make a group with this limit and no swap, below our own or as near above as we may; None if nowhere."""
     for parent, is_v2 in _groups(root, own):
-        group = parent / f"shardkit-{os.getpid()}-{next(_number)}"
+        group = parent / f"shardkit-{os.getpid()}-{secrets.token_hex(4)}"
         try:
             group.mkdir()
+        except OSError:
+            continue
+        try:
             _set_limit(group, nbytes, is_v2)
         except OSError:
             _remove(group)
             continue
         for left in parent.glob("shardkit-*"):  # by a process that was killed
             if not Path("/proc", left.name.split("-")[1]).exists():
-                _remove(left)
+                # Only if it is empty: a process that /proc does not show may live in another container.
+                with suppress(OSError):
+                    left.rmdir()
         return group
     return None
 
 
 def _remove(group: Path) -> None:
-    """Remove a group, and whatever may still run in it; what cannot be removed stays."""
+    """Remove a group of ours, and whatever may still run in it; what cannot be removed stays."""
     for _ in range(100):
         with suppress(OSError):
-            for pid in (group / "cgroup.procs").read_text().split():
-                os.kill(int(pid), signal.SIGKILL)
+            for pid in map(int, (group / "cgroup.procs").read_text().split()):
+                if pid > 0:  # 0 stands for a process that we cannot see; kill(0) would be our own end
+                    os.kill(pid, signal.SIGKILL)
         try:
             group.rmdir()
         except OSError as error:

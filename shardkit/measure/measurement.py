@@ -15,6 +15,8 @@ LOAD = "load"
 FIRST_TOKEN = "first token"  # noqa: S105 - a phase, not a password
 
 _LONG_GAP_SECONDS = 0.1
+# A spike of this length is meant to be seen.
+_SPIKE_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class SamplerCost:
     readings
         How many.
     longest_gap_seconds
-        Longest time between two: a shorter spike may be missing from the anonymous and file peaks.
+        Longest time between two, or after the last: a shorter spike may be missing from the anonymous and
+        file peaks.
     cpu_share
         Share of one core that the sampler took.
     """
@@ -211,7 +214,10 @@ class LoadMeasurement(Record):
             ("load", self.time_line()),
             ("time to first token", format_seconds(self.time_to_first_token_seconds)),
             ("from process start", format_seconds(self.start_to_first_token_seconds)),
-            ("peak anonymous", f"{_size(self.peak_anonymous_bytes)} (memory that must exist)"),
+            (
+                "peak anonymous",
+                f"{_size(self.peak_anonymous_bytes)} (memory that must exist{self._blind_spot()})",
+            ),
             ("peak file-backed", f"{_size(self.peak_file_bytes)} (pages that the kernel may drop)"),
             ("peak total", f"{_size(self.peak_total_bytes)} ({self._peak_source()})"),
             ("page cache", f"{self.cache.asked}, {'proven' if self.cache.proven else 'not proven'}"),
@@ -246,6 +252,10 @@ class LoadMeasurement(Record):
         told = [f"{name} {versions[name]}" for name in ("transformers", "torch") if name in versions]
         return ", ".join(told) or "not told"
 
+    def _blind_spot(self) -> str:
+        gap = self.sampler.longest_gap_seconds or 0.0
+        return f"; spikes under {format_seconds(gap)} may be missing" if gap > _SPIKE_SECONDS else ""
+
     def _peak_source(self) -> str:
         return "the kernel's own figure" if self.peak_is_kernels else "as sampled"
 
@@ -257,6 +267,8 @@ class LoadMeasurement(Record):
         if self.memory_limit_bytes and self.cache.asked == "warm":
             notes.append("the memory limit does not count what was in the page cache before: use cold")
         gap = self.sampler.longest_gap_seconds
+        if self.load_start_seconds is not None and gap is None:
+            notes.append("memory was not seen from outside during the load: short peaks may be missing")
         if gap is not None and gap > _LONG_GAP_SECONDS:
             notes.append("memory was not seen for more than 100 ms at a time: a short peak may be missing")
         return tuple(notes)

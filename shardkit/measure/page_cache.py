@@ -7,12 +7,14 @@ import mmap
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _WINDOW_BYTES = 2**30
 _MAP_FAILED = ctypes.c_void_p(-1).value
 # Read-ahead around a page that somebody else touches must not spoil a proof.
 _TOLERANCE = 0.01
+# A file system that compresses reads less than it shows: only what goes well beyond was read by others.
+_UNREAD_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class CacheState:
     asked
         "cold" or "warm".
     proven
-        Whether the files were seen in that state just before the load.
+        Whether the files were seen in that state just before the process started, and nothing seen since
+        speaks against it.
     why_not
         If not proven: the reason.
     total_bytes, resident_bytes_before, resident_bytes_after
@@ -40,10 +43,7 @@ class CacheState:
 
 
 def prepare(files: Iterable[str], asked: str) -> CacheState:
-    """Evict the files ("cold") or read them ("warm"), and see whether that worked.
-
-    `resident_bytes_after` is filled in by the caller, after the load.
-    """
+    """Evict the files ("cold") or read them ("warm"), and see whether that worked; then comes `conclude`."""
     files = list(files)
     why_not = ""
     for file in files:
@@ -58,6 +58,27 @@ def prepare(files: Iterable[str], asked: str) -> CacheState:
     elif abs(resident - (0 if asked == "cold" else total)) > _TOLERANCE * total:
         why_not = why_not or f"{resident / max(total, 1):.0%} was in memory before the load"
     return CacheState(asked, not why_not, why_not, total, resident, None)
+
+
+def conclude(state: CacheState, files: Iterable[str], read_bytes: int | None) -> CacheState:
+    """Add what is resident after the load, and whether the load's own `read_bytes` explain it.
+
+    They cannot where somebody else read the files between the proof and the load. None: not told, or read
+    ahead on purpose.
+    """
+    resident = resident_bytes(files)
+    state = replace(state, resident_bytes_after=resident)
+    if state.asked == "cold" and resident is not None and read_bytes is not None:
+        unread = resident - read_bytes
+        if unread > _UNREAD_SHARE * state.total_bytes:
+            share = f"{unread / state.total_bytes:.0%}"
+            return doubt(state, f"{share} came into memory without the load reading it, as the kernel counts")
+    return state
+
+
+def doubt(state: CacheState, why_not: str) -> CacheState:
+    """Return the state as not proven; a reason that it already has stays."""
+    return replace(state, proven=False, why_not=state.why_not or why_not)
 
 
 def evict(file: str) -> None:

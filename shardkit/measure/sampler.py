@@ -12,6 +12,7 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -47,35 +48,56 @@ def parse_status(status: bytes, at: float) -> Reading | None:
 class StatusSampler(threading.Thread):
     """Reads a process's `/proc` status every few milliseconds until it ends.
 
+    Parameters
+    ----------
+    pid
+        The process.
+    meant
+        Asked until it tells which process is meant: `pid` may be only a wrapper that starts another.
+
     Attributes
     ----------
+    pid
+        The process that was read.
     readings
         What was read.
+    ended_at
+        `time.monotonic()` seconds at which it was seen to have no memory any more.
     cpu_seconds
         What it cost, waking up included.
     """
 
-    def __init__(self, pid: int, interval_seconds: float = INTERVAL_SECONDS) -> None:
+    def __init__(
+        self, pid: int, meant: Callable[[], int | None], interval_seconds: float = INTERVAL_SECONDS
+    ) -> None:
         super().__init__(name="shardkit-sampler", daemon=True)
-        self._path, self._interval = f"/proc/{pid}/status", interval_seconds
+        self.pid, self._meant, self._interval = pid, meant, interval_seconds
+        self._known, self._looks = False, 0
         self.readings: list[Reading] = []
-        self.cpu_seconds = 0.0
+        self.cpu_seconds, self.ended_at = 0.0, 0.0
 
     def run(self) -> None:
         """Sample until the process is gone."""
         with suppress(OSError):
-            # The open descriptor stays with this process, whoever gets its number later.
-            file = os.open(self._path, os.O_RDONLY)
-            try:
-                self._sample(file)
-            finally:
-                os.close(file)
+            while self._sample():
+                self.readings.clear()
+        self.ended_at = time.monotonic()
 
-    def _sample(self, file: int) -> None:
-        while reading := parse_status(os.pread(file, 4096, 0), time.monotonic()):
-            self.readings.append(reading)
-            self.cpu_seconds = time.thread_time()  # of this thread, which does nothing else
-            time.sleep(max(self._interval, _REST * self.cpu_seconds / len(self.readings)))
+    def _sample(self) -> bool:
+        """Sample one process until it is gone (False) or turns out not to be the one that is meant (True)."""
+        # The open descriptor stays with this process, whoever gets its number later.
+        with open(f"/proc/{self.pid}/status", "rb", buffering=0) as file:
+            while reading := parse_status(os.pread(file.fileno(), 4096, 0), time.monotonic()):
+                if reading.anonymous_bytes + reading.file_bytes:  # none: it is about to end
+                    self.readings.append(reading)
+                if not self._known and (meant := self._meant()) is not None:
+                    self._known, changed, self.pid = True, meant != self.pid, meant
+                    if changed:
+                        return True
+                self._looks += 1
+                self.cpu_seconds = time.thread_time()  # of this thread, which does nothing else
+                time.sleep(max(self._interval, _REST * self.cpu_seconds / self._looks))
+        return False
 
 
 class PortableSampler(threading.Thread):
@@ -107,7 +129,8 @@ class PortableSampler(threading.Thread):
     def write(self, line: str) -> None:
         """Take one line of memory_profiler's: ``MEM <MiB> <seconds since 1970>``."""
         _, mebibytes, at = line.split()
-        self.readings.append((float(at) + self._clock_offset, round(float(mebibytes) * 2**20)))
+        if float(mebibytes) > 0:  # else it was gone already
+            self.readings.append((float(at) + self._clock_offset, round(float(mebibytes) * 2**20)))
 
     def flush(self) -> None:
         """Nothing is held back."""

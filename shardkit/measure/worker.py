@@ -3,8 +3,8 @@
 Stands alone: it is run by path with whatever interpreter is asked for (Python 3.9 up, transformers 4.37
 to 5.x), so it imports nothing of shardkit and nothing beyond the standard library, torch and transformers.
 
-The job comes as one line of JSON on stdin; stdin stays open as the lifeline to the parent. What happened
-goes, an event a line, to the file that the job names: not to stdout, where libraries print, and not
+The job comes as JSON in the file that the last argument names; stdin is the lifeline to the parent. What
+happened goes, an event a line, to the file that the job names: not to stdout, where libraries print, and not
 through a pipe, which could fill. An event written is kept even if the next moment brings SIGKILL.
 """
 
@@ -28,6 +28,7 @@ except ImportError:  # Windows
 
 PROMPT = "The quick brown fox jumps over the lazy dog"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
+CODE_OPTIONS = ("trust_remote_code", "revision", "code_revision")
 _PR_SET_PDEATHSIG = 1
 _SIGKILL = 9
 
@@ -144,7 +145,7 @@ class Load:
             self.synchronize()
         self.reporter.send("model", name=type(self.model).__name__)
         if self.job["generate"]:
-            self.first_and_further_tokens(ids)
+            self.reporter.send("tokens", ids=self.tokens(ids))
         if self.on_device:
             self.reporter.send("device", peak_bytes=self.torch.cuda.max_memory_allocated())
 
@@ -157,7 +158,7 @@ class Load:
         with suppress(ImportError):
             import accelerate  # noqa: F401
         self.torch, self.transformers = torch, transformers
-        self.config = transformers.AutoConfig.from_pretrained(self.folder)
+        self.config = transformers.AutoConfig.from_pretrained(self.folder, **self.code_options())
         names = getattr(self.config, "architectures", None) or []
         self.causal = any(name.endswith("ForCausalLM") for name in names)
         named = getattr(transformers, names[0], None) if names else None
@@ -189,7 +190,9 @@ class Load:
     def load_tokenizer(self) -> None:
         """Load the tokenizer; one that does not load is said and does without."""
         try:
-            self.tokenizer = self.transformers.AutoTokenizer.from_pretrained(self.folder)
+            self.tokenizer = self.transformers.AutoTokenizer.from_pretrained(
+                self.folder, **self.code_options()
+            )
         except Exception as error:
             self.reporter.send("note", text=f"tokenizer not loaded: {_one_line(error)}")
 
@@ -199,6 +202,11 @@ class Load:
         text_config = getattr(self.config, "get_text_config", lambda: self.config)()
         vocabulary = getattr(text_config, "vocab_size", None) or 2
         return self.torch.tensor([[token % vocabulary for token in ids]])
+
+    def code_options(self) -> dict[str, Any]:
+        """Return the options that config and tokenizer need too, where the model brings its own code."""
+        options = self.job["options"]
+        return {name: options[name] for name in CODE_OPTIONS if name in options}
 
     def options(self) -> dict[str, Any]:
         """Return what `from_pretrained` is given: only what was asked for, under its version's name."""
@@ -215,8 +223,22 @@ class Load:
         if self.on_device and self.torch.cuda.is_available():
             self.torch.cuda.synchronize()
 
-    def first_and_further_tokens(self, ids: Any) -> None:
+    def tokens(self, ids: Any) -> list[int]:
+        """Return the tokens that the model gives; where it gives fewer, or none, a note says why."""
+        tokens: list[int] = []
+        try:
+            self.first_and_further_tokens(ids, tokens)
+        except Exception as error:
+            if _lacks_memory(error):
+                raise
+            # Which input it wants is the model's own affair: the load itself went well.
+            traceback.print_exc()
+            self.reporter.send("note", text=f"forward pass failed, the load did not: {_one_line(error)}")
+        return tokens
+
+    def first_and_further_tokens(self, ids: Any, tokens: list[int]) -> None:
         """Run the first forward pass, which pays for what the load put off, then greedy steps."""
+        asked = self.job["generate"]
         wanted = getattr(self.model, "main_input_name", "input_ids")
         if wanted != "input_ids":
             self.reporter.send("note", text=f"no first token: the model takes {wanted}, not text")
@@ -227,19 +249,20 @@ class Load:
             inputs["decoder_input_ids"] = self.torch.tensor([[start]], device=self.model.device)
         if self.causal:
             inputs["use_cache"] = True
-        tokens: list[int] = []
         with self.torch.inference_mode():
             with self.reporter.phase("first token"):
                 output = self.model(**inputs)
                 self.collect(output, tokens)
-            if self.causal and self.job["generate"] > 1:
+            if self.causal and asked > 1 and getattr(output, "past_key_values", None) is not None:
                 with self.reporter.phase("further tokens"):
-                    while len(tokens) < self.job["generate"]:
+                    while len(tokens) < asked:
                         last = self.torch.tensor([[tokens[-1]]], device=self.model.device)
                         cache = output.past_key_values
                         output = self.model(input_ids=last, past_key_values=cache, use_cache=True)
                         self.collect(output, tokens)
-        self.reporter.send("tokens", ids=tokens)
+        if asked > max(1, len(tokens)):
+            why = "only a causal language model that returns past_key_values can go on"
+            self.reporter.send("note", text=f"{len(tokens)} of {asked} tokens given: {why}")
 
     def collect(self, output: Any, tokens: list[int]) -> None:
         """Append the likeliest token; asking for it also waits for the device."""
@@ -259,12 +282,20 @@ def start_prefetch(path: str, files: list[str], limit_bytes: int) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    line = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    return line.encode("utf-8", "replace").decode()  # file names may hold what is no text
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    # torch has an error of its own for a GPU, and for the CPU only words.
+    out = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return out or "can't allocate memory" in str(error) or "Cannot allocate memory" in str(error)
 
 
 def main() -> int:
-    """Do the job that stdin brings; 0 when it was done, 1 when it failed and the events say why."""
-    job = json.loads(sys.stdin.buffer.readline())
+    """Do the job; 0 when it was done, 1 when it failed and the events say why."""
+    with open(sys.argv[-1], encoding="utf-8") as file:
+        job = json.load(file)
     tie_life_to_parent()
     # Run by path, Python puts this folder first: its file names must not shadow anybody's modules.
     here = os.path.dirname(os.path.abspath(__file__))

@@ -11,7 +11,7 @@ from shardkit.errors import CheckpointError
 from shardkit.files import LocalFiles, folder_here
 from shardkit.layout import find_weights, is_index, read_config, read_weight_map
 from shardkit.prefetch import Prefetch
-from shardkit.tensor import CAST_DTYPES
+from shardkit.tensor import CAST_DTYPES, parse_dtype
 
 # Pages beyond this share of the memory that is free would push out others that were just read.
 _CACHE_SHARE = 0.9
@@ -51,7 +51,11 @@ def load_model(
     ------
     CheckpointError
         If the source is not a sound checkpoint, or a file that transformers would not load.
+    PlanError
+        If `dtype` is text, but no dtype.
     """
+    if isinstance(dtype, str) and dtype != "auto":
+        parse_dtype(dtype)
     folder, files = loaded_files(source)
     checkpoint = Checkpoint.open(folder)
     reading = Prefetch(files, limit_bytes=prefetch_bytes(checkpoint, dtype))

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from shardkit import CheckpointError, load_model, make_demo_checkpoint, measure_load
+from shardkit import CheckpointError, PlanError, load_model, make_demo_checkpoint, measure_load
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +35,8 @@ def test_folder_and_the_file_that_is_loaded_give_the_same_model(one_file, source
     model = load_model(one_file / source)
     assert type(model).__name__ == "MistralForCausalLM"
     assert str(model.dtype) == "torch.bfloat16"
+
+
+def test_text_that_is_no_dtype_is_refused_before_anything_is_read(demo):
+    with pytest.raises(PlanError, match="'fp16' is not one of float16"):
+        load_model(demo, dtype="fp16")

@@ -266,6 +266,8 @@ class LoadMeasurement(Record):
             notes.append(f"page cache: asked for {self.cache.asked}, not proven: {self.cache.why_not}")
         if self.memory_limit_bytes and self.cache.asked == "warm":
             notes.append("the memory limit does not count what was in the page cache before: use cold")
+        if self.memory_limit_bytes and (self.peak_total_bytes or 0) > self.memory_limit_bytes:
+            notes.append("peak total exceeds the limit: libraries that others use too do not count in it")
         gap = self.sampler.longest_gap_seconds
         if self.load_start_seconds is not None and gap is None:
             notes.append("memory was not seen from outside during the load: short peaks may be missing")

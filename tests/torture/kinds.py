@@ -10,5 +10,5 @@ KINDS = {
     "places": places.ODD, "fallbacks": places.FALLBACKS,
     "hub-trips": hubs.TRIPS, "hub-kills": hubs.KILLED,
     "cancels": places.CANCELS, "interrupts": places.INTERRUPTS,
-    "comparisons": comparisons.COMPARISONS,
+    "same-twice": comparisons.SAME, "slowdowns": comparisons.SLOWED,
 }  # fmt: skip

@@ -16,7 +16,7 @@ from shardkit import Comparison
 from shardkit.demo import make_demo_checkpoint
 from shardkit.measure.limit import why_unlimited
 
-SHARDKIT = [sys.executable, "-c", "from shardkit.cli import main; main()"]
+SHARDKIT = [sys.executable, "-c", "from shardkit.__main__ import main; main()"]
 
 
 def run(*arguments, **options):

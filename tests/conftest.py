@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# The Hub of these tests is on this machine: nobody's wish to stay offline is meant for it.
+os.environ.pop("HF_HUB_OFFLINE", None)
+
 import hypothesis
 import pytest
 from hypothesis import HealthCheck

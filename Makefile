@@ -13,7 +13,7 @@ MARK := $(VENV)/installed
 COLAB ?= .venv-colab
 COLAB_MARK := $(COLAB)/installed
 NBVAL := -m pytest --nbval-lax --nbval-current-env --nbval-sanitize-with notebooks/sanitize.cfg \
-  --nbval-cell-timeout 1200 --timeout 1800 $(NOTEBOOKS)
+  --nbval-cell-timeout 1200 --timeout 1800
 
 .PHONY: demo test test-colab bench torture notebooks badges lint clean
 .DELETE_ON_ERROR:
@@ -50,16 +50,17 @@ lint: $(MARK)
 test: lint
 	$(BIN)/pytest --numprocesses auto --dist worksteal
 	rm -rf notebooks/demo-output
-	$(BIN)/python $(NBVAL)
+	$(BIN)/python $(NBVAL) $(NOTEBOOKS)
 	rm -rf notebooks/demo-output
 
 # The notebook's own first cell installs the package here, as it does on Colab; all else runs what it installed.
+# Not notebook 02: the Hub that it starts where no model is given is in a clone, not in what is installed.
 test-colab: $(COLAB_MARK)
 	SHARDKIT_INSTALL=1 $(COLAB)/bin/python -m pytest tests/test_hosts.py -k install_cell
 	$(COLAB)/bin/python -m pytest --numprocesses auto --dist worksteal tests/test_notebooks.py \
 	  -k "not whole_job or files_by_size"
 	rm -rf notebooks/demo-output
-	$(COLAB)/bin/python $(NBVAL)
+	$(COLAB)/bin/python $(NBVAL) $(filter-out %/02_hub.ipynb,$(NOTEBOOKS))
 	rm -rf notebooks/demo-output
 
 bench: $(MARK)

@@ -18,7 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from shardkit.errors import MeasurementError
-from shardkit.measure.comparison import QUANTITIES, Comparison
+from shardkit.measure.comparison import QUANTITIES, Comparison, format_quantity
 from shardkit.measure.intervals import mean_interval
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement, format_seconds
 from shardkit.plan import ShardPlan
@@ -107,8 +107,7 @@ def _plot_quantities(
             if values := [value / scale for value in told if value is not None]:
                 x = place + (number - (len(comparison.arms) - 1) / 2) * step
                 _bar(ax, x, 0.96 * step, values, arm, number)
-                shown = format_seconds if scale == 1 else format_size
-                ticks[x] = shown(median(values) * scale)
+                ticks[x] = format_quantity(quantity, median(values) * scale)
     # Medians stand under their bars, where neither a dot nor a neighbour can be in the way.
     ax.set_xticks(list(ticks), list(ticks.values()), fontsize=9 if step > 0.3 else 7)
     names = [f"\n{QUANTITIES[quantity][0]}" for quantity in quantities]

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Self
@@ -35,13 +36,17 @@ QUANTITIES = {
     "peak_total_bytes": ("peak total", "smaller", "larger"),
 }
 _ASKED = ("dtype", "device", "generate", "prefetch", "memory_limit_bytes")
-_OTHER_PEAKS = ("peak_file_bytes", "peak_device_bytes")
 # How a card carries the result that it shows.
 CARRIED_IN = '<script type="application/json" id="shardkit-comparison">'
 _CARRIED = re.compile(re.escape(CARRIED_IN) + "(.*?)</script>", re.DOTALL)
 _MAIN = ("load_wall_seconds", "time_to_first_token_seconds", "peak_anonymous_bytes")
 # Growth below a quarter of the weights is not a copy of them, and below this size not telling.
 _TELLING_SHARE, _TELLING_BYTES = 0.25, 64_000_000
+
+
+def format_quantity(quantity: str, value: float) -> str:
+    """Return a value of one of `QUANTITIES` as people read it."""
+    return format_size(value) if quantity.endswith("_bytes") else format_seconds(value)
 
 
 @dataclass(frozen=True)
@@ -119,9 +124,8 @@ class Ratio:
 
     def row(self) -> tuple[str, ...]:
         """Return what it is, both medians, ratio and verdict, as people read them."""
-        shown = format_size if self.quantity.endswith("_bytes") else format_seconds
-        name = QUANTITIES[self.quantity][0]
-        return name, shown(self.original), shown(self.other), f"{self.ratio:.3g}x", self.words()
+        medians = (format_quantity(self.quantity, value) for value in (self.original, self.other))
+        return QUANTITIES[self.quantity][0], *medians, f"{self.ratio:.3g}x", self.words()
 
 
 @dataclass(frozen=True)
@@ -174,8 +178,16 @@ class Comparison(Record):
 
     def ratios_of(self, arm: str) -> dict[str, Ratio]:
         """Return what was found of an arm by quantity; one that was not told by both is left out."""
-        found = (self._ratio(arm, quantity) for quantity in QUANTITIES if arm != self.reference)
-        return {ratio.quantity: ratio for ratio in found if ratio}
+        return self._all_ratios.get(arm, {})
+
+    @cached_property
+    def _all_ratios(self) -> dict[str, dict[str, Ratio]]:
+        # Kept: verdict, tables and JSON all ask, and each interval takes 10,000 resamplings.
+        found = {
+            arm: [self._ratio(arm, quantity) for quantity in QUANTITIES if arm != self.reference]
+            for arm in self.names
+        }
+        return {arm: {ratio.quantity: ratio for ratio in told if ratio} for arm, told in found.items()}
 
     @property
     def reference(self) -> str:
@@ -301,11 +313,10 @@ class Comparison(Record):
 
     def _medians(self, arm: str) -> str:
         """Return an arm's own figures, for when there is nothing to compare them with."""
-        told = []
-        for quantity in _MAIN:
-            if (value := self.median(arm, quantity)) is not None:
-                shown = format_size if quantity.endswith("_bytes") else format_seconds
-                told.append(f"{QUANTITIES[quantity][0]} {shown(value)}")
+        medians = ((quantity, self.median(arm, quantity)) for quantity in _MAIN)
+        told = (
+            f"{QUANTITIES[q][0]} {format_quantity(q, value)}" for q, value in medians if value is not None
+        )
         return ", ".join(told) or "none"
 
     def _table(self, arm: str) -> Table:

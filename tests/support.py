@@ -8,10 +8,11 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from threading import Event, Thread
 from typing import NamedTuple
 
 import safetensors
@@ -209,3 +210,27 @@ def limits(draw: st.DrawFn, made: Tensors) -> int:
             st.just(2 * sum(sizes) + 2 * headers + 100),
         )
     )
+
+
+@contextmanager
+def disk_watched(folder: Path) -> Iterator[list[int]]:
+    """Give a list whose one item is, in the end, the most bytes of weights that a folder held."""
+    most, done = [0], Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            held = 0
+            for path in folder.rglob("*.safetensors"):
+                try:
+                    held += path.stat().st_blocks * 512
+                except FileNotFoundError:  # it was just dropped
+                    continue
+            most[0] = max(most[0], held)
+
+    thread = Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        thread.join()

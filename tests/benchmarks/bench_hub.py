@@ -18,14 +18,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from threading import Event, Thread
 
 from shardkit.demo import make_demo_checkpoint
 from shardkit.sizes import format_size, parse_size
 from shardkit.write import shard_checkpoint
+from tests.support import disk_watched
 
 ROOT = Path(__file__).parents[2]
 SOURCE, WORKERS = "org/model", 4
@@ -73,26 +73,6 @@ def timed(*processes: subprocess.Popen[str]) -> float:
         if process.returncode:
             raise SystemExit(f"a process failed: status {process.returncode}")
     return time.perf_counter() - begun
-
-
-@contextmanager
-def disk_watched(folder: Path) -> Iterator[list[int]]:
-    """Give a list whose last item is, in the end, the most bytes of weights that a folder held."""
-    most, done = [0], Event()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            with suppress(FileNotFoundError):  # a shard that was just dropped
-                held = sum(path.stat().st_blocks * 512 for path in folder.rglob("*.safetensors"))
-                most[0] = max(most[0], held)
-
-    thread = Thread(target=watch)
-    thread.start()
-    try:
-        yield most
-    finally:
-        done.set()
-        thread.join()
 
 
 def measure(scratch: Path, size: str, rounds: int) -> list[tuple[str, float, float, str]]:

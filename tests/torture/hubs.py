@@ -8,11 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from math import inf
 from pathlib import Path
-from threading import Event, Thread
 from unittest.mock import patch
 
 from shardkit.demo import make_demo_checkpoint
@@ -21,6 +19,7 @@ from shardkit.hub.push import push_checkpoint
 from shardkit.hub.reshard import shard_on_hub
 from shardkit.write import ShardReport, shard_checkpoint
 from tests.loopback_hub import LoopbackHub
+from tests.support import disk_watched
 from tests.torture.bench import Fault, Finding, Kind, Most, Place, Seen, told
 from tests.torture.child import ROOT
 
@@ -115,30 +114,6 @@ def _loaded(place: Place, cache_name: str, *, must: bool = False) -> Iterator[Fi
         yield Fault("what is loaded is not what was sharded")
 
 
-@contextmanager
-def _watched(folder: Path) -> Iterator[list[int]]:
-    """Give a list whose one item is, in the end, the most bytes of weights that a folder held."""
-    most, done = [0], Event()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            held = 0
-            for path in folder.rglob("*.safetensors"):
-                try:
-                    held += path.stat().st_blocks * 512
-                except FileNotFoundError:  # it was just dropped
-                    continue
-            most[0] = max(most[0], held)
-
-    thread = Thread(target=watch)
-    thread.start()
-    try:
-        yield most
-    finally:
-        done.set()
-        thread.join()
-
-
 def _killed(place: Place) -> Iterator[Finding]:
     """Kill a run again and again on the way from Hub to Hub; what is there at the end is equal."""
     is_big = place.number == _BIG
@@ -147,7 +122,7 @@ def _killed(place: Place) -> Iterator[Finding]:
     source, disk = make_demo_checkpoint(place.work / "source", size=size, shards=3), place.work / "disk"
     expected = shard_checkpoint(source.source, place.work / "expected", **plan)
     job = {"source_id": SOURCE, "target_id": TARGET, "workers": WORKERS, "work_folder": str(disk)}
-    with LoopbackHub(place.work / "hub") as hub, _watched(disk) as most:
+    with LoopbackHub(place.work / "hub") as hub, disk_watched(disk) as most:
         hub.add_model(SOURCE, place.work / "source")
         environment = {**os.environ, **hub.environment(place.work / "home"), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", _RESHARD, json.dumps(plan | job)]

@@ -155,6 +155,7 @@ def press(step: Locator, name: str) -> None:
 def ends_well(step: Locator, seconds: float = 60) -> None:
     expect(step.locator(".sk-done, .sk-error")).to_be_visible(timeout=1000 * seconds)
     expect(step.locator(".sk-done")).to_be_visible()
+    expect(step.get_by_role("button", name="…")).to_have_count(0)  # and it may be started again
 
 
 def open_in_lab(page: Page, lab: tuple[str, Path], name: str, code: str) -> App:

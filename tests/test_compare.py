@@ -425,6 +425,7 @@ class TestExperiment:
 
     @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
     def test_the_same_twice_is_no_difference_and_a_slowdown_is_called(self, arms, tmp_path):
+        """Of what is known here: sleeps and bytes. `make torture` does it with real loads, and counts."""
         load = """
             with reporter.phase("load"):
                 held = bytearray(b"x") * 50_000_000
@@ -435,11 +436,12 @@ class TestExperiment:
         """
         usual, slow = (
             fake_interpreter(tmp_path, load.format(seconds=seconds), f"python-{seconds}")
-            for seconds in (0.5, 0.65)
+            for seconds in (1.2, 1.56)
         )
         others = {"slowed": {"source": arms[0], "python": slow}}
         found = compare_loads(arms[0], arms[0], repeats=6, python=usual, others=others)
-        assert {ratio.conclusion for ratio in found.ratios.values()} <= {"same", "undecided"}, found
+        assert found.ratios["load_wall_seconds"].conclusion in ("same", "undecided"), found
+        assert found.ratios["peak_anonymous_bytes"].conclusion == "same", found
         slowed = found.ratios_of("slowed")
         assert slowed["load_wall_seconds"].conclusion == "more", found
         assert slowed["peak_anonymous_bytes"].conclusion == "same", found

@@ -755,7 +755,7 @@ for source in "org/own", "org/own", "org/download", "org/wrong", "other/gated", 
         assert (work / ".cut.shardkit-journal").exists()
         said = ran.stdout + ran.stderr
         assert token not in said
-        assert "Signature=" not in said
+        assert "&Signature=" not in said  # of a signed address
         written = [p for folder in (work, home) for p in folder.rglob("*") if p.is_file()]
         found = [p for p in written if token.encode() in p.read_bytes()]
         assert found == ([home / "token"] if place == "store" else [])

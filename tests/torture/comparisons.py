@@ -12,7 +12,8 @@ from shardkit.measure.launch import WORKER
 from tests.torture.bench import Fault, Finding, Kind, Most, Place, Seen
 
 SLOWDOWN = 1.3
-_REPEATS = 5
+# Where one load in three is 20 % off, as on shared cores, so many tell 1.3 x from 1.05 x nine times of ten.
+_ENOUGH = 10
 # Runs the worker as it is, with a `from_pretrained` that takes its time.
 _SLOW = f"""#!{sys.executable}
 import runpy, sys, time, transformers
@@ -36,7 +37,7 @@ def _prepare(shared: Path) -> None:
 
 
 def _same_twice(place: Place) -> Iterator[Finding]:
-    found = _compare(place)
+    found = _compare(place, repeats=5)
     wrong = [ratio for ratio in found.ratios.values() if ratio.conclusion in ("less", "more")]
     if wrong:
         yield Fault("; ".join(f"{ratio.quantity}: {ratio.words()}" for ratio in wrong))
@@ -44,8 +45,9 @@ def _same_twice(place: Place) -> Iterator[Finding]:
 
 
 def _slowed(place: Place) -> Iterator[Finding]:
-    slow = {"python": str(place.shared / "slow-python")}
-    ratio = _compare(place, others={"slowed": slow}).ratios_of("slowed")["load_wall_seconds"]
+    slow = {"slowed": {"python": str(place.shared / "slow-python")}}
+    found = _compare(place, repeats=_ENOUGH, generate=0, others=slow)
+    ratio = found.ratios_of("slowed")["load_wall_seconds"]
     yield Most("x, slowdown as measured", ratio.ratio)
     if ratio.conclusion != "more":
         yield Fault(f"a load made {SLOWDOWN} x longer: {ratio.words()}")
@@ -53,15 +55,14 @@ def _slowed(place: Place) -> Iterator[Finding]:
 
 def _compare(place: Place, **more: Any) -> Comparison:
     model = place.shared / "model"
-    how = {"dtype": "float16", "cache": "warm", "repeats": _REPEATS, "seed": place.number}
-    return compare_loads(model, model, **how, **more)
+    return compare_loads(model, model, dtype="float16", cache="warm", seed=place.number, **more)
 
 
-# Loads that disturb each other would be told apart worse than a user's: one comparison at a time. By chance,
-# one in twenty may find a difference that is none, and two may miss one.
+# Two at once: more would disturb each other. By chance, one in twenty may find a difference that is none, and
+# two may miss one.
 SAME = Kind(
-    "the same checkpoint in both arms", _same_twice, 20, 0, _prepare, workers=1, seconds=900, tolerated=1
+    "the same checkpoint in both arms", _same_twice, 20, 0, _prepare, workers=2, seconds=900, tolerated=1
 )
 SLOWED = Kind(
-    f"loads made {SLOWDOWN} x longer", _slowed, 20, 0, _prepare, workers=1, seconds=900, tolerated=2
+    f"loads made {SLOWDOWN} x longer", _slowed, 20, 0, _prepare, workers=2, seconds=900, tolerated=2
 )

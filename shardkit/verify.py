@@ -180,7 +180,7 @@ def damaged_shards(
     planned = [tensor for shard in intact for tensor in shard.tensors]
     ranges = [tensor_range(checkpoint.folder, tensor.source, tensor.dtype) for tensor in planned]
     ranges += [_staged(folder, *pair) for pair in zip(owners, planned, strict=True)]
-    digests = _digest_all(ranges, workers, executor, progress if ranges else None, "check")
+    digests = _digest_all(ranges, workers, executor, progress, "check")
     half = len(planned)
     good = {shard.file for shard in intact}
     good -= {o.file for o, a, b in zip(owners, digests[:half], digests[half:], strict=True) if a != b}
@@ -204,6 +204,7 @@ def altered_parts(
     workers: int | None = None,
     executor: Executor | None = None,
     progress: ProgressCallback | None = None,
+    stage: str = "verify",
 ) -> dict[str, list[Received]]:
     """Read shard files back that were made from ranged reads; return, by file, what is not as received.
 
@@ -223,7 +224,8 @@ def altered_parts(
         Range(os.path.join(folder, file), part.offset, part.nbytes, 0, file, "U8", "U8")
         for file, part in parts
     ]
-    for (file, part), digest in zip(parts, _digest_all(ranges, workers, executor, progress), strict=True):
+    digests = _digest_all(ranges, workers, executor, progress, stage)
+    for (file, part), digest in zip(parts, digests, strict=True):
         if digest != part.digest:
             altered.setdefault(file, []).append(part)
     return altered
@@ -330,7 +332,7 @@ def _digest_all(
     progress: ProgressCallback | None,
     stage: str = "verify",
 ) -> list[str]:
-    count = ProgressCount(progress, stage, sum(part.nbytes for part in ranges))
+    count = ProgressCount(progress if ranges else None, stage, sum(part.nbytes for part in ranges))
     digests = [""] * len(ranges)
     with run_all(digest_ranges, _batches(ranges), workers, executor) as results:
         for batch, found in results:

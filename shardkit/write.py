@@ -253,7 +253,7 @@ def _reuse(
     shards = [shard for shard in plan.shards if shard.file in stage.finished]
     if checkpoint.is_remote:
         received = {shard.file: stage.finished[shard.file].received for shard in shards}
-        damaged = list(altered_parts(plan, received, stage.folder, workers, executor))
+        damaged = list(altered_parts(plan, received, stage.folder, workers, executor, progress, "check"))
     else:
         damaged = damaged_shards(checkpoint, plan, shards, stage.folder, workers, executor, progress)
     for file in damaged:

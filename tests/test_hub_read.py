@@ -14,6 +14,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from shardkit import (
+    Cancelled,
     Checkpoint,
     CheckpointError,
     DestinationError,
@@ -551,11 +553,14 @@ class TestStreaming:
             lines = [json.loads(line) for line in journal.read_text().splitlines()]
             lines[1]["received"] = []
             journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        again = partial(shard_checkpoint, ID, out, max_shard_size="600KB", stream=True)
+        with pytest.raises(Cancelled, match="check"):
+            again(progress=lambda progress: progress.stage != "check")
         before = hub.sent(STORAGE)
-        report = shard_checkpoint(ID, out, max_shard_size="600KB", stream=True)
+        report = again()
         assert sorted(report.reused) == sorted(finished if damage is None else finished[1:])
-        again = COUNT - len(report.reused)
-        assert hub.sent(STORAGE) - before < again * 500_000 + 200_000
+        anew = COUNT - len(report.reused)
+        assert hub.sent(STORAGE) - before < anew * 500_000 + 200_000
         assert verify_checkpoint(folder, out).equal
 
     @pytest.mark.usefixtures("sha")

@@ -931,13 +931,6 @@ def test_resume_can_be_interrupted_in_its_turn(source: Path, out: Path) -> None:
     assert (len(report.reused), nbytes) == (4, 2 * 1600)
 
 
-def test_cancel_while_kept_shards_are_checked_keeps_them(source: Path, out: Path) -> None:
-    interrupt(source, out)
-    with pytest.raises(Cancelled, match="check"):
-        shard(source, out, progress=lambda progress: progress.stage != "check")
-    assert len(copied(source, out)[0].reused) == 3
-
-
 def test_cancel_while_verifying_copies_nothing_again(source: Path, out: Path) -> None:
     with pytest.raises(Cancelled, match="verify"):
         shard(source, out, progress=lambda progress: progress.stage != "verify")

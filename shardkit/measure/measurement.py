@@ -193,12 +193,6 @@ class LoadMeasurement(Record):
         first = self.phase(FIRST_TOKEN)
         return first.start_seconds + first.wall_seconds if first else None
 
-    @property
-    def cpu_to_first_token_seconds(self) -> float | None:
-        """CPU time of the load and the first forward pass, user and system."""
-        load, first = self.phase(LOAD), self.phase(FIRST_TOKEN)
-        return load.cpu_seconds + first.cpu_seconds if load and first else None
-
     def time_line(self) -> str:
         """Return the load's times in the words of IPython's ``%%time``."""
         if (load := self.phase(LOAD)) is None:

@@ -202,6 +202,14 @@ def read_weight_map(files: Files, index: str) -> dict[str, str]:
     return dict(weight_map)
 
 
+def read_made(files: Files, index: str) -> dict[str, object]:
+    """Return what an index of ours says of how its files came about; nothing where another tool wrote it."""
+    document = _read_json(files, index, _MAX_INDEX_BYTES)
+    metadata = document.get("metadata") if isinstance(document, dict) else None
+    made = metadata.get("shardkit") if isinstance(metadata, dict) else None
+    return made if isinstance(made, dict) else {}
+
+
 def _check_inside(files: Files, file: str, named_in: str) -> None:
     """Refuse a file name that leaves the folder, by itself or through a link."""
     where = os.path.join(files.folder, named_in)

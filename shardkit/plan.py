@@ -144,8 +144,16 @@ class ShardPlan(Record):
         weight_map = {t.source.name: shard.file for shard in self.shards for t in shard.tensors}
         # Laid out as json.dumps(indent=2) does, which is ten times slower: only without indent is it C.
         body = json.dumps(weight_map, sort_keys=True, ensure_ascii=False, separators=(",\n    ", ": "))[1:-1]
-        metadata = f'"metadata": {{\n    "total_size": {self.total_bytes}\n  }}'
-        return f'{{\n  {metadata},\n  "weight_map": {{\n    {body}\n  }}\n}}\n'
+        metadata = json.dumps({"total_size": self.total_bytes, "shardkit": self.made}, indent=2)
+        metadata = metadata.replace("\n", "\n  ")
+        return f'{{\n  "metadata": {metadata},\n  "weight_map": {{\n    {body}\n  }}\n}}\n'
+
+    @property
+    def made(self) -> dict[str, str]:
+        """What the index says of how its files came about; a path on this machine it keeps to itself."""
+        source = self.source if self.source.startswith("hf://") else None
+        told = {"source": source, "strategy": self.strategy, "max_shard_size": str(self.max_shard_size)}
+        return {name: said for name, said in (*told.items(), ("cast_to", self.dtype)) if said}
 
     @property
     def disk_bytes(self) -> int:

@@ -152,15 +152,35 @@ def test_card_says_what_is_known_and_keeps_what_was_there(
     assert hub.read(REPO, "README.md").decode() == edited, "what people write on the Hub stays"
 
 
-def test_source_is_named_by_what_the_hub_calls_it(hub: LoopbackHub, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["report", "folder"])
+def test_source_is_named_by_what_the_hub_calls_it(
+    what: str, hub: LoopbackHub, model: Path, tmp_path: Path
+) -> None:
     sha = hub.add_model("org/model", model)
     report = shardkit.shard_checkpoint("org/model", tmp_path / "out", max_shard_size="2MB", dtype="float16")
-    push_checkpoint(report, REPO)
+    push_checkpoint(report if what == "report" else tmp_path / "out", REPO)
     card = hub.read(REPO, "README.md").decode()
     assert f"[org/model]({hub.url}/org/model)" in card
     assert f"`{sha}`" in card
+    assert "| plan | strategy size, at most 2 MB a file |" in card
     assert "| dtype | cast to float16 |" in card
     assert f"shardkit verify hf://org/model@{sha} hf://{REPO}" in card
+
+
+def test_card_repeats_no_nonsense_of_an_index(
+    hub: LoopbackHub, sharded: shardkit.ShardReport, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(sharded.destination, tmp_path / "forged")
+    index = folder / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    lies = dict.fromkeys(document["metadata"]["shardkit"] | {"source": "", "cast_to": ""}, "| <b>LIE</b> |")
+    document["metadata"]["shardkit"] = lies
+    index.write_text(json.dumps(document))
+    push_checkpoint(folder, REPO)
+    assert "LIE" not in hub.read(REPO, "README.md").decode()
+    document["metadata"] = ["LIE"]
+    index.write_text(json.dumps(document))
+    push_checkpoint(folder, REPO)
 
 
 @pytest.mark.parametrize("damage", ["no config", "no shard", "cut shard", "pickle", "no folder"])
@@ -367,10 +387,10 @@ def watched(folder: Path, seen: list[int]) -> Callable[[shardkit.Progress], None
 @pytest.mark.parametrize("dtype", [None, "float16"])
 @pytest.mark.parametrize("strategy", ["size", "layer", "balanced"])
 def test_from_hub_to_hub_is_what_sharding_makes(
-    dtype: str | None, strategy: str, hub: LoopbackHub, source: str, model: Path, tmp_path: Path
+    dtype: str | None, strategy: str, hub: LoopbackHub, source: str, tmp_path: Path
 ) -> None:
     options = {"max_shard_size": "600KB", "strategy": strategy, "dtype": dtype}
-    here = shardkit.shard_checkpoint(model, tmp_path / "here", **options)
+    here = shardkit.shard_checkpoint(SOURCE, tmp_path / "here", **options, stream=True)
     seen: list[int] = []
     report = shard_on_hub(
         SOURCE, REPO, **options, workers=2, work_folder=tmp_path / "work", progress=watched(tmp_path, seen)

@@ -281,7 +281,7 @@ def test_index_lists_total_size_and_weight_map() -> None:
     plan = plan_shards(checkpoint([("b", "F32", (99,)), ("größe", "F32", (99,))]), max_shard_size=600)
     assert plan.index is not None
     assert json.loads(plan.index) == {
-        "metadata": {"total_size": 792},
+        "metadata": {"total_size": 792, "shardkit": {"strategy": "size", "max_shard_size": "600"}},
         "weight_map": {"b": "model-00001-of-00002.safetensors", "größe": "model-00002-of-00002.safetensors"},
     }
 

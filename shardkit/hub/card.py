@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import xxhash
 from huggingface_hub import ModelCard, ModelCardData, constants
@@ -17,16 +17,16 @@ from huggingface_hub import ModelCard, ModelCardData, constants
 import shardkit
 from shardkit.checkpoint import Checkpoint
 from shardkit.hub.remote import RemoteFile
-from shardkit.plan import ShardPlan
+from shardkit.plan import Strategy
 from shardkit.record import plural
 from shardkit.sizes import format_size
-from shardkit.tensor import DTYPE_NAMES
+from shardkit.tensor import CAST_DTYPES, DTYPE_NAMES
 
 CARD = "README.md"
 _BEGIN, _END = "<!-- shardkit: begin -->", "<!-- shardkit: end -->"
 _SECTION = re.compile(rf"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?", re.DOTALL)
 _CACHED = re.compile(r".*/models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?")
-_REMOTE = re.compile(r"hf://([^@]+)@([0-9a-f]{40})")
+_REMOTE = re.compile(r"hf://((?:[\w.-]+/)?[\w.-]+)@([0-9a-f]{40})")
 _HEADS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
 
 
@@ -54,18 +54,30 @@ class Story:
     ----------
     source
         What they were made from, as a result names it; None where nobody has recorded it.
-    plan
-        The plan that was carried out; None where it is not known.
-    dtype
-        What floating-point tensors were cast to.
+    strategy, max_shard_size, dtype
+        Of the plan: the size in bytes, the dtype that floating-point tensors were cast to.
     digests
         XXH3-128 by tensor, where they were verified.
     """
 
     source: str | None = None
-    plan: ShardPlan | None = None
+    strategy: str | None = None
+    max_shard_size: int | None = None
     dtype: str | None = None
     digests: Mapping[str, str] | None = None
+
+    @classmethod
+    def of(cls, made: Mapping[str, object]) -> Story:
+        """Take what an index says (`ShardPlan.made`), as far as it can be true: anybody may write one."""
+        source, strategy, size, dtype = (
+            str(made.get(name)) for name in ("source", "strategy", "max_shard_size", "cast_to")
+        )
+        return cls(
+            source=source if Origin.of(source) else None,
+            strategy=strategy if strategy in get_args(Strategy) else None,
+            max_shard_size=int(size) if re.fullmatch(r"[0-9]{1,18}", size) else None,
+            dtype=dtype if dtype in CAST_DTYPES else None,
+        )
 
 
 def has_section(text: str) -> bool:
@@ -133,8 +145,9 @@ def _facts(base: str | None, checkpoint: Checkpoint, story: Story) -> list[tuple
         facts += [("source", f"[{origin.repo_id}]({url})"), ("revision", f"`{origin.sha}`")]
     if licence := _licence(base):
         facts.append(("licence", licence))
-    if plan := story.plan:
-        facts.append(("plan", f"strategy {plan.strategy}, at most {format_size(plan.max_shard_size)} a file"))
+    if story.strategy and story.max_shard_size:
+        size = format_size(story.max_shard_size)
+        facts.append(("plan", f"strategy {story.strategy}, at most {size} a file"))
     if story.dtype:
         facts.append(("dtype", f"cast to {story.dtype}"))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd
@@ -16,7 +17,7 @@ from shardkit.hub.card import CARD, Story, has_section, model_card
 from shardkit.hub.remote import RemoteFile
 from shardkit.hub.source import needed_files
 from shardkit.hub.target import Target, Tree, digest_bytes, digest_file, is_same
-from shardkit.layout import CONFIG_FILES
+from shardkit.layout import CONFIG_FILES, read_made
 from shardkit.record import listed, plural
 from shardkit.run import ProgressCallback, ProgressCount, run_all
 from shardkit.write import ShardReport
@@ -41,7 +42,7 @@ def push_checkpoint(
     ----------
     folder
         A folder of safetensors with their config; or the report of the run that has written it, which lets
-        the model card say where the weights come from.
+        the model card tell the tensors' digests as well.
     repo_id
         ``owner/name``; made where it is not there.
     private
@@ -77,7 +78,7 @@ def push_checkpoint(
         base = card_to_keep(target, tree, head, files.pop(CARD, None))
         contents = _digest(files, progress)
         shards = {name: contents[name] for name in checkpoint.files}
-        card = model_card(base, target.repo_id, checkpoint, shards, _story(report)).encode()
+        card = model_card(base, target.repo_id, checkpoint, shards, _story(checkpoint, report)).encode()
         contents[CARD] = digest_bytes(card)
         changed = {n: c for n, c in contents.items() if not is_same(tree.get(n), c)}
         added = _upload(target, files, changed, progress)
@@ -109,11 +110,15 @@ def _open(folder: str) -> Checkpoint:
     return checkpoint
 
 
-def _story(report: ShardReport | None) -> Story:
+def _story(checkpoint: Checkpoint, report: ShardReport | None) -> Story:
+    """Tell what the index has recorded, and what the run that wrote it says."""
+    index = f"{checkpoint.stem}.safetensors.index.json"
+    files = LocalFiles(checkpoint.folder)
+    story = Story.of(read_made(files, index)) if index in files.names() else Story()
     if report is None:
-        return Story()
-    found = report.verification
-    return Story(report.source, dtype=report.dtype, digests=found.digests if found else None)
+        return story
+    digests = report.verification.digests if report.verification else None
+    return replace(story, source=report.source, dtype=report.dtype, digests=digests)
 
 
 def card_to_keep(target: Target, tree: Tree, head: str | None, own: Path | None) -> str | None:

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -333,7 +333,7 @@ class _Job:
         tree: Tree = self._target.files(head) if head else {}
         base = card_to_keep(self._target, tree, head, files.pop(CARD, None))
         shards = {shard.file: self.finished[shard.file].content for shard in self._plan.shards}
-        story = Story(self._checkpoint.source, self._plan, self._plan.dtype, self._digests())
+        story = replace(Story.of(self._plan.made), digests=self._digests())
         card = model_card(base, self._target.repo_id, self._checkpoint, shards, story).encode()
         contents = {name: digest_file(path) for name, path in files.items()} | shards
         operations: dict[str, Any] = {n: CommitOperationAdd(n, str(path)) for n, path in files.items()}

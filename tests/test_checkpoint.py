@@ -413,7 +413,10 @@ def test_git_lfs_pointer_in_a_folder_is_told_from_weights(tmp_path: Path) -> Non
         Checkpoint.open(put(tmp_path, {"model.safetensors": pointer}))
 
 
-@pytest.mark.parametrize("source", ["absent", "a/b/absent", "", "a\0b", "x" * 5000])
+NO_IDS = ("runs/exp--1", "org/a..b", "org/x.git", "org/x-", "org/" + "x" * 97, "hf://x--y")
+
+
+@pytest.mark.parametrize("source", ["absent", "a/b/absent", "", "a\0b", "x" * 5000, *NO_IDS])
 def test_source_that_is_not_there_is_named(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

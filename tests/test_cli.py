@@ -66,6 +66,7 @@ def test_a_difference_is_exit_status_one_and_names_the_tensor(demo, tmp_path):
 
 WRONG = {
     "no such source": ("{folder}/nothing", "{folder}/out"),
+    "source has a name that no model has": ("runs/exp--1", "{folder}/out"),
     "source is no checkpoint": ("{folder}/file", "{folder}/out"),
     "source is damaged": ("{folder}/damaged.safetensors", "{folder}/out"),
     "destination is a file": ("{demo}", "{folder}/file"),

@@ -148,6 +148,9 @@ class TestLooking:
         )
         with pytest.raises(CheckpointError, match="give one"):
             Checkpoint.open(f"{ID}@{sha}", revision=later)
+        for revision in ("", ".", "..", "/etc", "a/../b", "../x", "a//b", "a/"):
+            with pytest.raises(CheckpointError, match="is no revision"):
+                Checkpoint.open(ID, revision=revision)
 
     @pytest.mark.usefixtures("stranger")
     def test_refusal_says_how_to_get_access(

@@ -8,11 +8,14 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
 
 from shardkit.errors import CheckpointError, SpaceError
 from shardkit.files import Files, LocalFiles
@@ -54,10 +57,10 @@ def parse_id(text: str, revision: str | None = None) -> HubId:
     Raises
     ------
     CheckpointError
-        If it is no id, or names another revision than `revision`.
+        If it is no id, or names another revision than `revision`, or one that cannot be.
     """
     found = _ID.fullmatch(text)
-    if not found:
+    if not found or not _is_name(found["repo_id"]):
         raise CheckpointError(
             f"{text[:200]!r} is neither a folder nor a file here, nor a model on the Hub (org/name, "
             "org/name@revision)"
@@ -65,7 +68,18 @@ def parse_id(text: str, revision: str | None = None) -> HubId:
     named = found["revision"]
     if revision and named and revision != named:
         raise CheckpointError(f"{text!r} names a revision, and {revision!r} is another: give one")
-    return HubId(found["repo_id"], revision or named or constants.DEFAULT_REVISION)
+    wanted = (named or constants.DEFAULT_REVISION) if revision is None else revision
+    if {"", ".", ".."} & set(wanted.split("/")):  # it is a path in the client's cache
+        raise CheckpointError(f"{wanted[:200]!r} is no revision: give a branch, a tag or a commit")
+    return HubId(found["repo_id"], wanted)
+
+
+def _is_name(repo_id: str) -> bool:
+    """Whether the client takes it for the name of a repository."""
+    with suppress(HFValidationError):
+        validate_repo_id(repo_id)
+        return True
+    return False
 
 
 def find_model(

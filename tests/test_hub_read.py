@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from safetensors.torch import save_file
 
 from shardkit import (
@@ -416,6 +417,15 @@ class TestCache:
         with pytest.raises(CheckpointError, match=r"'org/absent' is neither a folder.*no connection"):
             Checkpoint.open("org/absent")
 
+    def test_cache_that_cannot_note_a_revision_is_used(
+        self, hub: LoopbackHub, sha: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hub.repo(ID).branches |= {"v1": sha, "v1/x": sha}
+        folder = Checkpoint.open(f"{ID}@v1", download=True).folder
+        assert Checkpoint.open(f"{ID}@v1/x", download=True).folder == folder
+        monkeypatch.setattr(Path, "write_text", None)
+        assert Checkpoint.open(f"{ID}@v1", download=True).folder == folder
+
     @pytest.mark.usefixtures("sha")
     def test_cache_of_an_earlier_commit_is_not_taken_for_the_latest(
         self, hub: LoopbackHub, folder: Path
@@ -458,6 +468,36 @@ class TestDownload:
         kept.write_bytes(right)
         assert shard_checkpoint(ID, tmp_path / "out", stream=False).notes[0].startswith("downloaded")
         assert verify_checkpoint(folder, tmp_path / "out").equal
+
+    def test_nothing_unchecked_is_used_later(
+        self, hub: LoopbackHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shard_checkpoint(folder, tmp_path / "shards", max_shard_size="1MB")
+        commit = hub.add_model("org/shards", tmp_path / "shards")
+        right = {}
+        for name in Checkpoint.open(tmp_path / "shards").files:
+            kept = hub.store.path(hub.files("org/shards")[name].sha256)
+            right[kept] = kept.read_bytes()
+            kept.unlink()  # a link to the source's file
+            kept.write_bytes(right[kept][:-1] + bytes([right[kept][-1] ^ 1]))
+        again = partial(Checkpoint.open, f"org/shards@{commit}", download=True)
+        with monkeypatch.context() as patched:
+            patched.setattr("shardkit.hub.source.snapshot_download", downloaded_then_stopped)
+            with pytest.raises(KeyboardInterrupt):
+                again()
+        assert Checkpoint.open("org/shards").is_remote
+        with monkeypatch.context() as patched:
+            patched.setattr(constants, "HF_HUB_OFFLINE", True)
+            with pytest.raises(CheckpointError, match="stopped before all of it was checked"):
+                again()
+        for kept, data in right.items():
+            kept.write_bytes(data)
+        with pytest.raises(CheckpointError, match=f"@{commit}/model-00001.*, .*and 4 more: what was down"):
+            again()
+        assert not any(name.endswith(".safetensors") for name in in_cache())
+        assert "each checked" in again().notes[0]
+        assert not Checkpoint.open("org/shards").is_remote
+        assert verify_checkpoint(folder, again()).equal
 
     @pytest.mark.usefixtures("sha")
     def test_disk_that_is_too_small_is_told_before_the_download(
@@ -621,6 +661,11 @@ class TestStreaming:
         )
         assert int(ran.stdout) < 100_000  # of 200,000 KiB that the model has
         assert verify_checkpoint(source, tmp_path / "out").equal
+
+
+def downloaded_then_stopped(*arguments: Any, **options: Any) -> None:
+    snapshot_download(*arguments, **options)
+    raise KeyboardInterrupt
 
 
 def flip(path: Path, offset: int) -> None:

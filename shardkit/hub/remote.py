@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from shardkit.hub.access import (
     lost_connection,
     pause_asked,
 )
+from shardkit.record import listed
+from shardkit.run import run_all
 from shardkit.safetensors_file import PREFIX_BYTES, Header, parse_header, read_raw_header
 
 CHUNK_BYTES = 1 << 20
@@ -188,26 +191,34 @@ class Repository:
             return path
 
         path = Path(ask(download, f"{self.folder}/{file}"))
-        self.check((file, path))
+        self.check({file: path})
         return path
 
-    def check(self, downloaded: tuple[str, Path]) -> None:
-        """Hold a file of the client's cache against the Hub's hash of it.
+    def check(self, downloaded: Mapping[str, Path]) -> None:
+        """Hold files of the client's cache against the Hub's hashes of them.
 
         Raises
         ------
         CheckpointError
-            If it is another; it is removed, so that nobody takes it for the Hub's.
+            If any is another; all such are removed, so that nobody takes them for the Hub's.
         """
-        file, path = downloaded
-        if not self.listing[file].matches(path):
-            path.resolve().unlink()
-            path.unlink(missing_ok=True)
+        with run_all(self._is_as_listed, downloaded.items()) as results:
+            wrong = sorted(file for (file, _), is_right in results if not is_right)
+        if wrong:
             raise CheckpointError(
                 "what was downloaded is not what the Hub lists, by its hash, and was removed: run the same "
                 "again to download it again",
-                file=f"{self.folder}/{file}",
+                file=f"{self.folder}/{listed(wrong)}",
             )
+
+    def _is_as_listed(self, downloaded: tuple[str, Path]) -> bool:
+        file, path = downloaded
+        with suppress(FileNotFoundError):  # the same content was removed under another name
+            if self.listing[file].matches(path):
+                return True
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        return False
 
     def _pieces(self, file: str, offset: int, nbytes: int) -> Iterator[bytes]:
         """Yield a range in pieces of any length, going on from the byte reached when a connection is lost."""

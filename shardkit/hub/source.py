@@ -23,7 +23,6 @@ from shardkit.hub.access import TRIES, UnreachableError, ask, find_token
 from shardkit.hub.remote import Repository, list_files, remember, repository_of
 from shardkit.layout import find_weights, is_index, read_config, read_weight_map, sort_out
 from shardkit.record import plural
-from shardkit.run import run_all
 from shardkit.sizes import format_size
 
 _NAME = r"\w[\w.-]*"
@@ -114,10 +113,10 @@ def find_model(
             return _from_cache(wanted, cached, "the Hub could not be reached")
         raise UnreachableError(f"{text!r} is neither a folder nor a file here, and {error}") from None
     snapshot, needed = _snapshot(wanted.repo_id, repository.sha), needed_files(repository)
-    missing = [name for name in needed if not snapshot.is_file(name)]
-    if missing and not download:
+    is_whole = all(map(snapshot.is_file, needed)) and not _doubt(wanted.repo_id, repository.sha).exists()
+    if not is_whole and not download:
         return Found(repository, repository.folder)
-    notes = _download(repository, snapshot, needed, missing) if missing else ()
+    notes = () if is_whole else _download(repository, snapshot, needed)
     if download:
         _note_commit(wanted, repository.sha)
     return Found(snapshot, repository.folder, notes)
@@ -165,6 +164,11 @@ def _snapshot(repo_id: str, sha: str) -> LocalFiles:
     return LocalFiles(_storage(repo_id) / "snapshots" / sha)
 
 
+def _doubt(repo_id: str, sha: str) -> Path:
+    """Return the file that is there until all that was downloaded of a commit is checked."""
+    return _storage(repo_id) / f".shardkit-unchecked-{sha}"
+
+
 def _cached_commit(wanted: HubId) -> str | None:
     """Return the commit that a revision was when the cache last heard of it, if any of it is there."""
     storage, sha = _storage(wanted.repo_id), wanted.revision
@@ -178,10 +182,11 @@ def _cached_commit(wanted: HubId) -> str | None:
 
 def _note_commit(wanted: HubId, sha: str) -> None:
     """Tell the cache what a branch or tag is, so that it is found under that name when offline."""
-    if not _SHA.fullmatch(wanted.revision):
+    if not _SHA.fullmatch(wanted.revision) and _cached_commit(wanted) != sha:
         path = _storage(wanted.repo_id) / "refs" / wanted.revision
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(sha, encoding="utf-8")
+        with suppress(OSError):  # a cache that cannot be written, or has "v1" where this is "v1/x"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(sha, encoding="utf-8")
 
 
 def _from_cache(wanted: HubId, sha: str | None, why: str) -> Found:
@@ -192,6 +197,8 @@ def _from_cache(wanted: HubId, sha: str | None, why: str) -> Found:
     snapshot = _snapshot(wanted.repo_id, sha)
     try:
         needed_files(snapshot)
+        if _doubt(wanted.repo_id, sha).exists():
+            raise CheckpointError("its download was stopped before all of it was checked")
     except CheckpointError as error:
         raise CheckpointError(
             f"is not whole in the local cache, and {why}: {error}", file=str(wanted)
@@ -199,11 +206,15 @@ def _from_cache(wanted: HubId, sha: str | None, why: str) -> Found:
     return Found(snapshot, f"hf://{wanted.repo_id}@{sha}", (f"{why}: this is what the local cache has",))
 
 
-def _download(
-    repository: Repository, snapshot: LocalFiles, needed: Sequence[str], missing: Sequence[str]
-) -> tuple[str, ...]:
+def _download(repository: Repository, snapshot: LocalFiles, needed: Sequence[str]) -> tuple[str, ...]:
+    """Download what is missing, and check all, whoever has downloaded it."""
+    missing = [name for name in needed if not snapshot.is_file(name)]
     nbytes = sum(map(repository.size, missing))
     _check_space(repository.folder, snapshot.folder, nbytes)
+    doubt = _doubt(repository.repo_id, repository.sha)
+    with suppress(OSError):  # a cache that cannot be written: nothing is downloaded into it, either
+        doubt.parent.mkdir(parents=True, exist_ok=True)
+        doubt.touch()
 
     def fetch() -> None:
         # By name: a repository may hold the same weights in three formats.
@@ -218,10 +229,11 @@ def _download(
             raise
         _check_space(repository.folder, snapshot.folder, nbytes)
         raise SpaceError(f"{repository.folder}: the disk of {snapshot.folder} is full") from error
-    with run_all(repository.check, [(name, Path(snapshot.folder, name)) for name in missing]) as results:
-        checked = sum(1 for _ in results)
-    what = f"{plural(checked, 'file')}, {format_size(nbytes)}"
-    return (f"downloaded {what}, each checked against its hash on the Hub",)
+    repository.check({name: Path(snapshot.folder, name) for name in needed})
+    with suppress(OSError):
+        doubt.unlink()
+    what = f"{plural(len(missing), 'file')}, {format_size(nbytes)}"
+    return (f"downloaded {what}, each checked against its hash on the Hub",) * bool(missing)
 
 
 def _check_space(what: str, folder: str, nbytes: int) -> None:

@@ -140,12 +140,12 @@ def shard(
     common: dict[str, Any] = {"max_shard_size": max_shard_size, "strategy": strategy, "dtype": dtype}
     common |= {"workers": workers, "verify": verify, "allow_overflow": allow_overflow}
     with _told_how_to_go_on(), _progress_bar() as bar:
-        if destination.startswith("hf://"):
+        if destination.lower().startswith("hf://"):
             from shardkit.hub.reshard import shard_on_hub
 
             if overwrite or not resume or stream is not None:
                 raise typer.BadParameter("--overwrite, --no-resume, --stream, --download are for folders")
-            report = shard_on_hub(source, destination, private=not public, progress=bar, **common)
+            report = shard_on_hub(source, destination[5:], private=not public, progress=bar, **common)
         else:
             from shardkit.write import shard_checkpoint
 

@@ -31,8 +31,22 @@ warnings.filterwarnings("ignore", "flock not supported", UserWarning)  # its oth
 
 
 def resolve(destination: str | os.PathLike[str]) -> Path:
-    """Return the absolute path of a destination, links followed."""
+    """Return the absolute path of a destination, links followed.
+
+    Raises
+    ------
+    DestinationError
+        If it is meant to be on the Hub.
+    """
+    if _is_on_hub(destination):
+        raise DestinationError(
+            f"{destination}: is no folder here: use shard_on_hub, or shard to a folder and push that"
+        )
     return Path(os.path.realpath(os.path.expanduser(destination)))
+
+
+def _is_on_hub(destination: str | os.PathLike[str]) -> bool:
+    return os.fspath(destination)[:4].lower() == "hf:/"  # pathlib leaves one "/" of two
 
 
 def staging_folder(target: Path) -> Path:
@@ -147,6 +161,8 @@ def clear_stale_lock(target: Path) -> None:
 
 def leftovers(destination: str | os.PathLike[str]) -> list[Path]:
     """Return what interrupted runs have left beside a destination; nothing while one is running."""
+    if _is_on_hub(destination):
+        return []
     target = resolve(destination)
     found = _all_beside(target)
     if _lock_path(target) in found:

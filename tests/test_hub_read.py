@@ -827,6 +827,7 @@ def test_command_line_takes_an_id_for_a_source(sha: str, tmp_path: Path) -> None
     assert (streamed.returncode, streamed.stderr) == (0, "")
     assert "model.safetensors" not in in_cache()
     assert run("verify", ID, tmp_path / "out").returncode == 0
+    assert json.loads(run("shard", ID, "HF://me/out", "--json").stdout)["destination"].startswith("hf://me/")
     downloaded = run("shard", ID, tmp_path / "other", "--max-shard-size", "1MB", "--download", "--json")
     assert (downloaded.returncode, downloaded.stderr) == (0, "")
     assert json.loads(downloaded.stdout)["notes"][0].startswith("downloaded")

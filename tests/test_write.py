@@ -489,6 +489,17 @@ def test_destination_that_holds_the_blobs_of_a_linked_source_is_refused(tmp_path
     assert (tmp_path / "out" / "inner" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("there", ["hf://me/x", "HF://me/x", Path("hf://me/x")])
+def test_destination_on_the_hub_is_made_no_folder_here(
+    there: str | Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DestinationError, match="shard_on_hub"):
+        shard_checkpoint(source, there)
+    assert not destination.leftovers(there)
+    assert not Path("hf:").exists()
+
+
 @pytest.mark.parametrize(
     "name", ["file/out", "x" * 300, "x" * 250], ids=["under a file", "long", "longer staged"]
 )

@@ -125,6 +125,10 @@ class Checkpoint(Record):
         """
         text = os.fspath(source)
         path = Path(os.path.abspath(os.path.expanduser(text)))
+        if revision is not None and os.path.exists(path):
+            raise CheckpointError(
+                "is here, and has no revisions: give none, or hf://org/name", file=str(path)
+            )
         if os.path.isdir(path):  # which, unlike Path, takes any text for an answer
             return cls._open_files(LocalFiles(path), str(path))
         if os.path.isfile(path):

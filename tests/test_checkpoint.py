@@ -425,6 +425,13 @@ def test_source_that_is_not_there_is_named(
         Checkpoint.open(source)
 
 
+def test_revision_of_what_is_here_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, {"model.safetensors": WEIGHTS})
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(CheckpointError, match=f"{path}: is here, and has no revisions"):
+            Checkpoint.open(path, revision="v2")
+
+
 def test_file_that_is_no_weights_file_is_refused(tmp_path: Path) -> None:
     put(tmp_path, {"model.gguf": b"GGUF\3\0\0\0", "notes.txt": "text"})
     for name in ("model.gguf", "notes.txt"):

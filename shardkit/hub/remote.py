@@ -281,7 +281,7 @@ class Repository:
             raise self._wrong(
                 file,
                 "was sent whole, not the range asked for: something on the way drops the Range header "
-                "(a proxy?); download it instead (stream=False)",
+                f"(a proxy?); first `hf download {self.repo_id} --revision {self.sha}`, then the same again",
             )
         if status != 206:
             hf_raise_for_status(response)

@@ -210,7 +210,7 @@ def _download(repository: Repository, snapshot: LocalFiles, needed: Sequence[str
     """Download what is missing, and check all, whoever has downloaded it."""
     missing = [name for name in needed if not snapshot.is_file(name)]
     nbytes = sum(map(repository.size, missing))
-    _check_space(repository.folder, snapshot.folder, nbytes)
+    _check_space(repository, snapshot.folder, nbytes, needed)
     doubt = _doubt(repository.repo_id, repository.sha)
     with suppress(OSError):  # a cache that cannot be written: nothing is downloaded into it, either
         doubt.parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ def _download(repository: Repository, snapshot: LocalFiles, needed: Sequence[str
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _check_space(repository.folder, snapshot.folder, nbytes)
+        _check_space(repository, snapshot.folder, nbytes, needed)
         raise SpaceError(f"{repository.folder}: the disk of {snapshot.folder} is full") from error
     repository.check({name: Path(snapshot.folder, name) for name in needed})
     with suppress(OSError):
@@ -236,13 +236,15 @@ def _download(repository: Repository, snapshot: LocalFiles, needed: Sequence[str
     return (f"downloaded {what}, each checked against its hash on the Hub",) * bool(missing)
 
 
-def _check_space(what: str, folder: str, nbytes: int) -> None:
+def _check_space(repository: Repository, folder: str, nbytes: int, needed: Sequence[str]) -> None:
     free = shutil.disk_usage(_existing(folder)).free
     if nbytes > free:
+        weights = needed[1] if is_index(needed[0]) else needed[0]
+        can_stream = weights.endswith(".safetensors")
+        instead = ", or shard without downloading (stream=True, --stream)" if can_stream else ""
         raise SpaceError(
-            f"{what}: the download takes {nbytes:,} bytes ({format_size(nbytes)}), the disk of {folder} has "
-            f"{free:,} ({format_size(free)}) free: move the cache (HF_HOME), or shard without downloading "
-            "(stream=True, --stream)"
+            f"{repository.folder}: the download takes {nbytes:,} bytes ({format_size(nbytes)}), the disk of "
+            f"{folder} has {free:,} ({format_size(free)}) free: move the cache (HF_HOME){instead}"
         )
 
 

@@ -11,7 +11,7 @@ from typing import NoReturn, Protocol
 from shardkit.errors import CheckpointError
 from shardkit.safetensors_file import Header, read_header
 
-# Folders of the tools that made the copy, and a trainer's earlier states: not of the model.
+# Of the tools that made the copy (`.git` may be a file), and a trainer's earlier states: not of the model.
 NOT_OURS = re.compile(r"\.git|\.cache|__pycache__|\.ipynb_checkpoints|checkpoint-\d+|\..*\.shardkit-.*")
 
 
@@ -108,7 +108,7 @@ class LocalFiles:
             for name in folders:
                 if os.path.islink(path := os.path.join(root, name)):
                     raise CheckpointError("is a link to a folder: put a copy in its place", file=path)
-            for name in sorted(names):
+            for name in sorted(name for name in names if not NOT_OURS.fullmatch(name)):
                 path = os.path.join(root, name)
                 if os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path)):  # no pipe
                     yield os.path.relpath(path, self._path)

@@ -209,6 +209,7 @@ def test_all_that_is_not_weights_comes_along(tmp_path: Path) -> None:
     }
     ours: dict[str, object] = {
         ".git/HEAD": "ref",
+        "assets/.git": "gitdir: ../../.git/modules/assets",
         ".cache/huggingface/download.lock": "",
         "checkpoint-500/config.json": {},
         "checkpoint-500/model.safetensors": WEIGHTS,

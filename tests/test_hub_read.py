@@ -203,9 +203,7 @@ class TestLooking:
         with pytest.raises(CheckpointError, match=problem):
             Checkpoint.open(folder)
 
-    def test_index_and_listing_that_leave_the_repository_are_refused(
-        self, hub: LoopbackHub, folder: Path
-    ) -> None:
+    def test_index_that_leaves_the_repository_is_refused(self, hub: LoopbackHub, folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "x.safetensors")
         for named in ("../../model.safetensors", "absent.safetensors"):
             index = {"weight_map": {"t0": named}}
@@ -213,12 +211,34 @@ class TestLooking:
             hub.add_model(ID, folder)
             with pytest.raises(CheckpointError, match=r"outside the folder|is not there"):
                 Checkpoint.open(ID)
-        sha = hub.repo(ID).branches["main"]
-        commit = hub.repo(ID).commits[sha]
-        escaped = {**commit.tree, "../config.json": commit.tree["config.json"]}
-        hub.repo(ID).commits[sha] = commit._replace(tree=escaped)
-        with pytest.raises(CheckpointError, match="outside the repository"):
+
+    @pytest.mark.parametrize(
+        ("name", "problem"),
+        [
+            ("../config.json", "outside the repository"),
+            ("/config.json", "outside the repository"),
+            ("a\nb.txt", r"control character.*: 'a\\nb.txt'"),
+            ("a\\b.txt", r"backslash.*: 'a\\\\b.txt'"),
+            ("\u202e.safetensors", r"weights with .*: '\\u202e.safetensors'"),
+        ],
+    )
+    def test_file_name_that_cannot_be_is_told(
+        self, hub: LoopbackHub, sha: str, name: str, problem: str
+    ) -> None:
+        add_name(hub, sha, name)
+        with pytest.raises(CheckpointError, match=problem):
             Checkpoint.open(ID)
+
+    def test_odd_names_of_what_goes_with_weights_are_as_good_as_in_a_folder(
+        self, hub: LoopbackHub, sha: str, tmp_path: Path
+    ) -> None:
+        odd = {"図\u30001.txt", "a\xa0b.txt", "\u202e.txt"}
+        for name in {*odd, ".git", "1_Pooling/.git"}:
+            add_name(hub, sha, name)
+        for stream in (True, False):
+            shard_checkpoint(ID, tmp_path / str(stream), stream=stream)
+            assert odd | {"config.json"} <= set(os.listdir(tmp_path / str(stream)))
+            assert not [*(tmp_path / str(stream)).rglob(".git")]
 
     def test_pickles_are_not_opened_in_part_but_downloaded_for_sharding(
         self, hub: LoopbackHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -240,6 +260,13 @@ class TestLooking:
         shard_checkpoint(ID, tmp_path / "out")
         assert set(read_checkpoint(tmp_path / "out")) == set(weights)
         assert verify_checkpoint(folder, tmp_path / "out").equal
+
+
+def add_name(hub: LoopbackHub, sha: str, name: str) -> None:
+    """Put a file of any name into a commit."""
+    commit = hub.repo(ID).commits[sha]
+    tree = {**commit.tree, name: commit.tree["tokenizer.json"]}
+    hub.repo(ID).commits[sha] = commit._replace(tree=tree)
 
 
 def add_7b(hub: LoopbackHub) -> None:

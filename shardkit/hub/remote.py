@@ -9,12 +9,14 @@ whatever storage lies behind it.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
@@ -33,6 +35,7 @@ from shardkit.hub.access import (
     lost_connection,
     pause_asked,
 )
+from shardkit.layout import is_weights
 from shardkit.record import listed
 from shardkit.run import run_all
 from shardkit.safetensors_file import PREFIX_BYTES, Header, parse_header, read_raw_header
@@ -132,7 +135,7 @@ class Repository:
     def belonging(self) -> Iterator[str]:
         """Yield the names of files at any depth, in order; not those of tools that made the copy."""
         for name in sorted(self.listing):
-            if not any(map(NOT_OURS.fullmatch, name.split("/")[:-1])):
+            if not any(map(NOT_OURS.fullmatch, name.split("/"))):
                 yield name
 
     def leaves(self, name: str) -> None:
@@ -321,6 +324,17 @@ def _etag(response: Any, header: str = "ETag") -> str | None:
     return value.removeprefix("W/").strip('"')[:80] or None
 
 
+def _problem(name: str) -> str | None:
+    """Say what is wrong with a file name; weights may have fewer names than what goes with them."""
+    if os.path.isabs(name) or ".." in name.split("/"):
+        return "outside the repository"
+    if any(char == "\\" or category(char) in ("Cc", "Cs") for char in name):
+        return "with a control character or a backslash in its name, which its owner must rename"
+    if is_weights(name) and not is_inside(name):
+        return "of weights with characters in its name that do not show, which its owner must rename"
+    return None
+
+
 def list_files(repo_id: str, sha: str, token: str | None, tries: int = TRIES) -> dict[str, RemoteFile]:
     """Return all files of a commit."""
     api = HfApi(token=token or False)
@@ -328,8 +342,8 @@ def list_files(repo_id: str, sha: str, token: str | None, tries: int = TRIES) ->
     tree = ask(lambda: list(api.list_repo_tree(repo_id, revision=sha, recursive=True)), what, tries)
     files = [entry for entry in tree if isinstance(entry, RepoFile)]
     for file in files:
-        if not is_inside(file.path):
-            raise CheckpointError(f"lists a file outside the repository: {file.path[:200]!r}", file=what)
+        if problem := _problem(file.path):
+            raise CheckpointError(f"lists a file {problem}: {file.path[:200]!a}", file=what)
     return {
         file.path: RemoteFile(file.size, file.blob_id, file.lfs.sha256 if file.lfs else None)
         for file in files

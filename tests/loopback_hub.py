@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any, Self
@@ -295,13 +296,16 @@ class _HubHandler(Handler):
 
     def preupload(self, repo: str, revision: str) -> None:
         commit = self._commit(self._repo(repo, write=True), revision)
+        asked, ignore = json.loads(self.body), commit.tree.get(".gitignore")
+        here = self.hub.store.path(ignore.sha256).read_text() if ignore else ""
+        ignored = asked.get("gitIgnore", here).splitlines()
         files = [
             {
                 "path": file["path"], "uploadMode": upload_mode(file["path"], file["size"]),
-                "shouldIgnore": False,
+                "shouldIgnore": any(fnmatch(file["path"], pattern) for pattern in ignored),
                 "oid": commit.tree[file["path"]].etag if file["path"] in commit.tree else None,
             }
-            for file in json.loads(self.body)["files"]
+            for file in asked["files"]
         ]  # fmt: skip
         self.reply({"files": files})
 

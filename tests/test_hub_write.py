@@ -133,6 +133,31 @@ def test_files_of_others_stay(hub: LoopbackHub, sharded: shardkit.ShardReport, t
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("pattern", ["*.safetensors", "*.json", "*.log"])
+@pytest.mark.parametrize("how", ["push", "hub to hub"])
+def test_gitignore_keeps_nothing_out(
+    how: str, pattern: str, hub: LoopbackHub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = shutil.copytree(model, tmp_path / "model"), tmp_path / "target"
+    (source / "train.log").write_text("a line")
+    target.mkdir()
+    for folder in (source, target):
+        (folder / ".gitignore").write_text(f"{pattern}\n")
+    hub.add_model(REPO, target, private=True)
+    hub.add_model("org/model", source)
+    put = (
+        (lambda: push_checkpoint(source, REPO)) if how == "push" else lambda: shard_on_hub("org/model", REPO)
+    )
+    monkeypatch.setattr("shardkit.hub.target._NONE_IGNORED", f"{pattern}\n")
+    with pytest.raises(DestinationError, match=r"\.gitignore keeps out"):
+        put()
+    assert set(hub.files(REPO)) == {".gitattributes", ".gitignore"}
+    monkeypatch.undo()
+    put()
+    assert hub.files(REPO).keys() >= {"train.log", "config.json", "README.md"}
+    assert hub.half_heads(REPO) == []
+
+
 def test_card_says_what_is_known_and_keeps_what_was_there(
     hub: LoopbackHub, model: Path, sharded: shardkit.ShardReport
 ) -> None:

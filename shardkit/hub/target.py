@@ -27,6 +27,7 @@ from shardkit.hub.access import (
     pause_asked,
 )
 from shardkit.hub.remote import CHUNK_BYTES, RemoteFile, Repository, list_files
+from shardkit.record import listed
 
 ResultT = TypeVar("ResultT")
 Tree = Mapping[str, RemoteFile]
@@ -35,6 +36,7 @@ MAIN: str = constants.DEFAULT_REVISION
 _REPO_ID = re.compile(r"(?:hf://)?([\w-][\w.-]*/[\w-][\w.-]*)")
 _GIT_BYTES = 10_000_000  # no larger file is in git itself: the Hub refuses it
 _TRIES = 5
+_NONE_IGNORED = "# none\n"  # or a .gitignore would have the client drop files from a commit, and say nothing
 # The client wraps what befell an upload in a RuntimeError, and answers what is not taken with a ValueError.
 _FAILURES: tuple[type[Exception], ...] = (
     RuntimeError, ValueError, ConnectionError, TimeoutError, *CLIENT_ERRORS
@@ -173,12 +175,24 @@ class Target:
         added = CommitOperationAdd(file, str(path))
         if content.sha256:
             added.upload_info.sha256 = bytes.fromhex(content.sha256)  # or the client would hash it again
+        self._preupload([added], branch)
+        return added
+
+    def _preupload(self, additions: list[CommitOperationAdd], branch: str) -> None:
         self.persist(
             lambda: self.api.preupload_lfs_files(
-                self.repo_id, [added], revision=branch, num_threads=1, free_memory=False
+                self.repo_id,
+                additions,
+                revision=branch,
+                num_threads=1,
+                free_memory=False,
+                gitignore_content=_NONE_IGNORED,
             )
         )
-        return added
+        if ignored := [addition.path_in_repo for addition in additions if addition._should_ignore]:
+            raise DestinationError(
+                f"{self.folder}: its .gitignore keeps out {listed(ignored)}: take these lines from it"
+            )
 
     def commit_url(self, sha: str) -> str:
         """Return where a commit is shown."""
@@ -239,6 +253,7 @@ class Target:
             If somebody else changed the branch meanwhile, or the Hub refuses.
         """
         operations, patience = list(operations), Patience(self.folder, _TRIES)
+        self._preupload([one for one in operations if isinstance(one, CommitOperationAdd)], branch)
         while True:
             try:
                 done = self.api.create_commit(

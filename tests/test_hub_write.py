@@ -177,6 +177,158 @@ def test_card_says_what_is_known_and_keeps_what_was_there(
     assert hub.read(REPO, "README.md").decode() == edited, "what people write on the Hub stays"
 
 
+def with_readme(model: Path, folder: Path, text: str | bytes | None) -> Path:
+    """A copy of a model with another README, or none."""
+    shutil.copytree(model, folder)
+    (folder / "README.md").unlink()
+    if text is not None:
+        (folder / "README.md").write_bytes(text.encode() if isinstance(text, str) else text)
+    return folder
+
+
+def test_card_is_that_of_the_model_that_is_there_now(hub: LoopbackHub, model: Path, tmp_path: Path) -> None:
+    texts = {"a": "---\nlicense: mit\n---\n# A", "b": "---\nlicense: cc-by-nc-4.0\n---\n# B", "none": None}
+    for name, text in texts.items():
+        hub.add_model(f"org/{name}", with_readme(model, tmp_path / name, text))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "README.md").write_text("---\nlicense: mit\n---\n# What I wrote")
+    hub.add_model("me/other", tmp_path / "own", private=True)
+    shard_on_hub("org/a", REPO)
+    shard_on_hub("org/b", REPO)
+    card = hub.read(REPO, "README.md").decode()
+    assert card.startswith(texts["b"])
+    assert "| licence | cc-by-nc-4.0 |" in card
+    assert "# A" not in card
+    for target, first in (
+        (REPO, "---\nlibrary_name: transformers\n---\n\n# sharded"),
+        ("me/other", "---\nlicense: mit"),
+    ):
+        shard_on_hub("org/none", target)
+        card = hub.read(target, "README.md").decode()
+        assert card.startswith(first)
+        assert "| licence |" not in card
+    (tmp_path / "b" / "README.md").write_text("# B, edited")
+    push_checkpoint(tmp_path / "b", REPO)
+    assert hub.read(REPO, "README.md").decode().startswith("# B, edited\n")
+
+
+@pytest.mark.parametrize(
+    ("front", "licence"),
+    [
+        ("license: foo: bar", None), ("license: !!python/name:os.system", None), ("- a\n- b", None),
+        ("words", None), ("1: 2\nself: 3\nlicense: mit", "mit"), ("license: 2020-13-45", None),
+        ("license: [mit, 'a|b']", r"mit, a\|b"), ("license: mit\r", "mit"),
+    ],
+)  # fmt: skip
+def test_odd_readme_is_pushed_as_it_is(
+    front: str, licence: str | None, hub: LoopbackHub, model: Path, tmp_path: Path
+) -> None:
+    text = f"\ufeff---\n{front}\n---\r\n\r\n# Title"
+    push_checkpoint(with_readme(model, tmp_path / "odd", text), REPO)
+    card = hub.read(REPO, "README.md").decode()
+    assert card.startswith(text)
+    assert (f"| licence | {licence} |" in card) is ("| licence |" in card) is (licence is not None)
+
+
+def test_readme_that_is_not_utf8_is_refused_at_once(hub: LoopbackHub, model: Path, tmp_path: Path) -> None:
+    folder = with_readme(model, tmp_path / "latin", b"caf\xe9")
+    with pytest.raises(CheckpointError, match=r"README\.md: is not in UTF-8"):
+        push_checkpoint(folder, REPO)
+    assert hub.requests == []
+    hub.add_model(SOURCE, folder)
+    with pytest.raises(CheckpointError, match=r"README\.md: is not in UTF-8"):
+        shard_on_hub(SOURCE, REPO)
+    hub.add_model(REPO, folder, private=True)
+    bare = with_readme(model, tmp_path / "bare", None)
+    hub.add_model("org/bare", bare)
+    for put in (lambda: push_checkpoint(bare, REPO), lambda: shard_on_hub("org/bare", REPO)):
+        with pytest.raises(DestinationError, match=r"README\.md: is not in UTF-8"):
+            put()
+    assert hub.received(SENT) == 0
+    push_checkpoint(model, REPO)
+    assert "# The model" in hub.read(REPO, "README.md").decode()
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ({"architectures": ["BertModel"]}, 'model = AutoModel.from_pretrained("me/sharded")'),
+        ({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}, "AutoModelForSeq2SeqLM."),
+        ({"architectures": ["XForCausalLM"], "auto_map": {}}, '("me/sharded", trust_remote_code=True)'),
+        ({"architectures": ["QwenForConditionalGeneration"], "model_type": "qwen2_vl"}, None),
+        ({"architectures": ["ViTForImageClassification"]}, None),
+        ({"architectures": ["T5EncoderModel"]}, None),
+        ({"architectures": "words"}, None),
+    ],
+)  # fmt: skip
+def test_card_says_how_to_load_only_where_that_is_known(
+    config: dict[str, object], line: str | None, hub: LoopbackHub, tmp_path: Path
+) -> None:
+    folder = write_checkpoint(tmp_path / "bare", [{"w": Tensor("F32", (2,), bytes(8))}])
+    (folder / "config.json").write_text(json.dumps(config))
+    push_checkpoint(folder, REPO)
+    card = hub.read(REPO, "README.md").decode()
+    assert line in card if line else "from_pretrained" not in card
+    assert "AutoTokenizer" not in card, "it has none"
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\\b", "a\x1b[2Jb", "a\u202eb"])
+def test_name_that_nobody_could_open_again_is_refused(
+    name: str, hub: LoopbackHub, model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "図 é 1.txt").write_text("an ordinary name")
+    (folder / name).write_text("x")
+    with pytest.raises(CheckpointError, match="rename it") as refused:
+        push_checkpoint(folder, REPO)
+    assert f"{name!a}" in str(refused.value)
+    assert hub.requests == []
+    (folder / name).unlink()
+    push_checkpoint(folder, REPO)
+    assert shardkit.Checkpoint.open(REPO).side_files["図 é 1.txt"] == 16
+
+
+@pytest.mark.parametrize("again", ["another size", "another source", "another dtype"])
+def test_report_of_what_was_written_over_is_refused(
+    again: str, hub: LoopbackHub, model: Path, tmp_path: Path
+) -> None:
+    hub.add_model(SOURCE, model)
+    first = shardkit.shard_checkpoint(SOURCE, tmp_path / "out", max_shard_size="2MB")
+    shardkit.shard_checkpoint(
+        model if again == "another source" else SOURCE, tmp_path / "out", overwrite=True,
+        max_shard_size="1MB" if again == "another size" else "2MB",
+        dtype="float32" if again == "another dtype" else None,
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match="no longer what the report tells of"):
+        push_checkpoint(first, REPO)
+
+
+@pytest.mark.parametrize("what", ["config", "shard", "index", "all", "deleted"])
+def test_folder_that_changes_while_it_is_pushed_is_not_shown(
+    what: str, hub: LoopbackHub, model: Path, sharded: shardkit.ShardReport, tmp_path: Path
+) -> None:
+    folder, calls = shutil.copytree(sharded.destination, tmp_path / "folder"), []
+    changed = {
+        "config": "config.json", "index": "model.safetensors.index.json", "shard": max(sharded.files)
+    }  # fmt: skip
+
+    def meanwhile(progress: shardkit.Progress) -> None:
+        if progress.stage == "hash" and progress.done_bytes == progress.total_bytes and not calls:
+            calls.append(progress)
+            if what == "all":
+                shardkit.shard_checkpoint(model, folder, max_shard_size="1MB", overwrite=True)
+            elif what == "deleted":
+                shutil.rmtree(folder)
+            else:
+                path = folder / changed[what]
+                path.write_bytes(path.read_bytes()[:-1] + b" ")
+
+    with pytest.raises(CheckpointError, match="changed while"):
+        push_checkpoint(folder, REPO, progress=meanwhile)
+    assert len(calls) == 1
+    assert set(hub.files(REPO)) == {".gitattributes"}
+
+
 @pytest.mark.parametrize("what", ["report", "folder"])
 def test_source_is_named_by_what_the_hub_calls_it(
     what: str, hub: LoopbackHub, model: Path, tmp_path: Path

@@ -1,7 +1,8 @@
 """The model card of what is pushed: where the weights come from, what was done to them, how to check that.
 
-Nothing is stated that is not known. The text and metadata of a card that is there stay as they are; ours is a
-section of its own, which the next push replaces.
+Nothing is stated that is not known. The model's README stays as it is; ours is a section of its own, which
+the next push replaces. The section records which README it was added to: what people then write on the Hub
+stays until that README changes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 import xxhash
-from huggingface_hub import ModelCard, ModelCardData, constants
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import constants
 
 import shardkit
 from shardkit.checkpoint import Checkpoint
@@ -25,9 +27,18 @@ from shardkit.tensor import CAST_DTYPES, DTYPE_NAMES
 CARD = "README.md"
 _BEGIN, _END = "<!-- shardkit: begin -->", "<!-- shardkit: end -->"
 _SECTION = re.compile(rf"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?", re.DOTALL)
+_ADDED_TO = re.compile(r"<!-- README: XXH3-128 ([0-9a-f]{32}) -->")
+_FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
 _CACHED = re.compile(r".*/models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?")
 _REMOTE = re.compile(r"hf://((?:[\w.-]+/)?[\w.-]+)@([0-9a-f]{40})")
-_HEADS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+_HEADS = re.compile(
+    r".*(For(?:CausalLM|MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering))"
+)
+_BARE = re.compile(r"(?!.*(?:For|Encoder|Decoder|Heads)).*Model")
+_SEQ2SEQ = ("bart", "mbart", "mt5", "pegasus", "t5")
+_TOKENIZERS = frozenset(
+    ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+)
 
 
 class Origin(NamedTuple):
@@ -80,20 +91,22 @@ class Story:
         )
 
 
-def has_section(text: str) -> bool:
-    """Whether a card has a section of ours."""
-    return _SECTION.search(text) is not None
-
-
 def model_card(
-    base: str | None, repo_id: str, checkpoint: Checkpoint, shards: Mapping[str, RemoteFile], story: Story
+    shown: str | None,
+    own: str | None,
+    repo_id: str,
+    checkpoint: Checkpoint,
+    shards: Mapping[str, RemoteFile],
+    story: Story,
 ) -> str:
-    """Return a model card: `base` with our section, new or replaced; where there is no base, a new card.
+    """Return a model card: a README with our section, new or replaced.
 
     Parameters
     ----------
-    base
-        The text of the card to keep.
+    shown
+        The card that is there; kept where our section in it was added to `own`.
+    own
+        The model's own README.
     repo_id
         Where it will be shown.
     checkpoint
@@ -101,36 +114,49 @@ def model_card(
     shards
         The weight files.
     """
-    section = "\n".join([_BEGIN, *_section(base, repo_id, checkpoint, shards, story), _END, ""])
+    section = "\n".join([_BEGIN, *_section(own, repo_id, checkpoint, shards, story), _END, ""])
+    base = _base(shown, own)
     if base is None:
-        library = {"library_name": "transformers"} if "architectures" in (checkpoint.config or {}) else {}
-        title = f"# {repo_id.partition('/')[2]}"
-        head = ModelCard(f"---\n{ModelCardData(**library).to_yaml()}\n---\n\n{title}\n").content
-        return f"{head}\n{section}"
-    if has_section(base):
+        is_known = "architectures" in (checkpoint.config or {})
+        head = "---\nlibrary_name: transformers\n---\n\n" if is_known else ""
+        return f"{head}# {repo_id.partition('/')[2]}\n\n{section}"
+    if _SECTION.search(base):
         return _SECTION.sub(lambda _: section, base, count=1)
     return f"{base.rstrip()}\n\n{section}"
 
 
+def _base(shown: str | None, own: str | None) -> str | None:
+    found = _SECTION.search(shown or "")
+    if found is None:
+        return shown if own is None else own
+    recorded = _ADDED_TO.search(found[0])
+    return shown if (recorded and recorded[1]) == _digest(own) else own
+
+
+def _digest(own: str | None) -> str | None:
+    return None if own is None else xxhash.xxh3_128_hexdigest(own.encode())
+
+
 def _section(
-    base: str | None, repo_id: str, checkpoint: Checkpoint, shards: Mapping[str, RemoteFile], story: Story
+    own: str | None, repo_id: str, checkpoint: Checkpoint, shards: Mapping[str, RemoteFile], story: Story
 ) -> list[str]:
     size = sum(file.size for file in shards.values())
     lines = [
+        *([] if own is None else [f"<!-- README: XXH3-128 {_digest(own)} -->"]),
         "## How these files were made",
         "",
         f"{plural(len(shards), 'file')}, {format_size(size)}, pushed by shardkit {shardkit.__version__}.",
         "",
         "| | |",
         "|---|---|",
-        *(f"| {label} | {value} |" for label, value in _facts(base, checkpoint, story)),
+        *(f"| {label} | {value} |" for label, value in _facts(own, checkpoint, story)),
         "",
         "| file | bytes | SHA-256 |",
         "|---|---:|---|",
-        *(f"| {name} | {file.size:,} | `{file.sha256}` |" for name, file in shards.items()),
+        *(f"| {_cell(name)} | {file.size:,} | `{file.sha256}` |" for name, file in shards.items()),
         "",
     ]
-    if snippet := _loading(repo_id, checkpoint.config or {}):
+    if snippet := _loading(repo_id, checkpoint):
         lines += ["To load it:", "", "```python", *snippet, "```", ""]
     if origin := Origin.of(story.source):
         check = f"shardkit verify hf://{origin.repo_id}@{origin.sha} hf://{repo_id}"
@@ -138,13 +164,13 @@ def _section(
     return lines
 
 
-def _facts(base: str | None, checkpoint: Checkpoint, story: Story) -> list[tuple[str, str]]:
+def _facts(own: str | None, checkpoint: Checkpoint, story: Story) -> list[tuple[str, str]]:
     facts = []
     if origin := Origin.of(story.source):
         url = f"{constants.ENDPOINT}/{origin.repo_id}"
         facts += [("source", f"[{origin.repo_id}]({url})"), ("revision", f"`{origin.sha}`")]
-    if licence := _licence(base):
-        facts.append(("licence", licence))
+    if licence := _licence(own):
+        facts.append(("licence", _cell(licence)))
     if story.strategy and story.max_shard_size:
         size = format_size(story.max_shard_size)
         facts.append(("plan", f"strategy {story.strategy}, at most {size} a file"))
@@ -160,25 +186,39 @@ def _facts(base: str | None, checkpoint: Checkpoint, story: Story) -> list[tuple
     return facts
 
 
-def _licence(base: str | None) -> str | None:
-    """Return what the source's card says of its licence."""
-    if base is None:
+def _licence(own: str | None) -> str | None:
+    """Return what the model's own README says of its licence, if that can be read."""
+    found = _FRONT_MATTER.match(own or "")
+    try:
+        data = yaml.safe_load(found[1]) if found else None
+    except (yaml.YAMLError, ValueError, RecursionError):
         return None
-    data: dict[str, Any] = ModelCard(base, ignore_metadata_errors=True).data.to_dict()
-    said = data.get("license_name") or data.get("license")
-    return str(said) if said else None
+    said = (data.get("license_name") or data.get("license")) if isinstance(data, dict) else None
+    return ", ".join(map(str, said if isinstance(said, list) else [said])) if said else None
 
 
-def _loading(repo_id: str, config: Mapping[str, Any]) -> list[str]:
-    """Return the lines that load it with plain transformers; none for what transformers does not load."""
-    named = config.get("architectures")
-    if not isinstance(named, list) or not named:
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def _loading(repo_id: str, checkpoint: Checkpoint) -> list[str]:
+    """Return the lines that load it with plain transformers; none where it is not known which do."""
+    config = checkpoint.config or {}
+    if not (loader := _auto_class(config)):
         return []
-    name = str(named[0]).replace("LMHeadModel", "ForCausalLM")
-    head = next((f"For{head}" for head in _HEADS if name.endswith(f"For{head}")), "")
-    return [
-        f"from transformers import AutoModel{head}, AutoTokenizer",
-        "",
-        f'model = AutoModel{head}.from_pretrained("{repo_id}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")',
-    ]
+    trusted = ", trust_remote_code=True" if "auto_map" in config else ""
+    wanted = {"model": loader}
+    if not _TOKENIZERS.isdisjoint(checkpoint.side_files):
+        wanted["tokenizer"] = "AutoTokenizer"
+    calls = [f'{name} = {loads}.from_pretrained("{repo_id}"{trusted})' for name, loads in wanted.items()]
+    return [f"from transformers import {', '.join(wanted.values())}", "", *calls]
+
+
+def _auto_class(config: Mapping[str, Any]) -> str | None:
+    named = config.get("architectures")
+    name = str(named[0]) if isinstance(named, list) and named else ""
+    if head := _HEADS.fullmatch(name.replace("LMHeadModel", "ForCausalLM")):
+        return f"AutoModel{head[1]}"
+    if name.endswith("ForConditionalGeneration") and config.get("model_type") in _SEQ2SEQ:
+        return "AutoModelForSeq2SeqLM"
+    return "AutoModel" if _BARE.fullmatch(name) else None

@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd
 
-from shardkit.checkpoint import Checkpoint
-from shardkit.errors import CheckpointError
-from shardkit.files import LocalFiles
+from shardkit.checkpoint import Checkpoint, file_state
+from shardkit.errors import CheckpointError, DestinationError
+from shardkit.files import LocalFiles, is_inside, is_remote
 from shardkit.hub.access import quiet
-from shardkit.hub.card import CARD, Story, has_section, model_card
-from shardkit.hub.remote import RemoteFile
+from shardkit.hub.card import CARD, Story, model_card
+from shardkit.hub.remote import RemoteFile, repository_of
 from shardkit.hub.source import needed_files
-from shardkit.hub.target import Target, Tree, digest_bytes, digest_file, is_same
+from shardkit.hub.target import GIT_BYTES, Target, Tree, digest_bytes, digest_file, is_same
 from shardkit.layout import CONFIG_FILES, read_made
 from shardkit.record import listed, plural
-from shardkit.run import ProgressCallback, ProgressCount, run_all
+from shardkit.run import ProgressCallback, ProgressCount, resumable, run_all
 from shardkit.write import ShardReport
 
-_SMALL_BYTES = 100_000
+
+class LocalFile(NamedTuple):
+    """A file as it was read: how the Hub will list it, its bytes or path, what tells that it changed."""
+
+    content: RemoteFile
+    given: bytes | str
+    state: tuple[int, ...]
+
+    @classmethod
+    def read(cls, path: Path, *, whole: bool, seen: Callable[[int], object] = lambda _: None) -> LocalFile:
+        """Read a file once; keep its bytes if `whole`, unless the Hub keeps such a size as LFS object.
+
+        Raises
+        ------
+        CheckpointError
+            If it is gone.
+        """
+        try:
+            state = file_state(path.stat())
+            if not whole or state[0] > GIT_BYTES:
+                return cls(digest_file(path, seen), str(path), state)
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise _changed(path) from None
+        seen(len(data))
+        return cls(digest_bytes(data), data, state)
 
 
+@resumable()
 def push_checkpoint(
     folder: str | os.PathLike[str] | ShardReport,
     repo_id: str,
@@ -59,7 +86,7 @@ def push_checkpoint(
     Raises
     ------
     CheckpointError
-        If the folder holds no whole checkpoint in safetensors, with its config.
+        If the folder holds no whole checkpoint in safetensors, with its config, or changes meanwhile.
     DestinationError
         If the repository cannot be written, is public unasked, or was changed by somebody else meanwhile.
     VerificationError
@@ -69,20 +96,23 @@ def push_checkpoint(
     """
     report = folder if isinstance(folder, ShardReport) else None
     checkpoint = _open(folder.destination if isinstance(folder, ShardReport) else os.fspath(folder))
+    story, own = _story(checkpoint, report), own_readme(checkpoint)
+    names = {*needed_files(LocalFiles(checkpoint.folder)), *checkpoint.files} - {CARD}
     target = Target(repo_id, token)
     with quiet():
         target.create(private)
         head = target.head()
         tree = target.files(head) if head else {}
-        files = {n: Path(checkpoint.path(n)) for n in needed_files(LocalFiles(checkpoint.folder))}
-        base = card_to_keep(target, tree, head, files.pop(CARD, None))
-        contents = _digest(files, progress)
+        shown = shown_card(target, head, tree, own)
+        files = _read(checkpoint, names, progress)
+        contents = {name: file.content for name, file in files.items()}
         shards = {name: contents[name] for name in checkpoint.files}
-        card = model_card(base, target.repo_id, checkpoint, shards, _story(checkpoint, report)).encode()
+        card = model_card(shown, own, target.repo_id, checkpoint, shards, story).encode()
         contents[CARD] = digest_bytes(card)
         changed = {n: c for n, c in contents.items() if not is_same(tree.get(n), c)}
-        added = _upload(target, files, changed, progress)
+        added = _upload(target, checkpoint, files, changed, progress)
         added[CARD] = CommitOperationAdd(CARD, card)
+        _check_still(checkpoint, files)
         sha = target.publish(head, tree, contents, added, f"Push {plural(len(shards), 'weight file')}")
     return target.commit_url(sha)
 
@@ -100,6 +130,7 @@ def _open(folder: str) -> Checkpoint:
         raise CheckpointError(
             f"has no {listed(CONFIG_FILES)}, without which nobody can load it", file=checkpoint.source
         )
+    check_names(checkpoint)
     weights = needed_files(LocalFiles(checkpoint.folder))[0]
     if not weights.startswith(f"{checkpoint.stem}.safetensors"):
         raise CheckpointError(
@@ -110,42 +141,125 @@ def _open(folder: str) -> Checkpoint:
     return checkpoint
 
 
+def check_names(checkpoint: Checkpoint) -> None:
+    """Refuse file names that nobody could open again once they are on the Hub."""
+    for name in (*checkpoint.files, *checkpoint.side_files):
+        if not is_inside(name):
+            raise CheckpointError(
+                f"has a file {name!a}, a name with characters that are refused on the way back: rename it",
+                file=checkpoint.source,
+            )
+
+
 def _story(checkpoint: Checkpoint, report: ShardReport | None) -> Story:
     """Tell what the index has recorded, and what the run that wrote it says."""
     index = f"{checkpoint.stem}.safetensors.index.json"
     files = LocalFiles(checkpoint.folder)
-    story = Story.of(read_made(files, index)) if index in files.names() else Story()
+    made = read_made(files, index) if index in files.names() else {}
     if report is None:
-        return story
+        return Story.of(made)
+    sizes = {name: state[0] for name, state in checkpoint.seen.items()}
+    told = (report.source if is_remote(report.source) else None, report.dtype)
+    is_other = bool(made) and (made.get("source"), made.get("cast_to")) != told
+    if is_other or (sizes, len(checkpoint.tensors)) != (report.files, report.tensors):
+        raise CheckpointError(
+            "is no longer what the report tells of: push the folder itself", file=checkpoint.source
+        )
     digests = report.verification.digests if report.verification else None
-    return replace(story, source=report.source, dtype=report.dtype, digests=digests)
+    return replace(Story.of(made), source=report.source, dtype=report.dtype, digests=digests)
 
 
-def card_to_keep(target: Target, tree: Tree, head: str | None, own: Path | None) -> str | None:
-    """Return the card to add to: the target's if it has our section, or the source's, or the target's."""
-    shown = target.read(CARD, head, tree).decode() if head and CARD in tree else None
-    if own is None or (shown is not None and has_section(shown)):
-        return shown
-    return own.read_text(encoding="utf-8")
+def own_readme(checkpoint: Checkpoint) -> str | None:
+    """Return the text of a model's README, just as it is; None where there is none.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not in UTF-8.
+    """
+    if CARD not in checkpoint.side_files:
+        return None
+    files = repository_of(checkpoint.folder)[0] if checkpoint.is_remote else LocalFiles(checkpoint.folder)
+    try:
+        return files.read(CARD).decode()
+    except UnicodeDecodeError:
+        raise CheckpointError("is not in UTF-8: save it as UTF-8", file=checkpoint.path(CARD)) from None
 
 
-def _digest(files: Mapping[str, Path], progress: ProgressCallback | None) -> dict[str, RemoteFile]:
-    count = ProgressCount(progress, "hash", sum(path.stat().st_size for path in files.values()))
-    with run_all(lambda name: digest_file(files[name], count.add), files) as results:
-        return dict(results)
+def shown_card(target: Target, head: str | None, tree: Tree, own: str | None) -> str | None:
+    """Return the card that a target shows; None where there is none, or none that can be kept.
+
+    Raises
+    ------
+    DestinationError
+        If it is not in UTF-8, and there is no `own` README to put in its place.
+    """
+    if head is None or CARD not in tree:
+        return None
+    try:
+        return target.read(CARD, head, tree).decode()
+    except UnicodeDecodeError:
+        if own is None:
+            raise DestinationError(
+                f"{target.folder}/{CARD}: is not in UTF-8: save it as UTF-8, or delete it"
+            ) from None
+        return None
+
+
+def _read(
+    checkpoint: Checkpoint, names: Iterable[str], progress: ProgressCallback | None
+) -> dict[str, LocalFile]:
+    paths = {name: Path(checkpoint.path(name)) for name in names}
+    weights = set(checkpoint.files)
+    count = ProgressCount(
+        progress, "hash", sum(path.stat().st_size for path in paths.values() if path.exists())
+    )
+
+    def read(name: str) -> LocalFile:
+        return LocalFile.read(paths[name], whole=name not in weights, seen=count.add)
+
+    with run_all(read, paths) as results:
+        files = dict(results)
+    _check_still(checkpoint, files)
+    return files
+
+
+def _check_still(checkpoint: Checkpoint, files: Mapping[str, LocalFile]) -> None:
+    """Refuse to go on with files that are no longer those that were opened and read."""
+    for name, state in ({name: file.state for name, file in files.items()} | checkpoint.seen).items():
+        path = Path(checkpoint.path(name))
+        try:
+            is_still = file_state(path.stat()) == state
+        except OSError:
+            is_still = False
+        if not is_still:
+            raise _changed(path)
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(
+        "changed while it was pushed, and nothing of it is shown: let nothing write to it, and push again",
+        file=str(path),
+    )
 
 
 def _upload(
     target: Target,
-    files: Mapping[str, Path],
+    checkpoint: Checkpoint,
+    files: Mapping[str, LocalFile],
     changed: Mapping[str, RemoteFile],
     progress: ProgressCallback | None,
 ) -> dict[str, CommitOperationAdd]:
     """Send what differs, large files a few at once; small ones go into the commit itself."""
     count = ProgressCount(progress, "upload", sum(content.size for content in changed.values()))
-    added = {n: CommitOperationAdd(n, str(files[n])) for n in changed if n in files}
-    large = [name for name in added if changed[name].size > _SMALL_BYTES]
-    with run_all(lambda name: target.upload(name, files[name], changed[name]), large) as results:
+    given = {name: files[name].given for name in changed if name in files}
+
+    def send(name: str) -> CommitOperationAdd:
+        _check_still(checkpoint, {name: files[name]})
+        return target.upload(name, checkpoint.path(name), changed[name])
+
+    added = {name: CommitOperationAdd(name, data) for name, data in given.items() if isinstance(data, bytes)}
+    with run_all(send, given.keys() - added.keys()) as results:
         for name, operation in results:
             added[name] = operation
             count.add(changed[name].size)

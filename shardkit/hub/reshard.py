@@ -34,7 +34,7 @@ from shardkit.errors import (
 )
 from shardkit.hub.access import quiet
 from shardkit.hub.card import CARD, Origin, Story, model_card
-from shardkit.hub.push import card_to_keep
+from shardkit.hub.push import LocalFile, check_names, own_readme, shown_card
 from shardkit.hub.remote import RemoteFile
 from shardkit.hub.target import Target, Tree, digest_bytes, digest_file, is_same
 from shardkit.layout import CONFIG_FILES
@@ -136,6 +136,7 @@ def _open(source_id: str, revision: str | None, token: str | None) -> Checkpoint
         )
     if checkpoint.config is None:
         raise CheckpointError(f"has no {listed(CONFIG_FILES)}, without which nobody can load it", file=source)
+    check_names(checkpoint)
     return checkpoint
 
 
@@ -201,12 +202,14 @@ class _Job:
         told = json.dumps([checkpoint.source, plan.metadata, planned])
         self.name = f"shardkit-{xxhash.xxh3_64_hexdigest(told.encode())}"
         self._stop, self._committing = Event(), Lock()
+        self._readme = own_readme(checkpoint)
         self._draft_head: str | None = None
         self._checking_seconds = 0.0
 
     def begin(self, folder: Path) -> None:
         """Find the draft branch, or make it, and see which shards it has."""
         self._folder = folder
+        self._shown()  # a card that cannot be kept is better refused now
         self._target.branch_off(self.name)
         self._draft_head = head = self._target.head(self.name)
         if head is None:
@@ -323,20 +326,28 @@ class _Job:
                 self.name,
             )
 
+    def _shown(self) -> tuple[str | None, Tree, str | None]:
+        """Return the target's head, its files, its card."""
+        head = self._target.head()
+        tree: Tree = self._target.files(head) if head else {}
+        return head, tree, shown_card(self._target, head, tree, self._readme)
+
     def publish(self) -> str:
         """Make the head show all of it, in one commit; then the draft is of no more use."""
         beside = self._folder / "beside"
         beside.mkdir()
         write_beside(self._checkpoint, self._plan, beside)
-        files = {p.relative_to(beside).as_posix(): p for p in beside.rglob("*") if p.is_file()}
-        head = self._target.head()
-        tree: Tree = self._target.files(head) if head else {}
-        base = card_to_keep(self._target, tree, head, files.pop(CARD, None))
+        files = {
+            path.relative_to(beside).as_posix(): LocalFile.read(path, whole=True)
+            for path in beside.rglob("*")
+            if path.is_file()
+        }
+        head, tree, shown = self._shown()
         shards = {shard.file: self.finished[shard.file].content for shard in self._plan.shards}
         story = replace(Story.of(self._plan.made), digests=self._digests())
-        card = model_card(base, self._target.repo_id, self._checkpoint, shards, story).encode()
-        contents = {name: digest_file(path) for name, path in files.items()} | shards
-        operations: dict[str, Any] = {n: CommitOperationAdd(n, str(path)) for n, path in files.items()}
+        card = model_card(shown, self._readme, self._target.repo_id, self._checkpoint, shards, story).encode()
+        contents = {name: file.content for name, file in files.items()} | shards
+        operations: dict[str, Any] = {n: CommitOperationAdd(n, file.given) for n, file in files.items()}
         operations |= {n: CommitOperationCopy(n, n, src_revision=self.name) for n in shards}
         operations[CARD], contents[CARD] = CommitOperationAdd(CARD, card), digest_bytes(card)
         message = f"Reshard {self._checkpoint.source} into {plural(len(shards), 'file')}"

@@ -34,7 +34,7 @@ Tree = Mapping[str, RemoteFile]
 
 MAIN: str = constants.DEFAULT_REVISION
 _REPO_ID = re.compile(r"(?:hf://)?([\w-][\w.-]*/[\w-][\w.-]*)")
-_GIT_BYTES = 10_000_000  # no larger file is in git itself: the Hub refuses it
+GIT_BYTES = 10_000_000  # no larger file is in git itself: the Hub refuses it
 _TRIES = 5
 _NONE_IGNORED = "# none\n"  # or a .gitignore would have the client drop files from a commit, and say nothing
 # The client wraps what befell an upload in a RuntimeError, and answers what is not taken with a ValueError.
@@ -55,7 +55,7 @@ def digest_file(path: str | os.PathLike[str], seen: Callable[[int], object] = la
     with open(path, "rb") as file:
         while block := file.read(CHUNK_BYTES):
             sha256.update(block)
-            if size <= _GIT_BYTES:
+            if size <= GIT_BYTES:
                 git.update(block)
             seen(len(block))
     return RemoteFile(size, git.hexdigest(), sha256.hexdigest())

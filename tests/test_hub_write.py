@@ -1,5 +1,6 @@
 """What is pushed to the Hub, and made there: whole or not at all, and loadable by everybody."""
 
+import errno
 import json
 import os
 import random
@@ -404,8 +405,12 @@ def test_others_repositories_and_strangers_are_told_what_to_do(
         push_checkpoint(sharded, "org/model")
     with pytest.raises(DestinationError, match="owner/name"):
         push_checkpoint(sharded, "model")
-    with pytest.raises(DestinationError, match=r"Invalid user token|may not write"):
+    with pytest.raises(DestinationError, match="does not accept the token"):
         push_checkpoint(sharded, REPO, token="hf_wrong")
+    with monkeypatch.context() as offline:
+        offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(DestinationError, match="HF_HUB_OFFLINE is set"):
+            push_checkpoint(sharded, REPO)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(DestinationError, match="HF_TOKEN"):
         push_checkpoint(sharded, REPO)
@@ -649,7 +654,8 @@ def test_draft_of_another_job_is_not_mistaken_for_this_one(hub: LoopbackHub, mod
         )
     report = shard_on_hub(SOURCE, REPO, max_shard_size="300KB", dtype="float16")
     assert report.reused == ()
-    assert len(drafts(hub)) == 1
+    (draft,) = drafts(hub)
+    assert draft in report.notes[-1]
     assert shardkit.verify_checkpoint(SOURCE, REPO).equal
 
 
@@ -728,10 +734,12 @@ def test_cast_that_overflows_is_refused_before_anything_is_sent(hub: LoopbackHub
     folder = write_checkpoint(tmp_path / "large", [{"w": large}])
     (folder / "config.json").write_text("{}")
     hub.add_model(SOURCE, folder)
-    with pytest.raises(shardkit.CastError, match="w"):
-        shard_on_hub(SOURCE, REPO, dtype="float16")
+    hub.fail("status", "DELETE hub", status=403)
+    for left in (1, 0):
+        with pytest.raises(shardkit.CastError, match="w"):
+            shard_on_hub(SOURCE, REPO, dtype="float16")
+        assert len(drafts(hub)) == left
     assert hub.received(SENT) == 0
-    assert drafts(hub) == []
     report = shard_on_hub(SOURCE, REPO, dtype="float16", allow_overflow=True)
     assert [loss.overflowed for loss in report.lost] == [1]
 
@@ -747,10 +755,73 @@ def test_what_cannot_be_resharded_on_the_hub_is_said_at_once(
     hub.add_model("org/bare", bare)
     with pytest.raises(CheckpointError, match="config"):
         shard_on_hub("org/bare", REPO)
+    for name in bare.glob("model*"):
+        name.rename(bare / "pytorch_model.bin")
+    hub.add_model("org/pickles", bare)
+    with pytest.raises(CheckpointError, match="shard it to a folder, and push that"):
+        shard_on_hub("org/pickles", REPO)
+    with pytest.raises(shardkit.ShardkitError, match="workers is 0"):
+        shard_on_hub(SOURCE, REPO, workers=0)
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", "/proc"):
+        with pytest.raises(DestinationError, match=r"work_folder|cannot be written"):
+            shard_on_hub(SOURCE, REPO, work_folder=folder)
+    assert REPO not in hub.store.repos
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     with pytest.raises(shardkit.SpaceError, match="lower max_shard_size"):
         shard_on_hub(SOURCE, REPO, max_shard_size="1MB")
+    assert source
+
+
+@pytest.mark.usefixtures("source")
+def test_full_disk_under_side_files_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shardkit.hub.reshard.write_beside", full)
+    with pytest.raises(shardkit.SpaceError, match=rf"{tmp_path}: No space left .* work_folder"):
+        shard_on_hub(SOURCE, REPO, work_folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [(KeyboardInterrupt, shardkit.errors.Interrupted), (ConnectionResetError, ConnectionResetError)],
+)
+@pytest.mark.parametrize("put", [push_checkpoint, shard_on_hub])
+@pytest.mark.usefixtures("source")
+def test_what_a_callback_raises_is_no_failure_of_the_disk(
+    put: Callable[..., object],
+    raised: type[BaseException],
+    seen: type[BaseException],
+    hub: LoopbackHub,
+    model: Path,
+) -> None:
+    def fail(progress: shardkit.Progress) -> None:
+        if progress.done_bytes:
+            raise raised
+
+    with pytest.raises(seen) as stopped:
+        put(model if put is push_checkpoint else SOURCE, REPO, progress=fail)
+    assert stopped.type is seen
+    assert set(hub.files(REPO)) == {".gitattributes"}
+
+
+def test_draft_that_cannot_be_removed_is_told(hub: LoopbackHub, source: str) -> None:
+    hub.fail("status", "DELETE hub", status=403)
+    report = shard_on_hub(SOURCE, REPO)
+    (draft,) = drafts(hub)
+    assert f'delete_branch("{REPO}", branch="{draft}")' in report.notes[-1]
+    assert source
+
+
+def test_digest_on_the_card_is_of_all_tensors_or_not_there(hub: LoopbackHub, source: str) -> None:
+    options = {"max_shard_size": "300KB", "workers": 1}
+    with pytest.raises(Cancelled):
+        shard_on_hub(SOURCE, REPO, **options, progress=lambda p: p.done_bytes < 0.7 * p.total_bytes)
+    report = shard_on_hub(SOURCE, REPO, **options, verify=False)
+    assert report.reused
+    assert "digest of the tensors" not in hub.read(REPO, "README.md").decode()
     assert source
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from threading import Event, Lock
@@ -29,6 +30,7 @@ from shardkit.errors import (
     CastError,
     CheckpointError,
     DestinationError,
+    DownloadNeededError,
     SpaceError,
     VerificationError,
 )
@@ -40,15 +42,17 @@ from shardkit.hub.target import Target, Tree, digest_bytes, digest_file, is_same
 from shardkit.layout import CONFIG_FILES
 from shardkit.plan import Shard, ShardPlan, Strategy, plan_shards
 from shardkit.record import listed, plural
-from shardkit.run import ProgressCallback, ProgressCount, default_workers, run_all
+from shardkit.run import ProgressCallback, ProgressCount, resumable, run_all, worker_count
 from shardkit.sizes import format_size
 from shardkit.transfer import Lost, Outcome, Range, run_task, shard_tasks
 from shardkit.verify import Verification, altered_parts, damaged_shards, digest_range
 from shardkit.write import ShardReport, refuse_overflow, total_lost, write_beside
 
+_DRAFT = re.compile(r"shardkit-[0-9a-f]{16}")
 _NOTES = ".shardkit"  # a folder of the draft branch: what is known of each shard there
 
 
+@resumable()
 def shard_on_hub(
     source_id: str,
     target_id: str,
@@ -109,7 +113,7 @@ def shard_on_hub(
     Cancelled
         If `progress` returned False.
     """
-    start = time.perf_counter()
+    start, workers = time.perf_counter(), worker_count(workers)
     checkpoint = _open(source_id, revision, token)
     plan = plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
     target = Target(target_id, token)
@@ -129,11 +133,15 @@ def _open(source_id: str, revision: str | None, token: str | None) -> Checkpoint
     if os.path.exists(source_id):
         raise CheckpointError("is on this machine: shard it to a folder, and push that", file=source_id)
     source = f"hf://{source_id.removeprefix('hf://')}"
-    checkpoint = Checkpoint.open(source, revision=revision, token=token)
+    pickles = CheckpointError(
+        "holds pickles, which cannot be read in part: shard it to a folder, and push that", file=source
+    )
+    try:
+        checkpoint = Checkpoint.open(source, revision=revision, token=token)
+    except DownloadNeededError:
+        raise pickles from None
     if checkpoint.format == "pickle":
-        raise CheckpointError(
-            "holds pickles, which cannot be read in part: shard it to a folder, and push that", file=source
-        )
+        raise pickles
     if checkpoint.config is None:
         raise CheckpointError(f"has no {listed(CONFIG_FILES)}, without which nobody can load it", file=source)
     check_names(checkpoint)
@@ -150,17 +158,30 @@ def _check_apart(checkpoint: Checkpoint, target: Target) -> None:
 def _work_space(base: Path, name: str) -> Iterator[Path]:
     """Hold a folder of this job's own, gone on every way out; remove what killed runs have left."""
     base = base.expanduser().resolve()
-    base.mkdir(parents=True, exist_ok=True)
-    for left in base.glob(".shardkit-*.shardkit-*"):
-        with suppress(DestinationError):  # it is held by a run that is alive
-            remove_leftovers(base / left.name[1:].partition(".")[0])
-    with locked(base / name):
-        folder = staging_folder(base / name)
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    folder = staging_folder(base / name)
+    with ExitStack() as held:
+        with _disk(base):
+            base.mkdir(parents=True, exist_ok=True)
+            for left in base.glob(".shardkit-*.shardkit-*"):
+                with suppress(DestinationError):  # it is held by a run that is alive
+                    remove_leftovers(base / left.name[1:].partition(".")[0])
+            held.enter_context(locked(base / name))
+            folder.mkdir()
+            held.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """Say of what fails on a work folder's disk where it was, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        kind = SpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else DestinationError
+        raise kind(
+            f"{folder}: {error.strerror or error}; run the same again to go on, or with a work_folder on "
+            "another disk"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -196,6 +217,7 @@ class _Job:
         self, checkpoint: Checkpoint, plan: ShardPlan, target: Target, verify: bool, allow_overflow: bool
     ) -> None:
         self.finished: dict[str, _Finished] = {}
+        self.notes: list[str] = []
         self._checkpoint, self._plan, self._target = checkpoint, plan, target
         self._verify, self._allow_overflow = verify, allow_overflow
         planned = [(s.file, [(t.source.name, t.dtype, t.begin) for t in s.tensors]) for s in plan.shards]
@@ -208,7 +230,7 @@ class _Job:
 
     def begin(self, folder: Path) -> None:
         """Find the draft branch, or make it, and see which shards it has."""
-        self._folder = folder
+        self._folder, self._base = folder, folder.parent
         self._shown()  # a card that cannot be kept is better refused now
         self._target.branch_off(self.name)
         self._draft_head = head = self._target.head(self.name)
@@ -227,12 +249,12 @@ class _Job:
         is_checked = len(found.digests) == len(shard.tensors) or not self._verify
         return is_checked and found.content.size == shard.nbytes and is_same(there, found.content)
 
-    def carry_out(self, workers: int | None, progress: ProgressCallback | None) -> None:
+    def carry_out(self, workers: int, progress: ProgressCallback | None) -> None:
         """Make, send and drop the shards that the draft lacks."""
         todo = [shard for shard in self._plan.shards if shard.file not in self.finished]
         if not todo:
             return
-        at_once = self._room(todo, (workers or default_workers()) + 1)
+        at_once = self._room(todo, workers + 1)
         source_bytes = sum(tensor.source.nbytes for shard in todo for tensor in shard.tensors)
         count = ProgressCount(progress, "stream", source_bytes + sum(shard.nbytes for shard in todo))
         try:
@@ -244,10 +266,9 @@ class _Job:
                     self._stop.set()  # before the block waits for what is under way
                     raise
         except (CastError, VerificationError):
-            self._target.drop(self.name)  # nothing of it will ever be of use
+            with suppress(DestinationError):
+                self._target.drop(self.name)  # nothing of it will ever be of use
             raise
-        except OSError as error:
-            raise self._disk_error(error) from error
 
     def _room(self, todo: list[Shard], wanted: int) -> int:
         """Return how many shards may lie on the disk at once."""
@@ -255,18 +276,11 @@ class _Job:
         free = shutil.disk_usage(self._folder).free
         if free < largest:
             raise SpaceError(
-                f"{self._folder.parent}: a shard takes up to {largest:,} bytes ({format_size(largest)}), its "
+                f"{self._base}: a shard takes up to {largest:,} bytes ({format_size(largest)}), its "
                 f"disk has {free:,} ({format_size(free)}) free: lower max_shard_size, or give a work_folder "
                 "on another disk"
             )
         return min(wanted, free // largest)
-
-    def _disk_error(self, error: OSError) -> DestinationError:
-        kind = SpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else DestinationError
-        return kind(
-            f"{self._folder.parent}: {error.strerror or error}; run the same again to go on, or with a "
-            "work_folder on another disk"
-        )
 
     def _one(self, shard: Shard, count: ProgressCount) -> _Finished:
         """Make a shard, check it, send it, note it on the draft, drop it."""
@@ -274,9 +288,10 @@ class _Job:
         try:
             outcome = self._make(shard, path, count)
             refuse_overflow(outcome.lost, self._plan, self._allow_overflow)
-            digests = self._check(shard, outcome) if self._verify else {}
-            finished = _Finished(digest_file(path), outcome.lost, digests)
-            self._send(shard.file, path, finished)
+            with _disk(self._base):
+                digests = self._check(shard, outcome) if self._verify else {}
+                finished = _Finished(digest_file(path), outcome.lost, digests)
+                self._send(shard.file, path, finished)
             count.add(shard.nbytes)
         finally:
             path.unlink(missing_ok=True)
@@ -284,12 +299,14 @@ class _Job:
 
     def _make(self, shard: Shard, path: Path, count: ProgressCount) -> Outcome:
         outcome = Outcome()
-        path.write_bytes(self._plan.header(shard))
-        os.truncate(path, shard.nbytes)
+        with _disk(self._base):
+            path.write_bytes(self._plan.header(shard))
+            os.truncate(path, shard.nbytes)
         for task in shard_tasks(shard, self._checkpoint.folder, str(path)):
             if self._stop.is_set():
                 raise Cancelled("stopped")
-            outcome += run_task(task)
+            with _disk(self._base):
+                outcome += run_task(task)
             count.add(task.nbytes)
         return outcome
 
@@ -335,13 +352,14 @@ class _Job:
     def publish(self) -> str:
         """Make the head show all of it, in one commit; then the draft is of no more use."""
         beside = self._folder / "beside"
-        beside.mkdir()
-        write_beside(self._checkpoint, self._plan, beside)
-        files = {
-            path.relative_to(beside).as_posix(): LocalFile.read(path, whole=True)
-            for path in beside.rglob("*")
-            if path.is_file()
-        }
+        with _disk(self._base):
+            beside.mkdir()
+            write_beside(self._checkpoint, self._plan, beside)
+            files = {
+                path.relative_to(beside).as_posix(): LocalFile.read(path, whole=True)
+                for path in beside.rglob("*")
+                if path.is_file()
+            }
         head, tree, shown = self._shown()
         shards = {shard.file: self.finished[shard.file].content for shard in self._plan.shards}
         story = replace(Story.of(self._plan.made), digests=self._digests())
@@ -352,11 +370,23 @@ class _Job:
         operations[CARD], contents[CARD] = CommitOperationAdd(CARD, card), digest_bytes(card)
         message = f"Reshard {self._checkpoint.source} into {plural(len(shards), 'file')}"
         sha = self._target.publish(head, tree, contents, operations, message)
-        self._target.drop(self.name)
+        with suppress(DestinationError):  # the head is whole, whatever becomes of drafts
+            self._target.drop(self.name)
+        with suppress(DestinationError):
+            self.notes += map(self._told, filter(_DRAFT.fullmatch, self._target.branches()))
         return sha
 
+    def _told(self, draft: str) -> str:
+        repo_id = self._target.repo_id
+        return (
+            f"{repo_id} still has the branch {draft}, the draft of a run that did not end: unless it goes "
+            f'on, remove it (HfApi().delete_branch("{repo_id}", branch="{draft}"))'
+        )
+
     def _digests(self) -> dict[str, str]:
-        return {n: d for finished in self.finished.values() for n, d in finished.digests.items()}
+        """Return the digests of all tensors; none where some were not verified."""
+        found = {n: d for finished in self.finished.values() for n, d in finished.digests.items()}
+        return found if len(found) == len(self._checkpoint.tensors) else {}
 
     def report(self, sha: str, reused: tuple[str, ...], moved: float, seconds: float) -> ShardReport:
         """Say what was done."""
@@ -390,7 +420,7 @@ class _Job:
             verification=verification if self._verify else None,
             copy_seconds=moved,
             seconds=seconds,
-            notes=(*checkpoint.notes, *plan.summary().notes),
+            notes=(*checkpoint.notes, *plan.summary().notes, *self.notes),
         )
 
 

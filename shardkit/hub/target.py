@@ -93,7 +93,7 @@ class Target:
     Raises
     ------
     DestinationError
-        If the name is no repository's, or there is no token to write with.
+        If the name is no repository's, there is no token to write with, or the Hub must not be asked.
     """
 
     def __init__(self, repo_id: str, token: str | None = None) -> None:
@@ -101,6 +101,10 @@ class Target:
             raise DestinationError(f"{repo_id[:200]!r} is not the name of a repository: give owner/name")
         self.repo_id = found[1]
         self.folder = f"hf://{self.repo_id}"
+        if constants.is_offline_mode():
+            raise DestinationError(
+                f"{self.folder}: the Hub must not be asked (HF_HUB_OFFLINE is set): unset it"
+            )
         self._token = find_token(token)
         if not self._token:
             raise DestinationError(
@@ -158,6 +162,10 @@ class Target:
                 self.api.delete_branch(self.repo_id, branch=branch)
 
         self.persist(delete)
+
+    def branches(self) -> list[str]:
+        """Return the names of all branches."""
+        return self.persist(lambda: [ref.name for ref in self.api.list_repo_refs(self.repo_id).branches])
 
     def files(self, sha: str) -> Tree:
         """Return all files of a commit."""
@@ -303,7 +311,7 @@ class Target:
                 raise DestinationError(f"{self.folder}: {_refused(status, error)}") from None
             reason, pause = f"the Hub answered with status {status}", pause_asked(error.response.headers)
         elif isinstance(error, ValueError):
-            raise DestinationError(f"{self.folder}: {error}") from None
+            raise DestinationError(f"{self.folder}: {' '.join(str(error).split())}") from None
         else:
             reason, pause = lost_connection(error), None
         try:
@@ -320,7 +328,11 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _refused(status: int, error: Any) -> str:
-    if status in (401, 403):
+    if status == 401:
+        return (
+            "the Hub does not accept the token: log in with `hf auth login`, or set HF_TOKEN, to a valid one"
+        )
+    if status == 403:
         return (
             "the token may not write there: give one with write access to it (`hf auth login`, HF_TOKEN), "
             "or another name"

@@ -273,14 +273,14 @@ def test_card_says_how_to_load_only_where_that_is_known(
     assert "AutoTokenizer" not in card, "it has none"
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a\\b", "a\x1b[2Jb", "a\u202eb"])
+@pytest.mark.parametrize("name", ["a\nb", "a\\b", "a\x1b[2Jb", "a\u202eb", ".git"])
 def test_name_that_nobody_could_open_again_is_refused(
     name: str, hub: LoopbackHub, model: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(model, tmp_path / "model")
     (folder / "図 é 1.txt").write_text("an ordinary name")
     (folder / name).write_text("x")
-    with pytest.raises(CheckpointError, match="rename it") as refused:
+    with pytest.raises(CheckpointError, match="rename or remove it") as refused:
         push_checkpoint(folder, REPO)
     assert f"{name!a}" in str(refused.value)
     assert hub.requests == []

@@ -112,7 +112,7 @@ def push_checkpoint(
         changed = {n: c for n, c in contents.items() if not is_same(tree.get(n), c)}
         added = _upload(target, checkpoint, files, changed, progress)
         added[CARD] = CommitOperationAdd(CARD, card)
-        _check_still(checkpoint, files)
+        _check_still(checkpoint, {name: file.state for name, file in files.items()})
         sha = target.publish(head, tree, contents, added, f"Push {plural(len(shards), 'weight file')}")
     return target.commit_url(sha)
 
@@ -144,9 +144,9 @@ def _open(folder: str) -> Checkpoint:
 def check_names(checkpoint: Checkpoint) -> None:
     """Refuse file names that nobody could open again once they are on the Hub."""
     for name in (*checkpoint.files, *checkpoint.side_files):
-        if not is_inside(name):
+        if not is_inside(name) or os.path.basename(name) == ".git":
             raise CheckpointError(
-                f"has a file {name!a}, a name with characters that are refused on the way back: rename it",
+                f"has a file {name!a}, a name that is refused there or on the way back: rename or remove it",
                 file=checkpoint.source,
             )
 
@@ -220,13 +220,13 @@ def _read(
 
     with run_all(read, paths) as results:
         files = dict(results)
-    _check_still(checkpoint, files)
+    _check_still(checkpoint, {name: file.state for name, file in files.items()} | checkpoint.seen)
     return files
 
 
-def _check_still(checkpoint: Checkpoint, files: Mapping[str, LocalFile]) -> None:
+def _check_still(checkpoint: Checkpoint, states: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse to go on with files that are no longer those that were opened and read."""
-    for name, state in ({name: file.state for name, file in files.items()} | checkpoint.seen).items():
+    for name, state in states.items():
         path = Path(checkpoint.path(name))
         try:
             is_still = file_state(path.stat()) == state
@@ -255,7 +255,7 @@ def _upload(
     given = {name: files[name].given for name in changed if name in files}
 
     def send(name: str) -> CommitOperationAdd:
-        _check_still(checkpoint, {name: files[name]})
+        _check_still(checkpoint, {name: files[name].state})
         return target.upload(name, checkpoint.path(name), changed[name])
 
     added = {name: CommitOperationAdd(name, data) for name, data in given.items() if isinstance(data, bytes)}

@@ -235,8 +235,12 @@ class _HubHandler(Handler):
             )
         repo_id = f"{owner}/{asked['name']}"
         private = asked.get("private", asked.get("visibility") == "private")
-        self.hub.store.create(repo_id, private=bool(private))
-        self.reply({"url": f"{self.hub.url}/{repo_id}"})
+        url = {"url": f"{self.hub.url}/{repo_id}"}
+        try:
+            self.hub.store.create(repo_id, private=bool(private))
+        except Refused as refused:
+            return self.reply({"error": str(refused), **url}, refused.status)
+        return self.reply(url)
 
     def auth_check(self, repo: str) -> None:
         self._repo(repo, content=True)

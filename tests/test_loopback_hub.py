@@ -56,6 +56,16 @@ def test_dropped_download_goes_on(hub: LoopbackHub, folder: Path, at: int) -> No
     assert Path(hf_hub_download("org/model", "model.safetensors")).read_bytes() == WEIGHTS
 
 
+def test_gitignore_drops_files_from_a_commit(hub: LoopbackHub, folder: Path) -> None:
+    (folder / ".gitignore").write_text("*.log\n")
+    hub.add_model("me/model", folder)
+    api = HfApi()
+    api.create_repo("me/model", exist_ok=True)
+    added = [CommitOperationAdd(name, b"a line") for name in ("train.log", "train.txt")]
+    api.create_commit("me/model", added, commit_message="two files")
+    assert hub.files("me/model").keys() & {"train.log", "train.txt"} == {"train.txt"}
+
+
 def test_commits_are_atomic_and_keep_their_history(hub: LoopbackHub, folder: Path) -> None:
     api = HfApi()
     api.create_repo("me/model", private=True)

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -917,6 +918,8 @@ def test_token_is_shown_to_the_hub_alone(
     ) as process:  # fmt: skip
         process.stdin.write(f"{SECRET if planted == 'argument' else ''}\n")
         process.stdin.flush()
+        while not Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            time.sleep(0.01)  # the process is there before its arguments are
         seen_by_ps = command_lines()
         output, _ = process.communicate()
     assert process.returncode == 0, output[-2000:]

@@ -154,6 +154,37 @@ class TestChoose:
         assert app.wait(PATIENCE)
         assert app.checkpoint.total_bytes > 5_000_000
 
+    def test_what_is_typed_while_another_opens_changes_nothing_of_it(self, demo, monkeypatch):
+        typed, real = threading.Event(), Checkpoint.open
+        monkeypatch.setattr(Checkpoint, "open", lambda source: typed.wait(PATIENCE) and real(source))
+        app = ShardApp(demo)
+        until(lambda: "Opening demo" in words(app))
+        control(app, "Checkpoint").value = "other/place"
+        typed.set()
+        assert app.wait(PATIENCE)
+        assert "demo is open" in words(app)
+        assert control(app, "Into the folder").value == "demo-sharded"
+        assert "demo'" in repr(app)
+
+    @pytest.mark.parametrize(
+        ("source", "folder"),
+        [
+            (".", "../demo-sharded"),
+            ("../demo/", "../demo-sharded"),
+            ("../demo/model.safetensors.index.json", "../demo-sharded"),
+            ("hf://org/name@main", "name-sharded"),
+        ],
+    )
+    def test_shards_go_beside_a_source(self, demo, monkeypatch, source, folder):
+        monkeypatch.chdir(demo)
+        if source.startswith("hf:"):
+            monkeypatch.setattr(Checkpoint, "open", lambda _: mistral_7b())
+        app = opened(source)
+        assert control(app, "Into the folder").value == folder
+        button(app, "Shard").click()
+        assert app.wait(PATIENCE)
+        assert (app.report is None) == source.startswith("hf:")
+
     @pytest.mark.parametrize("wrong", ["no/such/folder", "", "<b>x</b>", "a\x1b[31mb"])
     def test_wrong_name_is_said_in_place_and_a_right_one_works_after(self, demo, wrong):
         app = ShardApp()
@@ -455,6 +486,20 @@ class TestBatch:
         assert original.files == 2
         assert sharded.files == len(list(Path("out").glob("*.safetensors"))) > 2
         assert len(instant_loads) == 4
+
+    def test_what_was_set_in_the_page_stays(self, demo, instant_loads):
+        app = opened(demo, dtype="bfloat16")
+        size, folder, dtype = (
+            control(app, text) for text in ("Shard size up to", "Into the folder", "Load as")
+        )
+        assert dtype.value == "bfloat16"
+        size.index, folder.value, dtype.value = 1, "own", "float32"
+        control(app, "Strategy").value = "balanced"
+        button(app, "Open").click()
+        app.run_all()
+        assert (app.plan.max_shard_size, size.index) == (size.value, 1)
+        assert app.report.destination.endswith("/own")
+        assert {how["dtype"] for how in instant_loads} == {"float32"}
 
     def test_failing_step_raises(self, demo, instant_loads):
         Path("out").mkdir()

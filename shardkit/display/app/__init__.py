@@ -88,7 +88,7 @@ class ShardApp:
         self._shard = Shard(os.fspath(destination or ""), overwrite)
         self._compare = Compare(repeats, cache, first_token, limit)
         self._steps = (self._choose, self._plan, self._shard, self._compare)
-        self._named = bool(destination)
+        self._named = ""
         self._worker, self._working = Worker(), None
         self.widget = widgets.VBox([widgets.HTML(page.stylesheet()), *(step.box for step in self._steps)])
         self.widget.add_class("sk-app")
@@ -137,6 +137,8 @@ class ShardApp:
         """
         for step in self._steps:
             self.wait()
+            if step is self._choose and self._choose.is_open:
+                continue
             Worker.until_free(_PATIENCE_SECONDS)  # another app may just be opening its source
             if not self._begin(step):
                 raise ShardkitError(step.missing or _BUSY)
@@ -152,13 +154,14 @@ class ShardApp:
         display(self.widget)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
-        source = self._choose.source.value
+        source = self.checkpoint.source if self.checkpoint else self._choose.source.value
         return f"ShardApp({source!r}): choose, plan, shard and compare, in a notebook"
 
     def _connect(self) -> None:
         for step in (self._choose, self._shard, self._compare):
             step.start.on_click(partial(self._clicked, step))
         self._plan.changed = self._planned
+        widgets.dlink((self._plan.dtype, "value"), (self._compare.dtype, "value"))
         self._shard.destination.observe(lambda _: self._refresh(), "value")
         self._choose.opened = self._opened
         # Enter opens what was typed; a suggestion is only a suggestion until it is opened.
@@ -193,16 +196,15 @@ class ShardApp:
     def _opened(self) -> None:
         checkpoint = self._choose.checkpoint
         self._shard.source = self._compare.original = checkpoint.source if checkpoint else ""
-        if checkpoint is not None and not self._named:
-            self._shard.destination.value = f"{self._choose.name}-sharded"
+        if checkpoint is not None and self._shard.destination.value.strip() in ("", self._named):
+            self._named = self._choose.beside
+            self._shard.destination.value = self._named
         self._compare.clear()
         self._shard.clear()
         self._plan.open(checkpoint)
 
     def _planned(self) -> None:
         self._shard.plan = self._plan.plan
-        if self._plan.plan is not None:
-            self._compare.dtype.value = self._plan.plan.dtype or ""
         self._choose.tell(self._plan.plan)
         self._refresh()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -63,7 +64,7 @@ class Choose(Step):
         )
         self.entered: Callable[[], object] = lambda: None
         self.opened: Callable[[], object] = lambda: None
-        self._taking = False
+        self._taking, self._asked = False, ""
         self.suggestion.observe(self._take_suggestion, "value")
         self.source.observe(self._typed, "value")
         self.controls = [self.suggestion]  # the text keeps its focus while what was entered is opened
@@ -84,10 +85,10 @@ class Choose(Step):
 
     def run(self) -> None:
         """Open the checkpoint; a demo is made first."""
+        self._asked = source = self.source.value.strip()  # it may change meanwhile
         self.checkpoint = None
         self._clear()
         self.opened()
-        source = self.source.value.strip()
         if not source:
             raise ShardkitError("nothing is chosen: take a suggestion, or give a folder, a file or a Hub id")
         if size := _DEMOS.get(source):
@@ -97,7 +98,7 @@ class Choose(Step):
             self.say(page.status(f"Opening {source} …"))
             self.checkpoint = Checkpoint.open(source)
         self.opened()
-        self.say(page.done("Go on with the plan."))
+        self.say(page.done(f"{source} is open. Go on with the plan."))
 
     def tell(self, plan: ShardPlan | None) -> None:
         """Show what the checkpoint holds, and where it fits as it is and sharded as planned."""
@@ -109,10 +110,18 @@ class Choose(Step):
         self._held.value = page.region(_HELD, "What it holds, and where it fits, is shown here.", name="held")
 
     @property
-    def name(self) -> str:
-        """What the checkpoint is called: the last part of its path or id."""
-        source = str(self.source.value).strip()
-        return os.path.basename(source.rstrip("/\\")).removesuffix(".safetensors")
+    def is_open(self) -> bool:
+        """Whether what the text says was opened."""
+        return bool(self.checkpoint) and self.error is None and self._asked == self.source.value.strip()
+
+    @property
+    def beside(self) -> str:
+        """Where the shards of what is open go if nobody says: into this folder, but not into the source."""
+        if self.checkpoint is None or not os.path.exists(os.path.expanduser(self._asked)):  # of the Hub
+            return os.path.basename(self._asked.partition("@")[0].rstrip("/")) + "-sharded"
+        beside = os.path.realpath(self.checkpoint.folder) + "-sharded"
+        within = Path.cwd().is_relative_to(beside.removesuffix("-sharded"))
+        return os.path.relpath(beside) if within else os.path.basename(beside)
 
 
 def _fits(checkpoint: Checkpoint, plan: ShardPlan | None) -> Summary:

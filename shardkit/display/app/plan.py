@@ -48,7 +48,7 @@ class Plan(Step):
         self.plan: ShardPlan | None = None
         self._checkpoint: Checkpoint | None = None
         self.changed: Callable[[], None] = lambda: None
-        self._asked, self._filling = max_shard_size, False
+        self._asked, self._source, self._filling = max_shard_size, "", False
         self.size = field(widgets.SelectionSlider, "Shard size up to", options=[("-", 0)])
         self.strategy = field(widgets.Dropdown, "Strategy", options=STRATEGIES, value=strategy)
         dtypes = [("as it is stored (bytes are copied)", ""), *((name, name) for name in CAST_DTYPES)]
@@ -66,11 +66,13 @@ class Plan(Step):
         self._checkpoint = checkpoint
         if checkpoint is not None:
             sizes = shard_sizes(checkpoint.total_bytes, self._asked)
+            kept = self.size.value if checkpoint.source == self._source else None
+            self._source = checkpoint.source
             self._filling = True
             self.size.options = [(format_size(size), size) for size in sizes]
             largest = checkpoint.largest.nbytes if checkpoint.largest else 0
             usual = self._asked or max(checkpoint.total_bytes // _USUAL_FILES, largest + largest // 100)
-            self.size.value = next(size for size in sizes if size >= usual)
+            self.size.value = kept if kept in sizes else next(size for size in sizes if size >= usual)
             self._filling = False
         self.attempt()
 

@@ -100,7 +100,7 @@ def everything(widget):
 def html(app):
     """All that the app says, without its styles."""
     said = "".join(w.value for w in everything(app.widget) if w._view_name == "HTMLView")
-    return re.sub(r"<style>.*?</style>", "", said, flags=re.DOTALL)
+    return re.sub(r"<style.*?</style>", "", said, flags=re.DOTALL)
 
 
 def words(app):
@@ -228,8 +228,25 @@ class TestChoose:
         control(app, "Checkpoint").value = "no/such/folder"
         assert app.wait(PATIENCE)
         assert (app.checkpoint, app.plan, app.report, app.comparison) == (None,) * 4
-        assert "ABBA" not in words(app)
+        assert not any(left in html(app) for left in ("ABBA", "download=", "sk-done"))
+        assert not any(step._bar.value or step._bar.bar_style for step in (app._shard, app._compare))
         assert not works(button(app, "Compare"))
+        button(app, "Compare").click()
+        assert "nothing to compare" in alerts(app)[1]
+        control(app, "Checkpoint").value = demo
+        assert app.wait(PATIENCE)
+        assert not alerts(app)
+
+    def test_new_shards_forget_the_comparison_of_the_old(self, demo, instant_loads):
+        app = opened(demo, repeats=1, overwrite=True)
+        app.run_all()
+        assert instant_loads
+        assert "download=" in html(app)
+        button(app, "Shard").click()
+        assert app.wait(PATIENCE)
+        assert app.comparison is None
+        assert not any(left in html(app) for left in ("ABBA", "download="))
+        assert app._compare._message.value == ""
 
 
 class TestPlan:

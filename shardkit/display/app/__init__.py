@@ -163,7 +163,7 @@ class ShardApp:
         self._plan.changed = self._planned
         widgets.dlink((self._plan.dtype, "value"), (self._compare.dtype, "value"))
         self._shard.destination.observe(lambda _: self._refresh(), "value")
-        self._choose.opened = self._opened
+        self._choose.opened, self._shard.written = self._opened, self._compare.clear
         # Enter opens what was typed; a suggestion is only a suggestion until it is opened.
         self._choose.entered = partial(self._begin, self._choose)
 

@@ -80,6 +80,7 @@ class Compare(Step):
 
     def clear(self) -> None:
         """Forget what was found."""
+        super().clear()
         self.comparison = None
         self._verdict.value = page.region("verdict", _NO_VERDICT, name="verdict")
         self._downloads.value = page.links()

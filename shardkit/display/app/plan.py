@@ -106,7 +106,6 @@ class Plan(Step):
         except ShardkitError:
             self._clear()
             raise
-        self.say("")
         self._map.value = page.region(
             "layout of the files", page.layout_map(self._checkpoint, self.plan), name="layout"
         )

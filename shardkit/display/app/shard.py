@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as widgets
@@ -39,6 +40,7 @@ class Shard(Step):
         )
         self.source, self.plan = "", None
         self.report: ShardReport | None = None
+        self.written: Callable[[], None] = lambda: None
         self.destination = field(widgets.Text, "Into the folder", value=destination, continuous_update=False)
         self.overwrite = field(widgets.Checkbox, "Replace a checkpoint that is there", value=overwrite)
         self.controls = [self.destination, self.overwrite]
@@ -56,8 +58,8 @@ class Shard(Step):
 
     def clear(self) -> None:
         """Forget what was written."""
+        super().clear()
         self.report = None
-        self.say("")
         self.look()
 
     def look(self, _: Any = None) -> None:
@@ -87,6 +89,7 @@ class Shard(Step):
             overwrite=self.overwrite.value,
             progress=ByteProgress(self, self._bar, _WORDS),
         )
+        self.written()
         self.say(_told(self.report))
 
     def in_words(self, error: Exception) -> str:

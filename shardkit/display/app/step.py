@@ -66,9 +66,14 @@ class Step:
         """What has to be done first; empty if nothing."""
         return ""
 
+    def clear(self) -> None:
+        """Forget how the last attempt ended."""
+        self.error, self._bar.value, self._bar.bar_style = None, 0.0, ""
+        self.say("")
+
     def attempt(self) -> None:
         """Do the step's job and show how it ended."""
-        self.error, self._bar.value, self._bar.bar_style = None, 0.0, ""
+        Step.clear(self)
         try:
             self.run()
         except Exception as error:

@@ -421,6 +421,9 @@ class TestShard:
         second._shard.cancel.click()
         assert first.wait(PATIENCE)
         assert "Stopped as asked" in words(first)
+        assert not alerts(second)
+        assert second._shard.cancel.description == "Cancel"
+        assert not works(second._shard.cancel)
         button(second, "Shard").click()
         assert second.wait(PATIENCE)
         assert second.report

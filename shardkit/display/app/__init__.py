@@ -174,19 +174,20 @@ class ShardApp:
         """Start a step's job, or say why not; a second click on a step that works is overlooked."""
         if self._working is not None:
             if self._working is not step:
-                step.say(page.status("Not now: another step is at work. Wait for it, or cancel it."))
+                step.refuse(page.status("Not now: another step is at work. Wait for it, or cancel it."))
             return False
         if step.missing:
-            step.say(page.error(step.missing))
+            step.refuse(page.error(step.missing))
             return False
         self._working = step
         self._refresh()
         if self._worker.start(step.attempt, self._ended):
             return True
         self._ended()
-        step.say(page.error(_BUSY))
+        step.refuse(page.error(_BUSY))
         for other in self._steps:
             other.let_cancel(True)
+        Worker.when_free(self._refresh)
         return False
 
     def _ended(self) -> None:

@@ -46,7 +46,7 @@ class Step:
         self.start = widgets.Button(description=button, button_style="primary", layout={"width": "11rem"})
         self.cancel = widgets.Button(description="Cancel", layout={"width": "9rem"})
         self.cancel.on_click(self._cancel)
-        self._may_cancel = False
+        self._may_cancel, self._refusal = False, ""
         self._bar = widgets.FloatProgress(max=1.0, layout=_WIDE)
         self._heading, self._message = widgets.HTML(page.heading(number, title, hint)), widgets.HTML()
         self._message.add_class("sk-message")
@@ -90,8 +90,15 @@ class Step:
         """Show a line of HTML under the buttons."""
         self._message.value = html
 
+    def refuse(self, html: str) -> None:
+        """Say why not now; it goes as soon as anything changes."""
+        self._refusal = html
+        self.say(html)
+
     def show(self, *, working: bool, busy: bool) -> None:
         """Let the buttons and controls say what can be done now."""
+        if self._message.value == self._refusal:
+            self.say("")
         self.start.description = self._working if working else self._button
         _dim(self.start, busy or bool(self.missing))
         self.let_cancel(working)
@@ -106,9 +113,9 @@ class Step:
 
     def _cancel(self, _: Any) -> None:
         if self._may_cancel:
-            Worker.stop()
             self.let_cancel(False)
             self.cancel.description = "Stopping…"
+            Worker.stop()
 
 
 def _dim(button: Any, dim: bool) -> None:

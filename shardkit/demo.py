@@ -256,7 +256,6 @@ def _existing_demo(target: Path, weights: Sequence[_File], made_by: dict[str, An
         raise DestinationError(f"{target}: is a file: give a folder that is absent or empty")
     if not any(target.iterdir()):
         return None
-    recorded = None
     with suppress(CheckpointError):
         found = Checkpoint.open(target)
         recorded = (found.config or {}).get("shardkit_demo")
@@ -267,8 +266,7 @@ def _existing_demo(target: Path, weights: Sequence[_File], made_by: dict[str, An
         if (recorded, held, found.total_bytes) == (made_by, planned, total):
             return found
     raise DestinationError(
-        f"{target}: is not an empty folder, nor the demo asked for ({made_by}; found {recorded}): "
-        "give another folder"
+        f"{target}: is not an empty folder, nor the demo asked for: give another folder, or remove this one"
     )
 
 

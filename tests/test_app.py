@@ -300,7 +300,11 @@ class TestPlan:
         app = opened("q")
         assert works(button(app, "Shard"))
         control(app, "Write as").value = "float16"
-        assert "quantised" in alerts(app)[0]
+        button(app, "Shard").click()
+        refused, missing = alerts(app)
+        assert "quantised" in refused
+        assert "&quot;as it is stored&quot;" in refused
+        assert "cannot be made (step 2)" in missing
         assert not works(button(app, "Shard"))
         control(app, "Write as").value = ""
         assert not alerts(app)
@@ -407,6 +411,7 @@ class TestShard:
             button(app, "Shard").click()
             assert app.wait(PATIENCE)
         assert "already exists" in alerts(app)[0]
+        assert "tick &quot;Replace a checkpoint" in alerts(app)[0]
         control(app, "Replace a checkpoint that is there").value = True
         button(app, "Shard").click()
         assert app.wait(PATIENCE)
@@ -448,6 +453,13 @@ class TestCompare:
         assert shardkit.Comparison.load("saved.json") == comparison
         assert held["comparison.png"].startswith(b"\x89PNG")
         assert b"<html" in held["comparison.html"]
+
+    def test_another_model_is_refused_in_words_of_the_app(self, demo):
+        shardkit.make_demo_checkpoint("other", size="5MB")
+        app = opened(demo, destination="other")
+        button(app, "Compare").click()
+        assert app.wait(PATIENCE)
+        assert "shard this one into another folder" in alerts(app)[0]
 
     def test_picture_has_words_that_stand_for_it(self, demo, instant_loads):
         app = opened(demo, repeats=1)

@@ -54,7 +54,10 @@ class Shard(Step):
     @property
     def missing(self) -> str:
         """What has to be done before: a plan."""
-        return "" if self.plan is not None else "there is no plan to carry out: open a checkpoint (step 1)"
+        if self.plan is not None:
+            return ""
+        why = "it cannot be made (step 2)" if self.source else "open a checkpoint (step 1)"
+        return f"there is no plan to carry out: {why}"
 
     def clear(self) -> None:
         """Forget what was written."""

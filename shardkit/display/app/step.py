@@ -16,6 +16,14 @@ from shardkit.sizes import format_size
 
 _SHOW_EVERY_SECONDS = 0.15  # a page that is told more often than that falls behind
 _RATE_OVER_SECONDS = 5.0
+# Messages name what to write in Python or a shell; the app has controls for it.
+_IN_THE_APP = {
+    "replace it (overwrite=True, --overwrite)": 'tick "Replace a checkpoint that is there"',
+    "leave out dtype": 'set "Write as" to "as it is stored" (step 2)',
+    "let it be (allow_overflow=True, --allow-overflow)": '"as it is stored" (step 2)',
+    "lower max_shard_size": "take a smaller shard size (step 2)",
+    "same_model=False compares them all the same": "shard this one into another folder (step 3)",
+}
 _WIDE = {"width": "100%", "max_width": "46rem", "margin": "2px 0"}
 
 
@@ -84,7 +92,10 @@ class Step:
 
     def in_words(self, error: Exception) -> str:
         """Return what the page says of an error."""
-        return page.error(plain_words(error))
+        told = plain_words(error)
+        for words, here in _IN_THE_APP.items():
+            told = told.replace(words, here)
+        return page.error(told)
 
     def say(self, html: str) -> None:
         """Show a line of HTML under the buttons."""

@@ -417,6 +417,20 @@ class TestShard:
         assert app.wait(PATIENCE)
         assert not alerts(app)
 
+    @pytest.mark.parametrize("wrong", ["a\0b", "a\ud800"])
+    def test_folder_that_cannot_be_is_said_in_place(self, demo, wrong):
+        app = opened(demo)
+        folder = control(app, "Into the folder")
+        folder.value = wrong
+        assert "no folder can be called that" in alerts(app)[0]
+        button(app, "Shard").click()
+        assert app.wait(PATIENCE)
+        assert "no folder can be called that" in alerts(app)[0]
+        folder.value = "right"
+        button(app, "Shard").click()
+        assert app.wait(PATIENCE)
+        assert not alerts(app)
+
     def test_second_app_waits_its_turn_and_can_stop_the_first(self, demo, slow_disk):
         first, second = opened(demo, max_shard_size="500KB"), opened(demo, destination="other")
         button(first, "Shard").click()
@@ -550,7 +564,8 @@ class TestBatch:
             ({"strategy": "best"}, ShardkitError),
             ({"dtype": "int3"}, ShardkitError),
             ({"cache": "hot"}, ShardkitError),
-            ({"repeats": 0}, ShardkitError),
+            *(({"repeats": wrong}, ShardkitError) for wrong in (0, "3", None, 2.5, True)),
+            *(({name: 5}, ShardkitError) for name in ("source", "destination", "overwrite", "first_token")),
             ({"unknown": 1}, TypeError),
         ],
     )

@@ -79,14 +79,16 @@ class ShardApp:
         _check("strategy", strategy, get_args(Strategy))
         _check("dtype", dtype, (None, *CAST_DTYPES))
         _check("cache", cache, ("cold", "warm"))
-        if repeats < 1:
-            raise ShardkitError(f"repeats is {repeats}: give a number of pairs, 1 or more")
+        _check("overwrite", overwrite, (True, False))
+        _check("first_token", first_token, (True, False))
+        if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
+            raise ShardkitError(f"repeats is {repeats!r}: give a number of pairs, 1 or more")
         limit = None if memory_limit is None else parse_size(memory_limit)
         size = None if max_shard_size is None else parse_size(max_shard_size)
-        self._choose = Choose(os.fspath(source or ""))
+        self._choose = Choose(_path("source", source))
         self._plan = Plan(size, strategy, dtype)
-        self._shard = Shard(os.fspath(destination or ""), overwrite)
-        self._compare = Compare(repeats, cache, first_token, limit)
+        self._shard = Shard(_path("destination", destination), bool(overwrite))
+        self._compare = Compare(repeats, cache, bool(first_token), limit)
         self._steps = (self._choose, self._plan, self._shard, self._compare)
         self._named = ""
         self._worker, self._working = Worker(), None
@@ -163,6 +165,7 @@ class ShardApp:
         self._plan.changed = self._planned
         widgets.dlink((self._plan.dtype, "value"), (self._compare.dtype, "value"))
         self._shard.destination.observe(lambda _: self._refresh(), "value")
+        self._shard.destination.observe(self._shard.look, "value")  # after what takes old refusals away
         self._choose.opened, self._shard.written = self._opened, self._compare.clear
         # Enter opens what was typed; a suggestion is only a suggestion until it is opened.
         self._choose.entered = partial(self._begin, self._choose)
@@ -214,6 +217,13 @@ class ShardApp:
         self._compare.sharded = self._shard.destination.value.strip()
         for step in self._steps:
             step.show(working=step is self._working, busy=self._working is not None)
+
+
+def _path(setting: str, value: str | os.PathLike[str] | None) -> str:
+    try:
+        return "" if value is None else os.fsdecode(value)
+    except TypeError:
+        raise ShardkitError(f"{setting} is {value!r}: give a path") from None
 
 
 def _check(setting: str, value: object, known: tuple[object, ...]) -> None:

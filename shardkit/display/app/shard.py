@@ -10,7 +10,7 @@ import ipywidgets as widgets
 from shardkit.destination import leftovers
 from shardkit.display.app import page
 from shardkit.display.app.step import ByteProgress, Step, field
-from shardkit.errors import Cancelled, ShardkitError
+from shardkit.errors import Cancelled, DestinationError, ShardkitError
 from shardkit.plan import ShardPlan
 from shardkit.record import plural, shown_path
 from shardkit.write import ShardReport, shard_checkpoint
@@ -44,7 +44,6 @@ class Shard(Step):
         self.destination = field(widgets.Text, "Into the folder", value=destination, continuous_update=False)
         self.overwrite = field(widgets.Checkbox, "Replace a checkpoint that is there", value=overwrite)
         self.controls = [self.destination, self.overwrite]
-        self.destination.observe(self.look, "value")
         self.box.add_class("sk-runs")
         buttons = widgets.HBox([self.start, self.cancel])
         self.place(self.destination, self.overwrite, buttons, self._bar, self._message)
@@ -66,14 +65,21 @@ class Shard(Step):
         self.look()
 
     def look(self, _: Any = None) -> None:
-        """Say so where an earlier run was interrupted."""
-        if self.unfinished:
-            self.say(page.status(f"A run was interrupted here. With the same plan, {_GOES_ON}."))
+        """Say so where an earlier run was interrupted, or no folder can be."""
+        try:
+            if self.unfinished:
+                self.say(page.status(f"A run was interrupted here. With the same plan, {_GOES_ON}."))
+        except DestinationError as error:
+            self.refuse(self.in_words(error))
 
     @property
     def unfinished(self) -> bool:
         """Whether an interrupted run has left something beside the destination."""
-        return bool(leftovers(self.destination.value.strip()))
+        destination = self.destination.value.strip()
+        try:
+            return bool(leftovers(destination))
+        except ValueError:  # of a NUL, or half a character
+            raise DestinationError(f"{destination!r}: no folder can be called that") from None
 
     def run(self) -> None:
         """Write, verify, publish."""

@@ -77,7 +77,7 @@ class Step:
     def clear(self) -> None:
         """Forget how the last attempt ended."""
         self.error, self._bar.value, self._bar.bar_style = None, 0.0, ""
-        self.say("")
+        self.refuse("")
 
     def attempt(self) -> None:
         """Do the step's job and show how it ended."""

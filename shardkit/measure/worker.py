@@ -141,9 +141,12 @@ class Load:
                 self.load_tokenizer()
         ids = self.prompt_ids()
         with self.reporter.phase("load"):
-            self.model = self.loader.from_pretrained(self.folder, **self.options())
+            loaded = self.loader.from_pretrained(self.folder, **self.options())
             self.synchronize()
+        # A model's own code may have no ear for the wish to be told.
+        self.model, told = loaded if isinstance(loaded, tuple) else (loaded, {})
         self.reporter.send("model", name=type(self.model).__name__)
+        self.say_what_did_not_fit(told)
         if self.job["generate"]:
             self.reporter.send("tokens", ids=self.tokens(ids))
         if self.on_device:
@@ -209,14 +212,26 @@ class Load:
         return {name: options[name] for name in CODE_OPTIONS if name in options}
 
     def options(self) -> dict[str, Any]:
-        """Return what `from_pretrained` is given: only what was asked for, under its version's name."""
-        options: dict[str, Any] = dict(self.job["options"])
+        """Return what `from_pretrained` is given: what was asked for, in its version's words, and to tell."""
+        options: dict[str, Any] = {**self.job["options"], "output_loading_info": True}
         if self.job["dtype"] is not None:
             name = "dtype" if int(self.transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
             options[name] = getattr(self.torch, self.job["dtype"], self.job["dtype"])
         if self.on_device:
             options["device_map"] = self.job["device"]
         return options
+
+    def say_what_did_not_fit(self, told: dict[str, Any]) -> None:
+        """Note tensors that the files lack, or hold in vain: transformers takes that for no failure."""
+        for kind, words in (
+            ("missing_keys", "not in the files, so initialised at random: {} of the model's {} tensors"),
+            ("mismatched_keys", "of another shape, so initialised at random: {} of the model's {} tensors"),
+            ("unexpected_keys", "not in the model, so not loaded: {} of the files' tensors"),
+        ):
+            # Of one that does not match, its shapes are told behind the name.
+            if names := sorted(key if isinstance(key, str) else key[0] for key in told.get(kind) or ()):
+                count = words.format(len(names), len(self.model.state_dict()))
+                self.reporter.send("note", text=f"{count}, such as {names[0][:200]}")
 
     def synchronize(self) -> None:
         """Wait for the device, which works behind the clock's back."""

@@ -1,4 +1,4 @@
-"""Parameters of an unattended notebook, held against what it knows and can use before any work begins.
+"""Unattended notebooks: their parameters, checked before any work begins, and what many of them found.
 
 Papermill only warns of a name that the notebook does not know, and runs on with the default.
 """
@@ -9,14 +9,18 @@ import ast
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import ShardkitError
+from shardkit.measure.comparison import Comparison, merge_comparisons
 from shardkit.plan import Strategy
-from shardkit.record import listed, plural
+from shardkit.record import listed, plural, printable
 from shardkit.sizes import parse_size
 from shardkit.tensor import CAST_DTYPES
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _INJECTED = "# Parameters"  # how papermill begins the cell that it writes
 
@@ -109,3 +113,22 @@ _RULES: dict[str, Callable[[Any], object]] = {
     "output_folder": _is_text,
     "results": _is_folder,
 }
+
+
+def read_results(folder: str) -> tuple[dict[str, Comparison], pd.DataFrame]:
+    """Return every comparison below a folder by its file's name, and their runs, a row each.
+
+    Warm-ups are left out, unless an arm has nothing else.
+
+    Raises
+    ------
+    MeasurementError
+        If there is none, or one cannot be read.
+    """
+    files = {str(path): path for path in sorted(Path(folder).rglob("*comparison.json"))}
+    runs = merge_comparisons(files)
+    names = {file: printable(str(path.relative_to(folder))) for file, path in files.items()}
+    runs.insert(0, "result", runs["file"].map(names))
+    counted = runs.groupby(["file", "arm"])["pair"].transform("count")
+    found = {name: Comparison.load(file) for file, name in names.items()}
+    return found, runs[runs["pair"].notna() | (counted == 0)]

@@ -399,6 +399,19 @@ class TestExperiment:
         assert "prefetched against sharded, load time: 4x faster" in found.verdict
         assert "the original does not load" in found.verdict
         assert found.summary().tables[0].columns[:3] == ("median", "sharded", "prefetched")
+        assert list(found.findings()) == ["original against sharded", "prefetched against sharded"]
+        assert found.findings()["prefetched against sharded"]["load time"].startswith("4x faster")
+        assert "does not load (killed" in found.findings()["original against sharded"]["load time"]
+
+    def test_what_both_load_and_neither_told_is_not_measured(self):
+        base = fake_comparison()
+        samples = tuple(
+            Sample(s.arm, s.pair, replace(s.measurement, phases=s.measurement.phases[:2]))
+            for s in base.samples
+        )
+        told = fake_comparison(samples=samples).findings()["sharded"]
+        assert told["time to first token"] == "not measured"
+        assert told["load time"] == base.findings()["sharded"]["load time"]
 
     @pytest.mark.parametrize("wrong", [{"repeats": 0}, {"margin": 0}, {"margin": math.inf}, {"cache": "hot"}])
     def test_wrong_numbers_are_refused(self, arms, wrong):

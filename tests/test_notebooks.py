@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -16,7 +17,8 @@ from papermill import inspect_notebook
 
 from shardkit import Comparison
 from shardkit.batch import ParameterError, check_parameters
-from tests.fake_loads import fake_comparison
+from shardkit.measure.comparison import SHARDED, Sample
+from tests.fake_loads import ARMS, fake_arm, fake_comparison, fake_load
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
@@ -89,6 +91,35 @@ def test_batch_report_merges_what_lies_below_a_folder(tmp_path):
     shown = json.dumps(nbformat.read(tmp_path / "out.ipynb", as_version=4))
     assert "no difference within" in shown
     assert "2x faster" in shown
+
+
+@pytest.mark.parametrize("below", ["", "nothing loads"])
+def test_batch_report_shows_what_does_not_load_or_was_not_measured(below, tmp_path):
+    hostile = "<img src=x onerror=alert(1)>$x_"
+    killed = tuple(Sample(arm, None, fake_load(outcome="killed")) for arm in ARMS)
+    whole = fake_comparison()
+    sharded = tuple(sample for sample in whole.samples if sample.arm == SHARDED)
+    third = {"arms": (*whole.arms, fake_arm("mine", "F16"))}
+    for name, found in {
+        "nothing loads": fake_comparison(samples=(), warm_ups=killed),
+        "original killed": fake_comparison(samples=sharded, warm_ups=killed[:1]),
+        hostile: replace(
+            whole, samples=(*whole.samples, *(replace(sample, arm="mine") for sample in sharded)), **third
+        ),
+    }.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        found.save(tmp_path / "runs" / name / "comparison.json")
+    done = papermill(REPORT, tmp_path, results=tmp_path / "runs" / below, output_folder="made/here")
+    assert done.returncode == 0, done.stderr
+    cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    data = [output.data for cell in cells for output in cell.get("outputs", ()) if "data" in output]
+    run, found, _, picture = data
+    assert "killed" in run["text/html"]
+    assert "the original does not load (killed: by SIGKILL during load)" in found["text/html"]
+    assert "image/png" in picture
+    assert not [shown for shown in data if hostile in shown.get("text/html", "")]
+    medians = pd.read_csv(tmp_path / "made/here/medians.csv")
+    assert list(medians["arm"]) == ([] if below else ["original", "sharded", "mine", "sharded"])
 
 
 @pytest.mark.parametrize(

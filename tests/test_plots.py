@@ -3,6 +3,7 @@
 from io import BytesIO
 
 import matplotlib as mpl
+import pandas as pd
 import pytest
 
 mpl.use("Agg")
@@ -12,11 +13,13 @@ from matplotlib.collections import PathCollection
 
 from shardkit import plan_shards
 from shardkit.display.plots import (
+    GREEN,
     comparison_png,
     describe_memory,
     kind_of,
     plot_bars,
     plot_comparison,
+    plot_medians,
     plot_memory,
     plot_shards,
 )
@@ -202,3 +205,23 @@ def test_three_arms_fit_into_the_picture():
     times, *_ = plot_comparison(found)
     assert len(times.patches) == 3 * 2
     assert len({bar.get_hatch() or "" for bar in times.patches}) == 3
+
+
+@pytest.mark.parametrize("count", [1, 700])
+def test_medians_of_many_results_have_a_bar_for_each_arm_in_its_colour(count):
+    names = [(f"$run_{number}", arm) for number in range(count) for arm in (*ARMS, "mine")]
+    index = pd.MultiIndex.from_tuples(names[1:], names=["result", "arm"])  # one original does not load
+    medians = pd.DataFrame(
+        {"load (s)": range(1, len(names)), "peak (GB)": [None, *range(2, len(names))]}, index
+    )
+    figure = plot_medians(medians, [*ARMS, "mine"])
+    assert [len(axes.patches) for axes in figure.axes] == [len(names) - 1, len(names) - 2]
+    assert figure.axes[0].patches[-1].get_facecolor()[:3] == pytest.approx(mpl.colors.to_rgb(GREEN))
+    assert figure.get_figheight() * 300 < 2**16
+    figure.draw_without_rendering()
+
+
+def test_no_medians_are_said_rather_than_drawn():
+    index = pd.MultiIndex.from_tuples([], names=["result", "arm"])
+    axes, _ = plot_medians(pd.DataFrame({"load (s)": [], "peak (GB)": []}, index), ARMS).axes
+    assert "nothing was measured" in [text.get_text() for text in texts(axes)]

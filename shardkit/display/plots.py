@@ -26,6 +26,7 @@ from shardkit.record import plural
 from shardkit.sizes import format_size
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -35,6 +36,7 @@ _HATCHES = ("", "///", "...", "xx")
 _TIMES = ("load_wall_seconds", "time_to_first_token_seconds")
 _PEAKS = ("peak_anonymous_bytes", "peak_total_bytes")
 _GROUP_WIDTH = 0.88  # of all arms' bars for one quantity
+_TALLEST_INCHES = 200  # matplotlib draws no more than 65,535 pixels
 _LEAD_SECONDS = 0.2
 _PROFILER_MARKS = 24
 _PAGE: dict[str, Any] = {"figsize": (8, 7), "layout": "constrained", "facecolor": "white"}
@@ -251,6 +253,40 @@ def plot_comparison(
         except (OSError, ValueError) as error:
             raise MeasurementError(f"{path}: the picture cannot be written: {error}") from error
     return axes
+
+
+def plot_medians(medians: pd.DataFrame, arms: Sequence[str]) -> Figure:
+    """Draw the medians of many results: axes for each column, a bar for each arm of each result.
+
+    Parameters
+    ----------
+    medians
+        Indexed by result and arm; the columns' names say their units.
+    arms
+        All that there are, in the order of their colours.
+    """
+    results, step = list(medians.index.unique(0)), _GROUP_WIDTH / len(arms)
+    size = (11, min(1.3 + 0.7 * len(results), _TALLEST_INCHES))
+    with _white() as plt:
+        figure: Figure = plt.figure(figsize=size, layout="constrained")
+        axes = figure.subplots(1, medians.shape[1], sharey=True)
+    for ax, column in zip(axes, medians.columns, strict=True):
+        ax.set_title(column, fontsize=11)
+        values = medians[column].dropna()
+        for number, arm in enumerate(arms):
+            told = values[values.index.get_level_values(1) == arm]
+            middle = (number - (len(arms) - 1) / 2) * step
+            places = [results.index(result) + middle for result in told.index.get_level_values(0)]
+            look = {"color": _COLORS[number % 4], "hatch": _HATCHES[number % 4], "edgecolor": "black"}
+            ax.barh(places, told, step, label=None if told.empty else _plain(arm), **look)
+    axes[0].set_yticks(range(len(results)), map(_plain, results))
+    axes[0].invert_yaxis()
+    if results:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    else:
+        axes[0].text(0.5, 0.5, "nothing was measured", transform=axes[0].transAxes, ha="center")
+    return figure
 
 
 def comparison_png(comparison: Comparison) -> bytes:

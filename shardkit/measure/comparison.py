@@ -244,12 +244,31 @@ class Comparison(Record):
         if words:
             words += [f"the {arm} one does" for arm in self.names if self.measurements(arm)]
         words += self._partial_failures()
-        against = "" if self.reference == ORIGINAL else f" against {self.reference}"
         for name in self.names:
             ratios = self.ratios_of(name)
             told = [f"{QUANTITIES[q][0]}: {ratios[q].words()}" for q in _MAIN if q in ratios]
-            words += [f"{name}{against}, {line}" for line in told] if len(self.arms) > 2 else told
+            words += [f"{name}{self._against}, {line}" for line in told] if len(self.arms) > 2 else told
         return "; ".join(words) or "nothing was measured"
+
+    @property
+    def _against(self) -> str:
+        return "" if self.reference == ORIGINAL else f" against {self.reference}"
+
+    def findings(self) -> dict[str, dict[str, str]]:
+        """Return the verdict on each main quantity by arm, in words; where there is none, why."""
+        return {
+            f"{arm}{self._against}": {QUANTITIES[q][0]: self._finding(arm, q) for q in _MAIN}
+            for arm in self.names
+            if arm != self.reference
+        }
+
+    def _finding(self, arm: str, quantity: str) -> str:
+        if ratio := self.ratios_of(arm).get(quantity):
+            return ratio.words()
+        failed = {name: why for name, why in self.failures.items() if name in (self.reference, arm)}
+        return (
+            "; ".join(f"the {name} does not load ({why})" for name, why in failed.items()) or "not measured"
+        )
 
     def typical(self, arm: str, by: str = "load_wall_seconds") -> LoadMeasurement | None:
         """Return an arm's run with the median of a quantity; if it never loads, its first failure."""

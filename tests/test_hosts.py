@@ -94,6 +94,23 @@ def test_install_cell_does_nothing_where_the_package_is_there():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_install_cell_minds_neither_a_folder_of_that_name_nor_a_second_version_of_what_the_host_brings(
+    tmp_path,
+):
+    (tmp_path / "shardkit").mkdir()  # what a git clone leaves
+    for place, number in (("first", "2"), ("second", "1")):
+        (tmp_path / f"{place}/numpy-{number}.dist-info").mkdir(parents=True)
+        text = f"Metadata-Version: 2.1\nName: numpy\nVersion: {number}\n"
+        (tmp_path / f"{place}/numpy-{number}.dist-info/METADATA").write_text(text)
+    code = first_code(NOTEBOOKS[0]).replace("subprocess.run(", "print(").replace(", check=True", "")
+    path = [str(tmp_path), str(tmp_path / "first"), str(tmp_path / "second")]
+    # -I -S: nothing is on the path but Python's own library, and what is put there.
+    command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path[:0] = {path}\n{code}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "archive/HEAD.zip', 'numpy==2']" in done.stdout
+
+
 @pytest.fixture
 def working_tree(tmp_path):
     """A copy of what would be published, named as GitHub names the folder in its archive."""

@@ -12,10 +12,10 @@ from huggingface_hub import CommitOperationAdd
 
 from shardkit.checkpoint import Checkpoint, file_state
 from shardkit.errors import CheckpointError, DestinationError
-from shardkit.files import LocalFiles, is_inside, is_remote
+from shardkit.files import LocalFiles, is_remote
 from shardkit.hub.access import quiet
 from shardkit.hub.card import CARD, Story, model_card
-from shardkit.hub.remote import RemoteFile, repository_of
+from shardkit.hub.remote import RemoteFile, name_problem, repository_of
 from shardkit.hub.source import needed_files
 from shardkit.hub.target import GIT_BYTES, Target, Tree, digest_bytes, digest_file, is_same
 from shardkit.layout import CONFIG_FILES, read_made
@@ -144,9 +144,9 @@ def _open(folder: str) -> Checkpoint:
 def check_names(checkpoint: Checkpoint) -> None:
     """Refuse file names that nobody could open again once they are on the Hub."""
     for name in (*checkpoint.files, *checkpoint.side_files):
-        if not is_inside(name) or os.path.basename(name) == ".git":
+        if name_problem(name):
             raise CheckpointError(
-                f"has a file {name!a}, a name that is refused there or on the way back: rename or remove it",
+                f"has a file {name!a}, which nobody could read from the Hub again: rename or remove it",
                 file=checkpoint.source,
             )
 

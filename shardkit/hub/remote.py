@@ -324,7 +324,7 @@ def _etag(response: Any, header: str = "ETag") -> str | None:
     return value.removeprefix("W/").strip('"')[:80] or None
 
 
-def _problem(name: str) -> str | None:
+def name_problem(name: str) -> str | None:
     """Say what is wrong with a file name; weights may have fewer names than what goes with them."""
     if os.path.isabs(name) or ".." in name.split("/"):
         return "outside the repository"
@@ -342,7 +342,7 @@ def list_files(repo_id: str, sha: str, token: str | None, tries: int = TRIES) ->
     tree = ask(lambda: list(api.list_repo_tree(repo_id, revision=sha, recursive=True)), what, tries)
     files = [entry for entry in tree if isinstance(entry, RepoFile)]
     for file in files:
-        if problem := _problem(file.path):
+        if problem := name_problem(file.path):
             raise CheckpointError(f"lists a file {problem}: {file.path[:200]!a}", file=what)
     return {
         file.path: RemoteFile(file.size, file.blob_id, file.lfs.sha256 if file.lfs else None)

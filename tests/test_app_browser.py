@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +164,15 @@ def open_in_lab(page: Page, lab: tuple[str, Path], name: str, code: str) -> App:
     address, folder = lab
     write_notebook(folder / f"{name}.ipynb", code)
     page.goto(f"{address}/lab/tree/{name}.ipynb?token=open&reset")
-    page.locator(".jp-Notebook .cm-content").click()
+    cell, prompt = page.locator(".jp-Notebook .cm-content").first, page.locator(".jp-InputPrompt").first
+    cell.click()
     expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).to_be_visible(timeout=60_000)
-    page.keyboard.press("Shift+Enter")
+    for _ in range(6):  # a kernel that still connects is shown as idle, and overlooks what it is sent
+        cell.click()
+        page.keyboard.press("Shift+Enter")
+        with suppress(AssertionError):
+            expect(prompt).not_to_have_text(re.compile(r"\[ ?\]:?"), timeout=10_000)
+            break
     return App(page)
 
 

@@ -14,10 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
+from nbconvert import HTMLExporter
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
 
 import shardkit
+from tests.fake_loads import fake_comparison
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -316,3 +319,16 @@ def test_in_voila(page, tmp_path):
         with page.expect_download() as download:
             app.compare.get_by_role("link", name="comparison.html").click()
         assert "html" in Path(download.value.path()).read_text()
+
+
+def test_columns_of_text_are_left_aligned_on_the_page_that_nbconvert_makes(browser):
+    shown = nbformat.v4.new_output("display_data", {"text/html": fake_comparison()._repr_html_()})
+    cell = nbformat.v4.new_code_cell(outputs=[shown])
+    html, _ = HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
+    tab = browser.new_page()
+    tab.route("http*://**", lambda route: route.abort())
+    tab.set_content(html)
+    script = "cells => cells.map(cell => getComputedStyle(cell).textAlign)"
+    assert set(tab.locator(".shardkit .sk-text").evaluate_all(script)) == {"left"}
+    assert "right" in tab.locator(".shardkit td").evaluate_all(script)
+    tab.close()

@@ -20,6 +20,7 @@ import typer
 import shardkit
 from shardkit.display.progress import ProgressBar
 from shardkit.errors import ShardkitError
+from shardkit.files import is_remote
 from shardkit.plan import Strategy
 from shardkit.record import Record, listed, printable
 from shardkit.sizes import format_size
@@ -140,7 +141,7 @@ def shard(
     common: dict[str, Any] = {"max_shard_size": max_shard_size, "strategy": strategy, "dtype": dtype}
     common |= {"workers": workers, "verify": verify, "allow_overflow": allow_overflow}
     with _told_how_to_go_on(), _progress_bar() as bar:
-        if destination.lower().startswith("hf://"):
+        if is_remote(destination.lower()):
             from shardkit.hub.reshard import shard_on_hub
 
             if overwrite or not resume or stream is not None:

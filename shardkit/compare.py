@@ -16,10 +16,10 @@ from shardkit.measure.comparison import (
     SHARDED,
     Arm,
     Comparison,
-    Ratio,
     Sample,
     merge_comparisons,
 )
+from shardkit.measure.ratio import Ratio
 from shardkit.record import listed, plural
 from shardkit.verify import verify_checkpoint
 

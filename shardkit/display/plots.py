@@ -18,9 +18,10 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from shardkit.errors import MeasurementError
-from shardkit.measure.comparison import QUANTITIES, Comparison, format_quantity
+from shardkit.measure.comparison import Comparison
 from shardkit.measure.intervals import mean_interval
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement, format_seconds
+from shardkit.measure.ratio import QUANTITIES, format_quantity
 from shardkit.plan import ShardPlan
 from shardkit.record import plural
 from shardkit.sizes import format_size
@@ -70,6 +71,11 @@ def _ink(ax: Axes) -> Any:
 def _plain(text: str) -> str:
     """Keep a name from being read as mathematics."""
     return text.replace("$", r"\$")
+
+
+def _look(arm: int) -> dict[str, Any]:
+    """Return how the bars of an arm, by its number, are told from the others'."""
+    return {"color": _COLORS[arm % len(_COLORS)], "hatch": _HATCHES[arm % len(_HATCHES)]}
 
 
 def _tidy(ax: Axes, unit: str, title: str) -> None:
@@ -127,10 +133,9 @@ def _plot_quantities(
 
 
 def _bar(ax: Axes, x: float, width: float, values: list[float], arm: str, number: int) -> None:
-    label = _plain(arm) if _plain(arm) not in ax.get_legend_handles_labels()[1] else None
-    color, hatch = _COLORS[number % 4], _HATCHES[number % 4]
-    middle = median(values)
-    ax.bar(x, middle, width, color=color, hatch=hatch, edgecolor=_ink(ax), linewidth=0.8, label=label)
+    name, middle = _plain(arm), median(values)
+    label = None if name in ax.get_legend_handles_labels()[1] else name
+    ax.bar(x, middle, width, edgecolor=_ink(ax), linewidth=0.8, label=label, **_look(number))
     spread = [x + width * 0.5 * ((run + 0.5) / len(values) - 0.5) for run in range(len(values))]
     ax.scatter(spread, values, s=16, color="white", edgecolor="black", linewidth=0.9, zorder=3)
     if (interval := mean_interval(values)) is not None:
@@ -277,8 +282,8 @@ def plot_medians(medians: pd.DataFrame, arms: Sequence[str]) -> Figure:
             told = values[values.index.get_level_values(1) == arm]
             middle = (number - (len(arms) - 1) / 2) * step
             places = [results.index(result) + middle for result in told.index.get_level_values(0)]
-            look = {"color": _COLORS[number % 4], "hatch": _HATCHES[number % 4], "edgecolor": "black"}
-            ax.barh(places, told, step, label=None if told.empty else _plain(arm), **look)
+            label = None if told.empty else _plain(arm)
+            ax.barh(places, told, step, edgecolor="black", label=label, **_look(number))
     axes[0].set_yticks(range(len(results)), map(_plain, results))
     axes[0].invert_yaxis()
     if results:

@@ -15,8 +15,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Self
 
 from shardkit.errors import MeasurementError, ShardkitError
-from shardkit.measure.intervals import Conclusion, conclude, paired_interval, repeats_to_decide
-from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement, format_seconds
+from shardkit.measure.intervals import conclude, paired_interval, repeats_to_decide
+from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement
+from shardkit.measure.ratio import QUANTITIES, Ratio, format_quantity
 from shardkit.record import Record, Summary, Table, plural, shown_path
 from shardkit.sizes import format_size
 from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES
@@ -26,15 +27,6 @@ if TYPE_CHECKING:
 
 ORIGINAL, SHARDED = "original", "sharded"
 
-# A property of LoadMeasurement: what people call it, and the words for less and more of it.
-QUANTITIES = {
-    "load_wall_seconds": ("load time", "faster", "slower"),
-    "load_cpu_seconds": ("load CPU time", "less", "more"),
-    "time_to_first_token_seconds": ("time to first token", "faster", "slower"),
-    "start_to_first_token_seconds": ("from process start", "faster", "slower"),
-    "peak_anonymous_bytes": ("peak anonymous", "smaller", "larger"),
-    "peak_total_bytes": ("peak total", "smaller", "larger"),
-}
 _ASKED = ("dtype", "device", "generate", "prefetch", "memory_limit_bytes")
 # How a card carries the result that it shows.
 CARRIED_IN = '<script type="application/json" id="shardkit-comparison">'
@@ -42,11 +34,6 @@ _CARRIED = re.compile(re.escape(CARRIED_IN) + "(.*?)</script>", re.DOTALL)
 _MAIN = ("load_wall_seconds", "time_to_first_token_seconds", "peak_anonymous_bytes")
 # Growth below a quarter of the weights is not a copy of them, and below this size not telling.
 _TELLING_SHARE, _TELLING_BYTES = 0.25, 64_000_000
-
-
-def format_quantity(quantity: str, value: float) -> str:
-    """Return a value of one of `QUANTITIES` as people read it."""
-    return format_size(value) if quantity.endswith("_bytes") else format_seconds(value)
 
 
 @dataclass(frozen=True)
@@ -76,56 +63,6 @@ class Sample:
     arm: str
     pair: int | None
     measurement: LoadMeasurement
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """One quantity of one arm, to that of the original (or of the first arm that loads).
-
-    Attributes
-    ----------
-    quantity
-        The `LoadMeasurement` property: "load_wall_seconds".
-    original, other
-        Medians, in seconds or bytes as the name of the quantity says.
-    ratio, low, high
-        Geometric mean of the paired ratios ``other / original`` and its 95 % interval (None with
-        fewer than two pairs).
-    conclusion
-        "less", "more", "same" (within `margin`) or "undecided".
-    repeats_to_decide
-        If undecided: about how many repeats would decide; None if more than 200.
-    """
-
-    quantity: str
-    original: float
-    other: float
-    ratio: float
-    low: float | None
-    high: float | None
-    conclusion: Conclusion
-    margin: float
-    repeats_to_decide: int | None
-
-    def words(self) -> str:
-        """Return the verdict: ``3.61x faster (3.1x to 4.2x)``."""
-        _, less, more = QUANTITIES[self.quantity]
-        if self.low is None or self.high is None:
-            return f"undecided: {self.ratio:.3g}x in a single pair"
-        if self.conclusion == "same":
-            return f"no difference within ±{100 * self.margin:.3g} %"
-        if self.conclusion == "less":
-            return f"{1 / self.ratio:.3g}x {less} ({1 / self.high:.3g}x to {1 / self.low:.3g}x)"
-        if self.conclusion == "more":
-            return f"{self.ratio:.3g}x {more} ({self.low:.3g}x to {self.high:.3g}x)"
-        count = self.repeats_to_decide
-        enough = f"about {count} repeats would decide" if count else "more than 200 repeats would be needed"
-        return f"undecided ({self.low:.3g}x to {self.high:.3g}x): {enough}"
-
-    def row(self) -> tuple[str, ...]:
-        """Return what it is, both medians, ratio and verdict, as people read them."""
-        medians = (format_quantity(self.quantity, value) for value in (self.original, self.other))
-        return QUANTITIES[self.quantity][0], *medians, f"{self.ratio:.3g}x", self.words()
 
 
 @dataclass(frozen=True)

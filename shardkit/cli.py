@@ -199,6 +199,7 @@ def compare(
     dtype: Annotated[str | None, typer.Option(help="What both are loaded in: float16, ...")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of loads.")] = 5,
     cache: Annotated[str, typer.Option(help="cold: read from the disk; warm: from the page cache.")] = "cold",
+    device: Annotated[str, typer.Option(help="Where both are loaded to: cpu, cuda, cuda:1, auto.")] = "cpu",
     memory_limit: Annotated[
         str | None, typer.Option(help='Memory that each load may have: "12.7GB" to play Colab.')
     ] = None,
@@ -229,6 +230,7 @@ def compare(
         dtype=dtype,
         repeats=repeats,
         cache=cache,
+        device=device,
         memory_limit=memory_limit,
         others={"prefetched": {"prefetch": True}} if prefetch else None,
         progress=progress,

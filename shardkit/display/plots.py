@@ -35,7 +35,7 @@ BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _COLORS = (BLUE, VERMILION, GREEN, PURPLE)
 _HATCHES = ("", "///", "...", "xx")
 _TIMES = ("load_wall_seconds", "time_to_first_token_seconds")
-_PEAKS = ("peak_anonymous_bytes", "peak_total_bytes")
+_PEAKS, _PEAK_GPU = ("peak_anonymous_bytes", "peak_total_bytes"), "peak_device_bytes"
 _GROUP_WIDTH = 0.88  # of all arms' bars for one quantity
 _TALLEST_INCHES = 200  # matplotlib draws no more than 65,535 pixels
 _LEAD_SECONDS = 0.2
@@ -100,7 +100,8 @@ def plot_bars(comparison: Comparison, ax: Sequence[Axes] | None = None) -> Seque
         with _white() as plt:
             ax = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")[1]
     _plot_quantities(comparison, ax[0], _TIMES, 1, "seconds", "Wall time")
-    _plot_quantities(comparison, ax[1], _PEAKS, 1e9, "GB", "Peak memory")
+    on_gpu = any(comparison.median(arm, _PEAK_GPU) is not None for arm in comparison.names)
+    _plot_quantities(comparison, ax[1], (*_PEAKS, _PEAK_GPU) if on_gpu else _PEAKS, 1e9, "GB", "Peak memory")
     return ax
 
 

@@ -226,7 +226,9 @@ class Comparison(Record):
         telling = _TELLING_SHARE * stored.total_bytes
         weights = format_size(stored.total_bytes)
         if (grown := self._median_growth(arm, LOAD, "anonymous_bytes")) is not None:
-            fate = "weights copied into memory" if grown > telling else "weights stay mapped from the file"
+            on_gpu = self.median(arm, "peak_device_bytes")
+            fate = "weights stay mapped from the file" if on_gpu is None else "weights go to the GPU"
+            fate = "weights copied into memory" if grown > telling else fate
             words += f": {fate} ({format_size(max(grown, 0))} of new anonymous memory for {weights})"
         touched = self._median_growth(arm, FIRST_TOKEN, "file_bytes")
         if touched is not None and touched > telling:
@@ -385,10 +387,7 @@ def _row(sample: Sample, arm: Arm) -> dict[str, Any]:
     row |= {"source": arm.source, "stored_dtype": arm.dtype, "files": arm.files, "bytes": arm.total_bytes}
     row |= {name: getattr(measurement, name) for name in _ASKED}
     row |= {quantity: getattr(measurement, quantity) for quantity in QUANTITIES}
-    row |= {
-        "peak_file_bytes": measurement.peak_file_bytes,
-        "peak_device_bytes": measurement.peak_device_bytes,
-    }
+    row |= {"peak_file_bytes": measurement.peak_file_bytes}
     row |= {"cache": measurement.cache.asked, "cache_proven": measurement.cache.proven}
     for phase in measurement.phases:
         name = phase.name.replace(" ", "_")

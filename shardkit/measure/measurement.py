@@ -122,7 +122,8 @@ class LoadMeasurement(Record):
     peak_is_kernels
         Whether the total is the kernel's own figure (VmHWM, reset before the load) or a sampler's.
     peak_device_bytes
-        Largest memory allocated on a GPU.
+        Largest memory that torch allocated on the GPU, or on each of them, added up; None for a load on
+        the CPU.
     cache
         State of the page cache, and whether it was proven.
     model_class, token_ids
@@ -201,6 +202,7 @@ class LoadMeasurement(Record):
 
     def summary(self) -> Summary:
         """Return outcome, times and peaks, phase by phase."""
+        on_gpu = f"{_size(self.peak_device_bytes)} (allocated by torch, without what CUDA itself takes)"
         facts = (
             ("source", self.source),
             ("asked for", self.asked_for()),
@@ -214,6 +216,7 @@ class LoadMeasurement(Record):
             ),
             ("peak file-backed", f"{_size(self.peak_file_bytes)} (pages that the kernel may drop)"),
             ("peak total", f"{_size(self.peak_total_bytes)} ({self._peak_source()})"),
+            *((("peak GPU", on_gpu),) if self.peak_device_bytes is not None else ()),
             ("page cache", f"{self.cache.asked}, {'proven' if self.cache.proven else 'not proven'}"),
             ("stack", self.stack()),
             ("machine", str(self.environment)),

@@ -16,6 +16,7 @@ QUANTITIES = {
     "start_to_first_token_seconds": ("from process start", "faster", "slower"),
     "peak_anonymous_bytes": ("peak anonymous", "smaller", "larger"),
     "peak_total_bytes": ("peak total", "smaller", "larger"),
+    "peak_device_bytes": ("peak GPU", "smaller", "larger"),
 }
 
 

@@ -128,7 +128,6 @@ class Load:
 
     def __init__(self, job: dict[str, Any], reporter: Reporter) -> None:
         self.job, self.reporter, self.folder = job, reporter, job["folder"]
-        self.on_device = job["device"] != "cpu"
         self.tokenizer: Any = None
 
     def run(self) -> None:
@@ -140,17 +139,13 @@ class Load:
             with self.reporter.phase("tokenizer"):
                 self.load_tokenizer()
         ids = self.prompt_ids()
-        with self.reporter.phase("load"):
-            loaded = self.loader.from_pretrained(self.folder, **self.options())
-            self.synchronize()
-        # A model's own code may have no ear for the wish to be told.
-        self.model, told = loaded if isinstance(loaded, tuple) else (loaded, {})
-        self.reporter.send("model", name=type(self.model).__name__)
-        self.say_what_did_not_fit(told)
-        if self.job["generate"]:
-            self.reporter.send("tokens", ids=self.tokens(ids))
-        if self.on_device:
-            self.reporter.send("device", peak_bytes=self.torch.cuda.max_memory_allocated())
+        try:
+            self.load()
+            if self.job["generate"]:
+                self.reporter.send("tokens", ids=self.tokens(ids))
+        finally:  # how much a GPU held counts most where it was not enough
+            if gpus := self.gpus():
+                self.reporter.send("device", peak_bytes=sum(map(self.torch.cuda.max_memory_allocated, gpus)))
 
     def imports(self) -> None:
         """Import all that the load will need: it costs seconds, once, and is none of the load's doing."""
@@ -170,10 +165,16 @@ class Load:
         with suppress(KeyError):  # the look-up imports the model's module
             auto._model_mapping[type(self.config)]
         _ = transformers.AutoTokenizer
-        if self.on_device:
-            torch.zeros(1, device=None if self.job["device"] == "auto" else self.job["device"])
-            if torch.cuda.is_available():
-                torch.zeros(1, device="cuda")
+        for gpu in self.gpus():
+            torch.zeros(1, device=f"cuda:{gpu}")
+
+    def gpus(self) -> list[int]:
+        """Return the numbers of the GPUs that the load may use; the others are not so much as woken."""
+        cuda, device = self.torch.cuda, self.job["device"]
+        if device == "cpu" or not cuda.is_available():
+            return []
+        kind, _, number = device.partition(":")
+        return [int(number or 0)] if kind == "cuda" else list(range(cuda.device_count()))
 
     def stack(self) -> dict[str, Any]:
         """Return the versions that the figures belong to."""
@@ -183,11 +184,10 @@ class Load:
         for name in ("transformers", "safetensors", "accelerate", "huggingface_hub"):
             with suppress(PackageNotFoundError):
                 versions[name] = version(name)
-        cuda = self.on_device and self.torch.cuda.is_available()
         return {
             "versions": versions,
             "threads": self.torch.get_num_threads(),
-            "gpu": self.torch.cuda.get_device_name() if cuda else None,
+            "gpu": " + ".join(map(self.torch.cuda.get_device_name, self.gpus())) or None,
         }
 
     def load_tokenizer(self) -> None:
@@ -217,9 +217,19 @@ class Load:
         if self.job["dtype"] is not None:
             name = "dtype" if int(self.transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
             options[name] = getattr(self.torch, self.job["dtype"], self.job["dtype"])
-        if self.on_device:
+        if self.job["device"] != "cpu":
             options["device_map"] = self.job["device"]
         return options
+
+    def load(self) -> None:
+        """Load the model, until it is where it was asked to be."""
+        with self.reporter.phase("load"):
+            loaded = self.loader.from_pretrained(self.folder, **self.options())
+            self.synchronize()
+        # A model's own code may have no ear for the wish to be told.
+        self.model, told = loaded if isinstance(loaded, tuple) else (loaded, {})
+        self.reporter.send("model", name=type(self.model).__name__)
+        self.say_what_did_not_fit(told)
 
     def say_what_did_not_fit(self, told: dict[str, Any]) -> None:
         """Note tensors that the files lack, or hold in vain: transformers takes that for no failure."""
@@ -235,8 +245,8 @@ class Load:
 
     def synchronize(self) -> None:
         """Wait for the device, which works behind the clock's back."""
-        if self.on_device and self.torch.cuda.is_available():
-            self.torch.cuda.synchronize()
+        for gpu in self.gpus():
+            self.torch.cuda.synchronize(gpu)
 
     def tokens(self, ids: Any) -> list[int]:
         """Return the tokens that the model gives; where it gives fewer, or none, a note says why."""
@@ -258,10 +268,12 @@ class Load:
         if wanted != "input_ids":
             self.reporter.send("note", text=f"no first token: the model takes {wanted}, not text")
             return
-        inputs: dict[str, Any] = {"input_ids": ids.to(self.model.device)}
+        # Weights offloaded to the disk are on no device until they are used, and inputs follow them.
+        device = "cpu" if self.model.device.type == "meta" else self.model.device
+        inputs: dict[str, Any] = {"input_ids": ids.to(device)}
         if getattr(self.config, "is_encoder_decoder", False):
             start = getattr(self.config, "decoder_start_token_id", None) or 0
-            inputs["decoder_input_ids"] = self.torch.tensor([[start]], device=self.model.device)
+            inputs["decoder_input_ids"] = self.torch.tensor([[start]], device=device)
         if self.causal:
             inputs["use_cache"] = True
         with self.torch.inference_mode():
@@ -271,7 +283,7 @@ class Load:
             if self.causal and asked > 1 and getattr(output, "past_key_values", None) is not None:
                 with self.reporter.phase("further tokens"):
                     while len(tokens) < asked:
-                        last = self.torch.tensor([[tokens[-1]]], device=self.model.device)
+                        last = self.torch.tensor([[tokens[-1]]], device=device)
                         cache = output.past_key_values
                         output = self.model(input_ids=last, past_key_values=cache, use_cache=True)
                         self.collect(output, tokens)

@@ -219,24 +219,6 @@ class TestKnownPatterns:
         assert measurement.peak_total_bytes < 60 * MB
         assert measurement.peak_anonymous_bytes < 60 * MB
 
-    def test_load_behind_a_wrapper_that_forks_is_the_one_that_is_sampled(self, demo, tmp_path):
-        script = """
-            reporter.send("hello", pid=os.getpid())
-            with reporter.phase("load"):
-                held = bytearray(b"x") * 120_000_000
-                time.sleep(0.3)
-                del held
-            reporter.send("done")
-        """
-        wrapper = tmp_path / "wrapper"
-        wrapper.write_text(f'#!/bin/sh\n"{fake_interpreter(tmp_path, script)}" "$@"\nexit $?\n')
-        wrapper.chmod(0o755)
-        measurement = measure_load(demo, python=wrapper)
-        assert measurement.ok, measurement
-        assert 120 * MB < measurement.peak_anonymous_bytes < 150 * MB
-        assert max(measurement.curve.anonymous_bytes) == measurement.peak_anonymous_bytes
-        assert measurement.curve.profiler_bytes == ()
-
     def test_process_that_cannot_be_sampled_has_no_split(self, demo, tmp_path):
         script = """
             reporter.send("hello", pid=1)  # as from a container, where numbers mean other processes

@@ -7,11 +7,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -25,15 +24,13 @@ from shardkit.measure.sampler import PortableSampler, Reading, StatusSampler
 _TAIL_BYTES = 4000
 _ASK_EVERY_SECONDS = 0.2
 _EVENTS_BYTES = 4_000_000
-_HELLO_BYTES = 200  # it comes first
 
 
 @dataclass(frozen=True)
 class ChildEnd:
     """How a child ended and what was seen of it.
 
-    Where the child is only a wrapper, and the process that says hello is one of its descendants, the
-    readings are that one's.
+    Where the child is only a wrapper, and another process says hello, there are no readings.
 
     Attributes
     ----------
@@ -72,10 +69,10 @@ def run_child(
     command: Sequence[str],
     job: Mapping[str, Any],
     *,
-    timeout: float | None = None,
-    environment: Mapping[str, str] | None = None,
-    memory_limit: int | None = None,
-    stop: Callable[[], bool] | None = None,
+    timeout: float | None,
+    environment: Mapping[str, str],
+    memory_limit: int | None,
+    stop: Callable[[], bool] | None,
 ) -> ChildEnd:
     """Start `command`, give it `job` and the path of a results file, sample it until it ends.
 
@@ -116,13 +113,18 @@ def run_child(
         started_at = time.monotonic()
         try:
             child = _start([*command, str(folder / "job")], limit, printed, environment)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             return ChildEnd(started_at, time.monotonic(), None, False, None, [], str(error), [], [], 0.0, 0.0)
-        fine, portable = StatusSampler(child.pid, _who_says_hello(results, child.pid)), PortableSampler(child)
-        timed_out = _watch(child, (fine, portable), timeout, stop)
+        fine, portable = StatusSampler(child.pid), PortableSampler(child)
+        with _gone_after(child):
+            for sampler in (fine, portable):
+                sampler.start()
+            timed_out = _runs_out_of_time(child, timeout, stop)
+        for sampler in (fine, portable):
+            sampler.join()
         ended_at = time.monotonic()
         events = read_events(os.pread(results.fileno(), _EVENTS_BYTES, 0))
-        told = told_pid(events)
+        is_child = told_pid(events) in (None, child.pid)
         return ChildEnd(
             started_at,
             ended_at,
@@ -131,15 +133,15 @@ def run_child(
             limit.kills(),
             events,
             _read_tail(printed),
-            fine.readings if told in (None, fine.pid) else [],
-            portable.readings if told in (None, child.pid) else [],
+            fine.readings if is_child else [],
+            portable.readings if is_child else [],
             fine.cpu_seconds,
             fine.ended_at,
         )
 
 
 def _start(
-    command: Sequence[str], limit: Limited, printed: FileIO, environment: Mapping[str, str] | None
+    command: Sequence[str], limit: Limited, printed: FileIO, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
     if shutil.which(command[0]) is None:  # said here, because under a limit a shell would be there to start
         raise FileNotFoundError(f"{command[0]}: not there, or no program")
@@ -148,71 +150,33 @@ def _start(
         stdin=subprocess.PIPE,
         stdout=printed,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, **environment},
         start_new_session=True,  # a group of its own, so that all of it can be killed
     )
 
 
-def _who_says_hello(results: FileIO, child: int) -> Callable[[], int | None]:
-    """Return a function that tells which process reports, once one does: the child or a descendant."""
-
-    def ask() -> int | None:
-        told = told_pid(read_events(os.pread(results.fileno(), _HELLO_BYTES, 0)))
-        if told is None or told == child:
-            return told
-        import psutil
-
-        with suppress(psutil.Error, ValueError, OverflowError):
-            if child in (parent.pid for parent in psutil.Process(told).parents()):
-                return told
-        return None
-
-    return ask
+@contextmanager
+def _gone_after(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """End the child, and what it may have left running, whatever happens inside."""
+    with child:  # which closes its lifeline, and waits for it
+        try:
+            yield
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
 
 
-def _watch(
-    child: subprocess.Popen[bytes],
-    samplers: tuple[StatusSampler, PortableSampler],
-    timeout: float | None,
-    stop: Callable[[], bool] | None,
+def _runs_out_of_time(
+    child: subprocess.Popen[bytes], timeout: float | None, stop: Callable[[], bool] | None
 ) -> bool:
-    """Wait for the child and return whether it ran out of time; whatever happens, it is gone after."""
-    timed_out = False
-    try:
-        for sampler in samplers:
-            sampler.start()
-        _wait(child, timeout, stop)
-    except subprocess.TimeoutExpired:
-        timed_out = True
-    finally:
-        _kill_group(child)
-        child.wait()
-        if child.stdin is not None:
-            child.stdin.close()
-        for sampler in samplers:
-            if sampler.ident is not None:
-                sampler.join()
-    return timed_out
-
-
-def _wait(child: subprocess.Popen[bytes], timeout: float | None, stop: Callable[[], bool] | None) -> None:
     end = float("inf") if timeout is None else time.monotonic() + timeout
-    while stop is not None and (left := end - time.monotonic()) > _ASK_EVERY_SECONDS:
+    while (left := end - time.monotonic()) > 0:
         with suppress(subprocess.TimeoutExpired):
             child.wait(min(left, _ASK_EVERY_SECONDS))
-            return
-        if stop():
+            return False
+        if stop is not None and stop():
             raise Cancelled("stopped as asked, in the middle of a load")
-    child.wait(None if timeout is None else max(0.0, end - time.monotonic()))
-
-
-def _kill_group(child: subprocess.Popen[bytes]) -> None:
-    # Also after a normal end: what the child may have left running goes with it.
-    if sys.platform == "win32":
-        child.kill()
-        return
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
+    return True
 
 
 def _read_tail(printed: FileIO) -> str:

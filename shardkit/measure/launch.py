@@ -159,7 +159,8 @@ def _measurement(
         )
     if told_pid(end.events) is not None and not end.readings and not end.portable_readings:
         notes.append(
-            "the process that loads could not be sampled: its peaks of anonymous and file memory are unknown"
+            "the process that loads could not be sampled (a wrapper must `exec` it): its peaks of anonymous "
+            "and file memory are unknown"
         )
     return LoadMeasurement(
         source=job["folder"],

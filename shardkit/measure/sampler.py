@@ -12,12 +12,11 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
-INTERVAL_SECONDS = 0.005
-PORTABLE_INTERVAL_SECONDS = 0.1
+_INTERVAL_SECONDS = 0.005
+_PORTABLE_INTERVAL_SECONDS = 0.1
 # A pause is at least this many times what a reading costs, waking up included: 1.4 % of a core at most.
 _REST = 70
 _FIELDS = (b"VmHWM:", b"VmRSS:", b"RssAnon:", b"RssFile:", b"RssShmem:")
@@ -48,17 +47,8 @@ def parse_status(status: bytes, at: float) -> Reading | None:
 class StatusSampler(threading.Thread):
     """Reads a process's `/proc` status every few milliseconds until it ends.
 
-    Parameters
-    ----------
-    pid
-        The process.
-    meant
-        Asked until it tells which process is meant: `pid` may be only a wrapper that starts another.
-
     Attributes
     ----------
-    pid
-        The process that was read.
     readings
         What was read.
     ended_at
@@ -67,37 +57,24 @@ class StatusSampler(threading.Thread):
         What it cost, waking up included.
     """
 
-    def __init__(
-        self, pid: int, meant: Callable[[], int | None], interval_seconds: float = INTERVAL_SECONDS
-    ) -> None:
+    def __init__(self, pid: int) -> None:
         super().__init__(name="shardkit-sampler", daemon=True)
-        self.pid, self._meant, self._interval = pid, meant, interval_seconds
-        self._known, self._looks = False, 0
+        self._pid = pid
         self.readings: list[Reading] = []
         self.cpu_seconds, self.ended_at = 0.0, 0.0
 
     def run(self) -> None:
         """Sample until the process is gone."""
-        with suppress(OSError):
-            while self._sample():
-                self.readings.clear()
-        self.ended_at = time.monotonic()
-
-    def _sample(self) -> bool:
-        """Sample one process until it is gone (False) or turns out not to be the one that is meant (True)."""
+        looks = 0
         # The open descriptor stays with this process, whoever gets its number later.
-        with open(f"/proc/{self.pid}/status", "rb", buffering=0) as file:
+        with suppress(OSError), open(f"/proc/{self._pid}/status", "rb", buffering=0) as file:
             while reading := parse_status(os.pread(file.fileno(), 4096, 0), time.monotonic()):
                 if reading.anonymous_bytes + reading.file_bytes:  # none: it is about to end
                     self.readings.append(reading)
-                if not self._known and (meant := self._meant()) is not None:
-                    self._known, changed, self.pid = True, meant != self.pid, meant
-                    if changed:
-                        return True
-                self._looks += 1
+                looks += 1
                 self.cpu_seconds = time.thread_time()  # of this thread, which does nothing else
-                time.sleep(max(self._interval, _REST * self.cpu_seconds / self._looks))
-        return False
+                time.sleep(max(_INTERVAL_SECONDS, _REST * self.cpu_seconds / looks))
+        self.ended_at = time.monotonic()
 
 
 class PortableSampler(threading.Thread):
@@ -112,9 +89,9 @@ class PortableSampler(threading.Thread):
         Pairs of `time.monotonic()` seconds and bytes.
     """
 
-    def __init__(self, child: subprocess.Popen[bytes], interval_seconds: float = PORTABLE_INTERVAL_SECONDS):
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
         super().__init__(name="shardkit-memory-profiler", daemon=True)
-        self._child, self._interval = child, interval_seconds
+        self._child = child
         self._clock_offset = time.monotonic() - time.time()
         self.readings: list[tuple[float, int]] = []
 
@@ -124,7 +101,7 @@ class PortableSampler(threading.Thread):
         from memory_profiler import memory_usage
 
         with suppress(psutil.Error, OSError):
-            memory_usage(self._child, interval=self._interval, timestamps=True, stream=self)
+            memory_usage(self._child, interval=_PORTABLE_INTERVAL_SECONDS, timestamps=True, stream=self)
 
     def write(self, line: str) -> None:
         """Take one line of memory_profiler's: ``MEM <MiB> <seconds since 1970>``."""

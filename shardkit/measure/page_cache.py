@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 _WINDOW_BYTES = 2**30
-_MAP_FAILED = ctypes.c_void_p(-1).value
 # Read-ahead around a page that somebody else touches must not spoil a proof.
 _TOLERANCE = 0.01
 # A file system that compresses reads less than it shows: only what goes well beyond was read by others.
@@ -48,11 +47,11 @@ def prepare(files: Iterable[str], asked: str) -> CacheState:
     why_not = ""
     for file in files:
         try:
-            evict(file) if asked == "cold" else read_through(file)
+            _evict(file) if asked == "cold" else _read_through(file)
         except (OSError, AttributeError) as error:
             why_not = f"{os.path.basename(file)}: {error}"
     total = sum(os.stat(file).st_size for file in files)
-    resident = resident_bytes(files)
+    resident = _resident_bytes(files)
     if resident is None:
         why_not = why_not or "this system does not tell which pages of these files are in memory"
     elif abs(resident - (0 if asked == "cold" else total)) > _TOLERANCE * total:
@@ -66,7 +65,7 @@ def conclude(state: CacheState, files: Iterable[str], read_bytes: int | None) ->
     They cannot where somebody else read the files between the proof and the load. None: not told, or read
     ahead on purpose.
     """
-    resident = resident_bytes(files)
+    resident = _resident_bytes(files)
     state = replace(state, resident_bytes_after=resident)
     if state.asked == "cold" and resident is not None and read_bytes is not None:
         unread = resident - read_bytes
@@ -81,18 +80,15 @@ def doubt(state: CacheState, why_not: str) -> CacheState:
     return replace(state, proven=False, why_not=state.why_not or why_not)
 
 
-def evict(file: str) -> None:
+def _evict(file: str) -> None:
     """Drop a file's pages; the kernel skips, without a word, those that are dirty or mapped."""
-    handle = os.open(file, os.O_RDONLY)
-    try:
+    with open(file, "rb") as handle:
         with suppress(OSError):  # a read-only file system has nothing to sync
             os.fsync(handle)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(handle)
+        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read_through(file: str) -> None:
+def _read_through(file: str) -> None:
     """Read a file into the page cache through a small buffer."""
     buffer = bytearray(2**20)
     with open(file, "rb", buffering=0) as handle:
@@ -100,50 +96,33 @@ def read_through(file: str) -> None:
             pass
 
 
-def resident_bytes(files: Iterable[str]) -> int | None:
+def _resident_bytes(files: Iterable[str]) -> int | None:
     """Return how many bytes of the files are in the page cache; None where the system does not tell."""
-    total = 0
-    for file in files:
-        found = _resident_bytes(file)
-        if found is None:
-            return None
-        total += found
-    return total
-
-
-def _resident_bytes(file: str) -> int | None:
-    # To anyone who neither owns a file nor may write it, Linux calls every page resident.
-    if not hasattr(os, "geteuid"):
-        return None
-    if os.geteuid() not in (0, os.stat(file).st_uid) and not os.access(file, os.W_OK):
-        return None
     try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.mmap.restype = ctypes.c_void_p
-        libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_int64)
-        libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-        libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+        mincore = ctypes.CDLL(None, use_errno=True).mincore
+        mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+        return sum(_resident_in(file, mincore) for file in files)
     except (OSError, AttributeError):
         return None
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        size = os.fstat(handle).st_size
-        windows = [(start, min(_WINDOW_BYTES, size - start)) for start in range(0, size, _WINDOW_BYTES)]
-        counts = [_resident_in_window(libc, handle, start, length) for start, length in windows]
-    finally:
-        os.close(handle)
-    return None if None in counts else min(size, sum(count or 0 for count in counts))
 
 
-def _resident_in_window(libc: ctypes.CDLL, handle: int, start: int, length: int) -> int | None:
-    address = libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, handle, start)
-    if address in (None, _MAP_FAILED):
-        return None
-    try:
-        pages = -(-length // mmap.PAGESIZE)
-        flags = ctypes.create_string_buffer(pages)
-        if libc.mincore(address, length, flags):
-            return None
-        return (pages - flags.raw[:pages].count(0)) * mmap.PAGESIZE
-    finally:
-        libc.munmap(address, length)
+def _resident_in(file: str, mincore: Callable[[int, int, int], int]) -> int:
+    # To anyone who neither owns a file nor may write it, Linux calls every page resident.
+    if os.geteuid() not in (0, os.stat(file).st_uid) and not os.access(file, os.W_OK):
+        raise PermissionError(file)
+    with open(file, "rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        starts = range(0, size, _WINDOW_BYTES)
+        pages = sum(_resident_pages(handle.fileno(), start, size, mincore) for start in starts)
+    return min(size, pages * mmap.PAGESIZE)
+
+
+def _resident_pages(handle: int, start: int, size: int, mincore: Callable[[int, int, int], int]) -> int:
+    import numpy as np
+
+    length = min(_WINDOW_BYTES, size - start)
+    with mmap.mmap(handle, length, access=mmap.ACCESS_READ, offset=start) as window:
+        flags = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
+        if mincore(np.frombuffer(window, np.uint8).ctypes.data, length, flags.ctypes.data):
+            raise OSError(ctypes.get_errno(), "mincore failed")
+        return int(np.count_nonzero(flags))

@@ -104,9 +104,9 @@ def prefetch_bytes(checkpoint: Checkpoint, dtype: object, memory_limit: int | No
     """Return how many bytes of the files the page cache can keep beside what the load itself takes."""
     import psutil
 
-    from shardkit.measure.limit import NO_LIMIT, limit_in_force
+    from shardkit.measure.limit import limit_in_force
 
-    free = min(psutil.virtual_memory().available, limit_in_force() or NO_LIMIT, memory_limit or NO_LIMIT)
+    free = min(filter(None, (psutil.virtual_memory().available, limit_in_force(), memory_limit)))
     asked = str(dtype).removeprefix("torch.")
     needed = checkpoint.estimate(asked if asked in CAST_DTYPES else None).peak_anonymous_bytes
     return max(0, int(_CACHE_SHARE * (free - needed)))

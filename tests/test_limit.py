@@ -47,7 +47,7 @@ def test_what_still_runs_in_the_group_ends_with_it():
 
 @needs_groups
 def test_groups_of_a_killed_process_are_removed():
-    parent = limit._make_group(64 * MB, limit.CGROUP_ROOT, limit.OWN_CGROUP).parent
+    parent = limit._make_group(64 * MB).parent
     stale = parent / "shardkit-999999999-0"
     stale.mkdir()
     with limited(200 * MB):
@@ -58,7 +58,7 @@ def test_groups_of_a_killed_process_are_removed():
 
 @needs_groups
 def test_group_in_which_something_lives_is_left_alone_whoever_made_it():
-    parent = limit._make_group(64 * MB, limit.CGROUP_ROOT, limit.OWN_CGROUP).parent
+    parent = limit._make_group(64 * MB).parent
     foreign = parent / "shardkit-999999998-0"  # a number that means nothing here may be alive in a container
     foreign.mkdir()
     sleeper = subprocess.Popen(["sleep", "600"])
@@ -181,7 +181,7 @@ def test_second_version_of_control_groups_is_asked_for_the_controller(elsewhere,
                 (path / file).touch()
 
     monkeypatch.setattr(Path, "mkdir", kernel_mkdir)
-    group = limit._make_group(5 * MB, str(root), str(own))
+    group = limit._make_group(5 * MB)
     assert group.parent == root / "user"
     assert (root / "user" / "cgroup.subtree_control").read_text() == "+memory"
     assert (group / "memory.max").read_text() == str(5 * MB)
@@ -191,4 +191,4 @@ def test_second_version_of_control_groups_is_asked_for_the_controller(elsewhere,
 def test_group_names_that_leave_the_tree_are_left_alone(elsewhere):
     root, own = elsewhere
     own.write_text("0::/../../somewhere\n")
-    assert [group for group, _ in limit._groups(str(root), str(own))] == [root]
+    assert [group for group, _ in limit._groups()] == [root]

@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from shardkit.demo import make_demo_checkpoint
 from shardkit.errors import CheckpointError, MeasurementError
-from shardkit.measure import LoadMeasurement, launch, measure_load, page_cache
+from shardkit.measure import LoadMeasurement, launch, limit, measure_load, page_cache
 from shardkit.measure.child import ChildEnd
 from shardkit.measure.launch import WORKER
-from shardkit.measure.limit import limit_in_force
 from shardkit.measure.sampler import PortableSampler, Reading, parse_status
 from tests.fake_loads import MB, fake_interpreter, fake_load, gone
 
@@ -460,25 +459,31 @@ class TestPageCache:
 
 
 class TestEnvironment:
-    def test_smallest_limit_of_the_group_and_its_ancestors_holds(self, tmp_path):
+    @pytest.fixture
+    def own(self, tmp_path, monkeypatch):
+        own = tmp_path / "own-cgroup"
+        monkeypatch.setattr(limit, "CGROUP_ROOT", str(tmp_path))
+        monkeypatch.setattr(limit, "OWN_CGROUP", str(own))
+        return own
+
+    def test_smallest_limit_of_the_group_and_its_ancestors_holds(self, tmp_path, own):
         (tmp_path / "a" / "b").mkdir(parents=True)
         (tmp_path / "a" / "memory.max").write_text("2000000000\n")
         (tmp_path / "a" / "b" / "memory.max").write_text("3000000000\n")
         (tmp_path / "memory.max").write_text("max\n")
-        own = tmp_path / "cgroup"
         own.write_text("0::/a/b\n")
-        assert limit_in_force(str(tmp_path), str(own)) == 2_000_000_000
+        assert limit.limit_in_force() == 2_000_000_000
 
-    def test_first_version_of_control_groups_is_read_too(self, tmp_path):
+    def test_first_version_of_control_groups_is_read_too(self, tmp_path, own):
         (tmp_path / "memory" / "a").mkdir(parents=True)
         (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
         (tmp_path / "memory" / "a" / "memory.limit_in_bytes").write_text("13000000000\n")
-        own = tmp_path / "cgroup"
         own.write_text("7:cpu:/x\n4:hugetlb,memory:/a\n")
-        assert limit_in_force(str(tmp_path), str(own)) == 13_000_000_000
+        assert limit.limit_in_force() == 13_000_000_000
 
-    def test_no_control_group_means_no_limit(self, tmp_path):
-        assert limit_in_force(str(tmp_path), str(tmp_path / "missing")) is None
+    @pytest.mark.usefixtures("own")
+    def test_no_control_group_means_no_limit(self):
+        assert limit.limit_in_force() is None
 
 
 class TestWorkerFile:

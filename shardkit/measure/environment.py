@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shardkit.measure.limit import NO_LIMIT, limit_in_force
+from shardkit.measure.limit import limit_in_force
 from shardkit.record import plural
 from shardkit.sizes import format_size
 
@@ -62,8 +62,8 @@ def describe_machine(
         cpu=_cpu_model(),
         cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
         ram_bytes=psutil.virtual_memory().total,
-        memory_limit_bytes=min(limit or NO_LIMIT, limit_in_force() or NO_LIMIT) % NO_LIMIT or None,
-        filesystem=filesystem(folder),
+        memory_limit_bytes=min(filter(None, (limit, limit_in_force())), default=None),
+        filesystem=_filesystem(folder),
         read_ahead_bytes=_read_ahead(folder),
         versions=versions,
         threads=threads,
@@ -75,7 +75,7 @@ def usable_memory() -> int:
     """Return how many bytes a process may use here: what is installed, or the control group's limit."""
     import psutil
 
-    return min(psutil.virtual_memory().total, limit_in_force() or NO_LIMIT)
+    return min(filter(None, (psutil.virtual_memory().total, limit_in_force())))
 
 
 def _cpu_model() -> str:
@@ -86,7 +86,7 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def filesystem(folder: str) -> str | None:
+def _filesystem(folder: str) -> str | None:
     """Return the type of the file system that holds `folder`: "ext4"."""
     path, best, found = os.path.realpath(folder), "", None
     with suppress(OSError), open("/proc/self/mountinfo") as file:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import time
@@ -24,12 +23,13 @@ from shardkit.errors import MeasurementError
 CGROUP_ROOT = "/sys/fs/cgroup"
 OWN_CGROUP = "/proc/self/cgroup"
 # cgroup v1 writes "no limit" as the largest page-aligned number.
-NO_LIMIT = 2**60
+_NO_LIMIT = 2**60
 _LIMIT_FILE = {False: "memory.limit_in_bytes", True: "memory.max"}
 _PROBE_BYTES = 64 << 20
 
 # The shell joins the group and becomes the command, so that all the command's memory counts.
 _JOIN = 'echo 0 > "$0" && exec "$@"'
+_SYSTEMD = ("systemd-run", "--user", "--scope", "--quiet", "--collect", "--property=MemorySwapMax=0")
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,15 @@ def limited(nbytes: int | None) -> Iterator[Limited]:
         return
     if why := why_unlimited():
         raise MeasurementError(f"no memory limit can be set here: {why}")
-    group = _make_group(nbytes, CGROUP_ROOT, OWN_CGROUP)
-    if group is None:
-        yield Limited(lambda command: [*_systemd(nbytes), *command], lambda: None)
+    with _in_force(nbytes) as limit:
+        yield limit
+
+
+@contextmanager
+def _in_force(nbytes: int) -> Iterator[Limited]:
+    if (group := _make_group(nbytes)) is None:
+        systemd = [*_SYSTEMD, f"--property=MemoryMax={nbytes}", "--"]
+        yield Limited(lambda command: [*systemd, *command], lambda: None)
         return
     procs = str(group / "cgroup.procs")
     try:
@@ -68,40 +74,23 @@ def limited(nbytes: int | None) -> Iterator[Limited]:
 @cache
 def why_unlimited() -> str | None:
     """Return why memory cannot be limited here; None if it can. Found out by trying, once."""
-    if (group := _make_group(_PROBE_BYTES, CGROUP_ROOT, OWN_CGROUP)) is not None:
-        procs = str(group / "cgroup.procs")
-        tried = _works(["/bin/sh", "-c", _JOIN, procs, "true"])
-        _remove(group)
-        return None if tried else "a process may not be moved into a control group of its own"
-    if shutil.which("systemd-run") and _works([*_systemd(_PROBE_BYTES), "true"]):
-        return None
-    return (
-        "control groups cannot be written (they can as root, in a container started with "
-        "`--privileged`, or where systemd gives users theirs)"
-    )
+    with _in_force(_PROBE_BYTES) as limit:
+        try:
+            subprocess.run(limit.command(["true"]), capture_output=True, timeout=20, check=True)  # noqa: S603
+        except (OSError, subprocess.SubprocessError):
+            return (
+                "control groups cannot be written (they can as root, in a container started with "
+                "`--privileged`, or where systemd gives users theirs)"
+            )
+    return None
 
 
-def _works(command: Sequence[str]) -> bool:
-    try:
-        return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0  # noqa: S603
-    except (OSError, subprocess.SubprocessError):
-        return False
-
-
-def _systemd(nbytes: int) -> list[str]:
-    limits = [f"--property=MemoryMax={nbytes}", "--property=MemorySwapMax=0"]
-    return ["systemd-run", "--user", "--scope", "--quiet", "--collect", *limits, "--"]
-
-
-def _make_group(nbytes: int, root: str, own: str) -> Path | None:
+def _make_group(nbytes: int) -> Path | None:
     """Make a group with this limit and no swap, below our own or as near above as we may; None if nowhere."""
-    for parent, is_v2 in _groups(root, own):
+    for parent, is_v2 in _groups():
         group = parent / f"shardkit-{os.getpid()}-{secrets.token_hex(4)}"
         try:
             group.mkdir()
-        except OSError:
-            continue
-        try:
             _set_limit(group, nbytes, is_v2)
         except OSError:
             _remove(group)
@@ -132,45 +121,42 @@ def _remove(group: Path) -> None:
             return
 
 
-def _groups(root: str, own: str) -> Iterator[tuple[Path, bool]]:
+def _groups() -> Iterator[tuple[Path, bool]]:
     """Yield our own control group and its ancestors, and whether they are of version 2.
 
     A container may show only the root of its own tree: some of them may not be there.
     """
     with suppress(OSError):
-        for line in Path(own).read_text().splitlines():
+        for line in Path(OWN_CGROUP).read_text().splitlines():
             _, controllers, name = line.split(":", 2)
             if controllers == "" or "memory" in controllers.split(","):
                 is_v2 = controllers == ""
-                base = Path(root) if is_v2 else Path(root, "memory")
+                base = Path(CGROUP_ROOT) if is_v2 else Path(CGROUP_ROOT, "memory")
                 group = Path(name.lstrip("/"))
                 above = (group, *group.parents)
                 yield from ((base / path, is_v2) for path in above if ".." not in path.parts)
 
 
-def limit_in_force(root: str = CGROUP_ROOT, own: str = OWN_CGROUP) -> int | None:
+def limit_in_force() -> int | None:
     """Return the smallest memory limit of our control group and its ancestors, in bytes; None for none."""
     limits = []
-    for group, is_v2 in _groups(root, own):
+    for group, is_v2 in _groups():
         with suppress(OSError, ValueError):  # "max" is no number
             limits.append(int((group / _LIMIT_FILE[is_v2]).read_text()))
-    return min((limit for limit in limits if limit < NO_LIMIT), default=None)
+    return min((limit for limit in limits if limit < _NO_LIMIT), default=None)
 
 
 def _set_limit(group: Path, nbytes: int, is_v2: bool) -> None:
-    if not is_v2:
-        (group / _LIMIT_FILE[is_v2]).write_text(str(nbytes))
-        with suppress(OSError):  # swap is not always accounted for
-            (group / "memory.memsw.limit_in_bytes").write_text(str(nbytes))
-        return
-    # A group's children have the memory controller only if it says so; with processes of its own it may not.
-    with suppress(OSError):
-        (group.parent / "cgroup.subtree_control").write_text("+memory")
-    if not (group / _LIMIT_FILE[is_v2]).exists():
-        raise FileNotFoundError(group / _LIMIT_FILE[is_v2])
-    (group / _LIMIT_FILE[is_v2]).write_text(str(nbytes))
-    with suppress(OSError):
-        (group / "memory.swap.max").write_text("0")
+    if is_v2:
+        # A group's children have the memory controller only if it says so; with processes of its own it
+        # may not.
+        with suppress(OSError):
+            (group.parent / "cgroup.subtree_control").write_text("+memory")
+    with (group / _LIMIT_FILE[is_v2]).open("r+") as file:  # which is there only where the controller is
+        file.write(str(nbytes))
+    swap, most = ("memory.swap.max", 0) if is_v2 else ("memory.memsw.limit_in_bytes", nbytes)
+    with suppress(OSError):  # swap is not always accounted for
+        (group / swap).write_text(str(most))
 
 
 def _kills(group: Path) -> int | None:

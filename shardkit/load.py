@@ -58,7 +58,7 @@ def load_model(
         parse_dtype(dtype)
     folder, files = loaded_files(source)
     checkpoint = Checkpoint.open(folder)
-    reading = Prefetch(files, limit_bytes=prefetch_bytes(checkpoint, dtype))
+    reading = Prefetch(files, prefetch_bytes(checkpoint, dtype))
     if prefetch:
         reading.start()
     try:
@@ -68,8 +68,7 @@ def load_model(
         name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
         return loader.from_pretrained(folder, **{name: dtype}, **from_pretrained_options)
     except BaseException:
-        if prefetch:
-            reading.stop()
+        reading.stop()
         raise
 
 

@@ -13,8 +13,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-JOB_BYTES = 16 << 20
-BUFFER_BYTES = 1 << 20
+_THREADS = 4
+_JOB_BYTES = 16 << 20
+_BUFFER_BYTES = 1 << 20
 
 
 class Prefetch:
@@ -26,35 +27,23 @@ class Prefetch:
         Paths. One that cannot be read is left to whoever needs it, and their error.
     limit_bytes
         The most bytes to read; more than the page cache holds would push out what it has just read.
-    threads
-        How many read at once.
     """
 
-    def __init__(self, files: Sequence[str], *, limit_bytes: int | None = None, threads: int = 4) -> None:
+    def __init__(self, files: Sequence[str], limit_bytes: int) -> None:
         self._jobs = _jobs(files, limit_bytes)
         self._lock, self._stopped = threading.Lock(), threading.Event()
-        self._threads = [
-            threading.Thread(target=self._work, name="shardkit-prefetch", daemon=True) for _ in range(threads)
-        ]
 
-    def start(self) -> Prefetch:
+    def start(self) -> None:
         """Begin, and return at once."""
-        for thread in self._threads:
-            thread.start()
-        return self
+        for _ in range(_THREADS):
+            threading.Thread(target=self._work, name="shardkit-prefetch", daemon=True).start()
 
     def stop(self) -> None:
-        """End it where it is; returns when no thread runs any more."""
+        """End it where it is."""
         self._stopped.set()
-        self.wait()
-
-    def wait(self) -> None:
-        """Wait until all is read."""
-        for thread in self._threads:
-            thread.join()
 
     def _work(self) -> None:
-        buffer = bytearray(BUFFER_BYTES)
+        buffer = memoryview(bytearray(_BUFFER_BYTES))
         while not self._stopped.is_set():
             with self._lock:
                 job = next(self._jobs, None)
@@ -63,25 +52,20 @@ class Prefetch:
             with suppress(OSError):
                 self._read(*job, buffer)
 
-    def _read(self, file: str, start: int, stop: int, buffer: bytearray) -> None:
-        handle = os.open(file, os.O_RDONLY)
-        try:
+    def _read(self, file: str, start: int, stop: int, buffer: memoryview) -> None:
+        with open(file, "rb", buffering=0) as handle:
+            handle.seek(start)
             while start < stop and not self._stopped.is_set():
-                count = os.preadv(handle, [memoryview(buffer)[: stop - start]], start)
+                count = handle.readinto(buffer[: stop - start])
                 if not count:
                     return
                 start += count
-        finally:
-            os.close(handle)
 
 
-def _jobs(files: Sequence[str], limit_bytes: int | None) -> Iterator[tuple[str, int, int]]:
-    left = limit_bytes
+def _jobs(files: Sequence[str], limit_bytes: int) -> Iterator[tuple[str, int, int]]:
     for file in files:
         size = 0
         with suppress(OSError):
-            size = os.stat(file).st_size
-        if left is not None:
-            size = min(size, left)
-            left -= size
-        yield from ((file, start, min(start + JOB_BYTES, size)) for start in range(0, size, JOB_BYTES))
+            size = min(os.stat(file).st_size, limit_bytes)
+        limit_bytes -= size
+        yield from ((file, start, min(start + _JOB_BYTES, size)) for start in range(0, size, _JOB_BYTES))

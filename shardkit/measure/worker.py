@@ -13,6 +13,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
+import runpy
 import sys
 import threading
 import time
@@ -20,11 +22,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 PROMPT = "The quick brown fox jumps over the lazy dog"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
@@ -72,13 +69,19 @@ def _proc_numbers(path: str, *names: str) -> dict[str, int]:
     return found
 
 
-def _cpu() -> tuple[float, float, int | None]:
-    """Return user and system seconds of all threads, and major page faults."""
-    if resource is None:
-        times = os.times()
-        return times.user, times.system, None
+def _bytes(status: dict[str, int], *names: str) -> int | None:
+    return sum(status[name] for name in names) * 1024 if status.keys() >= set(names) else None
+
+
+def _counters() -> dict[str, Any]:
+    """Return CPU seconds of all threads, major page faults, and bytes read from the disk, where told."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime, usage.ru_stime, usage.ru_majflt
+    return {
+        "user_seconds": usage.ru_utime,
+        "system_seconds": usage.ru_stime,
+        "major_faults": usage.ru_majflt,
+        **_proc_numbers("/proc/self/io", "read_bytes"),
+    }
 
 
 class Reporter:
@@ -95,32 +98,22 @@ class Reporter:
     def phase(self, name: str) -> Iterator[None]:
         """Clock what happens inside, and take the kernel's own memory peak of it."""
         peak_reset = reset_peak()
-        read_before = _proc_numbers("/proc/self/io", "read_bytes").get("read_bytes")
         self.send("begin", name=name, at=time.monotonic(), peak_reset=peak_reset)
-        user, system, faults = _cpu()
-        start = time.monotonic()
+        before, start = _counters(), time.monotonic()
         yield
         wall = time.monotonic() - start
-        user_after, system_after, faults_after = _cpu()
+        used = {counter: count - before[counter] for counter, count in _counters().items()}
         status = _proc_numbers("/proc/self/status", "VmHWM", "RssAnon", "RssShmem", "RssFile")
-        read_after = _proc_numbers("/proc/self/io", "read_bytes").get("read_bytes")
         self.send(
             "end",
             name=name,
             at=start,
             wall_seconds=wall,
-            user_seconds=user_after - user,
-            system_seconds=system_after - system,
-            major_faults=None if faults is None or faults_after is None else faults_after - faults,
-            read_bytes=None if read_before is None or read_after is None else read_after - read_before,
-            peak_total_bytes=status["VmHWM"] * 1024 if peak_reset and "VmHWM" in status else None,
-            anonymous_bytes=_anonymous(status),
-            file_bytes=status["RssFile"] * 1024 if "RssFile" in status else None,
+            **{"read_bytes": None, **used},
+            peak_total_bytes=_bytes(status, "VmHWM") if peak_reset else None,
+            anonymous_bytes=_bytes(status, "RssAnon", "RssShmem"),
+            file_bytes=_bytes(status, "RssFile"),
         )
-
-
-def _anonymous(status: dict[str, int]) -> int | None:
-    return (status["RssAnon"] + status.get("RssShmem", 0)) * 1024 if "RssAnon" in status else None
 
 
 class Load:
@@ -300,12 +293,7 @@ class Load:
 
 def start_prefetch(path: str, files: list[str], limit_bytes: int) -> None:
     """Begin to read the files ahead, as `load_model` does, with the very same code."""
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location("prefetch", path)
-    module = module_from_spec(spec)  # type: ignore[arg-type]
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
-    module.Prefetch(files, limit_bytes=limit_bytes).start()
+    runpy.run_path(path)["Prefetch"](files, limit_bytes).start()
 
 
 def _one_line(error: BaseException) -> str:

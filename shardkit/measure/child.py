@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.errors import Cancelled
-from shardkit.measure.events import read_events, told_pid
+from shardkit.measure.events import read_events
 from shardkit.measure.limit import Limited, limited
 from shardkit.measure.sampler import PortableSampler, Reading, StatusSampler
 
@@ -43,7 +43,7 @@ class ChildEnd:
     limit_kills
         How often the kernel killed for the memory limit; None without one, or where it does not say.
     events
-        What it reported, as far as it is sound.
+        What it reported, by kind, as far as it is sound.
     output
         The end of what it printed, stdout and stderr together; or why it could not be started.
     readings, portable_readings, sampler_cpu_seconds
@@ -57,7 +57,7 @@ class ChildEnd:
     return_code: int | None
     timed_out: bool
     limit_kills: int | None
-    events: list[dict[str, Any]]
+    events: dict[str, list[dict[str, Any]]]
     output: str
     readings: list[Reading]
     portable_readings: list[tuple[float, int]]
@@ -114,7 +114,9 @@ def run_child(
         try:
             child = _start([*command, str(folder / "job")], limit, printed, environment)
         except OSError as error:
-            return ChildEnd(started_at, time.monotonic(), None, False, None, [], str(error), [], [], 0.0, 0.0)
+            nothing = read_events(b"")
+            now = time.monotonic()
+            return ChildEnd(started_at, now, None, False, None, nothing, str(error), [], [], 0.0, 0.0)
         fine, portable = StatusSampler(child.pid), PortableSampler(child)
         with _gone_after(child):
             for sampler in (fine, portable):
@@ -124,7 +126,7 @@ def run_child(
             sampler.join()
         ended_at = time.monotonic()
         events = read_events(os.pread(results.fileno(), _EVENTS_BYTES, 0))
-        is_child = told_pid(events) in (None, child.pid)
+        is_child = all(hello["pid"] == child.pid for hello in events["hello"])
         return ChildEnd(
             started_at,
             ended_at,

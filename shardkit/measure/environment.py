@@ -7,6 +7,7 @@ import platform
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from shardkit.measure.limit import limit_in_force
 from shardkit.record import plural
@@ -50,10 +51,8 @@ class Environment:
         return ", ".join([*filter(None, words), self.filesystem or "unknown file system"])
 
 
-def describe_machine(
-    folder: str, limit: int | None, versions: dict[str, str], threads: int | None, gpu: str | None
-) -> Environment:
-    """Return the environment of a load from `folder` under `limit`, with what the child said of itself."""
+def describe_machine(folder: str, limit: int | None, **told: Any) -> Environment:
+    """Return the environment of a load from `folder` under `limit`, with what the child told of itself."""
     import psutil
 
     affinity = getattr(os, "sched_getaffinity", None)
@@ -65,9 +64,7 @@ def describe_machine(
         memory_limit_bytes=min(filter(None, (limit, limit_in_force())), default=None),
         filesystem=_filesystem(folder),
         read_ahead_bytes=_read_ahead(folder),
-        versions=versions,
-        threads=threads,
-        gpu=gpu,
+        **told,
     )
 
 

@@ -60,23 +60,15 @@ _FIELDS: Mapping[str, Mapping[str, Callable[[object], bool]]] = {
 }
 
 
-def read_events(lines: bytes) -> list[dict[str, Any]]:
-    """Return the events in whole lines; what is none, or lacks what its kind has, is left out."""
-    events = []
+def read_events(lines: bytes) -> dict[str, list[dict[str, Any]]]:
+    """Return the events in whole lines, by kind; what is none, or lacks what its kind has, is left out."""
+    events: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _FIELDS}
     for line in lines.split(b"\n")[:-1]:
         with suppress(ValueError, RecursionError):
             event = json.loads(line)
-            if isinstance(event, dict) and _is_sound(event):
-                events.append(event)
+            kind = event.get("event") if isinstance(event, dict) else None
+            if isinstance(kind, str) and kind in _FIELDS:
+                told = {name: event.get(name) for name in _FIELDS[kind]}
+                if all(fits(told[name]) for name, fits in _FIELDS[kind].items()):
+                    events[kind].append(told)
     return events
-
-
-def _is_sound(event: Mapping[str, Any]) -> bool:
-    kind = event.get("event")
-    fields = _FIELDS.get(kind) if isinstance(kind, str) else None
-    return fields is not None and all(name in event and fits(event[name]) for name, fits in fields.items())
-
-
-def told_pid(events: list[dict[str, Any]]) -> int | None:
-    """Return the process that does the work, which a wrapper may have started; None while it has not said."""
-    return next((event["pid"] for event in events if event["event"] == "hello"), None)

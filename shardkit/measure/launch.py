@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import MeasurementError
@@ -17,8 +17,7 @@ from shardkit.load import loaded_files, prefetch_bytes
 from shardkit.measure import page_cache
 from shardkit.measure.child import ChildEnd, run_child
 from shardkit.measure.environment import describe_machine
-from shardkit.measure.events import told_pid
-from shardkit.measure.measurement import LOAD, LoadMeasurement, MemoryCurve, Phase, SamplerCost
+from shardkit.measure.measurement import LOAD, LoadMeasurement, MemoryCurve, Outcome, Phase, SamplerCost
 from shardkit.measure.sampler import Reading
 from shardkit.sizes import format_size, parse_size
 from shardkit.tensor import CAST_DTYPES
@@ -30,7 +29,10 @@ _FILE_OPTIONS = ("use_safetensors", "variant", "subfolder", "gguf_file", "revisi
 # A load from a folder has no business on the network, whose delays would count as the load's.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
-Outcome = Literal["ok", "failed", "killed", "timeout"]
+_SIGNALS = {int(number): number.name for number in signal.Signals}
+_AS_TOLD = (
+    "wall_seconds", "user_seconds", "system_seconds", "peak_total_bytes", "major_faults", "read_bytes"
+)  # fmt: skip
 
 
 def measure_load(
@@ -121,19 +123,9 @@ def measure_load(
 def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
     try:
         same: dict[str, Any] = json.loads(json.dumps(dict(options)))
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         raise MeasurementError(f"options go to another process as JSON: {error}") from None
     return same
-
-
-def _read_since_load(end: ChildEnd) -> int | None:
-    """Return the bytes that came from the disk from the load on; None if that is not told."""
-    ends = [event for event in end.events if event["event"] == "end"]
-    names = [event["name"] for event in ends]
-    if LOAD not in names or not any(event["event"] == "done" for event in end.events):
-        return None
-    counts = [event["read_bytes"] for event in ends[names.index(LOAD) :]]
-    return None if None in counts else sum(counts)
 
 
 def _prefetch_job(folder: str, files: list[str], dtype: str | None, limit: int | None) -> dict[str, Any]:
@@ -141,23 +133,30 @@ def _prefetch_job(folder: str, files: list[str], dtype: str | None, limit: int |
     return {"path": str(_PREFETCH), "files": files, "limit_bytes": budget}
 
 
+def _read_since_load(end: ChildEnd) -> int | None:
+    """Return the bytes that came from the disk from the load on; None if that is not told."""
+    names = [phase["name"] for phase in end.events["end"]]
+    if LOAD not in names or not end.events["done"]:
+        return None
+    counts = [phase["read_bytes"] for phase in end.events["end"][names.index(LOAD) :]]
+    return None if None in counts else sum(counts)
+
+
 def _measurement(
     job: dict[str, Any], limit: int | None, cache: page_cache.CacheState, end: ChildEnd
 ) -> LoadMeasurement:
-    events = {event["event"]: event for event in end.events}
-    begins = {event["name"]: event for event in end.events if event["event"] == "begin"}
-    stack = events.get("stack", {})
+    last = {kind: events[-1] for kind, events in end.events.items() if events}
+    begun = [event for event in end.events["begin"] if event["name"] == LOAD]
     # Where it never came to the load, what it held before says at least how far it came.
-    load = begins.get(LOAD, {"at": end.started_at, "peak_reset": True})
-    load_start = load["at"] - end.started_at if LOAD in begins else None
+    load: dict[str, Any] = begun[0] if begun else {"at": end.started_at, "peak_reset": True}
     peaks = _peaks(end, load["at"], load["peak_reset"])
-    outcome, reason = _outcome(end, events, limit, peaks)
-    notes = [event["text"] for event in end.events if event["event"] == "note"]
+    outcome, reason = _outcome(end, limit, peaks)
+    notes = [event["text"] for event in end.events["note"]]
     if not load["peak_reset"]:
         notes.append(
             "the kernel's memory peak could not be reset: peaks are sampled, short ones may be missing"
         )
-    if told_pid(end.events) is not None and not end.readings and not end.portable_readings:
+    if end.events["hello"] and not end.readings and not end.portable_readings:
         notes.append(
             "the process that loads could not be sampled (a wrapper must `exec` it): its peaks of anonymous "
             "and file memory are unknown"
@@ -172,68 +171,55 @@ def _measurement(
         options=job["options"],
         outcome=outcome,
         reason=reason,
-        phases=tuple(_phase(event, end) for event in end.events if event["event"] == "end"),
-        load_start_seconds=load_start,
+        phases=tuple(_phase(event, end) for event in end.events["end"]),
+        load_start_seconds=load["at"] - end.started_at if begun else None,
         **peaks,
-        peak_device_bytes=events.get("device", {}).get("peak_bytes"),
+        peak_device_bytes=last.get("device", {}).get("peak_bytes"),
         cache=cache,
-        model_class=events.get("model", {}).get("name"),
-        token_ids=tuple(events.get("tokens", {}).get("ids", ())),
+        model_class=last.get("model", {}).get("name"),
+        token_ids=tuple(last.get("tokens", {}).get("ids", ())),
         curve=_curve(end),
         sampler=_sampler_cost(end, load["at"]),
-        environment=describe_machine(
-            job["folder"], limit, stack.get("versions", {}), stack.get("threads"), stack.get("gpu")
-        ),
+        environment=describe_machine(job["folder"], limit, **last.get("stack", {})),
         output="" if outcome == "ok" else end.output,
         notes=tuple(notes),
     )
 
 
-def _where(end: ChildEnd) -> str:
-    """Say how far it got: " during load", " after first token"."""
-    marks = [event for event in end.events if event["event"] in ("begin", "end")]
-    if not marks:
-        return ""
-    return f" {'during' if marks[-1]['event'] == 'begin' else 'after'} {marks[-1]['name']}"
-
-
-def _outcome(
-    end: ChildEnd, events: Mapping[str, Any], limit: int | None, peaks: Mapping[str, int | None]
-) -> tuple[Outcome, str]:
+def _outcome(end: ChildEnd, limit: int | None, peaks: Mapping[str, int | None]) -> tuple[Outcome, str]:
     where = _where(end)
     when = f"{where}, {end.ended_at - end.started_at:.1f} s after its start"
     memory, anonymous = _at(peaks["peak_total_bytes"]), _at(peaks["peak_anonymous_bytes"])
-    last = (end.output.strip().splitlines() or [""])[-1].strip()[:300]
     if end.return_code is None:
         return "failed", f"the interpreter could not be started: {end.output}"
     if end.timed_out:
         return "timeout", f"stopped{when}{memory}"
-    if "error" in events:
-        return "failed", f"{events['error']['reason']}{where}"
+    if errors := end.events["error"]:
+        return "failed", f"{errors[-1]['reason']}{where}"
+    if end.return_code < 0 and end.limit_kills and limit is not None:
+        size = format_size(limit)
+        return "killed", f"by the kernel for its memory limit of {size}{when}{anonymous} anonymous"
     if end.return_code < 0:
-        name = _signal_name(-end.return_code)
-        if end.limit_kills and limit is not None:
-            return (
-                "killed",
-                f"by the kernel for its memory limit of {format_size(limit)}{when}{anonymous} anonymous",
-            )
+        name = _SIGNALS.get(-end.return_code, f"signal {-end.return_code}")
         hint = ": as the kernel does when memory runs out" if name == "SIGKILL" else ""
         return "killed", f"by {name}{when}{memory}{hint}"
-    if "done" in events and end.return_code == 0:
+    if end.events["done"] and end.return_code == 0:
         return "ok", ""
+    last = (end.output.strip().splitlines() or [""])[-1].strip()[:300]
     said = f"; it last printed: {last}" if last else ""
     return "failed", f"ended with status {end.return_code}{where} and no result{said}"
 
 
+def _where(end: ChildEnd) -> str:
+    """Say how far it got: " during load", " after first token"."""
+    begun, ended = ([event["name"] for event in end.events[kind]] for kind in ("begin", "end"))
+    if begun and begun[-1:] != ended[-1:]:
+        return f" during {begun[-1]}"
+    return f" after {ended[-1]}" if ended else ""
+
+
 def _at(peak: int | None) -> str:
     return f", at {format_size(peak)}" if peak is not None else ""
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _phase(event: Mapping[str, Any], end: ChildEnd) -> Phase:
@@ -242,44 +228,39 @@ def _phase(event: Mapping[str, Any], end: ChildEnd) -> Phase:
     return Phase(
         name=event["name"],
         start_seconds=start - end.started_at,
-        wall_seconds=event["wall_seconds"],
-        user_seconds=event["user_seconds"],
-        system_seconds=event["system_seconds"],
-        peak_total_bytes=event["peak_total_bytes"],
-        peak_anonymous_bytes=_split_peak(
-            end, [event["anonymous_bytes"], *(r.anonymous_bytes for r in inside)]
-        ),
-        peak_file_bytes=_split_peak(end, [event["file_bytes"], *(r.file_bytes for r in inside)]),
-        major_faults=event["major_faults"],
-        read_bytes=event["read_bytes"],
+        **{name: event[name] for name in _AS_TOLD},
+        **_split_peaks(end, [event], inside),
     )
 
 
 def _peaks(end: ChildEnd, load_at: float, was_reset: bool) -> dict[str, Any]:
-    phases = [event for event in end.events if event["event"] == "end" and event["at"] >= load_at]
+    phases = [event for event in end.events["end"] if event["at"] >= load_at]
     readings = [reading for reading in end.readings if reading.at >= load_at]
     is_kernels = was_reset and bool(readings or not end.portable_readings)
     if is_kernels:
         # A phase that was cut short reports nothing: its running peak, as last seen, stands in.
-        total = [event["peak_total_bytes"] for event in phases]
+        total = [reported["peak_total_bytes"] for reported in phases]
         total += [reading.peak_total_bytes for reading in readings[-1:]]
     else:
         total = [size for at, size in end.portable_readings if at >= load_at]
         total += [reading.anonymous_bytes + reading.file_bytes for reading in readings]
-    anonymous = [event["anonymous_bytes"] for event in phases] + [r.anonymous_bytes for r in readings]
-    file = [event["file_bytes"] for event in phases] + [r.file_bytes for r in readings]
     return {
         "peak_total_bytes": _largest(total),
-        "peak_anonymous_bytes": _split_peak(end, anonymous),
-        "peak_file_bytes": _split_peak(end, file),
         "peak_is_kernels": is_kernels,
+        **_split_peaks(end, phases, readings),
     }
 
 
-def _split_peak(end: ChildEnd, numbers: Iterable[int | None]) -> int | None:
-    # What the worker itself saw at the end of a phase counts too: a phase may be shorter than a pause.
-    # But where nobody else watched, it is no peak.
-    return _largest(numbers) if end.readings else None
+def _split_peaks(
+    end: ChildEnd, phases: Sequence[Mapping[str, Any]], readings: Sequence[Reading]
+) -> dict[str, Any]:
+    if not end.readings:  # what the worker itself saw is no peak where nobody else watched
+        return {"peak_anonymous_bytes": None, "peak_file_bytes": None}
+    # But it counts too: a phase may be shorter than a pause.
+    return {
+        f"peak_{part}": _largest([*(p[part] for p in phases), *(getattr(r, part) for r in readings)])
+        for part in ("anonymous_bytes", "file_bytes")
+    }
 
 
 def _largest(numbers: Iterable[int | None]) -> int | None:
@@ -295,21 +276,16 @@ def _sampler_cost(end: ChildEnd, load_at: float) -> SamplerCost:
 
 
 def _curve(end: ChildEnd) -> MemoryCurve:
-    fine = [
-        (r.at - end.started_at, r.anonymous_bytes, r.file_bytes)
-        for r in _thinned(end.readings, _CURVE_POINTS)
-    ]
-    seconds, anonymous, file = zip(*fine, strict=True) if fine else ((), (), ())
-    profiler = [(at - end.started_at, size) for at, size in end.portable_readings]
-    profiler = profiler[:: -(-len(profiler) // _CURVE_POINTS) or 1]
-    at, size = zip(*profiler, strict=True) if profiler else ((), ())
+    fine = [(r.at, r.anonymous_bytes, r.file_bytes) for r in end.readings]
     return MemoryCurve(
-        tuple(round(s, 4) for s in seconds), anonymous, file, tuple(round(s, 4) for s in at), size
+        *_columns(fine, 3, end.started_at), *_columns(end.portable_readings, 2, end.started_at)
     )
 
 
-def _thinned(readings: Sequence[Reading], points: int) -> list[Reading]:
-    """Keep at most `points` readings, each with the peaks of those it stands for."""
-    step = -(-len(readings) // points) or 1
-    groups = [readings[start : start + step] for start in range(0, len(readings), step)]
-    return [Reading(*(max(values) for values in zip(*group, strict=True))) for group in groups]
+def _columns(readings: Sequence[tuple[float, ...]], count: int, started_at: float) -> list[tuple[Any, ...]]:
+    """Return times and sizes, thinned to at most 500 points: each has the peaks of those it stands for."""
+    step = -(-len(readings) // _CURVE_POINTS) or 1
+    groups = (readings[first : first + step] for first in range(0, len(readings), step))
+    points = [tuple(map(max, zip(*group, strict=True))) for group in groups]
+    times, *sizes = zip(*points, strict=True) if points else [()] * count
+    return [tuple(round(at - started_at, 4) for at in times), *sizes]

@@ -11,6 +11,8 @@ from shardkit.measure.page_cache import CacheState
 from shardkit.record import Record, Summary, Table
 from shardkit.sizes import format_size
 
+Outcome = Literal["ok", "failed", "killed", "timeout"]
+
 LOAD = "load"
 FIRST_TOKEN = "first token"  # noqa: S105 - a phase, not a password
 
@@ -142,7 +144,7 @@ class LoadMeasurement(Record):
     dtype: str | None
     device: str
     generate: int
-    outcome: Literal["ok", "failed", "killed", "timeout"]
+    outcome: Outcome
     reason: str
     phases: tuple[Phase, ...]
     load_start_seconds: float | None

@@ -109,7 +109,7 @@ class Reporter:
             name=name,
             at=start,
             wall_seconds=wall,
-            **{"read_bytes": None, **used},
+            **used,
             peak_total_bytes=_bytes(status, "VmHWM") if peak_reset else None,
             anonymous_bytes=_bytes(status, "RssAnon", "RssShmem"),
             file_bytes=_bytes(status, "RssFile"),

@@ -103,6 +103,11 @@ class Comparison(Record):
         """Return the counted loads of one arm that succeeded."""
         return [s.measurement for s in self.samples if s.arm == arm and s.measurement.ok]
 
+    def _runs(self, arm: str) -> list[LoadMeasurement]:
+        """Return the counted loads of one arm; where there is none, its warm-up."""
+        counted = [s.measurement for s in self.samples if s.arm == arm]
+        return counted or [s.measurement for s in self.warm_ups if s.arm == arm]
+
     def median(self, arm: str, quantity: str) -> float | None:
         """Return the median of a `LoadMeasurement` property over one arm's loads; None if never told."""
         values = [getattr(measurement, quantity) for measurement in self.measurements(arm)]
@@ -132,15 +137,15 @@ class Comparison(Record):
         return next((name for name in self.names if self.measurements(name)), ORIGINAL)
 
     def _ratio(self, arm: str, quantity: str) -> Ratio | None:
-        pairs: dict[int | None, dict[str, float]] = {}
-        for sample in self.samples:
-            value = getattr(sample.measurement, quantity)
-            if sample.measurement.ok and value:
-                pairs.setdefault(sample.pair, {})[sample.arm] = value
-        whole = [pair for pair in pairs.values() if self.reference in pair and arm in pair]
-        if not whole:
+        told = {
+            (s.arm, s.pair): value
+            for s in self.samples
+            if s.measurement.ok and (value := getattr(s.measurement, quantity))
+        }
+        pairs = [pair for name, pair in told if name == arm and (self.reference, pair) in told]
+        if not pairs:
             return None
-        first, second = ([pair[name] for pair in whole] for name in (self.reference, arm))
+        first, second = ([told[name, pair] for pair in pairs] for name in (self.reference, arm))
         interval = paired_interval(first, second, self.seed)
         return Ratio(
             quantity=quantity,
@@ -157,18 +162,16 @@ class Comparison(Record):
     @property
     def failures(self) -> dict[str, str]:
         """Arms of which no load succeeded, and why."""
-        found = {}
-        for name in self.names:
-            counted = [s.measurement for s in self.samples if s.arm == name]
-            runs = counted or [s.measurement for s in self.warm_ups if s.arm == name]
-            if runs and not any(run.ok for run in runs):
-                found[name] = f"{runs[-1].outcome}: {runs[-1].reason}"
-        return found
+        return {
+            name: f"{runs[-1].outcome}: {runs[-1].reason}"
+            for name in self.names
+            if (runs := self._runs(name)) and not any(run.ok for run in runs)
+        }
 
     def _partial_failures(self) -> Iterator[str]:
         """Say of which arms only some counted runs succeeded: the figures are of those."""
         for name in self.names:
-            ends = Counter(s.measurement.outcome for s in self.samples if s.arm == name)
+            ends = Counter(run.outcome for run in self._runs(name))
             bad = [f"{outcome} in {count}" for outcome, count in ends.items() if outcome != "ok"]
             if bad and name not in self.failures:
                 runs = plural(ends.total(), "run")
@@ -210,10 +213,7 @@ class Comparison(Record):
     def typical(self, arm: str, by: str = "load_wall_seconds") -> LoadMeasurement | None:
         """Return an arm's run with the median of a quantity; if it never loads, its first failure."""
         loads = sorted(self.measurements(arm), key=lambda m: getattr(m, by) or 0.0)
-        if loads:
-            return loads[len(loads) // 2]
-        runs = (s.measurement for s in (*self.samples, *self.warm_ups) if s.arm == arm)
-        return next(runs, None)
+        return loads[len(loads) // 2] if loads else next(iter(self._runs(arm)), None)
 
     def explain(self, arm: str) -> str:
         """Say where an arm's figures come from, as far as they tell: copied or mapped, read late or not."""
@@ -264,10 +264,8 @@ class Comparison(Record):
             ("stack", " | ".join(stacks) or "not told"),
             ("machine", " | ".join(machines) or "not told"),
         )  # fmt: skip
-        tables = (self._table(arm) for arm in self.names)
-        return Summary(
-            "Comparison of loads", facts, tuple(table for table in tables if table.rows), self._warnings()
-        )
+        tables = tuple(self._table(arm) for arm in self.names if self.ratios_of(arm))
+        return Summary("Comparison of loads", facts, tables, tuple(self._warnings()))
 
     def _medians(self, arm: str) -> str:
         """Return an arm's own figures, for when there is nothing to compare them with."""
@@ -282,22 +280,19 @@ class Comparison(Record):
         rows = tuple(ratio.row() for ratio in self.ratios_of(arm).values())
         return Table(("median", self.reference, arm, "ratio", verdict), rows)
 
-    def _warnings(self) -> tuple[str, ...]:
-        counted = Counter(warning for s in self.samples for warning in s.measurement.warnings())
-        failed = Counter(f"{s.arm}: {s.measurement.outcome}" for s in self.samples if not s.measurement.ok)
-        tokens = {s.measurement.token_ids for s in self.samples if s.measurement.ok}
-        differ = ("the arms did not give the same tokens for the fixed prompt",) if len(tokens) > 1 else ()
-        some = (
-            f"{count} of {plural(len(self.samples), 'run')}: {what}"
-            for what, count in (counted + failed).items()
-        )
-        twice = tuple(f"{arm} failed twice, and was not run again" for arm in self.failures)
-        return (*self.notes, *differ, *self._changed(), *some, *twice)
-
-    def _changed(self) -> Iterator[str]:
+    def _warnings(self) -> Iterator[str]:
+        yield from self.notes
+        if len({s.measurement.token_ids for s in self.samples if s.measurement.ok}) > 1:
+            yield "the arms did not give the same tokens for the fixed prompt"
         for name in self.names:
-            if len({s.measurement.cache.total_bytes for s in self.samples if s.arm == name}) > 1:
+            if len({run.cache.total_bytes for run in self._runs(name)}) > 1:
                 yield f"the files of {name} changed while they were compared: the figures mix both"
+        weak = Counter(warning for s in self.samples for warning in s.measurement.warnings())
+        weak += Counter(f"{s.arm}: {s.measurement.outcome}" for s in self.samples if not s.measurement.ok)
+        for what, count in weak.items():
+            yield f"{count} of {plural(len(self.samples), 'run')}: {what}"
+        for arm in self.failures:
+            yield f"{arm} failed twice, and was not run again"
 
     def to_frame(self) -> pd.DataFrame:
         """Return the raw samples, one row each; the pair of a warm-up is missing."""
@@ -382,16 +377,25 @@ def merge_comparisons(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
 
 
 def _row(sample: Sample, arm: Arm) -> dict[str, Any]:
-    measurement = sample.measurement
-    row: dict[str, Any] = {"arm": sample.arm, "pair": sample.pair, "outcome": measurement.outcome}
-    row |= {"source": arm.source, "stored_dtype": arm.dtype, "files": arm.files, "bytes": arm.total_bytes}
-    row |= {name: getattr(measurement, name) for name in _ASKED}
-    row |= {quantity: getattr(measurement, quantity) for quantity in QUANTITIES}
-    row |= {"peak_file_bytes": measurement.peak_file_bytes}
-    row |= {"cache": measurement.cache.asked, "cache_proven": measurement.cache.proven}
-    for phase in measurement.phases:
-        name = phase.name.replace(" ", "_")
-        for what in ("wall_seconds", "user_seconds", "system_seconds", "major_faults", "read_bytes"):
-            row.setdefault(f"{name}_{what}", getattr(phase, what))
-    environment = measurement.environment
-    return row | {"cpu": environment.cpu, "cores": environment.cores, **environment.versions}
+    measurement, environment = sample.measurement, sample.measurement.environment
+    clocked = {
+        f"{phase.name.replace(' ', '_')}_{what}": getattr(phase, what)
+        for phase in measurement.phases
+        for what in ("wall_seconds", "user_seconds", "system_seconds", "major_faults", "read_bytes")
+    }
+    return {
+        "arm": sample.arm,
+        "pair": sample.pair,
+        "outcome": measurement.outcome,
+        "source": arm.source,
+        "stored_dtype": arm.dtype,
+        "files": arm.files,
+        "bytes": arm.total_bytes,
+        **{name: getattr(measurement, name) for name in (*_ASKED, *QUANTITIES, "peak_file_bytes")},
+        "cache": measurement.cache.asked,
+        "cache_proven": measurement.cache.proven,
+        **clocked,
+        "cpu": environment.cpu,
+        "cores": environment.cores,
+        **environment.versions,
+    }

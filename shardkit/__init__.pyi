@@ -1,9 +1,7 @@
 __version__: str
 
 from .checkpoint import Checkpoint as Checkpoint
-from .compare import Comparison as Comparison
 from .compare import compare_loads as compare_loads
-from .compare import merge_comparisons as merge_comparisons
 from .demo import make_demo_checkpoint as make_demo_checkpoint
 from .display.app import ShardApp as ShardApp
 from .display.progress import ProgressBar as ProgressBar
@@ -26,6 +24,8 @@ from .hub.reshard import shard_on_hub as shard_on_hub
 from .load import load_model as load_model
 from .measure import LoadMeasurement as LoadMeasurement
 from .measure import measure_load as measure_load
+from .measure.comparison import Comparison as Comparison
+from .measure.comparison import merge_comparisons as merge_comparisons
 from .plan import Shard as Shard
 from .plan import ShardPlan as ShardPlan
 from .plan import plan_shards as plan_shards

@@ -11,19 +11,9 @@ from typing import Any
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import Cancelled, MeasurementError, ShardkitError
 from shardkit.measure import measure_load
-from shardkit.measure.comparison import (
-    ORIGINAL,
-    SHARDED,
-    Arm,
-    Comparison,
-    Sample,
-    merge_comparisons,
-)
-from shardkit.measure.ratio import Ratio
+from shardkit.measure.comparison import ORIGINAL, SHARDED, Arm, Comparison, Sample
 from shardkit.record import listed, plural
 from shardkit.verify import verify_checkpoint
-
-__all__ = ["Arm", "Comparison", "Ratio", "Sample", "compare_loads", "merge_comparisons"]
 
 _ProgressCallback = Callable[[int, int, str], bool | None]
 _Source = str | os.PathLike[str]

@@ -32,6 +32,7 @@ _KEPT_IN_FLOAT32 = {
 # as measured with Mixtral's, Qwen3-MoE's and DeepSeek-V3's shapes, with a cast and without.
 _STACKING_SHARE = {True: 1.0, False: 0.25}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_BITS = {DTYPE_NAMES[dtype]: DTYPE_BITS[dtype] for dtype in FLOAT_DTYPES}
 
 Verdict = Literal["fits", "fits tightly", "does not fit"]
 
@@ -109,7 +110,6 @@ def estimate_load(
     *,
     model_type: object = None,
     held_whole: bool = False,
-    runtime_bytes: int = RUNTIME_BYTES,
 ) -> Estimate:
     """Add up what a load in `dtype` ("float16"; None: as stored) copies, and what it leaves mapped.
 
@@ -120,6 +120,8 @@ def estimate_load(
     held_whole
         Whether the files cannot be mapped (legacy pickles), so that all of them is in memory first.
     """
+    from shardkit.measure.environment import usable_memory
+
     copied = mapped = stacking = 0
     keeps = _KEPT_IN_FLOAT32.get(str(model_type)) if dtype == "float16" else None
     for name, elements, stored in tensors:
@@ -127,25 +129,18 @@ def estimate_load(
         target = "float32" if keeps and keeps.search(name) else dtype
         converts = target is not None and stored in FLOAT_DTYPES and DTYPE_NAMES[stored] != target
         bits = _BITS[target] if target is not None and converts else DTYPE_BITS[stored]
-        stacking += int(is_expert * _STACKING_SHARE[converts] * elements * bits // 8)
+        nbytes = elements * bits // 8
+        stacking += int(is_expert * _STACKING_SHARE[converts] * nbytes)
         if converts or is_expert:
-            copied += elements * bits // 8
+            copied += nbytes
         elif not held_whole:
-            mapped += elements * bits // 8
+            mapped += nbytes
         if held_whole:
             copied += elements * DTYPE_BITS[stored] // 8
-    total = runtime_bytes + copied + stacking
-    hosts = tuple(fit(name, memory, total, mapped) for name, memory in _machines().items())
-    return Estimate(source, dtype, runtime_bytes, copied, stacking, mapped, hosts)
-
-
-_BITS = {DTYPE_NAMES[dtype]: DTYPE_BITS[dtype] for dtype in FLOAT_DTYPES}
-
-
-def _machines() -> dict[str, int]:
-    from shardkit.measure.environment import usable_memory
-
-    return {"this machine": usable_memory(), **HOSTS}
+    total = RUNTIME_BYTES + copied + stacking
+    machines = {"this machine": usable_memory(), **HOSTS}
+    hosts = tuple(fit(name, memory, total, mapped) for name, memory in machines.items())
+    return Estimate(source, dtype, RUNTIME_BYTES, copied, stacking, mapped, hosts)
 
 
 def fit(name: str, memory: int, anonymous: int, mapped: int) -> HostFit:

@@ -17,6 +17,7 @@ from shardkit.sizes import format_size
 
 TOLERANCE = 0.05
 _MOST_RUNS = 30
+_GOALS = ("loaded", "generated")
 # A load that lives only by reading the same pages again and again is no success.
 _PATIENCE, _LEAST_SECONDS = 5, 60.0
 
@@ -143,7 +144,7 @@ def minimum_memory(
         runs.append(_limited_run(limit, found))
         if progress is not None and progress(runs[-1]) is False:
             raise Cancelled(f"stopped as asked, after {len(runs)} limited loads")
-    load, token = (_bracket([(run.limit_bytes, goal(run)) for run in runs]) for goal in _GOALS)
+    load, token = (_bracket(_tried(runs, goal)) for goal in _GOALS)
     return MemoryFloor(
         source=free.source,
         dtype=dtype,
@@ -156,9 +157,6 @@ def minimum_memory(
         runs=tuple(runs),
         stack=free.stack(),
     )
-
-
-_GOALS: tuple[Callable[[LimitedRun], bool], ...] = (lambda run: run.loaded, lambda run: run.generated)
 
 
 def _limited_run(limit: int, found: LoadMeasurement) -> LimitedRun:
@@ -174,11 +172,12 @@ def _seconds(found: LoadMeasurement) -> float:
 
 def _next_limit(runs: Sequence[LimitedRun], guess: int, tolerance: float) -> int | None:
     """Return the limit to try next; None when both floors are known closely enough."""
-    for goal in _GOALS:
-        limit = _step([(run.limit_bytes, goal(run)) for run in runs], guess, tolerance)
-        if limit is not None:
-            return limit
-    return None
+    limits = (_step(_tried(runs, goal), guess, tolerance) for goal in _GOALS)
+    return next((limit for limit in limits if limit is not None), None)
+
+
+def _tried(runs: Sequence[LimitedRun], goal: str) -> list[tuple[int, bool]]:
+    return [(run.limit_bytes, getattr(run, goal)) for run in runs]
 
 
 def _step(tried: Sequence[tuple[int, bool]], guess: int, tolerance: float) -> int | None:

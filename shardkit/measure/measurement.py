@@ -200,11 +200,17 @@ class LoadMeasurement(Record):
         """Return the load's times in the words of IPython's ``%%time``."""
         if (load := self.phase(LOAD)) is None:
             return "not completed"
-        return format_time_line(load.user_seconds, load.system_seconds, load.wall_seconds)
+        user, system, both, wall = map(
+            format_seconds, (load.user_seconds, load.system_seconds, load.cpu_seconds, load.wall_seconds)
+        )
+        return f"CPU times: user {user}, sys: {system}, total: {both} / Wall time: {wall}"
 
     def summary(self) -> Summary:
         """Return outcome, times and peaks, phase by phase."""
+        gap = self.sampler.longest_gap_seconds or 0.0
+        unseen = f"; spikes under {format_seconds(gap)} may be missing" if gap > _SPIKE_SECONDS else ""
         on_gpu = f"{_size(self.peak_device_bytes)} (allocated by torch, without what CUDA itself takes)"
+        total_by = "the kernel's own figure" if self.peak_is_kernels else "as sampled"
         facts = (
             ("source", self.source),
             ("asked for", self.asked_for()),
@@ -212,12 +218,9 @@ class LoadMeasurement(Record):
             ("load", self.time_line()),
             ("time to first token", format_seconds(self.time_to_first_token_seconds)),
             ("from process start", format_seconds(self.start_to_first_token_seconds)),
-            (
-                "peak anonymous",
-                f"{_size(self.peak_anonymous_bytes)} (memory that must exist{self._blind_spot()})",
-            ),
+            ("peak anonymous", f"{_size(self.peak_anonymous_bytes)} (memory that must exist{unseen})"),
             ("peak file-backed", f"{_size(self.peak_file_bytes)} (pages that the kernel may drop)"),
-            ("peak total", f"{_size(self.peak_total_bytes)} ({self._peak_source()})"),
+            ("peak total", f"{_size(self.peak_total_bytes)} ({total_by})"),
             *((("peak GPU", on_gpu),) if self.peak_device_bytes is not None else ()),
             ("page cache", f"{self.cache.asked}, {'proven' if self.cache.proven else 'not proven'}"),
             ("stack", self.stack()),
@@ -251,13 +254,6 @@ class LoadMeasurement(Record):
         told = [f"{name} {versions[name]}" for name in ("transformers", "torch") if name in versions]
         return ", ".join(told) or "not told"
 
-    def _blind_spot(self) -> str:
-        gap = self.sampler.longest_gap_seconds or 0.0
-        return f"; spikes under {format_seconds(gap)} may be missing" if gap > _SPIKE_SECONDS else ""
-
-    def _peak_source(self) -> str:
-        return "the kernel's own figure" if self.peak_is_kernels else "as sampled"
-
     def warnings(self) -> tuple[str, ...]:
         """Return what makes the figures weaker than they look."""
         notes = list(self.notes)
@@ -284,14 +280,6 @@ def format_seconds(seconds: float | None) -> str:
     if seconds < 60:
         return f"{seconds:.3g} s"
     return f"{round(seconds) // 60} min {round(seconds) % 60} s"
-
-
-def format_time_line(user: float, system: float, wall: float) -> str:
-    """Return times in the words of IPython's ``%%time``, on one line."""
-    cpu = (
-        f"user {format_seconds(user)}, sys: {format_seconds(system)}, total: {format_seconds(user + system)}"
-    )
-    return f"CPU times: {cpu} / Wall time: {format_seconds(wall)}"
 
 
 def _size(number: int | None) -> str:

@@ -85,13 +85,11 @@ def run_child(
         Program and arguments. It gets one more: the path of a file with `job` as JSON, "results" added.
         (Its stdin is a lifeline: written to, it could fill while nobody reads.)
     timeout
-        Seconds after which it and all its children are killed; None for no limit.
+        Seconds after which it and all its children are killed.
     environment
         Variables added to our own.
     memory_limit
-        Bytes that the child and all its children may have; None for no limit.
-    stop
-        Asked a few times a second; True kills the child.
+        Bytes that the child and all its children may have.
 
     Raises
     ------

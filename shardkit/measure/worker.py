@@ -291,11 +291,6 @@ class Load:
         self.synchronize()
 
 
-def start_prefetch(path: str, files: list[str], limit_bytes: int) -> None:
-    """Begin to read the files ahead, as `load_model` does, with the very same code."""
-    runpy.run_path(path)["Prefetch"](files, limit_bytes).start()
-
-
 def _one_line(error: BaseException) -> str:
     line = " ".join(f"{type(error).__name__}: {error}".split())[:500]
     return line.encode("utf-8", "replace").decode()  # file names may hold what is no text
@@ -318,8 +313,8 @@ def main() -> int:
     reporter = Reporter(job["results"])
     reporter.send("hello", pid=os.getpid())
     try:
-        if job["prefetch"]:
-            start_prefetch(**job["prefetch"])
+        if ahead := job["prefetch"]:  # as `load_model` does it, with the very same code
+            runpy.run_path(ahead["path"])["Prefetch"](ahead["files"], ahead["limit_bytes"]).start()
         Load(job, reporter).run()
     except Exception as error:
         traceback.print_exc()

@@ -125,11 +125,8 @@ class Comparison(Record):
     @cached_property
     def _all_ratios(self) -> dict[str, dict[str, Ratio]]:
         # Kept: verdict, tables and JSON all ask, and each interval takes 10,000 resamplings.
-        found = {
-            arm: [self._ratio(arm, quantity) for quantity in QUANTITIES if arm != self.reference]
-            for arm in self.names
-        }
-        return {arm: {ratio.quantity: ratio for ratio in told if ratio} for arm, told in found.items()}
+        others = [arm for arm in self.names if arm != self.reference]
+        return {arm: {q: ratio for q in QUANTITIES if (ratio := self._ratio(arm, q))} for arm in others}
 
     @property
     def reference(self) -> str:
@@ -151,9 +148,7 @@ class Comparison(Record):
             quantity=quantity,
             original=median(first),
             other=median(second),
-            ratio=interval.ratio,
-            low=interval.low,
-            high=interval.high,
+            **vars(interval),
             conclusion=conclude(interval, self.margin),
             margin=self.margin,
             repeats_to_decide=repeats_to_decide(first, second, self.margin),
@@ -180,7 +175,7 @@ class Comparison(Record):
     @property
     def verdict(self) -> str:
         """What the others do compared with the original, in words; arms are parted by "; "."""
-        words = [f"the {arm} does not load ({why})" for arm, why in self.failures.items()]
+        words = self._dead(self.names)
         if words:
             words += [f"the {arm} one does" for arm in self.names if self.measurements(arm)]
         words += self._partial_failures()
@@ -189,6 +184,9 @@ class Comparison(Record):
             told = [f"{QUANTITIES[q][0]}: {ratios[q].words()}" for q in _MAIN if q in ratios]
             words += [f"{name}{self._against}, {line}" for line in told] if len(self.arms) > 2 else told
         return "; ".join(words) or "nothing was measured"
+
+    def _dead(self, arms: Iterable[str]) -> list[str]:
+        return [f"the {arm} does not load ({why})" for arm, why in self.failures.items() if arm in arms]
 
     @property
     def _against(self) -> str:
@@ -205,10 +203,7 @@ class Comparison(Record):
     def _finding(self, arm: str, quantity: str) -> str:
         if ratio := self.ratios_of(arm).get(quantity):
             return ratio.words()
-        failed = {name: why for name, why in self.failures.items() if name in (self.reference, arm)}
-        return (
-            "; ".join(f"the {name} does not load ({why})" for name, why in failed.items()) or "not measured"
-        )
+        return "; ".join(self._dead((self.reference, arm))) or "not measured"
 
     def typical(self, arm: str, by: str = "load_wall_seconds") -> LoadMeasurement | None:
         """Return an arm's run with the median of a quantity; if it never loads, its first failure."""
@@ -242,8 +237,7 @@ class Comparison(Record):
             phase, curve = measurement.phase(name), measurement.curve
             if phase is None or (peak := getattr(phase, f"peak_{part}")) is None:
                 continue
-            began = bisect_right(curve.seconds, phase.start_seconds)
-            if began:
+            if began := bisect_right(curve.seconds, phase.start_seconds):
                 grown.append(peak - getattr(curve, part)[began - 1])
         return median(grown) if grown else None
 

@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 PROMPT = "The quick brown fox jumps over the lazy dog"
@@ -36,9 +37,8 @@ def tie_life_to_parent() -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)  # a library that asks a question gets no answer instead of our job
     os.close(nothing)
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
+    with suppress(AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
     # Where there is no prctl, or the parent was gone before it: the lifeline's end says so.
     threading.Thread(target=_die_with, args=(lifeline,), daemon=True).start()
 
@@ -51,12 +51,10 @@ def _die_with(lifeline: int) -> None:
 
 def reset_peak() -> bool:
     """Set the kernel's peak (VmHWM) back to what is resident now; False where that cannot be done."""
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        return False
-    return True
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    return False
 
 
 def _proc_numbers(path: str, *names: str) -> dict[str, int]:

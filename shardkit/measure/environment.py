@@ -85,14 +85,13 @@ def _cpu_model() -> str:
 
 def _filesystem(folder: str) -> str | None:
     """Return the type of the file system that holds `folder`: "ext4"."""
-    path, best, found = os.path.realpath(folder), "", None
-    with suppress(OSError), open("/proc/self/mountinfo") as file:
-        for line in file:
-            before, _, after = line.partition(" - ")
-            mount = before.split()[4].replace("\\040", " ")
-            if os.path.commonpath([path, mount]) == mount and len(mount) >= len(best):
-                best, found = mount, after.split()[0]
-    return found
+    import psutil
+
+    path, mounts = os.path.realpath(folder), psutil.disk_partitions(all=True)
+    holding = [mount for mount in mounts if os.path.commonpath([path, mount.mountpoint]) == mount.mountpoint]
+    # Of two at the same place, the later hides the earlier.
+    nearest = max(reversed(holding), key=lambda mount: len(mount.mountpoint), default=None)
+    return nearest.fstype if nearest else None
 
 
 def _read_ahead(folder: str) -> int | None:

@@ -163,12 +163,9 @@ def _measurement(
         )
     return LoadMeasurement(
         source=job["folder"],
-        dtype=job["dtype"],
-        device=job["device"],
-        generate=job["generate"],
+        **{name: job[name] for name in ("dtype", "device", "generate", "options")},
         prefetch=job["prefetch"] is not None,
         memory_limit_bytes=limit,
-        options=job["options"],
         outcome=outcome,
         reason=reason,
         phases=tuple(_phase(event, end) for event in end.events["end"]),

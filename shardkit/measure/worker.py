@@ -248,7 +248,6 @@ class Load:
             if _lacks_memory(error):
                 raise
             # Which input it wants is the model's own affair: the load itself went well.
-            traceback.print_exc()
             self.reporter.send("note", text=f"forward pass failed, the load did not: {_one_line(error)}")
         return tokens
 

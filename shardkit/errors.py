@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ShardkitError(Exception):
     """Base of every error that shardkit raises on purpose."""
@@ -23,22 +26,19 @@ class CheckpointError(ShardkitError):
         )
         super().__init__(f"{where}: {message}" if where else message)
 
-    def __reduce__(self) -> tuple[object, ...]:
-        # The composed message must survive a process pool, where exceptions travel by pickle.
-        return _rebuild, (type(self), self.args, self.file, self.tensor)
-
 
 def _clipped(name: str) -> str:
     return name if len(name) <= 200 else name[:197] + "..."
 
 
-def _rebuild(
-    cls: type[CheckpointError], args: tuple[object, ...], file: str | None, tensor: str | None
-) -> CheckpointError:
-    error = cls.__new__(cls)
-    Exception.__init__(error, *args)
-    error.file, error.tensor = file, tensor
-    return error
+@contextmanager
+def reading(file: str | None = None, tensor: str | None = None) -> Iterator[None]:
+    """Name the file of a checkpoint that the system will not let be read; by default, the one it names."""
+    try:
+        yield
+    except OSError as error:
+        where = file or error.filename
+        raise CheckpointError(f"cannot be read: {error.strerror}", file=where, tensor=tensor) from error
 
 
 class DownloadNeededError(CheckpointError):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from math import inf
 from typing import Any
 
-from shardkit.errors import CheckpointError
+from shardkit.errors import CheckpointError, reading
 from shardkit.files import Files, is_inside
 from shardkit.record import listed
 from shardkit.safetensors_file import load_json
@@ -70,12 +70,10 @@ def config_dtype(config: Mapping[str, Any] | None) -> str | None:
 
 def _read_json(files: Files, name: str, limit: int = _MAX_CONFIG_BYTES) -> Any:
     path = os.path.join(files.folder, name)
-    try:
+    with reading(path):
         if files.size(name) > limit:
             raise CheckpointError(f"is larger than {format_size(limit)}", file=path)
         document = load_json(files.read(name), path)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", file=path) from error
     level = [document] if isinstance(document, (dict, list)) else []
     for _ in range(_MAX_JSON_DEPTH):
         children = [value.values() if isinstance(value, dict) else value for value in level]

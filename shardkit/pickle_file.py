@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardkit.errors import CheckpointError
+from shardkit.errors import CheckpointError, reading
 from shardkit.pickle_guard import check_pickle
 from shardkit.safetensors_file import check_name, refuse_lfs_pointer, tensor_bytes
 from shardkit.tensor import DTYPE_NAMES, TensorInfo
@@ -85,11 +85,8 @@ def _identity(tensor: torch.Tensor) -> object:
 
 def _load(path: str) -> tuple[Mapping[str, torch.Tensor], bool]:
     """Return the tensors of a file, and whether they are mapped rather than in memory."""
-    try:
-        with open(path, "rb") as file:
-            refuse_lfs_pointer(file.read(16), path)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", file=path) from error
+    with reading(path), open(path, "rb") as file:
+        refuse_lfs_pointer(file.read(16), path)
     mapped = check_pickle(path)
     import torch
 

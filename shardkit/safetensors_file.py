@@ -14,11 +14,10 @@ import re
 import reprlib
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from json.encoder import encode_basestring
-from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeGuard
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
-from shardkit.errors import CheckpointError
+from shardkit.errors import CheckpointError, reading
 
 # The format allows 100 MB, the Hub's client reads 25 MB. Parsed, a hostile header of 100 MB would take
 # gigabytes, and so would one of 25 MB but for these bounds, which leave room for 100,000 tensors and more.
@@ -91,21 +90,19 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         If the file cannot be read or breaks a rule of the format; names file, tensor and numbers.
     """
     file = os.fspath(path)
-    try:
-        # O_NONBLOCK: opening a named pipe must fail the check below, not wait for a writer.
-        with open(os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as handle:
-            status = os.fstat(handle.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError("is not a regular file", file=file)
-            raw = read_raw_header(partial(_read_at, handle), status.st_size, file)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", file=file) from error
+    # O_NONBLOCK: opening a named pipe must fail the check below, not wait for a writer.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+    with reading(file), open(os.open(file, flags), "rb") as handle:
+        status = os.fstat(handle.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError("is not a regular file", file=file)
+
+        def read_at(offset: int, nbytes: int) -> bytes:
+            handle.seek(offset)
+            return handle.read(nbytes)
+
+        raw = read_raw_header(read_at, status.st_size, file)
     return parse_header(raw, status.st_size - PREFIX_BYTES - len(raw), file)
-
-
-def _read_at(handle: BinaryIO, offset: int, nbytes: int) -> bytes:
-    handle.seek(offset)
-    return handle.read(nbytes)
 
 
 def read_raw_header(read: Callable[[int, int], bytes], file_bytes: int, file: str) -> bytes:

@@ -34,7 +34,7 @@ from shardkit.destination import (
     staging_folder,
     sync,
 )
-from shardkit.errors import Cancelled, CheckpointError, DestinationError, ShardkitError, SpaceError
+from shardkit.errors import Cancelled, CheckpointError, DestinationError, ShardkitError, SpaceError, reading
 from shardkit.pickle_file import close_pickles
 from shardkit.plan import ShardPlan
 from shardkit.sizes import format_size
@@ -286,10 +286,8 @@ def _seen(checkpoint: Checkpoint) -> list[Any]:
     if checkpoint.is_remote:
         return [checkpoint.folder]  # the commit is in its name
     files = [*checkpoint.files, *checkpoint.side_files]
-    try:
+    with reading():
         found = {file: os.stat(checkpoint.path(file)) for file in files}
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", file=error.filename) from error
     for file, status in found.items():
         state = file_state(status)
         is_same = checkpoint.side_files.get(file, status.st_size) == status.st_size

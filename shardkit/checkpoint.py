@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 from zipfile import is_zipfile
 
-from shardkit.errors import CheckpointError, DownloadNeededError
+from shardkit.errors import CheckpointError, DownloadNeededError, reading
 from shardkit.estimate import Estimate, StoredTensor, estimate_load
 from shardkit.files import Files, LocalFiles, is_remote
 from shardkit.layout import (
@@ -130,13 +130,13 @@ class Checkpoint(Record):
                 "is here, and has no revisions: give none, or hf://org/name", file=str(path)
             )
         if os.path.isdir(path):  # which, unlike Path, takes any text for an answer
-            return cls._open_files(LocalFiles(path), str(path))
+            return cls._open_folder(LocalFiles(path), str(path))
         if os.path.isfile(path):
             return cls._open_file(path)
         from shardkit.hub.source import find_model
 
         found = find_model(text, revision=revision, token=token, download=download)
-        return cls._open_files(found.files, found.source, found.notes)
+        return cls._open_folder(found.files, found.source, found.notes)
 
     @classmethod
     def _open_file(cls, path: Path) -> Self:
@@ -148,16 +148,20 @@ class Checkpoint(Record):
         return cls._open_chosen(folder, str(path), path.name, config, belongs=config is not None)
 
     @classmethod
-    def _open_files(cls, folder: Files, source: str, notes: tuple[str, ...] = ()) -> Self:
+    def _open_folder(cls, folder: Files, source: str, notes: tuple[str, ...] = ()) -> Self:
         config = read_config(folder)
-        opened = cls._open_chosen(folder, source, find_weights(folder, config), config)
-        noted = replace(opened, notes=(*notes, *opened.notes))
-        noted.seen.update(opened.seen)
-        return noted
+        return cls._open_chosen(folder, source, find_weights(folder, config), config, notes)
 
     @classmethod
     def _open_chosen(
-        cls, folder: Files, source: str, chosen: str, config: dict[str, Any] | None, *, belongs: bool = True
+        cls,
+        folder: Files,
+        source: str,
+        chosen: str,
+        config: dict[str, Any] | None,
+        notes: tuple[str, ...] = (),
+        *,
+        belongs: bool = True,
     ) -> Self:
         files: tuple[str, ...] = (chosen,)
         weight_map: dict[str, str] = {}
@@ -167,12 +171,12 @@ class Checkpoint(Record):
         seen = _states(folder, files)
         is_pickle = not files[0].endswith(".safetensors")
         if is_pickle:
-            tensors, aliases, notes = _scan_pickles(folder, files, config)
+            tensors, aliases, said = _scan_pickles(folder, files, config)
             metadata: dict[str, str] = {}
         else:
             with collector_paused():
                 tensors, metadata = _scan_safetensors(folder, files)
-            aliases, notes = {}, ()
+            aliases, said = {}, ()
         _check_weight_map(weight_map, tensors, aliases, chosen)
         side_files, left_out = sort_out(folder, {chosen, *files}) if belongs else ({}, ())
         checkpoint = cls(
@@ -187,7 +191,7 @@ class Checkpoint(Record):
             side_files=side_files,
             left_out=left_out,
             aliases=aliases,
-            notes=notes,
+            notes=(*notes, *said),
         )
         checkpoint.seen.update(seen)
         return checkpoint
@@ -307,10 +311,8 @@ class Checkpoint(Record):
 def _states(folder: Files, files: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     if is_remote(folder.folder):
         return {}  # the commit is in its name
-    try:
+    with reading():
         return {file: file_state(os.stat(os.path.join(folder.folder, file))) for file in files}
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", file=error.filename) from error
 
 
 def file_state(status: os.stat_result) -> tuple[int, ...]:

@@ -6,10 +6,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from shardkit.errors import CheckpointError
 from shardkit.safetensors_file import Header, read_header
+
+if TYPE_CHECKING:
+    from shardkit.hub.remote import Repository
 
 # Of the tools that made the copy (`.git` may be a file), and a trainer's earlier states: not of the model.
 NOT_OURS = re.compile(r"\.git|\.cache|__pycache__|\.ipynb_checkpoints|checkpoint-\d+|\..*\.shardkit-.*")
@@ -37,45 +40,12 @@ def folder_here(source: str | os.PathLike[str]) -> str:
     return find_model(os.fspath(source), download=True).files.folder
 
 
-class Files(Protocol):
-    """Files by their names relative to `folder`, with "/" between parts."""
-
-    @property
-    def folder(self) -> str:
-        """Its path, or ``hf://org/name@commit``."""
-
-    def is_file(self, name: str) -> bool:
-        """Whether there is such a file."""
-
-    def size(self, name: str) -> int:
-        """Return its size in bytes."""
-
-    def read(self, name: str) -> bytes:
-        """Return all of a small file."""
-
-    def header(self, name: str) -> Header:
-        """Read and validate the header of a safetensors file."""
-
-    def names(self) -> Iterable[str]:
-        """Return the names of files in the folder and, at least, in the folders in it."""
-
-    def belonging(self) -> Iterator[str]:
-        """Yield the names of files at any depth, in order; not those of tools that made the copy."""
-
-    def leaves(self, name: str) -> Path | None:
-        """Return where a file really is, if that is outside the folder."""
-
-
 class LocalFiles:
-    """The files of a folder on this machine."""
+    """The files of a folder on this machine, by their names relative to `folder`."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._path = Path(folder)
-
-    @property
-    def folder(self) -> str:
-        """Its path."""
-        return str(self._path)
+        self.folder = str(self._path)
 
     def is_file(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -121,6 +91,10 @@ class LocalFiles:
         real, home = (self._path / name).resolve(), self._path.resolve()
         blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
         return None if real.is_relative_to(home) or real.is_relative_to(blobs) else real
+
+
+# Both answer the same questions; `folder` of one on the Hub is ``hf://org/name@commit``.
+Files: TypeAlias = "LocalFiles | Repository"
 
 
 def _unreadable(error: OSError) -> NoReturn:

@@ -26,7 +26,7 @@ _MAX_STRUCTURE = 1_200_000  # brackets and commas: eleven for a tensor of five d
 _MAX_COLONS = 600_000  # four for each tensor
 _MAX_UNQUOTED = 4_000_000  # bytes from quote to quote: beyond, one wide character makes each of them four
 _MAX_NAME = 4096
-_MAX_KEYS, _MAX_METADATA = 100, 10_000
+_MAX_METADATA = 10_000
 PREFIX_BYTES = 8
 FORMAT_METADATA = {"format": "pt"}
 _clip = reprlib.repr
@@ -240,8 +240,6 @@ def _entry(name: str, value: Any, file: str) -> Entry:
     check_name(name, file)
     if not isinstance(value, dict):
         raise CheckpointError("the header entry is not a JSON object", file=file, tensor=name)
-    if len(value) > _MAX_KEYS:
-        raise CheckpointError(f"the header entry has {len(value)} keys", file=file, tensor=name)
     unknown = value.keys() - _ENTRY_KEYS if len(value) > len(_ENTRY_KEYS) else ()
     if any(isinstance(value[key], (dict, list)) or value[key] in (math.inf, -math.inf) for key in unknown):
         raise CheckpointError(

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import xxhash
 
-from shardkit.errors import CheckpointError
+from shardkit.errors import CheckpointError, reading
 from shardkit.files import is_remote
 from shardkit.plan import Shard
 from shardkit.safetensors_file import DTYPE_BITS
@@ -27,7 +26,10 @@ TASK_BYTES = 16 << 20  # small enough to stop within a second, whatever the disk
 CHUNK_BYTES = 1 << 20
 
 # What a kernel or filesystem says when it cannot copy this way; the next way is tried then.
-_CANNOT = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ENOTSUP, errno.EBADF}
+_CANNOT = {
+    errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ENOTSUP, errno.EBADF,
+    errno.ENOTSOCK,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,8 @@ def shard_ranges(shard: Shard, folder: str) -> list[Range]:
             continue
         new = tensor_range(folder, tensor, planned.dtype, shard.header_bytes + planned.begin)
         if ranges and _are_neighbours(ranges[-1], new):
-            new = _joined(ranges.pop(), new)
+            first = ranges.pop()
+            new = _part(first, 0, first.nbytes + new.nbytes)
         ranges.append(new)
     return ranges
 
@@ -152,10 +155,6 @@ def _are_neighbours(first: Range, second: Range) -> bool:
         and first.offset + first.nbytes == second.offset
         and first.target_offset + first.nbytes == second.target_offset
     )
-
-
-def _joined(first: Range, second: Range) -> Range:
-    return _part(first, 0, first.nbytes + second.nbytes)
 
 
 def _part(whole: Range, start: int, nbytes: int) -> Range:
@@ -202,16 +201,12 @@ def run_task(task: Task) -> Outcome:
     OSError
         If the disk is full or fails.
     """
-    overflowed: Counter[str] = Counter()
-    flushed: Counter[str] = Counter()
-    received: list[Received] = []
+    outcome = Outcome()
     target = os.open(task.path, os.O_WRONLY)
     try:
         for part in task.ranges:
-            if part.is_remote:
-                received.append(_write_chunks(part, target, overflowed, flushed))
-            elif part.is_cast:
-                _write_chunks(part, target, overflowed, flushed)
+            if part.is_remote or part.is_cast:
+                outcome += _write_chunks(part, target)
             elif part.is_pickle:
                 _write_all(target, part.target_offset, _pickled(part))
             else:
@@ -219,8 +214,7 @@ def run_task(task: Task) -> Outcome:
         _start_writeback(target, task)
     finally:
         os.close(target)
-    names = sorted((+overflowed).keys() | (+flushed).keys())
-    return Outcome(tuple(Lost(name, overflowed[name], flushed[name]) for name in names), tuple(received))
+    return outcome
 
 
 def _start_writeback(target: int, task: Task) -> None:
@@ -253,25 +247,18 @@ def read_chunks(part: Range) -> Iterator[memoryview]:
         yield from (data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES))
         return
     buffer = memoryview(bytearray(min(CHUNK_BYTES, part.nbytes)))
-    with _opened(part) as source:
-        done = 0
-        while done < part.nbytes:
+    with reading(part.path, part.tensor or None), open(part.path, "rb") as source:
+        source.seek(part.offset)
+        for done in range(0, part.nbytes, CHUNK_BYTES):
             chunk = buffer[: part.nbytes - done]
-            _read_exactly(source, chunk, part.offset + done, part)
+            if source.readinto(chunk) < len(chunk):
+                raise CheckpointError(
+                    f"ends at byte {os.fstat(source.fileno()).st_size}, the data goes on to "
+                    f"{part.offset + part.nbytes}: it was cut short while it was read",
+                    file=part.path,
+                    tensor=part.tensor or None,
+                )
             yield chunk
-            done += len(chunk)
-
-
-@contextmanager
-def _opened(part: Range) -> Iterator[int]:
-    try:
-        source = os.open(part.path, os.O_RDONLY)
-    except OSError as error:
-        raise _unreadable(part, error) from error
-    try:
-        yield source
-    finally:
-        os.close(source)
 
 
 def cast_chunks(part: Range) -> Iterator[tuple[memoryview, int, int]]:
@@ -285,46 +272,23 @@ def cast_chunks(part: Range) -> Iterator[tuple[memoryview, int, int]]:
         yield cast(chunk, part.dtype, part.target)
 
 
-def _write_chunks(part: Range, target: int, overflowed: Counter[str], flushed: Counter[str]) -> Received:
-    position, digest = part.target_offset, xxhash.xxh3_128()
+def _write_chunks(part: Range, target: int) -> Outcome:
+    position, digest, overflowed, flushed = part.target_offset, xxhash.xxh3_128(), 0, 0
     for data, to_infinity, to_zero in cast_chunks(part):
         digest.update(data)
         _write_all(target, position, data)
         position += len(data)
-        overflowed[part.tensor] += to_infinity
-        flushed[part.tensor] += to_zero
-    return Received(part.target_offset, position - part.target_offset, digest.hexdigest())
+        overflowed += to_infinity
+        flushed += to_zero
+    lost = Lost(part.tensor, overflowed, flushed)
+    received = Received(part.target_offset, position - part.target_offset, digest.hexdigest())
+    return Outcome((lost,) * bool(overflowed or flushed), (received,) * part.is_remote)
 
 
 def _pickled(part: Range) -> memoryview:
     from shardkit.pickle_file import read_tensor
 
     return read_tensor(part.path, part.tensor)[part.offset : part.offset + part.nbytes]
-
-
-def _read_exactly(source: int, buffer: memoryview, offset: int, part: Range) -> None:
-    filled = 0
-    while filled < len(buffer):
-        try:
-            count = os.preadv(source, [buffer[filled:]], offset + filled)
-        except OSError as error:
-            raise _unreadable(part, error) from error
-        if not count:
-            raise _truncated(part, min(offset + filled, os.fstat(source).st_size))
-        filled += count
-
-
-def _truncated(part: Range, at: int) -> CheckpointError:
-    return CheckpointError(
-        f"ends at byte {at}, the data goes on to {part.offset + part.nbytes}: "
-        "it was cut short while it was read",
-        file=part.path,
-        tensor=part.tensor or None,
-    )
-
-
-def _unreadable(part: Range, error: OSError) -> CheckpointError:
-    return CheckpointError(f"cannot be read: {error.strerror}", file=part.path, tensor=part.tensor or None)
 
 
 def _write_all(target: int, position: int, data: memoryview) -> None:
@@ -335,24 +299,25 @@ def _write_all(target: int, position: int, data: memoryview) -> None:
 
 def _copy_range(part: Range, target: int) -> None:
     """Copy in the kernel where it can: `copy_file_range`, then `sendfile`, then through a buffer."""
-    with _opened(part) as source:
-        done = 0
-        for copy in (_copy_file_range, _sendfile):
-            done += copy(source, target, part, done)
-        if done < part.nbytes:
-            for chunk in read_chunks(_part(part, done, part.nbytes - done)):
-                _write_all(target, part.target_offset + done, chunk)
-                done += len(chunk)
+    with reading(part.path, part.tensor or None):
+        source = os.open(part.path, os.O_RDONLY)
+    try:
+        done = _copy_by(_copy_file_range, source, target, part)
+        done += _copy_by(_sendfile, source, target, _part(part, done, part.nbytes - done))
+    finally:
+        os.close(source)
+    if done < part.nbytes:
+        for chunk in read_chunks(_part(part, done, part.nbytes - done)):
+            _write_all(target, part.target_offset + done, chunk)
+            done += len(chunk)
 
 
-def _copy_file_range(source: int, target: int, part: Range, done: int) -> int:
-    """Copy as much as the kernel will; return how many bytes."""
-    start = done
+def _copy_by(copy: Callable[[int, int, Range], int], source: int, target: int, part: Range) -> int:
+    """Copy as much as the kernel will in one way; return how many bytes."""
+    done = 0
     try:
         while done < part.nbytes:
-            count = os.copy_file_range(
-                source, target, part.nbytes - done, part.offset + done, part.target_offset + done
-            )
+            count = copy(source, target, _part(part, done, part.nbytes - done))
             if not count:
                 break  # the end of the file, or a filesystem that copies nothing: the buffer tells which
             done += count
@@ -361,22 +326,13 @@ def _copy_file_range(source: int, target: int, part: Range, done: int) -> int:
             raise
     except AttributeError:  # not on this system
         pass
-    return done - start
+    return done
 
 
-def _sendfile(source: int, target: int, part: Range, done: int) -> int:
-    """As `_copy_file_range`; sendfile writes at the descriptor's own position."""
-    start = done
-    try:
-        os.lseek(target, part.target_offset + done, os.SEEK_SET)
-        while done < part.nbytes:
-            count = os.sendfile(target, source, part.offset + done, part.nbytes - done)
-            if not count:
-                break
-            done += count
-    except OSError as error:
-        if error.errno not in _CANNOT | {errno.ENOTSOCK}:
-            raise
-    except AttributeError:
-        pass
-    return done - start
+def _copy_file_range(source: int, target: int, part: Range) -> int:
+    return os.copy_file_range(source, target, part.nbytes, part.offset, part.target_offset)
+
+
+def _sendfile(source: int, target: int, part: Range) -> int:
+    os.lseek(target, part.target_offset, os.SEEK_SET)  # it writes at the descriptor's own position
+    return os.sendfile(target, source, part.offset, part.nbytes)

@@ -33,6 +33,25 @@ class Progress:
 ProgressCallback = Callable[[Progress], bool | None]
 
 
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """Who does the work of a job, and who hears of it.
+
+    Attributes
+    ----------
+    workers
+        How many tasks are carried out at once.
+    executor
+        The caller's own, to be used instead of threads of ours.
+    progress
+        Called with a `Progress`; returning False stops the job.
+    """
+
+    workers: int
+    executor: Executor | None = None
+    progress: ProgressCallback | None = None
+
+
 def default_workers() -> int:
     """Return how many threads keep a disk busy: four, or fewer where there are fewer cores."""
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -74,30 +93,25 @@ def run_all(
     count = worker_count(workers)
     pool = executor or ThreadPoolExecutor(count, thread_name_prefix="shardkit")
     running: dict[Future[ResultT], TaskT] = {}
+    waiting = iter(tasks)
+
+    def results() -> Iterator[tuple[TaskT, ResultT]]:
+        while True:
+            for task in islice(waiting, count * _AHEAD - len(running)):
+                running[pool.submit(function, task)] = task
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+
     try:
-        yield _results(function, iter(tasks), pool, running, count * _AHEAD)
+        yield results()
     finally:
         for future in running:
             future.cancel()
         wait(running)
         if pool is not executor:
             pool.shutdown()
-
-
-def _results(
-    function: Callable[[TaskT], ResultT],
-    waiting: Iterator[TaskT],
-    pool: Executor,
-    running: dict[Future[ResultT], TaskT],
-    under_way: int,
-) -> Iterator[tuple[TaskT, ResultT]]:
-    while True:
-        for task in islice(waiting, under_way - len(running)):
-            running[pool.submit(function, task)] = task
-        if not running:
-            return
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            yield running.pop(future), future.result()
 
 
 def take_turns(streams: Iterable[Iterator[TaskT]], width: int) -> Iterator[TaskT]:

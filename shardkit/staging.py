@@ -49,6 +49,8 @@ class Staging:
 
     Attributes
     ----------
+    checkpoint, plan
+        What is written here.
     destination, folder
         What it will be, what it is.
     finished
@@ -61,7 +63,7 @@ class Staging:
         self.destination, self.folder = destination, staging_folder(destination)
         self.finished: dict[str, Outcome] = {}
         self.notes: list[str] = []
-        self._checkpoint, self._plan, self._overwrite = checkpoint, plan, overwrite
+        self.checkpoint, self.plan, self._overwrite = checkpoint, plan, overwrite
         self._journal = journal_path(destination)
         self._fingerprint = _fingerprint(checkpoint, plan)
         self._syncing = ThreadPoolExecutor(2, thread_name_prefix="shardkit-sync")
@@ -70,7 +72,7 @@ class Staging:
 
     def check_destination(self) -> None:
         """Refuse a destination that overlaps the source, or holds what is not to be replaced."""
-        check_destination(self._checkpoint, self.destination, self._overwrite)
+        check_destination(self.checkpoint, self.destination, self._overwrite)
 
     def open(self, resume: bool) -> None:
         """Create the folder, or take over what an earlier run of the same job has left."""
@@ -86,10 +88,6 @@ class Staging:
             self._write_journal(json.dumps({"fingerprint": self._fingerprint}))
         for file in self.finished:
             self.wrote(file)
-
-    def path(self, file: str) -> Path:
-        """Return where a file is written."""
-        return self.folder / file
 
     def check_space(self) -> None:
         """Refuse a job that does not fit on the disk."""
@@ -109,12 +107,8 @@ class Staging:
 
     def wrote(self, file: str) -> None:
         """Remember the state of a file, so that a later change is seen; sync it off the caller's thread."""
-        self._stats[file] = _state_of(self.path(file))
-        self._synced.append(self._syncing.submit(self._sync, file))
-
-    def forget(self, file: str) -> None:
-        """Write a shard again that the journal has as finished."""
-        self.finished.pop(file, None)
+        self._stats[file] = _state_of(self.folder / file)
+        self._synced.append(self._syncing.submit(sync, self.folder / file))
 
     def wait(self) -> None:
         """Return when all that was written is on the disk."""
@@ -172,8 +166,8 @@ class Staging:
                 f"{self.destination}: the disk is full, {short:,} bytes ({format_size(short)}) short; "
                 "make space and run the same again to go on"
             )
-        files = (*self._checkpoint.files, *self._checkpoint.side_files)
-        if error.filename in map(self._checkpoint.path, files):
+        files = (*self.checkpoint.files, *self.checkpoint.side_files)
+        if error.filename in map(self.checkpoint.path, files):
             return CheckpointError(f"cannot be read: {error.strerror}", file=error.filename)
         where = error.filename or self.folder
         return DestinationError(f"{self.destination}: {error.strerror or error} ({where})")
@@ -182,27 +176,25 @@ class Staging:
         """Return how many bytes are still to be written, in whole blocks, and how many are free."""
         disk = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
         block = os.statvfs(disk).f_frsize
-        sizes = {self.path(shard.file): shard.nbytes for shard in self._plan.shards}
-        sizes |= {self.path(file): size for file, size in self._checkpoint.side_files.items()}
-        if self._plan.index is not None and self._plan.index_file is not None:
-            sizes[self.path(self._plan.index_file)] = len(self._plan.index.encode())
+        sizes = {self.folder / shard.file: shard.nbytes for shard in self.plan.shards}
+        sizes |= {self.folder / file: size for file, size in self.checkpoint.side_files.items()}
+        if self.plan.index is not None and self.plan.index_file is not None:
+            sizes[self.folder / self.plan.index_file] = len(self.plan.index.encode())
         # A header names all that a line of the journal can.
-        sizes[self._journal] = sum(shard.header_bytes for shard in self._plan.shards)
+        sizes[self._journal] = sum(shard.header_bytes for shard in self.plan.shards)
         needed = sum(max(0, -(-size // block) * block - _held(path)) for path, size in sizes.items())
         others = {path.parent for path in sizes} | {"lock", "config"}  # a cast may make the config longer
         return needed + block * len(others), shutil.disk_usage(disk).free
 
     def _check_unchanged(self) -> None:
-        if _fingerprint(self._checkpoint, self._plan) != self._fingerprint:
-            raise CheckpointError(_CHANGED, file=self._checkpoint.source)
+        if _fingerprint(self.checkpoint, self.plan) != self._fingerprint:
+            raise CheckpointError(_CHANGED, file=self.checkpoint.source)
         for file, seen in self._stats.items():
-            if seen is None or _state_of(self.path(file)) != seen:
+            if seen is None or _state_of(self.folder / file) != seen:
                 raise CheckpointError(
-                    "changed on disk after it was written; nothing was published", file=str(self.path(file))
+                    "changed on disk after it was written; nothing was published",
+                    file=str(self.folder / file),
                 )
-
-    def _sync(self, file: str) -> None:
-        sync(self.path(file))
 
     def _write_journal(self, line: str) -> None:
         with self._journal.open("a", encoding="utf-8") as journal:
@@ -210,7 +202,7 @@ class Staging:
 
     def _read_journal(self) -> dict[str, Outcome]:
         """Return the finished shards; none where the journal is of another job, or unreadable."""
-        shards = {shard.file: shard for shard in self._plan.shards}
+        shards = {shard.file: shard for shard in self.plan.shards}
         first, *entries = self._journal_lines() or [None]
         if first != {"fingerprint": self._fingerprint}:
             if first is not None:
@@ -223,7 +215,7 @@ class Staging:
                 received = tuple(Received(*part) for part in entry["received"])
             except (KeyError, TypeError):
                 continue
-            path = self.path(shard.file)
+            path = self.folder / shard.file
             if path.is_file() and not path.is_symlink() and path.stat().st_size == shard.nbytes:
                 kept[shard.file] = Outcome(lost, received)
         return kept

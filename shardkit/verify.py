@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from operator import attrgetter
+from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
@@ -21,7 +22,7 @@ from shardkit.checkpoint import Checkpoint
 from shardkit.pickle_file import close_pickles
 from shardkit.plan import PlannedTensor, Shard, ShardPlan
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
-from shardkit.run import ProgressCallback, ProgressCount, run_all
+from shardkit.run import Crew, ProgressCallback, ProgressCount, run_all, worker_count
 from shardkit.sizes import format_size
 from shardkit.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
 from shardkit.transfer import Range, Received, cast_chunks, tensor_range
@@ -131,25 +132,23 @@ def verify_checkpoint(
     CheckpointError
         If either side cannot be read. That they differ is a result, not an error.
     """
-    start = time.perf_counter()
+    start, crew = time.perf_counter(), Crew(worker_count(workers), executor, progress)
     ours, theirs = (s if isinstance(s, Checkpoint) else Checkpoint.open(s) for s in (source, destination))
     pairs = _pairs(ours, theirs)
     comparable = [pair for pair in pairs if pair.obstacle is None]
-    ranges = [tensor_range(ours.folder, pair.ours, pair.theirs.dtype) for pair in comparable]
-    ranges += [tensor_range(theirs.folder, pair.theirs, pair.theirs.dtype) for pair in comparable]
+    ranges = [
+        (tensor_range(ours.folder, left, right.dtype), tensor_range(theirs.folder, right, right.dtype))
+        for left, right in comparable
+    ]
     try:
-        digests = _digest_all(ranges, workers, executor, progress)
+        digests = _digest_pairs(ranges, crew, "verify")
     finally:
         close_pickles()
-    expected, found = digests[: len(comparable)], digests[len(comparable) :]
     mismatches = [Mismatch(pair.ours.name, pair.obstacle) for pair in pairs if pair.obstacle]
     mismatches += [
-        Mismatch(
-            pair.ours.name,
-            f"bytes: digest {ours_digest[:12]} in the source, {theirs_digest[:12]} in the destination",
-        )
-        for pair, ours_digest, theirs_digest in zip(comparable, expected, found, strict=True)
-        if ours_digest != theirs_digest
+        Mismatch(pair.ours.name, f"bytes: digest {a[:12]} in the source, {b[:12]} in the destination")
+        for pair, (a, b) in zip(comparable, digests, strict=True)
+        if a != b
     ]
     return Verification(
         source=ours.source,
@@ -160,7 +159,7 @@ def verify_checkpoint(
         mismatches=tuple(mismatches),
         missing=tuple(name for name in ours.tensors if _find(theirs, name) is None),
         extra=tuple(name for name in theirs.tensors if _find(ours, name) is None),
-        digests={pair.ours.name: digest for pair, digest in zip(comparable, found, strict=True)},
+        digests={pair.ours.name: digest for pair, (_, digest) in zip(comparable, digests, strict=True)},
         seconds=time.perf_counter() - start,
     )
 
@@ -169,41 +168,37 @@ def damaged_shards(
     checkpoint: Checkpoint,
     plan: ShardPlan,
     shards: Sequence[Shard],
-    folder: str | os.PathLike[str],
-    workers: int | None = None,
-    executor: Executor | None = None,
-    progress: ProgressCallback | None = None,
+    folder: Path,
+    crew: Crew,
 ) -> list[str]:
     """Return which of the shard files in `folder` do not hold just what the source gives."""
-    intact = [s for s in shards if _has_header(os.path.join(folder, s.file), plan.header(s))]
-    owners = [shard for shard in intact for _ in shard.tensors]
-    planned = [tensor for shard in intact for tensor in shard.tensors]
-    ranges = [tensor_range(checkpoint.folder, tensor.source, tensor.dtype) for tensor in planned]
-    ranges += [_staged(folder, *pair) for pair in zip(owners, planned, strict=True)]
-    digests = _digest_all(ranges, workers, executor, progress, "check")
-    half = len(planned)
-    good = {shard.file for shard in intact}
-    good -= {o.file for o, a, b in zip(owners, digests[:half], digests[half:], strict=True) if a != b}
-    return [shard.file for shard in shards if shard.file not in good]
+    damaged = {s.file for s in shards if not _has_header(folder / s.file, plan.header(s))}
+    planned = [(s, tensor) for s in shards if s.file not in damaged for tensor in s.tensors]
+    ranges = [
+        (tensor_range(checkpoint.folder, tensor.source, tensor.dtype), staged_range(folder, shard, tensor))
+        for shard, tensor in planned
+    ]
+    digests = _digest_pairs(ranges, crew, "check")
+    damaged |= {shard.file for (shard, _), (a, b) in zip(planned, digests, strict=True) if a != b}
+    return sorted(damaged)
 
 
-def _has_header(path: str, header: bytes) -> bool:
-    with open(path, "rb") as file:
+def _has_header(path: Path, header: bytes) -> bool:
+    with path.open("rb") as file:
         return file.read(len(header)) == header
 
 
-def _staged(folder: str | os.PathLike[str], shard: Shard, planned: PlannedTensor) -> Range:
-    path, offset = os.path.join(folder, shard.file), shard.header_bytes + planned.begin
+def staged_range(folder: Path, shard: Shard, planned: PlannedTensor) -> Range:
+    """Return where the bytes of a tensor are in its shard file in `folder`."""
+    path, offset = str(folder / shard.file), shard.header_bytes + planned.begin
     return Range(path, offset, planned.nbytes, 0, planned.source.name, planned.dtype, planned.dtype)
 
 
 def altered_parts(
     plan: ShardPlan,
     received: Mapping[str, Sequence[Received]],
-    folder: str | os.PathLike[str],
-    workers: int | None = None,
-    executor: Executor | None = None,
-    progress: ProgressCallback | None = None,
+    folder: Path,
+    crew: Crew,
     stage: str = "verify",
 ) -> dict[str, list[Received]]:
     """Read shard files back that were made from ranged reads; return, by file, what is not as received.
@@ -214,17 +209,14 @@ def altered_parts(
     altered: dict[str, list[Received]] = {}
     parts: list[tuple[str, Received]] = []
     for shard in shards:
-        path, whole = os.path.join(folder, shard.file), sorted(received[shard.file], key=attrgetter("offset"))
+        path, whole = folder / shard.file, sorted(received[shard.file], key=attrgetter("offset"))
         ends = [shard.header_bytes, *(part.offset + part.nbytes for part in whole)]
         if [*(part.offset for part in whole), shard.nbytes] == ends and _has_header(path, plan.header(shard)):
             parts += [(shard.file, part) for part in whole]
         else:
             altered[shard.file] = [Received(0, shard.nbytes, "")]
-    ranges = [
-        Range(os.path.join(folder, file), part.offset, part.nbytes, 0, file, "U8", "U8")
-        for file, part in parts
-    ]
-    digests = _digest_all(ranges, workers, executor, progress, stage)
+    ranges = [Range(str(folder / file), p.offset, p.nbytes, 0, file, "U8", "U8") for file, p in parts]
+    digests = _digest_all(ranges, crew, stage)
     for (file, part), digest in zip(parts, digests, strict=True):
         if digest != part.digest:
             altered.setdefault(file, []).append(part)
@@ -235,10 +227,8 @@ def verify_received(
     checkpoint: Checkpoint,
     plan: ShardPlan,
     received: Mapping[str, Sequence[Received]],
-    folder: str | os.PathLike[str],
-    workers: int | None = None,
-    executor: Executor | None = None,
-    progress: ProgressCallback | None = None,
+    folder: Path,
+    crew: Crew,
 ) -> Verification:
     """Verify shards that were made from ranged reads, without reading the source again.
 
@@ -247,14 +237,10 @@ def verify_received(
     that the Hub sent what it holds rests on the connection: `verify_checkpoint` reads it again.
     """
     start = time.perf_counter()
-    altered = altered_parts(plan, received, folder, workers, executor, progress)
+    altered = altered_parts(plan, received, folder, crew)
     written = Checkpoint.open(folder)
-    digests = _digest_all(
-        [tensor_range(written.folder, tensor, tensor.dtype) for tensor in written.tensors.values()],
-        workers,
-        executor,
-        progress,
-    )
+    ranges = [tensor_range(written.folder, tensor, tensor.dtype) for tensor in written.tensors.values()]
+    digests = _digest_all(ranges, crew, "verify")
     mismatches = [
         Mismatch(planned.source.name, "bytes: not as they were received")
         for shard in plan.shards
@@ -325,16 +311,15 @@ def _batches(ranges: Sequence[Range]) -> Iterator[_Batch]:
             first, size = place + 1, 0
 
 
-def _digest_all(
-    ranges: Sequence[Range],
-    workers: int | None,
-    executor: Executor | None,
-    progress: ProgressCallback | None,
-    stage: str = "verify",
-) -> list[str]:
-    count = ProgressCount(progress if ranges else None, stage, sum(part.nbytes for part in ranges))
+def _digest_pairs(pairs: Sequence[tuple[Range, Range]], crew: Crew, stage: str) -> list[tuple[str, str]]:
+    digests = _digest_all([first for first, _ in pairs] + [second for _, second in pairs], crew, stage)
+    return list(zip(digests[: len(pairs)], digests[len(pairs) :], strict=True))
+
+
+def _digest_all(ranges: Sequence[Range], crew: Crew, stage: str) -> list[str]:
+    count = ProgressCount(crew.progress if ranges else None, stage, sum(part.nbytes for part in ranges))
     digests = [""] * len(ranges)
-    with run_all(digest_ranges, _batches(ranges), workers, executor) as results:
+    with run_all(digest_ranges, _batches(ranges), crew.workers, crew.executor) as results:
         for batch, found in results:
             digests[batch.first : batch.first + len(found)] = found
             count.add(sum(part.nbytes for part in batch.ranges))

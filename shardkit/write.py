@@ -21,14 +21,7 @@ from shardkit.errors import CastError, DownloadNeededError, VerificationError
 from shardkit.layout import adapted_config
 from shardkit.plan import Shard, ShardPlan, Strategy, plan_shards
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
-from shardkit.run import (
-    ProgressCallback,
-    ProgressCount,
-    resumable,
-    run_all,
-    take_turns,
-    worker_count,
-)
+from shardkit.run import Crew, ProgressCallback, ProgressCount, resumable, run_all, take_turns, worker_count
 from shardkit.sizes import format_size
 from shardkit.staging import Staging, staging
 from shardkit.transfer import Lost, Outcome, Task, file_tasks, run_task, shard_tasks
@@ -182,22 +175,22 @@ def shard_checkpoint(
     Cancelled
         If `progress` returned False.
     """
-    start, workers = time.perf_counter(), worker_count(workers)
+    start, crew = time.perf_counter(), Crew(worker_count(workers), executor, progress)
     planned = partial(plan_shards, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
     checkpoint = _open(opened, planned, destination, overwrite, stream)
     plan = planned(checkpoint)
     with staging(checkpoint, plan, destination, overwrite, resume) as stage:
-        reused = _reuse(checkpoint, plan, stage, workers, executor, progress)
+        reused = _reuse(stage, crew)
         stage.check_space()
         copying = time.perf_counter()
-        count = _write_shards(checkpoint, plan, stage, workers, executor, progress)
+        count = _write_shards(stage, crew)
         copy_seconds = time.perf_counter() - copying
         lost = total_lost(plan, stage.finished.values())
         refuse_overflow(lost, plan, allow_overflow)
         for file in write_beside(checkpoint, plan, stage.folder, lambda: count.add(0)):
             stage.wrote(file)
-        verification = _verify(checkpoint, plan, stage, workers, executor, progress) if verify else None
+        verification = _verify(stage, crew) if verify else None
         stage.publish()
     return ShardReport(
         source=checkpoint.source,
@@ -241,41 +234,29 @@ def _open(
     return opened(download=True)
 
 
-def _reuse(
-    checkpoint: Checkpoint,
-    plan: ShardPlan,
-    stage: Staging,
-    workers: int,
-    executor: Executor | None,
-    progress: ProgressCallback | None,
-) -> tuple[str, ...]:
+def _reuse(stage: Staging, crew: Crew) -> tuple[str, ...]:
     """Check what an earlier run left, byte by byte, against the source; forget what is not right."""
+    checkpoint, plan = stage.checkpoint, stage.plan
     shards = [shard for shard in plan.shards if shard.file in stage.finished]
     if checkpoint.is_remote:
         received = {shard.file: stage.finished[shard.file].received for shard in shards}
-        damaged = list(altered_parts(plan, received, stage.folder, workers, executor, progress, "check"))
+        damaged = list(altered_parts(plan, received, stage.folder, crew, "check"))
     else:
-        damaged = damaged_shards(checkpoint, plan, shards, stage.folder, workers, executor, progress)
+        damaged = damaged_shards(checkpoint, plan, shards, stage.folder, crew)
     for file in damaged:
-        stage.forget(file)
+        del stage.finished[file]
     return tuple(shard.file for shard in shards if shard.file in stage.finished)
 
 
-def _write_shards(
-    checkpoint: Checkpoint,
-    plan: ShardPlan,
-    stage: Staging,
-    workers: int,
-    executor: Executor | None,
-    progress: ProgressCallback | None,
-) -> ProgressCount:
+def _write_shards(stage: Staging, crew: Crew) -> ProgressCount:
+    checkpoint, plan = stage.checkpoint, stage.plan
     todo = [shard for shard in plan.shards if shard.file not in stage.finished]
     tasks_left: Counter[str] = Counter()
     outcomes: defaultdict[str, Outcome] = defaultdict(Outcome)
-    count = ProgressCount(progress, "copy", sum(t.source.nbytes for s in todo for t in s.tensors))
+    count = ProgressCount(crew.progress, "copy", sum(t.source.nbytes for s in todo for t in s.tensors))
 
     def tasks_of(shard: Shard) -> Iterator[Task]:
-        path = stage.path(shard.file)
+        path = stage.folder / shard.file
         path.write_bytes(plan.header(shard))
         os.truncate(path, shard.nbytes)
         cut = shard_tasks(shard, checkpoint.folder, str(path))
@@ -284,8 +265,8 @@ def _write_shards(
 
     # Writes into one file wait for each other in the kernel: keep as many files going as there are workers.
     # No network is fast enough for that to matter; one file after the other, a kill costs one at most.
-    tasks = take_turns(map(tasks_of, todo), 1 if checkpoint.is_remote else workers)
-    with run_all(run_task, tasks, workers, executor) as results:
+    tasks = take_turns(map(tasks_of, todo), 1 if checkpoint.is_remote else crew.workers)
+    with run_all(run_task, tasks, crew.workers, crew.executor) as results:
         for task, outcome in results:
             file = os.path.basename(task.path)
             outcomes[file] += outcome
@@ -348,20 +329,17 @@ def _here(checkpoint: Checkpoint, file: str) -> str | Path:
     return repository.fetch(file)
 
 
-def _verify(
-    checkpoint: Checkpoint,
-    plan: ShardPlan,
-    stage: Staging,
-    workers: int | None,
-    executor: Executor | None,
-    progress: ProgressCallback | None,
-) -> Verification:
-    if checkpoint.is_remote:
+def _verify(stage: Staging, crew: Crew) -> Verification:
+    if stage.checkpoint.is_remote:
         received = {file: outcome.received for file, outcome in stage.finished.items()}
-        found = verify_received(checkpoint, plan, received, stage.folder, workers, executor, progress)
+        found = verify_received(stage.checkpoint, stage.plan, received, stage.folder, crew)
     else:
         found = verify_checkpoint(
-            checkpoint, stage.folder, workers=workers, executor=executor, progress=progress
+            stage.checkpoint,
+            stage.folder,
+            workers=crew.workers,
+            executor=crew.executor,
+            progress=crew.progress,
         )
     if not found.equal:
         wrong = [m.tensor for m in found.mismatches] + [*found.missing, *found.extra]

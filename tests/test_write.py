@@ -651,7 +651,7 @@ def test_destination_is_absent_or_whole_whichever_system_call_fails(
 STAGES = {
     "reading what an earlier run left": (write, "damaged_shards"),
     "copying": (write, "run_task"),
-    "syncing": (staging.Staging, "_sync"),
+    "syncing": (staging, "sync"),
     "writing config and index": (write, "write_beside"),
     "copying a side file": (write, "file_tasks"),
     "verifying": (write, "verify_checkpoint"),

@@ -42,10 +42,10 @@ from shardkit.hub.target import Target, Tree, digest_bytes, digest_file, is_same
 from shardkit.layout import CONFIG_FILES
 from shardkit.plan import Shard, ShardPlan, Strategy, plan_shards
 from shardkit.record import listed, plural
-from shardkit.run import ProgressCallback, ProgressCount, resumable, run_all, worker_count
+from shardkit.run import Crew, ProgressCallback, ProgressCount, resumable, run_all, worker_count
 from shardkit.sizes import format_size
-from shardkit.transfer import Lost, Outcome, Range, run_task, shard_tasks
-from shardkit.verify import Verification, altered_parts, damaged_shards, digest_range
+from shardkit.transfer import Lost, Outcome, run_task, shard_tasks
+from shardkit.verify import Verification, altered_parts, damaged_shards, digest_range, staged_range
 from shardkit.write import ShardReport, refuse_overflow, total_lost, write_beside
 
 _DRAFT = re.compile(r"shardkit-[0-9a-f]{16}")
@@ -314,20 +314,14 @@ class _Job:
         """Read a shard back, hold it against what was received, and digest its tensors."""
         start = time.perf_counter()
         if self._checkpoint.is_remote:
-            wrong = [*altered_parts(self._plan, {shard.file: outcome.received}, self._folder, workers=1)]
+            wrong = [*altered_parts(self._plan, {shard.file: outcome.received}, self._folder, Crew(1))]
         else:
-            wrong = damaged_shards(self._checkpoint, self._plan, [shard], self._folder, workers=1)
+            wrong = damaged_shards(self._checkpoint, self._plan, [shard], self._folder, Crew(1))
         if wrong:
             raise VerificationError(
                 f"{self._folder / shard.file}: is not as it was received: the disk failed; nothing was sent"
             )
-        path = str(self._folder / shard.file)
-        digests = {
-            t.source.name: digest_range(
-                Range(path, shard.header_bytes + t.begin, t.nbytes, 0, t.source.name, t.dtype, t.dtype)
-            )
-            for t in shard.tensors
-        }
+        digests = {t.source.name: digest_range(staged_range(self._folder, shard, t)) for t in shard.tensors}
         self._checking_seconds += time.perf_counter() - start
         return digests
 

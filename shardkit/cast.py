@@ -15,22 +15,8 @@ from numpy.typing import NDArray
 
 _NUMPY: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _EXACT = {("BF16", "F32"), ("F16", "F32"), ("F16", "BF16")}  # neither overflow nor underflow is possible
-
-
-class _Bits(NamedTuple):
-    """How to read a float as an unsigned integer: all but the sign, and infinity's pattern."""
-
-    unsigned: Any
-    magnitude: int
-    infinity: int
-
-
-_BITS = {
-    "F64": _Bits(np.uint64, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
-    "F32": _Bits(np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
-    "F16": _Bits(np.uint16, 0x7FFF, 0x7C00),
-    "BF16": _Bits(np.uint16, 0x7FFF, 0x7F80),
-}
+# Infinity as an unsigned integer; only NaN is above, where the sign is left out.
+_INFINITY = {"F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
 
 
 class Cast(NamedTuple):
@@ -52,15 +38,16 @@ def cast(data: bytes | memoryview, dtype: str, target: str) -> Cast:
 
 
 def _lost(values: NDArray[Any], dtype: str, result: NDArray[Any], target: str) -> tuple[int, int]:
-    before, after = _magnitude(values, dtype), _magnitude(result, target)
+    before, after = _magnitude(values), _magnitude(result)
     flushed = int(np.count_nonzero(before)) - int(np.count_nonzero(after))
-    if after.max(initial=0) < _BITS[target].infinity:
+    if after.max(initial=0) < _INFINITY[target]:
         return 0, flushed
-    infinite = int(np.count_nonzero(after == _BITS[target].infinity))
-    return infinite - int(np.count_nonzero(before == _BITS[dtype].infinity)), flushed
+    infinite = int(np.count_nonzero(after == _INFINITY[target]))
+    return infinite - int(np.count_nonzero(before == _INFINITY[dtype])), flushed
 
 
-def _magnitude(values: NDArray[Any], dtype: str) -> NDArray[Any]:
-    bits = _BITS[dtype]
-    magnitude: NDArray[Any] = values.view(bits.unsigned) & bits.unsigned(bits.magnitude)
+def _magnitude(values: NDArray[Any]) -> NDArray[Any]:
+    """Return all bits but the sign as unsigned integers, which are counted faster than floats of 16 bits."""
+    bits = values.view(f"u{values.itemsize}")
+    magnitude: NDArray[Any] = bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
     return magnitude

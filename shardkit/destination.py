@@ -128,7 +128,7 @@ def locked(target: Path) -> Iterator[None]:
     DestinationError
         If another run holds it; says which process, on which machine.
     """
-    path = _lock_path(target)
+    path = _beside(target, "lock")
     lock = filelock.FileLock(path, timeout=_LOCK_SECONDS)
     try:
         lock.acquire()
@@ -154,7 +154,7 @@ def locked(target: Path) -> Iterator[None]:
 
 def clear_stale_lock(target: Path) -> None:
     """Remove the lock of a run that died just after it had put its result in place."""
-    if _lock_path(target).exists():
+    if _beside(target, "lock").exists():
         with suppress(DestinationError, OSError), locked(target):
             pass
 
@@ -165,9 +165,9 @@ def leftovers(destination: str | os.PathLike[str]) -> list[Path]:
         return []
     target = resolve(destination)
     found = _all_beside(target)
-    if _lock_path(target) in found:
+    if _beside(target, "lock") in found:
         try:
-            filelock.FileLock(_lock_path(target), timeout=0).acquire().lock.release()
+            filelock.FileLock(_beside(target, "lock"), timeout=0).acquire().lock.release()
         except (OSError, filelock.Timeout):
             return []
     return found
@@ -272,10 +272,6 @@ def _exchange(new: Path, old: Path) -> None:
 
 def _beside(target: Path, role: str) -> Path:
     return target.parent / f".{target.name}.shardkit-{role}"
-
-
-def _lock_path(target: Path) -> Path:
-    return _beside(target, "lock")
 
 
 def _all_beside(target: Path) -> list[Path]:

@@ -102,7 +102,7 @@ class Staging:
     def finish(self, file: str, outcome: Outcome) -> None:
         """Journal a shard whose last byte was written, and sync it off the caller's thread."""
         self.finished[file] = outcome
-        self._write_journal(json.dumps(_entry(file, outcome)))
+        self._write_journal(json.dumps({"shard": file} | outcome._asdict(), default=astuple))
         self.wrote(file)
 
     def wrote(self, file: str) -> None:
@@ -146,16 +146,9 @@ class Staging:
         self._syncing.shutdown(wait=False, cancel_futures=True)
         close_pickles()
 
-    @contextmanager
-    def kept_for_resume(self) -> Iterator[None]:
-        """Remove the folder after an error, unless running again would find something finished in it."""
-        try:
-            yield
-        except ShardkitError as error:
-            if not (isinstance(error, (Cancelled, SpaceError, DestinationError)) and self.finished):
-                with suppress(OSError):
-                    discard_unfinished(self.destination)
-            raise
+    def is_of_use_after(self, error: ShardkitError) -> bool:
+        """Whether running again, after an error, would find something finished in the folder."""
+        return bool(self.finished) and isinstance(error, (Cancelled, SpaceError, DestinationError))
 
     def explained(self, error: OSError) -> ShardkitError:
         """Return what a failed system call means to whoever started the job."""
@@ -253,19 +246,20 @@ def staging(
             clear_stale_lock(held.destination)
             raise
         held.destination.parent.mkdir(parents=True, exist_ok=True)
-        with locked(held.destination), held.kept_for_resume():
-            held.check_destination()  # another run may just have published it
-            held.open(resume)
-            yield held
+        with locked(held.destination):
+            try:
+                held.check_destination()  # another run may just have published it
+                held.open(resume)
+                yield held
+            except ShardkitError as error:
+                if not held.is_of_use_after(error):
+                    with suppress(OSError):
+                        discard_unfinished(held.destination)
+                raise
     except OSError as error:
         raise held.explained(error) from error
     finally:
         held.close()
-
-
-def _entry(file: str, outcome: Outcome) -> dict[str, Any]:
-    lost, received = ([astuple(item) for item in items] for items in outcome)
-    return {"shard": file, "lost": lost, "received": received}
 
 
 def _fingerprint(checkpoint: Checkpoint, plan: ShardPlan) -> str:

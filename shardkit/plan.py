@@ -26,13 +26,7 @@ from shardkit.safetensors_file import (
     empty_header_chars,
 )
 from shardkit.sizes import format_size, parse_size
-from shardkit.tensor import (
-    DTYPE_NAMES,
-    QUANTISED_DTYPES,
-    TensorInfo,
-    collector_paused,
-    parse_dtype,
-)
+from shardkit.tensor import DTYPE_NAMES, QUANTISED_DTYPES, TensorInfo, collector_paused, parse_dtype
 
 Strategy = Literal["size", "layer", "balanced"]
 
@@ -81,12 +75,6 @@ class Shard:
     def nbytes(self) -> int:
         """Size of the file: header and tensors."""
         return self.header_bytes + self.data_bytes
-
-    def entries(self) -> list[Entry]:
-        """Return the entries of its header."""
-        return [
-            Entry(t.source.name, t.dtype, t.source.shape, t.begin, t.begin + t.nbytes) for t in self.tensors
-        ]
 
 
 @dataclass(frozen=True)
@@ -142,11 +130,9 @@ class ShardPlan(Record):
         if self.index_file is None:
             return None
         weight_map = {t.source.name: shard.file for shard in self.shards for t in shard.tensors}
-        # Laid out as json.dumps(indent=2) does, which is ten times slower: only without indent is it C.
-        body = json.dumps(weight_map, sort_keys=True, ensure_ascii=False, separators=(",\n    ", ": "))[1:-1]
-        metadata = json.dumps({"total_size": self.total_bytes, "shardkit": self.made}, indent=2)
-        metadata = metadata.replace("\n", "\n  ")
-        return f'{{\n  "metadata": {metadata},\n  "weight_map": {{\n    {body}\n  }}\n}}\n'
+        metadata = {"total_size": self.total_bytes, "shardkit": self.made}
+        document = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
     @property
     def made(self) -> dict[str, str]:
@@ -177,7 +163,10 @@ class ShardPlan(Record):
 
     def header(self, shard: Shard) -> bytes:
         """Return what the file of one of the shards begins with."""
-        return build_header(shard.entries(), self.metadata)
+        entries = (
+            Entry(t.source.name, t.dtype, t.source.shape, t.begin, t.begin + t.nbytes) for t in shard.tensors
+        )
+        return build_header(entries, self.metadata)
 
     def summary(self) -> Summary:
         """Return the plan as a person reads it."""
@@ -251,7 +240,8 @@ def plan_shards(
     target = parse_dtype(dtype)
     if target is not None:
         _refuse_quantised(checkpoint)
-    metadata = _metadata(checkpoint)
+    # Dropped aliases are named as huggingface_hub does, which restores them.
+    metadata = {**FORMAT_METADATA, **checkpoint.metadata, **checkpoint.aliases}
     empty = empty_header_chars(metadata)
     with collector_paused():
         items = [Item.of(tensor, target) for tensor in checkpoint.tensors.values()]
@@ -277,11 +267,6 @@ def _check_headers(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
             f"{checkpoint.source}: so many tensors in {plural(len(shards), 'file')} take a header of "
             f"{longest:,} bytes, readers accept {MAX_HEADER_BYTES:,}: lower max_shard_size"
         )
-
-
-def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    """Keep the source's metadata; name dropped aliases as huggingface_hub does, which restores them."""
-    return {**FORMAT_METADATA, **checkpoint.metadata, **checkpoint.aliases}
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:

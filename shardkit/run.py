@@ -52,22 +52,18 @@ class Crew:
     progress: ProgressCallback | None = None
 
 
-def default_workers() -> int:
-    """Return how many threads keep a disk busy: four, or fewer where there are fewer cores."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
 def worker_count(workers: int | None) -> int:
-    """Return how many workers are meant.
+    """Return how many workers are meant; None: four, which keep a disk busy, or as many as there are cores.
 
     Raises
     ------
     ShardkitError
         If it is less than one.
     """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers is not None and workers < 1:
-        raise ShardkitError(f"workers is {workers}: give 1 or more, or None for {default_workers()}")
-    return workers or default_workers()
+        raise ShardkitError(f"workers is {workers}: give 1 or more, or None for {min(4, cores)}")
+    return workers or min(4, cores)
 
 
 @contextmanager

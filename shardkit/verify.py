@@ -150,17 +150,31 @@ def verify_checkpoint(
         for pair, (a, b) in zip(comparable, digests, strict=True)
         if a != b
     ]
+    found = {pair.ours.name: digest for pair, (_, digest) in zip(comparable, digests, strict=True)}
+    return _verification(ours, theirs, mismatches, found, start)
+
+
+def _verification(
+    ours: Checkpoint,
+    theirs: Checkpoint,
+    mismatches: Sequence[Mismatch],
+    digests: dict[str, str],
+    start: float,
+    received: bool = False,
+) -> Verification:
+    pairs = _pairs(ours, theirs)
     return Verification(
         source=ours.source,
         destination=theirs.source,
         tensors=len(pairs),
         nbytes=sum(pair.ours.nbytes for pair in pairs),
-        cast=sum(pair.ours.dtype != pair.theirs.dtype for pair in comparable),
+        cast=sum(pair.obstacle is None and pair.ours.dtype != pair.theirs.dtype for pair in pairs),
         mismatches=tuple(mismatches),
         missing=tuple(name for name in ours.tensors if _find(theirs, name) is None),
         extra=tuple(name for name in theirs.tensors if _find(ours, name) is None),
-        digests={pair.ours.name: digest for pair, (_, digest) in zip(comparable, digests, strict=True)},
+        digests=digests,
         seconds=time.perf_counter() - start,
+        received=received,
     )
 
 
@@ -247,19 +261,8 @@ def verify_received(
         for planned in shard.tensors
         if any(_overlaps(shard, planned, part) for part in altered.get(shard.file, ()))
     ]
-    return Verification(
-        source=checkpoint.source,
-        destination=written.source,
-        tensors=len(written.tensors.keys() & checkpoint.tensors.keys()),
-        nbytes=checkpoint.total_bytes,
-        cast=sum(planned.is_cast for shard in plan.shards for planned in shard.tensors),
-        mismatches=tuple(mismatches),
-        missing=tuple(name for name in checkpoint.tensors if name not in written.tensors),
-        extra=tuple(name for name in written.tensors if name not in checkpoint.tensors),
-        digests=dict(zip(written.tensors, digests, strict=True)),
-        seconds=time.perf_counter() - start,
-        received=True,
-    )
+    found = dict(zip(written.tensors, digests, strict=True))
+    return _verification(checkpoint, written, mismatches, found, start, received=True)
 
 
 def _overlaps(shard: Shard, planned: PlannedTensor, part: Received) -> bool:

@@ -31,14 +31,7 @@ from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import run_all
 from shardkit.safetensors_file import Header
 from shardkit.sizes import format_size
-from shardkit.tensor import (
-    CAST_DTYPES,
-    DTYPE_NAMES,
-    FLOAT_DTYPES,
-    TensorInfo,
-    collector_paused,
-    parse_dtype,
-)
+from shardkit.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused, parse_dtype
 
 _HEADERS_AT_ONCE = 8
 

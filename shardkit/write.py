@@ -25,13 +25,7 @@ from shardkit.run import Crew, ProgressCallback, ProgressCount, resumable, run_a
 from shardkit.sizes import format_size
 from shardkit.staging import Staging, staging
 from shardkit.transfer import Lost, Outcome, Task, file_tasks, run_task, shard_tasks
-from shardkit.verify import (
-    Verification,
-    altered_parts,
-    damaged_shards,
-    verify_checkpoint,
-    verify_received,
-)
+from shardkit.verify import Verification, altered_parts, damaged_shards, verify_checkpoint, verify_received
 
 _SHOWN_LOSSES = 3
 _STREAMED = "made from ranged reads of the Hub: the source was not downloaded"

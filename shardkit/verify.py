@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -160,7 +160,6 @@ def _verification(
     mismatches: Sequence[Mismatch],
     digests: dict[str, str],
     start: float,
-    received: bool = False,
 ) -> Verification:
     pairs = _pairs(ours, theirs)
     return Verification(
@@ -174,7 +173,6 @@ def _verification(
         extra=tuple(name for name in theirs.tensors if _find(ours, name) is None),
         digests=digests,
         seconds=time.perf_counter() - start,
-        received=received,
     )
 
 
@@ -262,7 +260,7 @@ def verify_received(
         if any(_overlaps(shard, planned, part) for part in altered.get(shard.file, ()))
     ]
     found = dict(zip(written.tensors, digests, strict=True))
-    return _verification(checkpoint, written, mismatches, found, start, received=True)
+    return replace(_verification(checkpoint, written, mismatches, found, start), received=True)
 
 
 def _overlaps(shard: Shard, planned: PlannedTensor, part: Received) -> bool:
@@ -298,20 +296,14 @@ def _pairs(ours: Checkpoint, theirs: Checkpoint) -> list[_Pair]:
     return [_Pair(left, right) for left, right in found if left and right]
 
 
-class _Batch(NamedTuple):
-    """Ranges read by one task: small tensors together, large ones alone."""
-
-    first: int
-    ranges: tuple[Range, ...]
-
-
-def _batches(ranges: Sequence[Range]) -> Iterator[_Batch]:
+def _batches(ranges: Sequence[Range]) -> Iterator[Sequence[Range]]:
+    """Yield what is read by one task: small tensors together, large ones alone."""
     first = size = 0
-    for place, part in enumerate(ranges):
+    for end, part in enumerate(ranges, start=1):
         size += part.nbytes
-        if size >= _BATCH_BYTES or place - first >= _BATCH_TENSORS or place == len(ranges) - 1:
-            yield _Batch(first, tuple(ranges[first : place + 1]))
-            first, size = place + 1, 0
+        if size >= _BATCH_BYTES or end - first >= _BATCH_TENSORS or end == len(ranges):
+            yield ranges[first:end]
+            first, size = end, 0
 
 
 def _digest_pairs(pairs: Sequence[tuple[Range, Range]], crew: Crew, stage: str) -> list[tuple[str, str]]:
@@ -321,17 +313,17 @@ def _digest_pairs(pairs: Sequence[tuple[Range, Range]], crew: Crew, stage: str) 
 
 def _digest_all(ranges: Sequence[Range], crew: Crew, stage: str) -> list[str]:
     count = ProgressCount(crew.progress if ranges else None, stage, sum(part.nbytes for part in ranges))
-    digests = [""] * len(ranges)
+    digests: dict[Range, str] = {}
     with run_all(digest_ranges, _batches(ranges), crew.workers, crew.executor) as results:
         for batch, found in results:
-            digests[batch.first : batch.first + len(found)] = found
-            count.add(sum(part.nbytes for part in batch.ranges))
-    return digests
+            digests.update(zip(batch, found, strict=True))
+            count.add(sum(part.nbytes for part in batch))
+    return [digests[part] for part in ranges]
 
 
-def digest_ranges(batch: _Batch) -> list[str]:
+def digest_ranges(batch: Sequence[Range]) -> list[str]:
     """Return the XXH3-128 of each range, after its cast."""
-    return [digest_range(part) for part in batch.ranges]
+    return [digest_range(part) for part in batch]
 
 
 def digest_range(part: Range) -> str:

@@ -123,39 +123,24 @@ class Checkpoint(Record):
                 "is here, and has no revisions: give none, or hf://org/name", file=str(path)
             )
         if os.path.isdir(path):  # which, unlike Path, takes any text for an answer
-            return cls._open_folder(LocalFiles(path), str(path))
+            return cls._read(LocalFiles(path), str(path))
         if os.path.isfile(path):
-            return cls._open_file(path)
+            if path.suffix in (".json", ".py", ".txt", ".md") and not is_index(path.name):
+                raise CheckpointError("is no weights file: give the folder it lies in", file=str(path))
+            return cls._read(LocalFiles(path.parent), str(path), path.name)
         from shardkit.hub.source import find_model
 
         found = find_model(text, revision=revision, token=token, download=download)
-        return cls._open_folder(found.files, found.source, found.notes)
+        return cls._read(found.files, found.source, notes=found.notes)
 
     @classmethod
-    def _open_file(cls, path: Path) -> Self:
-        if path.suffix in (".json", ".py", ".txt", ".md") and not is_index(path.name):
-            raise CheckpointError("is no weights file: give the folder it lies in", file=str(path))
-        folder = LocalFiles(path.parent)
+    def _read(
+        cls, folder: Files, source: str, chosen: str | None = None, notes: tuple[str, ...] = ()
+    ) -> Self:
         config = read_config(folder)
         # A file that lies beside no config is alone: what surrounds it is none of its business.
-        return cls._open_chosen(folder, str(path), path.name, config, belongs=config is not None)
-
-    @classmethod
-    def _open_folder(cls, folder: Files, source: str, notes: tuple[str, ...] = ()) -> Self:
-        config = read_config(folder)
-        return cls._open_chosen(folder, source, find_weights(folder, config), config, notes)
-
-    @classmethod
-    def _open_chosen(
-        cls,
-        folder: Files,
-        source: str,
-        chosen: str,
-        config: dict[str, Any] | None,
-        notes: tuple[str, ...] = (),
-        *,
-        belongs: bool = True,
-    ) -> Self:
+        is_alone = chosen is not None and config is None
+        chosen = chosen or find_weights(folder, config)
         files: tuple[str, ...] = (chosen,)
         weight_map: dict[str, str] = {}
         if is_index(chosen):
@@ -171,7 +156,7 @@ class Checkpoint(Record):
                 tensors, metadata = _scan_safetensors(folder, files)
             aliases, said = {}, ()
         _check_weight_map(weight_map, tensors, aliases, chosen)
-        side_files, left_out = sort_out(folder, {chosen, *files}) if belongs else ({}, ())
+        side_files, left_out = ({}, ()) if is_alone else sort_out(folder, {chosen, *files})
         checkpoint = cls(
             source=source,
             folder=folder.folder,

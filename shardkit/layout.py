@@ -52,12 +52,9 @@ def output_stem(chosen: str) -> str:
 def architecture(config: Mapping[str, Any] | None) -> str | None:
     """Return the model class that a config names, of transformers, diffusers or peft."""
     config = config or {}
-    names = config.get("architectures")
-    found = (
-        names[0]
-        if isinstance(names, list) and names
-        else config.get("_class_name") or config.get("peft_type")
-    )
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    found = first or config.get("_class_name") or config.get("peft_type")
     return str(found) if found else None
 
 
@@ -83,6 +80,11 @@ def _read_json(files: Files, name: str, limit: int = _MAX_CONFIG_BYTES) -> Any:
         if not level:
             return document
     raise CheckpointError(f"is nested more than {_MAX_JSON_DEPTH} levels deep", file=path)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """Return a JSON object; an empty one in place of anything else."""
+    return value if isinstance(value, dict) else {}
 
 
 def read_config(files: Files) -> dict[str, Any] | None:
@@ -123,9 +125,9 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 def ties_weights(config: Mapping[str, Any] | None) -> bool:
     """Whether a load will tie weights again; only a config that says no is believed to mean it."""
-    text = (config or {}).get("text_config")
-    nested = text if isinstance(text, dict) else {}
-    return (config or {}).get("tie_word_embeddings", nested.get("tie_word_embeddings")) is not False
+    config = config or {}
+    nested = _object(config.get("text_config")).get("tie_word_embeddings")
+    return config.get("tie_word_embeddings", nested) is not False
 
 
 def find_weights(files: Files, config: Mapping[str, Any] | None) -> str:
@@ -184,9 +186,8 @@ def read_weight_map(files: Files, index: str) -> dict[str, str]:
     CheckpointError
         If the index is damaged, or names files that are missing or outside.
     """
-    document = _read_json(files, index, _MAX_INDEX_BYTES)
     where = os.path.join(files.folder, index)
-    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    weight_map = _object(_read_json(files, index, _MAX_INDEX_BYTES)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError("has no weight_map of tensor names to file names", file=where)
     if not weight_map:
@@ -197,15 +198,13 @@ def read_weight_map(files: Files, index: str) -> dict[str, str]:
     kinds = {os.path.splitext(file)[1] for file in named}
     if len(kinds) > 1:
         raise CheckpointError(f"mixes formats: {', '.join(sorted(kinds))}", file=where)
-    return dict(weight_map)
+    return weight_map
 
 
 def read_made(files: Files, index: str) -> dict[str, object]:
     """Return what an index of ours says of how its files came about; nothing where another tool wrote it."""
-    document = _read_json(files, index, _MAX_INDEX_BYTES)
-    metadata = document.get("metadata") if isinstance(document, dict) else None
-    made = metadata.get("shardkit") if isinstance(metadata, dict) else None
-    return made if isinstance(made, dict) else {}
+    metadata = _object(_object(_read_json(files, index, _MAX_INDEX_BYTES)).get("metadata"))
+    return _object(metadata.get("shardkit"))
 
 
 def _check_inside(files: Files, file: str, named_in: str) -> None:

@@ -324,16 +324,13 @@ def _here(checkpoint: Checkpoint, file: str) -> str | Path:
 
 
 def _verify(stage: Staging, crew: Crew) -> Verification:
-    if stage.checkpoint.is_remote:
+    checkpoint, folder = stage.checkpoint, stage.folder
+    if checkpoint.is_remote:
         received = {file: outcome.received for file, outcome in stage.finished.items()}
-        found = verify_received(stage.checkpoint, stage.plan, received, stage.folder, crew)
+        found = verify_received(checkpoint, stage.plan, received, folder, crew)
     else:
         found = verify_checkpoint(
-            stage.checkpoint,
-            stage.folder,
-            workers=crew.workers,
-            executor=crew.executor,
-            progress=crew.progress,
+            checkpoint, folder, workers=crew.workers, executor=crew.executor, progress=crew.progress
         )
     if not found.equal:
         wrong = [m.tensor for m in found.mismatches] + [*found.missing, *found.extra]

@@ -245,7 +245,7 @@ def plan_shards(
     empty = empty_header_chars(metadata)
     with collector_paused():
         items = [Item.of(tensor, target) for tensor in checkpoint.tensors.values()]
-        shards = _name(_STRATEGIES[strategy](items, limit, empty), checkpoint.stem, empty)
+        shards = _shards(_STRATEGIES[strategy](items, limit, empty), checkpoint.stem, empty)
     _check_headers(checkpoint, shards)
     return ShardPlan(
         source=checkpoint.source,
@@ -297,14 +297,11 @@ _STRATEGIES: dict[str, Callable[[Sequence[Item], int, int], list[list[Item]]]] =
 }
 
 
-def _name(packed: Sequence[Sequence[Item]], stem: str, empty: int) -> tuple[Shard, ...]:
-    if len(packed) == 1:
-        return (_shard(packed[0], f"{stem}.safetensors", empty),)
-    names = (f"{stem}-{n:05d}-of-{len(packed):05d}.safetensors" for n in range(1, len(packed) + 1))
-    return tuple(_shard(items, name, empty) for items, name in zip(packed, names, strict=True))
-
-
-def _shard(items: Sequence[Item], file: str, empty: int) -> Shard:
-    placed, header = layout(items, empty)
-    tensors = tuple(PlannedTensor(item.tensor, item.dtype, begin, item.nbytes) for item, begin in placed)
-    return Shard(file, tensors, header)
+def _shards(packed: Sequence[Sequence[Item]], stem: str, empty: int) -> tuple[Shard, ...]:
+    shards = []
+    for number, items in enumerate(packed, start=1):
+        place = f"-{number:05d}-of-{len(packed):05d}" if len(packed) > 1 else ""
+        placed, header = layout(items, empty)
+        tensors = tuple(PlannedTensor(item.tensor, item.dtype, begin, item.nbytes) for item, begin in placed)
+        shards.append(Shard(f"{stem}{place}.safetensors", tensors, header))
+    return tuple(shards)

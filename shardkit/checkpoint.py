@@ -141,11 +141,8 @@ class Checkpoint(Record):
         # A file that lies beside no config is alone: what surrounds it is none of its business.
         is_alone = chosen is not None and config is None
         chosen = chosen or find_weights(folder, config)
-        files: tuple[str, ...] = (chosen,)
-        weight_map: dict[str, str] = {}
-        if is_index(chosen):
-            weight_map = read_weight_map(folder, chosen)
-            files = tuple(sorted(set(weight_map.values())))
+        weight_map = read_weight_map(folder, chosen) if is_index(chosen) else {}
+        files = tuple(sorted(set(weight_map.values()))) or (chosen,)
         seen = _states(folder, files)
         is_pickle = not files[0].endswith(".safetensors")
         if is_pickle:

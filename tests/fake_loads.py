@@ -90,7 +90,6 @@ def fake_interpreter(folder: Path, script: str, name: str = "python") -> Path:
         sys.path.insert(0, {str(WORKER.parent)!r})
         import worker
         job = json.load(open(sys.argv[-1]))
-        worker.tie_life_to_parent()
         reporter = worker.Reporter(job["results"])
     """
     path.write_text(dedent(head) + dedent(script))

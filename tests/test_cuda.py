@@ -82,7 +82,6 @@ class Load(worker.Load):
         super().run()
         reporter.send("note", text=f"waited for {{waited_for}}")
 worker.Load = Load
-worker.tie_life_to_parent = lambda: None
 sys.exit(worker.main())
 """
 

@@ -412,6 +412,36 @@ class TestBadEnds:
             parent.kill()
             parent.wait()
 
+    @linux
+    def test_killed_parent_leaves_no_wrapper_and_no_folder_behind(self, demo, tmp_path):
+        wrapper, told = tmp_path / "wrapper", tmp_path / "told"
+        wrapper.write_text(
+            f"#!/bin/sh\ntrap '' TERM INT HUP\nsleep 600 &\n"
+            f'echo $$ $! $(dirname "$2") > {told}.part\nmv {told}.part {told}\nwait\n'
+        )
+        wrapper.chmod(0o755)
+        code = f"from shardkit import measure_load; measure_load({str(demo)!r}, python={str(wrapper)!r})"
+        with subprocess.Popen([sys.executable, "-c", code]) as parent:
+            try:
+                deadline = time.monotonic() + 30
+                while not told.exists() and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                *pids, folder = told.read_text().split()
+                assert Path(folder, "results").exists()
+            finally:
+                parent.kill()
+        assert all(gone(int(pid)) for pid in pids)
+        deadline = time.monotonic() + 10
+        while Path(folder).exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not Path(folder).exists()
+
+    def test_wrapper_that_hands_no_stdin_on_loads_all_the_same(self, demo, tmp_path):
+        wrapper = tmp_path / "wrapper"
+        wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} "$@" 0<&-\n')
+        wrapper.chmod(0o755)
+        assert measure_load(demo, generate=0, cache="warm", python=wrapper).ok
+
 
 @linux
 class TestPageCache:

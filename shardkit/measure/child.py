@@ -24,6 +24,8 @@ from shardkit.measure.sampler import PortableSampler, Reading, StatusSampler
 _TAIL_BYTES = 4000
 _ASK_EVERY_SECONDS = 0.2
 _EVENTS_BYTES = 4_000_000
+# The end of its stdin says that we were killed: then it ends the child's group, and removes the folder.
+_GUARD = 'read _; kill -s KILL -- -"$0"; rm -rf "$1"'
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,6 @@ def run_child(
     ----------
     command
         Program and arguments. It gets one more: the path of a file with `job` as JSON, "results" added.
-        (Its stdin is a lifeline: written to, it could fill while nobody reads.)
     timeout
         Seconds after which it and all its children are killed.
     environment
@@ -111,12 +112,12 @@ def run_child(
         started_at = time.monotonic()
         try:
             child = _start([*command, str(folder / "job")], limit, printed, environment)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             nothing = read_events(b"")
             now = time.monotonic()
             return ChildEnd(started_at, now, None, False, None, nothing, str(error), [], [], 0.0, 0.0)
         fine, portable = StatusSampler(child.pid), PortableSampler(child)
-        with _gone_after(child):
+        with _gone_after(child, folder):
             for sampler in (fine, portable):
                 sampler.start()
             timed_out = _runs_out_of_time(child, timeout, stop)
@@ -147,7 +148,7 @@ def _start(
         raise FileNotFoundError(f"{command[0]}: not there, or no program")
     return subprocess.Popen(  # noqa: S603 - the interpreter is the caller's choice
         limit.command(command),
-        stdin=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,  # a library that asks a question gets no answer
         stdout=printed,
         stderr=subprocess.STDOUT,
         env={**os.environ, **environment},
@@ -156,11 +157,16 @@ def _start(
 
 
 @contextmanager
-def _gone_after(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """End the child, and what it may have left running, whatever happens inside."""
-    with child:  # which closes its lifeline, and waits for it
+def _gone_after(child: subprocess.Popen[bytes], folder: Path) -> Iterator[None]:
+    """End the child, and what it may have left running, whatever happens inside, or to us."""
+    guard = ["/bin/sh", "-c", _GUARD, str(child.pid), str(folder)]
+    with child:
         try:
-            yield
+            with subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True) as guarding:  # noqa: S603
+                try:
+                    yield
+                finally:
+                    guarding.kill()
         finally:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)

@@ -3,20 +3,18 @@
 Stands alone: it is run by path with whatever interpreter is asked for (Python 3.9 up, transformers 4.37
 to 5.x), so it imports nothing of shardkit and nothing beyond the standard library, torch and transformers.
 
-The job comes as JSON in the file that the last argument names; stdin is the lifeline to the parent. What
-happened goes, an event a line, to the file that the job names: not to stdout, where libraries print, and not
-through a pipe, which could fill. An event written is kept even if the next moment brings SIGKILL.
+The job comes as JSON in the file that the last argument names. What happened goes, an event a line, to the
+file that the job names: not to stdout, where libraries print, and not through a pipe, which could fill. An
+event written is kept even if the next moment brings SIGKILL.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
 import runpy
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -27,26 +25,6 @@ from typing import Any
 PROMPT = "The quick brown fox jumps over the lazy dog"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
 CODE_OPTIONS = ("trust_remote_code", "revision", "code_revision")
-_PR_SET_PDEATHSIG = 1
-_SIGKILL = 9
-
-
-def tie_life_to_parent() -> None:
-    """Make sure that this process does not outlive the one that asked for it."""
-    lifeline = os.dup(0)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)  # a library that asks a question gets no answer instead of our job
-    os.close(nothing)
-    with suppress(AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
-    # Where there is no prctl, or the parent was gone before it: the lifeline's end says so.
-    threading.Thread(target=_die_with, args=(lifeline,), daemon=True).start()
-
-
-def _die_with(lifeline: int) -> None:
-    while os.read(lifeline, 4096):
-        pass
-    os._exit(1)
 
 
 def reset_peak() -> bool:
@@ -303,7 +281,6 @@ def main() -> int:
     """Do the job; 0 when it was done, 1 when it failed and the events say why."""
     with open(sys.argv[-1], encoding="utf-8") as file:
         job = json.load(file)
-    tie_life_to_parent()
     # Run by path, Python puts this folder first: its file names must not shadow anybody's modules.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != here]

@@ -1,7 +1,7 @@
 """Asking the Hub: with whose token, how patiently, and what a refusal means in plain words.
 
-A token lives in request headers alone. Errors quote no response and chain no client error, whose text has
-the URL: a signed one opens the file to whoever reads the notebook.
+A token lives in request headers alone. Errors chain no client error, whose text has the URL: a signed one
+opens the file to whoever reads the notebook.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 from huggingface_hub import constants, get_token
@@ -51,7 +49,7 @@ _CONNECT_TRIES = 2
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
 _LONGEST_WAIT = 300.0  # the Hub counts requests in windows of five minutes
 _TOKEN = re.compile(r"[!-~]+")
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def find_token(token: str | None = None) -> str | None:
@@ -101,37 +99,25 @@ class UnreachableError(CheckpointError):
 
 
 class Patience:
-    """Counts failures in a row, and waits longer after each.
+    """Counts failures in a row of what is done with `what`, and waits longer after each."""
 
-    Parameters
-    ----------
-    what
-        What is being read, for the message.
-    tries
-        How many failures in a row are borne.
-    """
-
-    def __init__(self, what: str, tries: int = TRIES) -> None:
-        self._what, self._tries, self._failures = what, tries, 0
+    def __init__(self, what: str) -> None:
+        self._what, self._failures = what, 0
 
     def progressed(self) -> None:
         """Begin to count anew: something was received."""
         self._failures = 0
 
-    def shorten(self, tries: int) -> None:
-        """Bear no more than `tries` failures from now on."""
-        self._tries = min(self._tries, tries)
-
-    def wait(self, reason: str, pause: float | None = None) -> None:
+    def wait(self, reason: str, pause: float | None = None, tries: int = TRIES) -> None:
         """Wait before the next try, `pause` seconds where the server has said so.
 
         Raises
         ------
         UnreachableError
-            If this has gone on for too long.
+            If these are more than `tries` failures in a row, or the server asks for too long a pause.
         """
         self._failures += 1
-        if self._failures > self._tries or (pause or 0) > _LONGEST_WAIT:
+        if self._failures > tries or (pause or 0) > _LONGEST_WAIT:
             asked = f", which asks to wait {pause:.0f} s" if pause else ""
             raise UnreachableError(
                 f"{reason}{asked}; gave up after {self._failures} tries in a row: run the same again later",
@@ -150,72 +136,56 @@ def ask(call: Callable[[], ResultT], what: str, tries: int = TRIES, *, bars: boo
     CheckpointError
         If it is refused, or fails again and again; says what to do.
     """
-    patience = Patience(what, tries)
+    patience = Patience(what)
     while True:
         try:
             with quiet(bars=bars):
                 return call()
         except CLIENT_ERRORS as error:
-            cause = _root(error)
-            if not _may_pass(cause):
-                raise explained(cause, what) from None
-            reason, pause = _reason(cause), _pause_of(cause)
-            if type(cause).__name__ == "ConnectError":  # of httpx or httpx2: no network, or no such Hub
-                patience.shorten(_CONNECT_TRIES)
-        patience.wait(reason, pause)
+            cause = root(error)
+        if not may_pass(cause):
+            raise explained(cause, what)
+        if type(cause).__name__ == "ConnectError":  # of httpx or httpx2: no network, or no such Hub
+            tries = min(tries, _CONNECT_TRIES)
+        patience.wait(*happened(cause), tries)
 
 
-def _root(error: BaseException) -> BaseException:
-    """Return what the client's "not in the cache, either" hides."""
-    while isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, CLIENT_ERRORS):
+def root(error: BaseException) -> BaseException:
+    """Return what the client's "not in the cache, either" and "error while uploading" hide."""
+    hiding = (LocalEntryNotFoundError, RuntimeError)
+    while isinstance(error, hiding) and isinstance(error.__cause__, CLIENT_ERRORS):
         error = error.__cause__
     return error
 
 
-def is_passing(status: int) -> bool:
-    """Whether a status may be another one soon: too many requests, or the server's own trouble."""
-    return status in (408, 425, 429) or status >= 500
+def may_pass(error: BaseException) -> bool:
+    """Whether the same may succeed soon: the connection failed, or the server is busy or in trouble.
+
+    Storage refuses what has expired, and the next try asks the Hub for another signed URL.
+    """
+    if not isinstance(error, HfHubHTTPError):
+        return not isinstance(error, (ValueError, EntryNotFoundError, OfflineModeIsEnabled))
+    status = error.response.status_code
+    return status in (408, 425, 429) or status >= 500 or not is_of_hub(error.response.request.url)
 
 
-def pause_asked(headers: Mapping[str, str]) -> float | None:
-    """Return for how many seconds a response asks to be left alone; None where it does not."""
+def is_of_hub(url: object) -> bool:
+    """Whether a URL is the Hub's own, not that of its storage."""
+    return str(url).startswith(f"{constants.ENDPOINT}/")
+
+
+def happened(error: BaseException) -> tuple[str, float | None]:
+    """Say what a failure was, and for how many seconds the server asks to be left alone, if it does."""
+    if not isinstance(error, HfHubHTTPError):
+        # Queries of URLs are cut off: there lie the signatures.
+        text = re.sub(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*", r"\1", str(error))[:200]
+        return f"no connection to the Hub ({type(error).__name__}: {text})", None
+    headers = error.response.headers
     asked = headers.get("Retry-After", "").strip()
-    if asked.isdecimal():
-        return float(asked)
-    if asked:
-        try:
-            return max(0.0, (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds())
-        except (ValueError, TypeError):
-            return None
     # The Hub's own: `RateLimit: "resolvers";r=0;t=54`.
     left = re.search(r"r=0\b.*\bt=(\d+)", headers.get("RateLimit", ""))
-    return float(left[1]) if left else None
-
-
-def _may_pass(error: BaseException) -> bool:
-    if isinstance(error, HfHubHTTPError):
-        return is_passing(error.response.status_code)
-    return isinstance(error, HTTPError)  # what else it is, the connection
-
-
-def _pause_of(error: BaseException) -> float | None:
-    return pause_asked(error.response.headers) if isinstance(error, HfHubHTTPError) else None
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, HfHubHTTPError):
-        return f"the Hub answered with status {error.response.status_code}"
-    return lost_connection(error)
-
-
-def lost_connection(error: BaseException) -> str:
-    """Say what happened to a connection."""
-    return f"no connection to the Hub ({type(error).__name__}: {without_queries(str(error))[:200]})"
-
-
-def without_queries(text: str) -> str:
-    """Cut the queries off all URLs in a text: there lie the signatures."""
-    return re.sub(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*", r"\1", text)
+    pause = float(asked) if asked.isdecimal() else float(left[1]) if left else None
+    return f"the Hub answered with status {error.response.status_code}", pause
 
 
 def explained(error: BaseException, what: str) -> CheckpointError:
@@ -223,10 +193,9 @@ def explained(error: BaseException, what: str) -> CheckpointError:
 
     `what` is "hf://org/name", with revision or file where they matter.
     """
-    repo_id = what.removeprefix("hf://").partition("@")[0]
-    page = f"{constants.ENDPOINT}/{'/'.join(repo_id.split('/')[:2])}"
+    page = f"{constants.ENDPOINT}/{what.removeprefix('hf://').partition('@')[0]}"
     if isinstance(error, GatedRepoError):
-        message = f"the repository is gated: ask for access or accept its licence at {page}, then {_LOG_IN}"
+        message = f"the repository is gated: ask for access or accept its licence at {page}, then {LOG_IN}"
     elif isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         message = (
             "is not in the local cache, and the Hub must not be asked (HF_HUB_OFFLINE is set): unset it, "
@@ -237,23 +206,24 @@ def explained(error: BaseException, what: str) -> CheckpointError:
     elif isinstance(error, RepositoryNotFoundError):
         message = (
             "is neither a folder here nor a model that the Hub would show: check the name; "
-            f"if it is private, {_LOG_IN}"
+            f"if it is private, {LOG_IN}"
         )
     elif isinstance(error, RevisionNotFoundError):
         message = f"the repository has no such revision: its branches and tags are listed at {page}"
     elif isinstance(error, EntryNotFoundError):
         message = "the repository has no such file at this revision"
     else:
-        message = _refused(error)
+        lacking = "the token lacks the permission to read it"
+        message = refused(error, f"access is forbidden: {lacking}; {LOG_IN}, with one that has it")
     return CheckpointError(message, file=what)
 
 
-def _refused(error: Any) -> str:
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+def refused(error: Any, forbidden: str) -> str:
+    """Say with what status the Hub refused: `forbidden`, where the token does not permit it."""
+    status = error.response.status_code
     if status == 401:
-        return f"the Hub does not accept the token: {_LOG_IN}, with one that is valid"
+        return f"the Hub does not accept the token: {LOG_IN}, with one that is valid"
     if status == 403:
-        return (
-            f"access is forbidden: the token lacks the permission to read it; {_LOG_IN}, with one that has it"
-        )
-    return f"the Hub answered with status {status}" if status else lost_connection(error)
+        return forbidden
+    said = f": {error.server_message[:200]}" if error.server_message else ""
+    return f"the Hub answered with status {status}{said}"

@@ -13,27 +13,27 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unicodedata import category
 
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from shardkit.errors import CheckpointError
 from shardkit.files import NOT_OURS, is_inside
 from shardkit.hub.access import (
+    CLIENT_ERRORS,
     TRIES,
     Patience,
     ask,
     explained,
     find_token,
-    is_passing,
-    lost_connection,
-    pause_asked,
+    happened,
+    is_of_hub,
+    may_pass,
 )
 from shardkit.layout import is_weights
 from shardkit.record import listed
@@ -43,8 +43,6 @@ from shardkit.safetensors_file import PREFIX_BYTES, Header, parse_header, read_r
 CHUNK_BYTES = 1 << 20
 # Nearly every header fits, so that a file takes one request.
 _HEADER_GUESS = 1 << 17
-_MAX_REDIRECTS = 5
-_REFUSED = (401, 403, 404, 410)
 _REMOTE = re.compile(r"(hf://([^@]+)@([0-9a-f]{40}))(?:/(.+))?", re.DOTALL)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -72,24 +70,6 @@ class RemoteFile:
         return digest.hexdigest() == (self.sha256 or self.blob_id)
 
 
-class _Passing(Exception):  # noqa: N818  never leaves this module
-    """A failure that may pass; how long to wait, in seconds, where the server says so."""
-
-    def __init__(self, reason: str, pause: float | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.pause = reason, pause
-
-
-@dataclass(frozen=True, slots=True)
-class _Location:
-    """Where a file's bytes are: the ETag that the Hub gave on the way there, and the one given there."""
-
-    url: Any
-    is_hub: bool
-    linked: str | None = None
-    etag: str | None = None
-
-
 class Repository:
     """One commit of a model repository: `files.Files`, in the folder ``hf://org/name@commit``.
 
@@ -108,13 +88,7 @@ class Repository:
     def __init__(self, repo_id: str, sha: str, token: str | None, files: Mapping[str, RemoteFile]) -> None:
         self.repo_id, self.sha, self.token, self.listing = repo_id, sha, token, files
         self.folder = f"hf://{repo_id}@{sha}"
-        self._locations: dict[str, _Location] = {}
-
-    def __repr__(self) -> str:
-        return f"Repository({self.folder!r})"
-
-    def __str__(self) -> str:
-        return self.folder
+        self._locations: dict[str, tuple[Any, str | None]] = {}  # by file, where it is and its ETag there
 
     def is_file(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -229,73 +203,55 @@ class Repository:
         patience, done = Patience(where), 0
         while done < nbytes:
             before = done
+            failure: tuple[str, float | None] = ("the Hub sent nothing", None)
             try:
                 for piece in self._request(file, offset + done, nbytes - done):
                     done += len(piece)
                     patience.progressed()
                     yield piece
-                failure = _Passing("the Hub sent nothing")
-            except _Passing as passing:
-                failure = passing
-            except (HfHubHTTPError, OfflineModeIsEnabled) as error:
-                raise explained(error, where) from None
-            except HTTPError as error:
-                failure = _Passing(lost_connection(error))
+            except CLIENT_ERRORS as error:
+                if not may_pass(error):
+                    raise explained(error, where) from None
+                failure = happened(error)
             if done == before:
                 self._locations.pop(file, None)  # asked anew at the Hub, which knows where it is now
-                patience.wait(failure.reason, failure.pause)
+                patience.wait(*failure)
 
     def _request(self, file: str, offset: int, nbytes: int) -> Iterator[bytes]:
-        """Ask for a range once, following redirects; yield what comes of it."""
-        location = self._locations.get(file) or self._start(file)
-        for _ in range(_MAX_REDIRECTS):
-            headers = {"Range": f"bytes={offset}-{offset + nbytes - 1}", "Accept-Encoding": "identity"}
-            if location.is_hub:  # the token is the Hub's alone: no CDN sees it
-                headers = build_hf_headers(token=self.token or False, library_name="shardkit") | headers
-            request = {"headers": headers, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
-            with get_session().stream("GET", location.url, follow_redirects=False, **request) as response:
-                if 300 <= response.status_code < 400 and "Location" in response.headers:
-                    location = _next(location, response)
-                    continue
-                self._check_status(response, file, location)
-                self._check_content(response, file, offset, nbytes, location)
-                self._locations[file] = replace(location, etag=_etag(response))
-                received = 0
-                for piece in response.iter_raw():
-                    received += len(piece)
-                    if received > nbytes:
-                        raise self._wrong(file, f"was sent longer than the {nbytes} bytes asked for")
-                    yield piece
-                return
-        raise self._wrong(file, f"leads from one place to the next, {_MAX_REDIRECTS} times")
+        """Ask for a range once; yield what comes of it."""
+        at_hub = hf_hub_url(self.repo_id, file, revision=self.sha, endpoint=constants.ENDPOINT)
+        url, etag = self._locations.get(file, (at_hub, None))
+        headers = {"Range": f"bytes={offset}-{offset + nbytes - 1}", "Accept-Encoding": "identity"}
+        if is_of_hub(url):  # the token is the Hub's alone: a redirect takes it to no other host
+            headers = build_hf_headers(token=self.token or False, library_name="shardkit") | headers
+        request = {"headers": headers, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+        with get_session().stream("GET", url, follow_redirects=True, **request) as response:
+            self._check_response(response, file, offset, nbytes)
+            found = _etag(response, "ETag")
+            if etag and etag != found:
+                raise self._wrong(file, f"changed while it was read: its ETag was {etag}, is {found}")
+            self._locations[file] = response.url, found
+            received = 0
+            for piece in response.iter_raw():
+                received += len(piece)
+                if received > nbytes:
+                    raise self._wrong(file, f"was sent longer than the {nbytes} bytes asked for")
+                yield piece
 
-    def _start(self, file: str) -> _Location:
-        url = hf_hub_url(self.repo_id, file, revision=self.sha, endpoint=constants.ENDPOINT)
-        return _Location(url, is_hub=True)
-
-    def _check_status(self, response: Any, file: str, location: _Location) -> None:
-        """Tell a failure that may pass from one that will not."""
-        status = response.status_code
-        if is_passing(status):
-            raise _Passing(f"the Hub answered with status {status}", pause_asked(response.headers))
-        if status in _REFUSED and not location.is_hub:  # a signed URL that has expired: ask for another
-            raise _Passing(f"its storage answered with status {status}")
-        if status == 200:
+    def _check_response(self, response: Any, file: str, offset: int, nbytes: int) -> None:
+        """Refuse anything but this range of this file, as it was listed."""
+        if response.status_code == 200:
             raise self._wrong(
                 file,
                 "was sent whole, not the range asked for: something on the way drops the Range header "
                 f"(a proxy?); first `hf download {self.repo_id} --revision {self.sha}`, then the same again",
             )
-        if status != 206:
-            hf_raise_for_status(response)
-            raise self._wrong(file, f"was answered with status {status}")
-
-    def _check_content(self, response: Any, file: str, offset: int, nbytes: int, location: _Location) -> None:
-        """Refuse anything but this range of this file, as it was listed and as its other parts were."""
-        listed, etag, known = self.listing[file], _etag(response), self._locations.get(file)
+        hf_raise_for_status(response)
+        if response.status_code != 206:
+            raise self._wrong(file, f"was answered with status {response.status_code}")
         if (coding := response.headers.get("Content-Encoding", "identity")) != "identity":
             raise self._wrong(file, f"was sent as {coding}, not as it is")
-        said = response.headers.get("Content-Range", "")
+        said, listed = response.headers.get("Content-Range", ""), self.listing[file]
         if not (found := _CONTENT_RANGE.fullmatch(said)):
             raise self._wrong(file, f"was sent with Content-Range {said[:80]!r}")
         first, last, total = map(int, found.groups())
@@ -303,23 +259,16 @@ class Repository:
             raise self._wrong(file, f"has {total} bytes, {listed.size} are listed: it changed")
         if first != offset or last >= offset + nbytes:
             raise self._wrong(file, f"was sent from byte {first} to {last}, not {nbytes} from {offset}")
-        if location.linked and location.linked != (listed.sha256 or location.linked):
-            raise self._wrong(file, f"has the ETag {location.linked}, {listed.sha256} is listed: it changed")
-        if known and known.etag != etag:
-            raise self._wrong(file, f"changed while it was read: its ETag was {known.etag}, is {etag}")
+        for redirect in response.history:
+            linked = _etag(redirect, "X-Linked-Etag")
+            if linked and linked != (listed.sha256 or linked):
+                raise self._wrong(file, f"has the ETag {linked}, {listed.sha256} is listed: it changed")
 
     def _wrong(self, file: str, problem: str) -> CheckpointError:
         return CheckpointError(problem, file=f"{self.folder}/{file}")
 
 
-def _next(location: _Location, response: Any) -> _Location:
-    url = response.url.join(response.headers["Location"])
-    parts = ("scheme", "host", "port")
-    is_same = all(getattr(url, part) == getattr(response.url, part) for part in parts)
-    return _Location(url, location.is_hub and is_same, _etag(response, "X-Linked-Etag") or location.linked)
-
-
-def _etag(response: Any, header: str = "ETag") -> str | None:
+def _etag(response: Any, header: str) -> str | None:
     value: str = response.headers.get(header, "")
     return value.removeprefix("W/").strip('"')[:80] or None
 

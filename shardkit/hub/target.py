@@ -19,12 +19,14 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from shardkit.errors import DestinationError, VerificationError
 from shardkit.hub.access import (
     CLIENT_ERRORS,
+    LOG_IN,
     Patience,
     UnreachableError,
     find_token,
-    is_passing,
-    lost_connection,
-    pause_asked,
+    happened,
+    may_pass,
+    refused,
+    root,
 )
 from shardkit.hub.remote import CHUNK_BYTES, RemoteFile, Repository, list_files
 from shardkit.record import listed
@@ -35,7 +37,6 @@ Tree = Mapping[str, RemoteFile]
 MAIN: str = constants.DEFAULT_REVISION
 _REPO_ID = re.compile(r"(?:hf://)?([\w-][\w.-]*/[\w-][\w.-]*)")
 GIT_BYTES = 10_000_000  # no larger file is in git itself: the Hub refuses it
-_TRIES = 5
 _NONE_IGNORED = "# none\n"  # or a .gitignore would have the client drop files from a commit, and say nothing
 # The client wraps what befell an upload in a RuntimeError, and answers what is not taken with a ValueError.
 _FAILURES: tuple[type[Exception], ...] = (
@@ -108,8 +109,7 @@ class Target:
         self._token = find_token(token)
         if not self._token:
             raise DestinationError(
-                f"{self.folder}: writing to the Hub takes a token that may write: log in with "
-                "`hf auth login`, or set HF_TOKEN"
+                f"{self.folder}: writing to the Hub takes a token that may write: {LOG_IN}"
             )
         self.api = HfApi(token=self._token, library_name="shardkit")
 
@@ -260,7 +260,7 @@ class Target:
         DestinationError
             If somebody else changed the branch meanwhile, or the Hub refuses.
         """
-        operations, patience = list(operations), Patience(self.folder, _TRIES)
+        operations, patience = list(operations), Patience(self.folder)
         self._preupload([one for one in operations if isinstance(one, CommitOperationAdd)], branch)
         while True:
             try:
@@ -269,7 +269,7 @@ class Target:
                 )
                 return str(done.oid)
             except _FAILURES as error:
-                cause = _cause(error)
+                cause = root(error)
             if (head := self.head(branch)) != parent and head is not None:
                 if self.holds(head, wanted):
                     return head
@@ -294,48 +294,25 @@ class Target:
         DestinationError
             If it is refused, or fails again and again.
         """
-        patience = Patience(self.folder, _TRIES)
+        patience = Patience(self.folder)
         while True:
             try:
                 return call()
             except _FAILURES as error:
-                cause = _cause(error)
+                cause = root(error)
             self._wait(patience, cause)
 
     def _wait(self, patience: Patience, error: BaseException) -> None:
         """Wait after a failure that may pass; raise what explains one that will not."""
-        if isinstance(error, HfHubHTTPError):
-            status, url = error.response.status_code, str(error.response.request.url)
-            # Storage answers 403 where a signed URL has expired: the next try asks for another.
-            if not is_passing(status) and url.startswith(f"{constants.ENDPOINT}/"):
-                raise DestinationError(f"{self.folder}: {_refused(status, error)}") from None
-            reason, pause = f"the Hub answered with status {status}", pause_asked(error.response.headers)
-        elif isinstance(error, ValueError):
-            raise DestinationError(f"{self.folder}: {' '.join(str(error).split())}") from None
-        else:
-            reason, pause = lost_connection(error), None
+        if not may_pass(error):
+            forbidden = (
+                "the token may not write there: give one with write access to it (`hf auth login`, "
+                "HF_TOKEN), or another name"
+            )
+            is_status = isinstance(error, HfHubHTTPError)
+            said = refused(error, forbidden) if is_status else " ".join(str(error).split())
+            raise DestinationError(f"{self.folder}: {said}")
         try:
-            patience.wait(reason, pause)
+            patience.wait(*happened(error))
         except UnreachableError as gave_up:
             raise DestinationError(str(gave_up)) from None
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return what the client's "Error while uploading" hides."""
-    while isinstance(error, RuntimeError) and isinstance(error.__cause__, CLIENT_ERRORS):
-        error = error.__cause__
-    return error
-
-
-def _refused(status: int, error: Any) -> str:
-    if status == 401:
-        return (
-            "the Hub does not accept the token: log in with `hf auth login`, or set HF_TOKEN, to a valid one"
-        )
-    if status == 403:
-        return (
-            "the token may not write there: give one with write access to it (`hf auth login`, HF_TOKEN), "
-            "or another name"
-        )
-    said = f": {error.server_message[:200]}" if error.server_message else ""
-    return f"the Hub answered with status {status}{said}"

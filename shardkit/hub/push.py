@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd
+from huggingface_hub import CommitOperationAdd, constants
 
 from shardkit.checkpoint import Checkpoint, file_state
 from shardkit.errors import CheckpointError, DestinationError
 from shardkit.files import LocalFiles, is_remote
 from shardkit.hub.access import quiet
 from shardkit.hub.card import CARD, Story, model_card
-from shardkit.hub.remote import RemoteFile, name_problem, repository_of
+from shardkit.hub.remote import RemoteFile, Repository, name_problem, repository_of
 from shardkit.hub.source import needed_files
-from shardkit.hub.target import GIT_BYTES, Target, Tree, digest_bytes, digest_file, is_same
+from shardkit.hub.target import GIT_BYTES, Target, digest_bytes, digest_file, is_same
 from shardkit.layout import CONFIG_FILES, read_made
 from shardkit.record import listed, plural
 from shardkit.run import ProgressCallback, ProgressCount, resumable, run_all
@@ -101,20 +101,19 @@ def push_checkpoint(
     target = Target(repo_id, token)
     with quiet():
         target.create(private)
-        head = target.head()
-        tree = target.files(head) if head else {}
-        shown = shown_card(target, head, tree, own)
+        head = target.commit_at(target.head())
+        shown = shown_card(head, own)
         files = _read(checkpoint, names, progress)
         contents = {name: file.content for name, file in files.items()}
         shards = {name: contents[name] for name in checkpoint.files}
         card = model_card(shown, own, target.repo_id, checkpoint, shards, story).encode()
         contents[CARD] = digest_bytes(card)
-        changed = {n: c for n, c in contents.items() if not is_same(tree.get(n), c)}
+        changed = {n: c for n, c in contents.items() if not is_same(head.listing.get(n), c)}
         added = _upload(target, checkpoint, files, changed, progress)
         added[CARD] = CommitOperationAdd(CARD, card)
         _check_still(checkpoint, {name: file.state for name, file in files.items()})
-        sha = target.publish(head, tree, contents, added, f"Push {plural(len(shards), 'weight file')}")
-    return target.commit_url(sha)
+        sha = target.publish(head, contents, added, f"Push {plural(len(shards), 'weight file')}")
+    return f"{constants.ENDPOINT}/{target.repo_id}/commit/{sha}"
 
 
 def _open(folder: str) -> Checkpoint:
@@ -186,22 +185,22 @@ def own_readme(checkpoint: Checkpoint) -> str | None:
         raise CheckpointError("is not in UTF-8: save it as UTF-8", file=checkpoint.path(CARD)) from None
 
 
-def shown_card(target: Target, head: str | None, tree: Tree, own: str | None) -> str | None:
-    """Return the card that a target shows; None where there is none, or none that can be kept.
+def shown_card(head: Repository, own: str | None) -> str | None:
+    """Return the card that a commit shows; None where there is none, or none that can be kept.
 
     Raises
     ------
     DestinationError
         If it is not in UTF-8, and there is no `own` README to put in its place.
     """
-    if head is None or CARD not in tree:
+    if not head.is_file(CARD):
         return None
     try:
-        return target.read(CARD, head, tree).decode()
+        return head.read_bytes(CARD, 0, head.size(CARD)).decode()
     except UnicodeDecodeError:
         if own is None:
             raise DestinationError(
-                f"{target.folder}/{CARD}: is not in UTF-8: save it as UTF-8, or delete it"
+                f"hf://{head.repo_id}/{CARD}: is not in UTF-8: save it as UTF-8, or delete it"
             ) from None
         return None
 

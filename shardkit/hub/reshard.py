@@ -37,8 +37,8 @@ from shardkit.errors import (
 from shardkit.hub.access import quiet
 from shardkit.hub.card import CARD, Origin, Story, model_card
 from shardkit.hub.push import LocalFile, check_names, own_readme, shown_card
-from shardkit.hub.remote import RemoteFile
-from shardkit.hub.target import Target, Tree, digest_bytes, digest_file, is_same
+from shardkit.hub.remote import RemoteFile, Repository
+from shardkit.hub.target import Target, digest_bytes, digest_file, is_same
 from shardkit.layout import CONFIG_FILES
 from shardkit.plan import Shard, ShardPlan, Strategy, plan_shards
 from shardkit.record import listed, plural
@@ -225,7 +225,6 @@ class _Job:
         self.name = f"shardkit-{xxhash.xxh3_64_hexdigest(told.encode())}"
         self._stop, self._committing = Event(), Lock()
         self._readme = own_readme(checkpoint)
-        self._draft_head: str | None = None
         self._checking_seconds = 0.0
 
     def begin(self, folder: Path) -> None:
@@ -233,15 +232,19 @@ class _Job:
         self._folder, self._base = folder, folder.parent
         self._shown()  # a card that cannot be kept is better refused now
         self._target.branch_off(self.name)
-        self._draft_head = head = self._target.head(self.name)
-        if head is None:
-            raise DestinationError(f"{self._target.folder}: has no branch {self.name}, which was just made")
-        tree = self._target.files(head)
-        candidates = [s for s in self._plan.shards if s.file in tree and _note_of(s.file) in tree]
-        with run_all(lambda s: self._target.read(_note_of(s.file), head, tree), candidates) as notes:
+        draft = self._target.commit_at(self._target.head(self.name))
+        self._draft_head = draft.sha
+        listing = draft.listing
+        candidates = [s for s in self._plan.shards if s.file in listing and _note_of(s.file) in listing]
+
+        def read_note(shard: Shard) -> bytes:
+            note = _note_of(shard.file)
+            return draft.read_bytes(note, 0, draft.size(note))
+
+        with run_all(read_note, candidates) as notes:
             for shard, note in notes:
                 found = _Finished.of(note)
-                if found and self._is_usable(shard, found, tree[shard.file]):
+                if found and self._is_usable(shard, found, listing[shard.file]):
                     self.finished[shard.file] = found
 
     def _is_usable(self, shard: Shard, found: _Finished, there: RemoteFile) -> bool:
@@ -337,11 +340,10 @@ class _Job:
                 self.name,
             )
 
-    def _shown(self) -> tuple[str | None, Tree, str | None]:
-        """Return the target's head, its files, its card."""
-        head = self._target.head()
-        tree: Tree = self._target.files(head) if head else {}
-        return head, tree, shown_card(self._target, head, tree, self._readme)
+    def _shown(self) -> tuple[Repository, str | None]:
+        """Return the target's head, and its card."""
+        head = self._target.commit_at(self._target.head())
+        return head, shown_card(head, self._readme)
 
     def publish(self) -> str:
         """Make the head show all of it, in one commit; then the draft is of no more use."""
@@ -354,7 +356,7 @@ class _Job:
                 for path in beside.rglob("*")
                 if path.is_file()
             }
-        head, tree, shown = self._shown()
+        head, shown = self._shown()
         shards = {shard.file: self.finished[shard.file].content for shard in self._plan.shards}
         story = replace(Story.of(self._plan.made), digests=self._digests())
         card = model_card(shown, self._readme, self._target.repo_id, self._checkpoint, shards, story).encode()
@@ -363,7 +365,7 @@ class _Job:
         operations |= {n: CommitOperationCopy(n, n, src_revision=self.name) for n in shards}
         operations[CARD], contents[CARD] = CommitOperationAdd(CARD, card), digest_bytes(card)
         message = f"Reshard {self._checkpoint.source} into {plural(len(shards), 'file')}"
-        sha = self._target.publish(head, tree, contents, operations, message)
+        sha = self._target.publish(head, contents, operations, message)
         with suppress(DestinationError):  # the head is whole, whatever becomes of drafts
             self._target.drop(self.name)
         with suppress(DestinationError):

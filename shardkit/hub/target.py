@@ -113,9 +113,6 @@ class Target:
             )
         self.api = HfApi(token=self._token, library_name="shardkit")
 
-    def __repr__(self) -> str:
-        return f"Target({self.repo_id!r})"
-
     def create(self, private: bool) -> None:
         """Make sure that the repository is there.
 
@@ -138,17 +135,9 @@ class Target:
                 "(private=False, --public), or give another name"
             )
 
-    def head(self, branch: str = MAIN) -> str | None:
-        """Return the commit that a branch shows; None where there is no such branch."""
-
-        def find() -> str | None:
-            try:
-                sha: str = self.api.model_info(self.repo_id, revision=branch).sha
-            except RevisionNotFoundError:
-                return None
-            return sha
-
-        return self.persist(find)
+    def head(self, branch: str = MAIN) -> str:
+        """Return the commit that a branch shows."""
+        return self.persist(lambda: str(self.api.model_info(self.repo_id, revision=branch).sha))
 
     def branch_off(self, branch: str) -> None:
         """Make a branch, from what the head shows; one that is there stays as it is."""
@@ -167,14 +156,9 @@ class Target:
         """Return the names of all branches."""
         return self.persist(lambda: [ref.name for ref in self.api.list_repo_refs(self.repo_id).branches])
 
-    def files(self, sha: str) -> Tree:
-        """Return all files of a commit."""
-        return list_files(self.repo_id, sha, self._token)
-
-    def read(self, file: str, sha: str, tree: Tree) -> bytes:
-        """Return a small file of a commit."""
-        commit = Repository(self.repo_id, sha, self._token, tree)
-        return commit.read_bytes(file, 0, tree[file].size)
+    def commit_at(self, sha: str) -> Repository:
+        """Return what a commit holds."""
+        return Repository(self.repo_id, sha, self._token, list_files(self.repo_id, sha, self._token))
 
     def upload(
         self, file: str, path: str | os.PathLike[str], content: RemoteFile, branch: str = MAIN
@@ -202,23 +186,12 @@ class Target:
                 f"{self.folder}: its .gitignore keeps out {listed(ignored)}: take these lines from it"
             )
 
-    def commit_url(self, sha: str) -> str:
-        """Return where a commit is shown."""
-        return f"{constants.ENDPOINT}/{self.repo_id}/commit/{sha}"
-
-    def publish(
-        self,
-        head: str | None,
-        tree: Tree,
-        contents: Tree,
-        operations: Mapping[str, Any],
-        message: str,
-    ) -> str:
+    def publish(self, head: Repository, contents: Tree, operations: Mapping[str, Any], message: str) -> str:
         """Make the head show `contents` and no weights that could be taken for them; return its commit.
 
         Parameters
         ----------
-        head, tree
+        head
             What it shows now.
         contents
             All files that are to be there, ours and unchanged; others stay.
@@ -232,12 +205,12 @@ class Target:
         VerificationError
             If the Hub then lists anything else.
         """
-        wanted: dict[str, RemoteFile | None] = dict.fromkeys(shadows(tree, contents))
-        wanted |= {n: ours for n, ours in contents.items() if not is_same(tree.get(n), ours)}
-        if not wanted and head:
-            return head
+        wanted: dict[str, RemoteFile | None] = dict.fromkeys(shadows(head.listing, contents))
+        wanted |= {n: ours for n, ours in contents.items() if not is_same(head.listing.get(n), ours)}
+        if not wanted:
+            return head.sha
         todo = [operations[n] if ours else CommitOperationDelete(n) for n, ours in wanted.items()]
-        sha = self.commit(todo, wanted, message, head)
+        sha = self.commit(todo, wanted, message, head.sha)
         if not self.holds(sha, {**contents, **wanted}):
             raise VerificationError(f"{self.folder}: commit {sha} does not list what was sent: look at it")
         return sha
@@ -247,7 +220,7 @@ class Target:
         operations: Iterable[Any],
         wanted: Mapping[str, RemoteFile | None],
         message: str,
-        parent: str | None,
+        parent: str,
         branch: str = MAIN,
     ) -> str:
         """Make one commit on top of `parent`, and return its sha.
@@ -270,7 +243,7 @@ class Target:
                 return str(done.oid)
             except _FAILURES as error:
                 cause = root(error)
-            if (head := self.head(branch)) != parent and head is not None:
+            if (head := self.head(branch)) != parent:
                 if self.holds(head, wanted):
                     return head
                 raise DestinationError(
@@ -281,7 +254,7 @@ class Target:
 
     def holds(self, sha: str, wanted: Mapping[str, RemoteFile | None]) -> bool:
         """Whether a commit has these files with this content, and lacks those that are None."""
-        listed = self.files(sha)
+        listed = self.commit_at(sha).listing
         return all(
             is_same(listed.get(name), ours) if ours else name not in listed for name, ours in wanted.items()
         )

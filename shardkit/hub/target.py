@@ -10,11 +10,10 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 
 from shardkit.errors import DestinationError, VerificationError
 from shardkit.hub.access import (
@@ -121,15 +120,8 @@ class Target:
         DestinationError
             If it must not be written, or is public and `private` was asked for.
         """
-
-        def visibility() -> bool | None:
-            try:
-                return bool(self.api.model_info(self.repo_id).private)
-            except RepositoryNotFoundError:
-                self.api.create_repo(self.repo_id, private=private, exist_ok=True)
-                return None
-
-        if self.persist(visibility) is False and private:
+        self.persist(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
+        if private and not self.persist(lambda: self.api.model_info(self.repo_id).private):
             raise DestinationError(
                 f"{self.folder}: already exists and is public: say that you mean it "
                 "(private=False, --public), or give another name"
@@ -144,13 +136,8 @@ class Target:
         self.persist(lambda: self.api.create_branch(self.repo_id, branch=branch, exist_ok=True))
 
     def drop(self, branch: str) -> None:
-        """Delete a branch, if it is there."""
-
-        def delete() -> None:
-            with suppress(RevisionNotFoundError):
-                self.api.delete_branch(self.repo_id, branch=branch)
-
-        self.persist(delete)
+        """Delete a branch."""
+        self.persist(lambda: self.api.delete_branch(self.repo_id, branch=branch))
 
     def branches(self) -> list[str]:
         """Return the names of all branches."""
@@ -233,24 +220,27 @@ class Target:
         DestinationError
             If somebody else changed the branch meanwhile, or the Hub refuses.
         """
-        operations, patience = list(operations), Patience(self.folder)
+        operations = list(operations)
         self._preupload([one for one in operations if isinstance(one, CommitOperationAdd)], branch)
-        while True:
+
+        def attempt() -> str:
             try:
-                done = self.api.create_commit(
+                made = self.api.create_commit(
                     self.repo_id, operations, commit_message=message, revision=branch, parent_commit=parent
                 )
-                return str(done.oid)
+                return str(made.oid)
             except _FAILURES as error:
-                cause = root(error)
-            if (head := self.head(branch)) != parent:
-                if self.holds(head, wanted):
-                    return head
-                raise DestinationError(
-                    f"{self.folder}: somebody else changed it meanwhile; nothing of ours is shown there. "
-                    "Run the same again: what was uploaded is not sent again"
-                )
-            self._wait(patience, cause)
+                failure = error
+            if (head := self.head(branch)) == parent:
+                raise failure
+            if self.holds(head, wanted):
+                return head
+            raise DestinationError(
+                f"{self.folder}: somebody else changed it meanwhile; nothing of ours is shown there. "
+                "Run the same again: what was uploaded is not sent again"
+            )
+
+        return self.persist(attempt)
 
     def holds(self, sha: str, wanted: Mapping[str, RemoteFile | None]) -> bool:
         """Whether a commit has these files with this content, and lacks those that are None."""
@@ -273,19 +263,16 @@ class Target:
                 return call()
             except _FAILURES as error:
                 cause = root(error)
-            self._wait(patience, cause)
+            if not may_pass(cause):
+                raise DestinationError(f"{self.folder}: {_explained(cause)}")
+            try:
+                patience.wait(*happened(cause))
+            except UnreachableError as gave_up:
+                raise DestinationError(str(gave_up)) from None
 
-    def _wait(self, patience: Patience, error: BaseException) -> None:
-        """Wait after a failure that may pass; raise what explains one that will not."""
-        if not may_pass(error):
-            forbidden = (
-                "the token may not write there: give one with write access to it (`hf auth login`, "
-                "HF_TOKEN), or another name"
-            )
-            is_status = isinstance(error, HfHubHTTPError)
-            said = refused(error, forbidden) if is_status else " ".join(str(error).split())
-            raise DestinationError(f"{self.folder}: {said}")
-        try:
-            patience.wait(*happened(error))
-        except UnreachableError as gave_up:
-            raise DestinationError(str(gave_up)) from None
+
+def _explained(error: BaseException) -> str:
+    if not isinstance(error, HfHubHTTPError):
+        return " ".join(str(error).split())
+    needed = "give one with write access to it (`hf auth login`, HF_TOKEN), or another name"
+    return refused(error, f"the token may not write there: {needed}")

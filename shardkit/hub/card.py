@@ -8,9 +8,9 @@ stays until that README changes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import xxhash
 import yaml  # type: ignore[import-untyped]
@@ -29,7 +29,6 @@ _BEGIN, _END = "<!-- shardkit: begin -->", "<!-- shardkit: end -->"
 _SECTION = re.compile(rf"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?", re.DOTALL)
 _ADDED_TO = re.compile(r"<!-- README: XXH3-128 ([0-9a-f]{32}) -->")
 _FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
-_CACHED = re.compile(r".*/models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?")
 _REMOTE = re.compile(r"hf://((?:[\w.-]+/)?[\w.-]+)@([0-9a-f]{40})")
 _HEADS = re.compile(
     r".*(For(?:CausalLM|MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering))"
@@ -41,20 +40,10 @@ _TOKENIZERS = frozenset(
 )
 
 
-class Origin(NamedTuple):
-    """A model on the Hub, and the commit it was read at."""
-
-    repo_id: str
-    sha: str
-
-    @classmethod
-    def of(cls, source: str | None) -> Origin | None:
-        """Recognise one in what was opened: an id with its commit, or a snapshot in the client's cache."""
-        if found := _REMOTE.fullmatch(source or ""):
-            return cls(*found.groups())
-        if found := _CACHED.fullmatch(source or ""):
-            return cls(f"{found[1]}/{found[2]}", found[3])
-        return None  # a local path is nobody else's business
+def _origin(source: str | None) -> Sequence[str] | None:
+    """Return id and commit of a source on the Hub; a local path is nobody else's business."""
+    found = _REMOTE.fullmatch(source or "")
+    return found.groups() if found else None
 
 
 @dataclass(frozen=True)
@@ -84,7 +73,7 @@ class Story:
             str(made.get(name)) for name in ("source", "strategy", "max_shard_size", "cast_to")
         )
         return cls(
-            source=source if Origin.of(source) else None,
+            source=source if _origin(source) else None,
             strategy=strategy if strategy in get_args(Strategy) else None,
             max_shard_size=int(size) if re.fullmatch(r"[0-9]{1,18}", size) else None,
             dtype=dtype if dtype in CAST_DTYPES else None,
@@ -158,17 +147,17 @@ def _section(
     ]
     if snippet := _loading(repo_id, checkpoint):
         lines += ["To load it:", "", "```python", *snippet, "```", ""]
-    if origin := Origin.of(story.source):
-        check = f"shardkit verify hf://{origin.repo_id}@{origin.sha} hf://{repo_id}"
+    if _origin(story.source):
+        check = f"shardkit verify {story.source} hf://{repo_id}"
         lines += [f"To hold every tensor against the source: `{check}`.", ""]
     return lines
 
 
 def _facts(own: str | None, checkpoint: Checkpoint, story: Story) -> list[tuple[str, str]]:
     facts = []
-    if origin := Origin.of(story.source):
-        url = f"{constants.ENDPOINT}/{origin.repo_id}"
-        facts += [("source", f"[{origin.repo_id}]({url})"), ("revision", f"`{origin.sha}`")]
+    if origin := _origin(story.source):
+        source_id, sha = origin
+        facts += [("source", f"[{source_id}]({constants.ENDPOINT}/{source_id})"), ("revision", f"`{sha}`")]
     if licence := _licence(own):
         facts.append(("licence", _cell(licence)))
     if story.strategy and story.max_shard_size:

@@ -24,16 +24,17 @@ from shardkit.run import ProgressCallback, ProgressCount, resumable, run_all
 from shardkit.write import ShardReport
 
 
-class LocalFile(NamedTuple):
-    """A file as it was read: how the Hub will list it, its bytes or path, what tells that it changed."""
+class _LocalFile(NamedTuple):
+    """A file as it was read: how the Hub will list it, its bytes if they are few, its state then."""
 
+    path: Path
     content: RemoteFile
-    given: bytes | str
+    data: bytes | None
     state: tuple[int, ...]
 
     @classmethod
-    def read(cls, path: Path, *, whole: bool, seen: Callable[[int], object] = lambda _: None) -> LocalFile:
-        """Read a file once; keep its bytes if `whole`, unless the Hub keeps such a size as LFS object.
+    def read(cls, path: Path, is_weights: bool, seen: Callable[[int], object]) -> _LocalFile:
+        """Read a file once; keep its bytes, unless they are weights or too many for a commit.
 
         Raises
         ------
@@ -42,13 +43,22 @@ class LocalFile(NamedTuple):
         """
         try:
             state = file_state(path.stat())
-            if not whole or state[0] > GIT_BYTES:
-                return cls(digest_file(path, seen), str(path), state)
+            if is_weights or state[0] > GIT_BYTES:
+                return cls(path, digest_file(path, seen), None, state)
             data = path.read_bytes()
         except FileNotFoundError:
             raise _changed(path) from None
         seen(len(data))
-        return cls(digest_bytes(data), data, state)
+        return cls(path, digest_bytes(data), data, state)
+
+    def check_still(self) -> None:
+        """Refuse to go on with a file that is no longer the one that was read."""
+        try:
+            is_still = file_state(self.path.stat()) == self.state
+        except OSError:
+            is_still = False
+        if not is_still:
+            raise _changed(self.path)
 
 
 @resumable()
@@ -108,11 +118,12 @@ def push_checkpoint(
         shards = {name: contents[name] for name in checkpoint.files}
         card = model_card(shown, own, target.repo_id, checkpoint, shards, story).encode()
         contents[CARD] = digest_bytes(card)
-        changed = {n: c for n, c in contents.items() if not is_same(head.listing.get(n), c)}
-        added = _upload(target, checkpoint, files, changed, progress)
-        added[CARD] = CommitOperationAdd(CARD, card)
-        _check_still(checkpoint, {name: file.state for name, file in files.items()})
-        sha = target.publish(head, contents, added, f"Push {plural(len(shards), 'weight file')}")
+        changed = {n: f for n, f in files.items() if not is_same(head.listing.get(n), f.content)}
+        operations = _upload(target, changed, progress)
+        operations[CARD] = CommitOperationAdd(CARD, card)
+        for file in files.values():
+            file.check_still()
+        sha = target.publish(head, contents, operations, f"Push {plural(len(shards), 'weight file')}")
     return f"{constants.ENDPOINT}/{target.repo_id}/commit/{sha}"
 
 
@@ -125,11 +136,7 @@ def _open(folder: str) -> Checkpoint:
         raise CheckpointError(
             "holds pickles: shard it first, which makes them safetensors", file=checkpoint.source
         )
-    if checkpoint.config is None:
-        raise CheckpointError(
-            f"has no {listed(CONFIG_FILES)}, without which nobody can load it", file=checkpoint.source
-        )
-    check_names(checkpoint)
+    check_loadable(checkpoint)
     weights = needed_files(LocalFiles(checkpoint.folder))[0]
     if not weights.startswith(f"{checkpoint.stem}.safetensors"):
         raise CheckpointError(
@@ -140,8 +147,12 @@ def _open(folder: str) -> Checkpoint:
     return checkpoint
 
 
-def check_names(checkpoint: Checkpoint) -> None:
-    """Refuse file names that nobody could open again once they are on the Hub."""
+def check_loadable(checkpoint: Checkpoint) -> None:
+    """Refuse what nobody could load from the Hub: without a config, or with names that it would not give."""
+    if checkpoint.config is None:
+        raise CheckpointError(
+            f"has no {listed(CONFIG_FILES)}, without which nobody can load it", file=checkpoint.source
+        )
     for name in (*checkpoint.files, *checkpoint.side_files):
         if name_problem(name):
             raise CheckpointError(
@@ -207,32 +218,18 @@ def shown_card(head: Repository, own: str | None) -> str | None:
 
 def _read(
     checkpoint: Checkpoint, names: Iterable[str], progress: ProgressCallback | None
-) -> dict[str, LocalFile]:
+) -> dict[str, _LocalFile]:
     paths = {name: Path(checkpoint.path(name)) for name in names}
     weights = set(checkpoint.files)
     count = ProgressCount(
         progress, "hash", sum(path.stat().st_size for path in paths.values() if path.exists())
     )
-
-    def read(name: str) -> LocalFile:
-        return LocalFile.read(paths[name], whole=name not in weights, seen=count.add)
-
-    with run_all(read, paths) as results:
+    with run_all(lambda name: _LocalFile.read(paths[name], name in weights, count.add), paths) as results:
         files = dict(results)
-    _check_still(checkpoint, {name: file.state for name, file in files.items()} | checkpoint.seen)
+    for name, state in checkpoint.seen.items():
+        if files[name].state != state:
+            raise _changed(paths[name])
     return files
-
-
-def _check_still(checkpoint: Checkpoint, states: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse to go on with files that are no longer those that were opened and read."""
-    for name, state in states.items():
-        path = Path(checkpoint.path(name))
-        try:
-            is_still = file_state(path.stat()) == state
-        except OSError:
-            is_still = False
-        if not is_still:
-            raise _changed(path)
 
 
 def _changed(path: Path) -> CheckpointError:
@@ -243,23 +240,21 @@ def _changed(path: Path) -> CheckpointError:
 
 
 def _upload(
-    target: Target,
-    checkpoint: Checkpoint,
-    files: Mapping[str, LocalFile],
-    changed: Mapping[str, RemoteFile],
-    progress: ProgressCallback | None,
+    target: Target, changed: Mapping[str, _LocalFile], progress: ProgressCallback | None
 ) -> dict[str, CommitOperationAdd]:
     """Send what differs, large files a few at once; small ones go into the commit itself."""
-    count = ProgressCount(progress, "upload", sum(content.size for content in changed.values()))
-    given = {name: files[name].given for name in changed if name in files}
+    small = {name: file.data for name, file in changed.items() if file.data is not None}
+    large = changed.keys() - small.keys()
+    count = ProgressCount(progress, "upload", sum(changed[name].content.size for name in large))
 
     def send(name: str) -> CommitOperationAdd:
-        _check_still(checkpoint, {name: files[name].state})
-        return target.upload(name, checkpoint.path(name), changed[name])
+        file = changed[name]
+        file.check_still()
+        return target.upload(name, file.path, file.content)
 
-    added = {name: CommitOperationAdd(name, data) for name, data in given.items() if isinstance(data, bytes)}
-    with run_all(send, given.keys() - added.keys()) as results:
+    operations = {name: CommitOperationAdd(name, data) for name, data in small.items()}
+    with run_all(send, large) as results:
         for name, operation in results:
-            added[name] = operation
-            count.add(changed[name].size)
-    return added
+            operations[name] = operation
+            count.add(changed[name].content.size)
+    return operations

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -35,13 +35,12 @@ from shardkit.errors import (
     VerificationError,
 )
 from shardkit.hub.access import quiet
-from shardkit.hub.card import CARD, Origin, Story, model_card
-from shardkit.hub.push import LocalFile, check_names, own_readme, shown_card
+from shardkit.hub.card import CARD, Story, model_card
+from shardkit.hub.push import check_loadable, own_readme, shown_card
 from shardkit.hub.remote import RemoteFile, Repository
 from shardkit.hub.target import Target, digest_bytes, digest_file, is_same
-from shardkit.layout import CONFIG_FILES
 from shardkit.plan import Shard, ShardPlan, Strategy, plan_shards
-from shardkit.record import listed, plural
+from shardkit.record import plural
 from shardkit.run import Crew, ProgressCallback, ProgressCount, resumable, run_all, worker_count
 from shardkit.sizes import format_size
 from shardkit.transfer import Lost, Outcome, run_task, shard_tasks
@@ -117,7 +116,8 @@ def shard_on_hub(
     checkpoint = _open(source_id, revision, token)
     plan = plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
     target = Target(target_id, token)
-    _check_apart(checkpoint, target)
+    if checkpoint.source.lower().startswith(f"{target.folder}@".lower()):
+        raise DestinationError(f"{target.folder}: source and target are the same; give another repository")
     job = _Job(checkpoint, plan, target, verify, allow_overflow)
     with quiet(), _work_space(Path(work_folder or "."), job.name) as folder:
         target.create(private)
@@ -133,25 +133,15 @@ def _open(source_id: str, revision: str | None, token: str | None) -> Checkpoint
     if os.path.exists(source_id):
         raise CheckpointError("is on this machine: shard it to a folder, and push that", file=source_id)
     source = f"hf://{source_id.removeprefix('hf://')}"
-    pickles = CheckpointError(
-        "holds pickles, which cannot be read in part: shard it to a folder, and push that", file=source
-    )
-    try:
+    checkpoint = None
+    with suppress(DownloadNeededError):
         checkpoint = Checkpoint.open(source, revision=revision, token=token)
-    except DownloadNeededError:
-        raise pickles from None
-    if checkpoint.format == "pickle":
-        raise pickles
-    if checkpoint.config is None:
-        raise CheckpointError(f"has no {listed(CONFIG_FILES)}, without which nobody can load it", file=source)
-    check_names(checkpoint)
+    if checkpoint is None or checkpoint.format == "pickle":
+        raise CheckpointError(
+            "holds pickles, which cannot be read in part: shard it to a folder, and push that", file=source
+        )
+    check_loadable(checkpoint)
     return checkpoint
-
-
-def _check_apart(checkpoint: Checkpoint, target: Target) -> None:
-    origin = Origin.of(checkpoint.source)
-    if origin and origin.repo_id.lower() == target.repo_id.lower():
-        raise DestinationError(f"{target.folder}: source and target are the same; give another repository")
 
 
 @contextmanager
@@ -194,18 +184,15 @@ class _Finished:
 
     def note(self) -> bytes:
         """Return what is committed beside it, for a run that goes on."""
-        lost = [astuple(loss) for loss in self.lost]
-        return json.dumps(
-            {"content": astuple(self.content), "lost": lost, "digests": dict(self.digests)}
-        ).encode()
+        return json.dumps(asdict(self)).encode()
 
     @classmethod
     def of(cls, note: bytes) -> _Finished | None:
         """Read a note; None where it is not one of ours."""
         try:
             said: dict[str, Any] = json.loads(note)
-            lost = tuple(Lost(*loss) for loss in said["lost"])
-            return cls(RemoteFile(*said["content"]), lost, dict(said["digests"]))
+            lost = tuple(Lost(**loss) for loss in said["lost"])
+            return cls(RemoteFile(**said["content"]), lost, dict(said["digests"]))
         except (ValueError, KeyError, TypeError):
             return None
 
@@ -261,13 +248,9 @@ class _Job:
         source_bytes = sum(tensor.source.nbytes for shard in todo for tensor in shard.tensors)
         count = ProgressCount(progress, "stream", source_bytes + sum(shard.nbytes for shard in todo))
         try:
-            with run_all(lambda shard: self._one(shard, count), todo, at_once) as results:
-                try:
-                    for shard, finished in results:
-                        self.finished[shard.file] = finished
-                except BaseException:
-                    self._stop.set()  # before the block waits for what is under way
-                    raise
+            with run_all(lambda s: self._one(s, count), todo, at_once) as results, ExitStack() as first:
+                first.callback(self._stop.set)  # before what is under way is waited for
+                self.finished.update((shard.file, finished) for shard, finished in results)
         except (CastError, VerificationError):
             with suppress(DestinationError):
                 self._target.drop(self.name)  # nothing of it will ever be of use
@@ -351,19 +334,16 @@ class _Job:
         with _disk(self._base):
             beside.mkdir()
             write_beside(self._checkpoint, self._plan, beside)
-            files = {
-                path.relative_to(beside).as_posix(): LocalFile.read(path, whole=True)
-                for path in beside.rglob("*")
-                if path.is_file()
-            }
+            paths = {p.relative_to(beside).as_posix(): p for p in beside.rglob("*") if p.is_file()}
+            contents = {name: digest_file(path) for name, path in paths.items()}
         head, shown = self._shown()
         shards = {shard.file: self.finished[shard.file].content for shard in self._plan.shards}
         story = replace(Story.of(self._plan.made), digests=self._digests())
         card = model_card(shown, self._readme, self._target.repo_id, self._checkpoint, shards, story).encode()
-        contents = {name: file.content for name, file in files.items()} | shards
-        operations: dict[str, Any] = {n: CommitOperationAdd(n, file.given) for n, file in files.items()}
+        operations: dict[str, Any] = {n: CommitOperationAdd(n, path) for n, path in paths.items()}
         operations |= {n: CommitOperationCopy(n, n, src_revision=self.name) for n in shards}
-        operations[CARD], contents[CARD] = CommitOperationAdd(CARD, card), digest_bytes(card)
+        operations[CARD] = CommitOperationAdd(CARD, card)
+        contents |= {**shards, CARD: digest_bytes(card)}
         message = f"Reshard {self._checkpoint.source} into {plural(len(shards), 'file')}"
         sha = self._target.publish(head, contents, operations, message)
         with suppress(DestinationError):  # the head is whole, whatever becomes of drafts

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unicodedata import category
@@ -24,17 +25,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from shardkit.errors import CheckpointError
 from shardkit.files import NOT_OURS, is_inside
-from shardkit.hub.access import (
-    CLIENT_ERRORS,
-    TRIES,
-    Patience,
-    ask,
-    explained,
-    find_token,
-    happened,
-    is_of_hub,
-    may_pass,
-)
+from shardkit.hub import access
 from shardkit.layout import is_weights
 from shardkit.record import listed
 from shardkit.run import run_all
@@ -60,13 +51,11 @@ class RemoteFile:
 
     def matches(self, path: Path) -> bool:
         """Whether the file at `path` has this content, by size and hash."""
-        size = path.stat().st_size
-        digest = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-        if size != self.size:
+        if path.stat().st_size != self.size:
             return False
+        git = partial(hashlib.sha1, b"blob %d\0" % self.size, usedforsecurity=False)
         with path.open("rb") as file:
-            while block := file.read(CHUNK_BYTES):
-                digest.update(block)
+            digest = hashlib.file_digest(file, "sha256" if self.sha256 else git)
         return digest.hexdigest() == (self.sha256 or self.blob_id)
 
 
@@ -89,6 +78,28 @@ class Repository:
         self.repo_id, self.sha, self.token, self.listing = repo_id, sha, token, files
         self.folder = f"hf://{repo_id}@{sha}"
         self._locations: dict[str, tuple[Any, str | None]] = {}  # by file, where it is and its ETag there
+
+    @classmethod
+    def at(cls, repo_id: str, sha: str, token: str | None, tries: int = access.TRIES) -> Repository:
+        """Return a commit, all its files listed.
+
+        Raises
+        ------
+        CheckpointError
+            If it cannot be listed, or has file names that cannot be.
+        """
+        api, what = HfApi(token=token or False), f"hf://{repo_id}@{sha}"
+        tree = access.ask(
+            lambda: list(api.list_repo_tree(repo_id, revision=sha, recursive=True)), what, tries
+        )
+        files = {}
+        for entry in tree:
+            if isinstance(entry, RepoFile):
+                if problem := name_problem(entry.path):
+                    raise CheckpointError(f"lists a file {problem}: {entry.path[:200]!a}", file=what)
+                sha256 = entry.lfs.sha256 if entry.lfs else None
+                files[entry.path] = RemoteFile(entry.size, entry.blob_id, sha256)
+        return cls(repo_id, sha, token, files)
 
     def is_file(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -162,12 +173,12 @@ class Repository:
         CheckpointError
             If it cannot be downloaded, or is not what the repository lists.
         """
-
-        def download() -> str:
-            path: str = hf_hub_download(self.repo_id, file, revision=self.sha, token=self.token or False)
-            return path
-
-        path = Path(ask(download, f"{self.folder}/{file}"))
+        path = Path(
+            access.ask(
+                lambda: hf_hub_download(self.repo_id, file, revision=self.sha, token=self.token or False),
+                f"{self.folder}/{file}",
+            )
+        )
         self.check({file: path})
         return path
 
@@ -200,7 +211,7 @@ class Repository:
     def _pieces(self, file: str, offset: int, nbytes: int) -> Iterator[bytes]:
         """Yield a range in pieces of any length, going on from the byte reached when a connection is lost."""
         where = f"{self.folder}/{file}"
-        patience, done = Patience(where), 0
+        patience, done = access.Patience(where), 0
         while done < nbytes:
             before = done
             failure: tuple[str, float | None] = ("the Hub sent nothing", None)
@@ -209,10 +220,10 @@ class Repository:
                     done += len(piece)
                     patience.progressed()
                     yield piece
-            except CLIENT_ERRORS as error:
-                if not may_pass(error):
-                    raise explained(error, where) from None
-                failure = happened(error)
+            except access.CLIENT_ERRORS as error:
+                if not access.may_pass(error):
+                    raise access.explained(error, where) from None
+                failure = access.happened(error)
             if done == before:
                 self._locations.pop(file, None)  # asked anew at the Hub, which knows where it is now
                 patience.wait(*failure)
@@ -222,7 +233,7 @@ class Repository:
         at_hub = hf_hub_url(self.repo_id, file, revision=self.sha, endpoint=constants.ENDPOINT)
         url, etag = self._locations.get(file, (at_hub, None))
         headers = {"Range": f"bytes={offset}-{offset + nbytes - 1}", "Accept-Encoding": "identity"}
-        if is_of_hub(url):  # the token is the Hub's alone: a redirect takes it to no other host
+        if access.is_of_hub(url):  # the token is the Hub's alone: a redirect takes it to no other host
             headers = build_hf_headers(token=self.token or False, library_name="shardkit") | headers
         request = {"headers": headers, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
         with get_session().stream("GET", url, follow_redirects=True, **request) as response:
@@ -284,21 +295,6 @@ def name_problem(name: str) -> str | None:
     return None
 
 
-def list_files(repo_id: str, sha: str, token: str | None, tries: int = TRIES) -> dict[str, RemoteFile]:
-    """Return all files of a commit."""
-    api = HfApi(token=token or False)
-    what = f"hf://{repo_id}@{sha}"
-    tree = ask(lambda: list(api.list_repo_tree(repo_id, revision=sha, recursive=True)), what, tries)
-    files = [entry for entry in tree if isinstance(entry, RepoFile)]
-    for file in files:
-        if problem := name_problem(file.path):
-            raise CheckpointError(f"lists a file {problem}: {file.path[:200]!a}", file=what)
-    return {
-        file.path: RemoteFile(file.size, file.blob_id, file.lfs.sha256 if file.lfs else None)
-        for file in files
-    }
-
-
 _OPEN: dict[str, Repository] = {}
 
 
@@ -319,8 +315,7 @@ def repository_of(path: str) -> tuple[Repository, str]:
         raise CheckpointError("is not of the form hf://org/name@commit/file", file=path)
     folder, repo_id, sha, file = found.groups()
     if folder not in _OPEN:
-        token = find_token()
-        remember(Repository(repo_id, sha, token, list_files(repo_id, sha, token)))
+        remember(Repository.at(repo_id, sha, access.find_token()))
     return _OPEN[folder], file or ""
 
 

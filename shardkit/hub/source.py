@@ -20,15 +20,13 @@ from huggingface_hub.utils import validate_repo_id
 from shardkit.errors import CheckpointError, SpaceError
 from shardkit.files import Files, LocalFiles
 from shardkit.hub.access import TRIES, UnreachableError, ask, find_token
-from shardkit.hub.remote import Repository, list_files, remember, repository_of
+from shardkit.hub.remote import Repository, remember, repository_of
 from shardkit.layout import find_weights, is_index, read_config, read_weight_map, sort_out
 from shardkit.record import plural
 from shardkit.sizes import format_size
 
 _NAME = r"\w[\w.-]*"
-_ID = re.compile(
-    rf"(?P<scheme>hf://)?(?P<repo_id>{_NAME}/{_NAME}|(?<=hf://){_NAME})(@(?P<revision>.+))?", re.ASCII
-)
+_ID = re.compile(rf"(?:hf://)?({_NAME}/{_NAME}|(?<=hf://){_NAME})(?:@(.+))?", re.ASCII)
 _SHA = re.compile(r"[0-9a-f]{40}")
 
 
@@ -58,19 +56,18 @@ def parse_id(text: str, revision: str | None = None) -> HubId:
     CheckpointError
         If it is no id, or names another revision than `revision`, or one that cannot be.
     """
-    found = _ID.fullmatch(text)
-    if not found or not _is_name(found["repo_id"]):
+    repo_id, named = found.groups() if (found := _ID.fullmatch(text)) else (None, None)
+    if repo_id is None or not _is_name(repo_id):
         raise CheckpointError(
             f"{text[:200]!r} is neither a folder nor a file here, nor a model on the Hub (org/name, "
             "org/name@revision)"
         )
-    named = found["revision"]
     if revision and named and revision != named:
         raise CheckpointError(f"{text!r} names a revision, and {revision!r} is another: give one")
     wanted = (named or constants.DEFAULT_REVISION) if revision is None else revision
     if {"", ".", ".."} & set(wanted.split("/")):  # it is a path in the client's cache
         raise CheckpointError(f"{wanted[:200]!r} is no revision: give a branch, a tag or a commit")
-    return HubId(found["repo_id"], wanted)
+    return HubId(repo_id, wanted)
 
 
 def _is_name(repo_id: str) -> bool:
@@ -151,8 +148,7 @@ def _open(wanted: HubId, token: str | None, tries: int) -> Repository:
             tries,
         )
         sha = info.sha
-    files = list_files(wanted.repo_id, sha, token, tries)
-    return remember(Repository(wanted.repo_id, sha, token, files))
+    return remember(Repository.at(wanted.repo_id, sha, token, tries))
 
 
 def _storage(repo_id: str) -> Path:
@@ -239,8 +235,7 @@ def _download(repository: Repository, snapshot: LocalFiles, needed: Sequence[str
 def _check_space(repository: Repository, folder: str, nbytes: int, needed: Sequence[str]) -> None:
     free = shutil.disk_usage(_existing(folder)).free
     if nbytes > free:
-        weights = needed[1] if is_index(needed[0]) else needed[0]
-        can_stream = weights.endswith(".safetensors")
+        can_stream = ".safetensors" in needed[0]  # the weights, or their index
         instead = ", or shard without downloading (stream=True, --stream)" if can_stream else ""
         raise SpaceError(
             f"{repository.folder}: the download takes {nbytes:,} bytes ({format_size(nbytes)}), the disk of "

@@ -16,18 +16,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError
 
 from shardkit.errors import DestinationError, VerificationError
-from shardkit.hub.access import (
-    CLIENT_ERRORS,
-    LOG_IN,
-    Patience,
-    UnreachableError,
-    find_token,
-    happened,
-    may_pass,
-    refused,
-    root,
-)
-from shardkit.hub.remote import CHUNK_BYTES, RemoteFile, Repository, list_files
+from shardkit.hub import access
+from shardkit.hub.remote import CHUNK_BYTES, RemoteFile, Repository
 from shardkit.record import listed
 
 ResultT = TypeVar("ResultT")
@@ -39,7 +29,7 @@ GIT_BYTES = 10_000_000  # no larger file is in git itself: the Hub refuses it
 _NONE_IGNORED = "# none\n"  # or a .gitignore would have the client drop files from a commit, and say nothing
 # The client wraps what befell an upload in a RuntimeError, and answers what is not taken with a ValueError.
 _FAILURES: tuple[type[Exception], ...] = (
-    RuntimeError, ValueError, ConnectionError, TimeoutError, *CLIENT_ERRORS
+    RuntimeError, ValueError, ConnectionError, TimeoutError, *access.CLIENT_ERRORS
 )  # fmt: skip
 # Weights that a load would find beside ours or before them. Variants (model.fp16.safetensors) are asked for
 # by name, and stay.
@@ -105,10 +95,10 @@ class Target:
             raise DestinationError(
                 f"{self.folder}: the Hub must not be asked (HF_HUB_OFFLINE is set): unset it"
             )
-        self._token = find_token(token)
+        self._token = access.find_token(token)
         if not self._token:
             raise DestinationError(
-                f"{self.folder}: writing to the Hub takes a token that may write: {LOG_IN}"
+                f"{self.folder}: writing to the Hub takes a token that may write: {access.LOG_IN}"
             )
         self.api = HfApi(token=self._token, library_name="shardkit")
 
@@ -145,7 +135,7 @@ class Target:
 
     def commit_at(self, sha: str) -> Repository:
         """Return what a commit holds."""
-        return Repository(self.repo_id, sha, self._token, list_files(self.repo_id, sha, self._token))
+        return Repository.at(self.repo_id, sha, self._token)
 
     def upload(
         self, file: str, path: str | os.PathLike[str], content: RemoteFile, branch: str = MAIN
@@ -257,17 +247,17 @@ class Target:
         DestinationError
             If it is refused, or fails again and again.
         """
-        patience = Patience(self.folder)
+        patience = access.Patience(self.folder)
         while True:
             try:
                 return call()
             except _FAILURES as error:
-                cause = root(error)
-            if not may_pass(cause):
+                cause = access.root(error)
+            if not access.may_pass(cause):
                 raise DestinationError(f"{self.folder}: {_explained(cause)}")
             try:
-                patience.wait(*happened(cause))
-            except UnreachableError as gave_up:
+                patience.wait(*access.happened(cause))
+            except access.UnreachableError as gave_up:
                 raise DestinationError(str(gave_up)) from None
 
 
@@ -275,4 +265,4 @@ def _explained(error: BaseException) -> str:
     if not isinstance(error, HfHubHTTPError):
         return " ".join(str(error).split())
     needed = "give one with write access to it (`hf auth login`, HF_TOKEN), or another name"
-    return refused(error, f"the token may not write there: {needed}")
+    return access.refused(error, f"the token may not write there: {needed}")

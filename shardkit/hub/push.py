@@ -207,7 +207,7 @@ def shown_card(head: Repository, own: str | None) -> str | None:
     if not head.is_file(CARD):
         return None
     try:
-        return head.read_bytes(CARD, 0, head.size(CARD)).decode()
+        return head.read_bytes(CARD).decode()
     except UnicodeDecodeError:
         if own is None:
             raise DestinationError(

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -179,8 +179,8 @@ class _Finished:
     """A shard that the draft branch has: its content, what casts lost in it, its tensors' digests."""
 
     content: RemoteFile
-    lost: tuple[Lost, ...] = ()
-    digests: Mapping[str, str] = field(default_factory=dict)
+    lost: tuple[Lost, ...]
+    digests: Mapping[str, str]
 
     def note(self) -> bytes:
         """Return what is committed beside it, for a run that goes on."""
@@ -223,12 +223,7 @@ class _Job:
         self._draft_head = draft.sha
         listing = draft.listing
         candidates = [s for s in self._plan.shards if s.file in listing and _note_of(s.file) in listing]
-
-        def read_note(shard: Shard) -> bytes:
-            note = _note_of(shard.file)
-            return draft.read_bytes(note, 0, draft.size(note))
-
-        with run_all(read_note, candidates) as notes:
+        with run_all(lambda s: draft.read_bytes(_note_of(s.file)), candidates) as notes:
             for shard, note in notes:
                 found = _Finished.of(note)
                 if found and self._is_usable(shard, found, listing[shard.file]):

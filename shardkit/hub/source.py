@@ -56,8 +56,9 @@ def parse_id(text: str, revision: str | None = None) -> HubId:
     CheckpointError
         If it is no id, or names another revision than `revision`, or one that cannot be.
     """
-    repo_id, named = found.groups() if (found := _ID.fullmatch(text)) else (None, None)
-    if repo_id is None or not _is_name(repo_id):
+    found = _ID.fullmatch(text)
+    repo_id, named = found.groups() if found else ("", None)
+    if not _is_name(repo_id):
         raise CheckpointError(
             f"{text[:200]!r} is neither a folder nor a file here, nor a model on the Hub (org/name, "
             "org/name@revision)"

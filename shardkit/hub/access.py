@@ -13,36 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from huggingface_hub import constants, get_token
-from huggingface_hub.errors import (
-    DisabledRepoError,
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    logging,
-)
+from huggingface_hub import constants, errors, get_token, utils
 
 from shardkit.errors import CheckpointError
 
 ResultT = TypeVar("ResultT")
 
 # What the client raises where the Hub refuses, fails, cannot be reached, or must not be asked.
-CLIENT_ERRORS: tuple[type[Exception], ...] = (
-    HTTPError,
-    EntryNotFoundError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+CLIENT_ERRORS = (errors.HTTPError, errors.EntryNotFoundError, errors.OfflineModeIsEnabled)
 
 TRIES = 6
 _CONNECT_TRIES = 2
@@ -81,17 +59,17 @@ def _kaggle_secret() -> str | None:
 @contextmanager
 def quiet(*, bars: bool = False) -> Iterator[None]:
     """Keep the Hub's client from logging signed URLs when it tries again, and from showing its own bars."""
-    level, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    if had_bars and not bars:
-        disable_progress_bars()
+    level, hides = utils.logging.get_verbosity(), not (bars or utils.are_progress_bars_disabled())
+    utils.logging.set_verbosity_error()
+    if hides:
+        utils.disable_progress_bars()
     try:
         yield
     finally:
-        if level != logging.ERROR:  # otherwise another thread has set it, whose it is to undo
-            logging.set_verbosity(level)
-        if had_bars and not bars:
-            enable_progress_bars()
+        if level != utils.logging.ERROR:  # otherwise another thread has set it, whose it is to undo
+            utils.logging.set_verbosity(level)
+        if hides:
+            utils.enable_progress_bars()
 
 
 class UnreachableError(CheckpointError):
@@ -152,7 +130,7 @@ def ask(call: Callable[[], ResultT], what: str, tries: int = TRIES, *, bars: boo
 
 def root(error: BaseException) -> BaseException:
     """Return what the client's "not in the cache, either" and "error while uploading" hide."""
-    hiding = (LocalEntryNotFoundError, RuntimeError)
+    hiding = (errors.LocalEntryNotFoundError, RuntimeError)
     while isinstance(error, hiding) and isinstance(error.__cause__, CLIENT_ERRORS):
         error = error.__cause__
     return error
@@ -163,8 +141,8 @@ def may_pass(error: BaseException) -> bool:
 
     Storage refuses what has expired, and the next try asks the Hub for another signed URL.
     """
-    if not isinstance(error, HfHubHTTPError):
-        return not isinstance(error, (ValueError, EntryNotFoundError, OfflineModeIsEnabled))
+    if not isinstance(error, errors.HfHubHTTPError):
+        return not isinstance(error, (ValueError, errors.EntryNotFoundError, errors.OfflineModeIsEnabled))
     status = error.response.status_code
     return status in (408, 425, 429) or status >= 500 or not is_of_hub(error.response.request.url)
 
@@ -176,7 +154,7 @@ def is_of_hub(url: object) -> bool:
 
 def happened(error: BaseException) -> tuple[str, float | None]:
     """Say what a failure was, and for how many seconds the server asks to be left alone, if it does."""
-    if not isinstance(error, HfHubHTTPError):
+    if not isinstance(error, errors.HfHubHTTPError):
         # Queries of URLs are cut off: there lie the signatures.
         text = re.sub(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*", r"\1", str(error))[:200]
         return f"no connection to the Hub ({type(error).__name__}: {text})", None
@@ -194,23 +172,23 @@ def explained(error: BaseException, what: str) -> CheckpointError:
     `what` is "hf://org/name", with revision or file where they matter.
     """
     page = f"{constants.ENDPOINT}/{what.removeprefix('hf://').partition('@')[0]}"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         message = f"the repository is gated: ask for access or accept its licence at {page}, then {LOG_IN}"
-    elif isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+    elif isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
         message = (
             "is not in the local cache, and the Hub must not be asked (HF_HUB_OFFLINE is set): unset it, "
             "or download the model where there is a network"
         )
-    elif isinstance(error, DisabledRepoError):
+    elif isinstance(error, errors.DisabledRepoError):
         message = f"the repository is disabled: see {page}"
-    elif isinstance(error, RepositoryNotFoundError):
+    elif isinstance(error, errors.RepositoryNotFoundError):
         message = (
             "is neither a folder here nor a model that the Hub would show: check the name; "
             f"if it is private, {LOG_IN}"
         )
-    elif isinstance(error, RevisionNotFoundError):
+    elif isinstance(error, errors.RevisionNotFoundError):
         message = f"the repository has no such revision: its branches and tags are listed at {page}"
-    elif isinstance(error, EntryNotFoundError):
+    elif isinstance(error, errors.EntryNotFoundError):
         message = "the repository has no such file at this revision"
     else:
         lacking = "the token lacks the permission to read it"

@@ -34,13 +34,7 @@ class _LocalFile(NamedTuple):
 
     @classmethod
     def read(cls, path: Path, is_weights: bool, seen: Callable[[int], object]) -> _LocalFile:
-        """Read a file once; keep its bytes, unless they are weights or too many for a commit.
-
-        Raises
-        ------
-        CheckpointError
-            If it is gone.
-        """
+        """Read a file once; keep its bytes, unless they are weights or too many for a commit."""
         try:
             state = file_state(path.stat())
             if is_weights or state[0] > GIT_BYTES:

@@ -140,15 +140,10 @@ def needed_files(files: Files) -> list[str]:
 
 def _open(wanted: HubId, token: str | None, tries: int) -> Repository:
     """Pin a revision to the commit that it is now, and list its files."""
-    sha, api = wanted.revision, HfApi(token=token or False)
+    sha, what = wanted.revision, str(wanted)
     if not _SHA.fullmatch(sha):
-        timeout = constants.HF_HUB_ETAG_TIMEOUT
-        info = ask(
-            lambda: api.model_info(wanted.repo_id, revision=wanted.revision, timeout=timeout),
-            str(wanted),
-            tries,
-        )
-        sha = info.sha
+        api, timeout = HfApi(token=token or False), constants.HF_HUB_ETAG_TIMEOUT
+        sha = ask(lambda: api.model_info(wanted.repo_id, revision=sha, timeout=timeout).sha, what, tries)
     return remember(Repository.at(wanted.repo_id, sha, token, tries))
 
 

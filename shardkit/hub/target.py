@@ -194,7 +194,7 @@ class Target:
 
     def commit(
         self,
-        operations: Iterable[Any],
+        operations: list[Any],
         wanted: Mapping[str, RemoteFile | None],
         message: str,
         parent: str,
@@ -210,7 +210,6 @@ class Target:
         DestinationError
             If somebody else changed the branch meanwhile, or the Hub refuses.
         """
-        operations = list(operations)
         self._preupload([one for one in operations if isinstance(one, CommitOperationAdd)], branch)
 
         def attempt() -> str:

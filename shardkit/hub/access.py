@@ -144,7 +144,9 @@ def may_pass(error: BaseException) -> bool:
     if not isinstance(error, errors.HfHubHTTPError):
         return not isinstance(error, (ValueError, errors.EntryNotFoundError, errors.OfflineModeIsEnabled))
     status = error.response.status_code
-    return status in (408, 425, 429) or status >= 500 or not is_of_hub(error.response.request.url)
+    # A mirror may lead to the Hub, which gives a code; storage has none.
+    is_by_hub = is_of_hub(error.response.request.url) or "X-Error-Code" in error.response.headers
+    return status in (408, 425, 429) or status >= 500 or not is_by_hub
 
 
 def is_of_hub(url: object) -> bool:
@@ -203,5 +205,5 @@ def refused(error: Any, forbidden: str) -> str:
         return f"the Hub does not accept the token: {LOG_IN}, with one that is valid"
     if status == 403:
         return forbidden
-    said = f": {error.server_message[:200]}" if error.server_message else ""
-    return f"the Hub answered with status {status}{said}"
+    said = " ".join((error.server_message or "").split())[:200]
+    return f"the Hub answered with status {status}" + (f": {said}" if said else "")

@@ -14,6 +14,7 @@ import reprlib
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from json.encoder import encode_basestring
+from math import inf
 from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 from shardkit.errors import CheckpointError, reading
@@ -29,6 +30,7 @@ _MAX_METADATA = 10_000
 PREFIX_BYTES = 8
 FORMAT_METADATA = {"format": "pt"}
 _clip = reprlib.repr
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 DTYPE_BITS = {
@@ -186,7 +188,10 @@ def load_json(raw: bytes, file: str) -> Any:
         raise CheckpointError(f"has a string or a list of more than {_MAX_UNQUOTED} bytes", file=file)
     try:
         document = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_no_constant,
+            parse_int=_integer if b"-0" in raw else None,
         )
         if _SURROGATE.search(raw):  # only an escape can hide half of a surrogate pair, which is no text
             json.dumps(document, ensure_ascii=False).encode("utf-8")
@@ -219,6 +224,11 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+def _integer(text: str) -> float:
+    # The reference reader takes -0 for a float, which is no count; int("-0") would be one.
+    return -0.0 if text == "-0" else int(text)
+
+
 def _has_long_token(raw: bytes) -> bool:
     bare = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     starts = range(0, len(bare) - _MAX_UNQUOTED + 1, _MAX_UNQUOTED)
@@ -228,6 +238,9 @@ def _has_long_token(raw: bytes) -> bool:
 def _entry(name: str, value: Any) -> Entry:
     if not isinstance(value, dict):
         raise ValueError("the header entry is not a JSON object")
+    unknown = [value[key] for key in value.keys() - _ENTRY_KEYS] if len(value) > len(_ENTRY_KEYS) else ()
+    if any(isinstance(other, (dict, list)) or other in (inf, -inf) for other in unknown):
+        raise ValueError("the header entry has an unknown key with a nested or infinite value")
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(dtype, str):
         raise ValueError(f"dtype is {_clip(dtype)}, not a string")

@@ -163,6 +163,10 @@ DAMAGED = {
     ),
     "end before begin": (file_bytes({"a": entry(2, 0)}, b"xy"), ["'a'", "-2 bytes", "needs 2"]),
     "negative offset": (file_bytes({"a": entry(-2, 0)}, b"xy"), ["'a'", "[-2, 0]", "not two counts"]),
+    "negative zero": (
+        file_bytes(b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[-0,2]}}', b"xy"),
+        ["'a'", "not two counts"],
+    ),
     "three offsets": (
         file_bytes({"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 1, 2]}}, b"xy"),
         ["'a'", "[0, 1, 2]"],
@@ -224,6 +228,7 @@ MONSTERS = {
         lambda: monster(20_000, lambda i: f'"{i}":""', '"__metadata__":{', "}"),
         "20000 entries",
     ),
+    "an infinite unknown key": (lambda: monster(4, lambda i: f'"{i}":1e999', '"a":{', "}"), "infinite"),
     "a long dtype": (
         lambda: file_bytes({"a": entry(0, 0, [0], "F" * 1_000_000)}),
         "'FFF",

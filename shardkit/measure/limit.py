@@ -13,10 +13,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from mmap import PAGESIZE
 from pathlib import Path
+from typing import Any
 
 from shardkit.errors import MeasurementError
 
@@ -30,6 +32,7 @@ _PROBE_BYTES = 64 << 20
 # The shell joins the group and becomes the command, so that all the command's memory counts.
 _JOIN = 'echo 0 > "$0" && exec "$@"'
 _SYSTEMD = ("systemd-run", "--user", "--scope", "--quiet", "--collect", "--property=MemorySwapMax=0")
+_HOLD = "sed -n s/^0:://p /proc/self/cgroup; read _"
 
 
 @dataclass(frozen=True)
@@ -60,28 +63,42 @@ def limited(nbytes: int | None) -> Iterator[Limited]:
 
 @contextmanager
 def _in_force(nbytes: int) -> Iterator[Limited]:
-    if (group := _make_group(nbytes)) is None:
-        systemd = [*_SYSTEMD, f"--property=MemoryMax={nbytes}", "--"]
-        yield Limited(lambda command: [*systemd, *command], lambda: None)
-        return
-    procs = str(group / "cgroup.procs")
-    try:
-        yield Limited(lambda command: ["/bin/sh", "-c", _JOIN, procs, *command], lambda: _kills(group))
-    finally:
-        _remove(group)
+    """Give the limit in a group of our own, or in one of the user's systemd; OSError where there is none."""
+    with ExitStack() as stack:
+        if (group := _make_group(nbytes)) is not None:
+            start = []
+        else:
+            # What joins its group must be started by it: nobody else may cross over.
+            group, start = stack.enter_context(_scope(nbytes)), [*_SYSTEMD, "--"]
+        stack.callback(_remove, group)
+        join = [*start, "/bin/sh", "-c", _JOIN, str(group / "cgroup.procs")]
+        yield Limited(lambda command: [*join, *command], lambda: _kills(group))
+
+
+@contextmanager
+def _scope(nbytes: int) -> Iterator[Path]:
+    """Have the user's systemd make a group, which lasts as long as what holds it; that ends with us."""
+    command = [*_SYSTEMD, f"--property=MemoryMax={nbytes}", "--", "/bin/sh", "-c", _HOLD]
+    piped: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, **piped) as holder:  # noqa: S603
+        group = Path(CGROUP_ROOT, next(iter(holder.stdout or ()), "").strip().lstrip("/"))
+        # systemd does not say when it cannot limit, as where the kernel was started without the controller.
+        if abs(int((group / _LIMIT_FILE[True]).read_text()) - nbytes) >= PAGESIZE:
+            raise OSError("systemd has set another limit")
+        yield group
 
 
 @cache
 def why_unlimited() -> str | None:
     """Return why memory cannot be limited here; None if it can. Found out by trying, once."""
-    with _in_force(_PROBE_BYTES) as limit:
-        try:
+    try:
+        with _in_force(_PROBE_BYTES) as limit:
             subprocess.run(limit.command(["true"]), capture_output=True, timeout=20, check=True)  # noqa: S603
-        except (OSError, subprocess.SubprocessError):
-            return (
-                "control groups cannot be written (they can as root, in a container started with "
-                "`--privileged`, or where systemd gives users theirs)"
-            )
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return (
+            "control groups cannot be written (they can as root, in a container started with "
+            "`--privileged --cgroupns=host`, or where systemd gives users theirs)"
+        )
     return None
 
 

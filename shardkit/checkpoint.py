@@ -220,10 +220,10 @@ class Checkpoint(Record):
         """
         asked = config_dtype(self.config) or self._first_dtype() if dtype in (None, "auto") else dtype
         target = parse_dtype(asked) if asked in CAST_DTYPES or asked == dtype else None
-        stored = (StoredTensor(t.name, t.elements, t.dtype) for t in self.tensors.values())
+        stored = (StoredTensor(t.name, t.elements, t.dtype, t.shape) for t in self.tensors.values())
         whole = self.format == "pickle" and not all(is_zipfile(self.path(file)) for file in self.files)
-        name, model_type = DTYPE_NAMES[target] if target else None, (self.config or {}).get("model_type")
-        return estimate_load(self.source, stored, name, model_type=model_type, held_whole=whole)
+        name = DTYPE_NAMES[target] if target else None
+        return estimate_load(self.source, stored, name, config=self.config, held_whole=whole)
 
     def _first_dtype(self) -> str | None:
         """Return the dtype that transformers takes for all where the config says none."""
@@ -234,6 +234,13 @@ class Checkpoint(Record):
     def is_remote(self) -> bool:
         """Whether its files are on the Hub, and not on this machine."""
         return is_remote(self.folder)
+
+    def has_changed(self) -> bool:
+        """Whether a file of weights here is gone, or no longer the one that was opened."""
+        try:
+            return not self.is_remote and _states(LocalFiles(self.folder), self.files) != self.seen
+        except CheckpointError:
+            return True
 
     def path(self, file: str) -> str:
         """Return the path of one of the checkpoint's files."""

@@ -7,14 +7,15 @@ any other is converted into memory of its own, and so are experts that the model
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from shardkit.layout import quantisation
 from shardkit.record import Record, Summary, Table
 from shardkit.safetensors_file import DTYPE_BITS
 from shardkit.sizes import format_size
-from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES
+from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES, QUANTISED_DTYPES
 
 # Anonymous memory of a process that has imported torch and transformers and loaded a small model in a
 # dtype that needs no cast: measured with transformers 5.23 and the CPU build of torch 2.13 on Linux.
@@ -32,17 +33,20 @@ _KEPT_IN_FLOAT32 = {
 # as measured with Mixtral's, Qwen3-MoE's and DeepSeek-V3's shapes, with a cast and without.
 _STACKING_SHARE = {True: 1.0, False: 0.25}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+# Experts that are stacked in the files, but turned: where in their shape the hidden size then stands.
+_TURNED = {"qwen3_vl_moe": {"gate_up_proj": 1, "down_proj": 2}}
 _BITS = {DTYPE_NAMES[dtype]: DTYPE_BITS[dtype] for dtype in FLOAT_DTYPES}
 
 Verdict = Literal["fits", "fits tightly", "does not fit"]
 
 
 class StoredTensor(NamedTuple):
-    """What counts of a tensor: its name, number of elements, and dtype on disk ("BF16")."""
+    """What counts of a tensor: its name, number of elements, dtype on disk ("BF16"), and shape."""
 
     name: str
     elements: int
     dtype: str
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,9 @@ class Estimate(Record):
     mapped_bytes
         Weights that stay in the files' mapping: memory that the kernel may drop, and read again.
     hosts
-        Whether it fits this machine and the free hosts.
+        Whether it fits this machine and the free hosts; empty where that is not known.
+    notes
+        What a person should be told.
     """
 
     source: str
@@ -82,6 +88,7 @@ class Estimate(Record):
     stacking_bytes: int
     mapped_bytes: int
     hosts: tuple[HostFit, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def peak_anonymous_bytes(self) -> int:
@@ -100,7 +107,7 @@ class Estimate(Record):
         )
         rows = tuple((h.name, format_size(h.memory_bytes), h.verdict, h.why) for h in self.hosts)
         hosts = (Table(("host", "memory", "verdict", "because"), rows),) if rows else ()
-        return Summary("Estimated memory of a load", facts, hosts)
+        return Summary("Estimated memory of a load", facts, hosts, self.notes)
 
 
 def estimate_load(
@@ -108,39 +115,56 @@ def estimate_load(
     tensors: Iterable[StoredTensor],
     dtype: str | None,
     *,
-    model_type: object = None,
+    config: Mapping[str, Any] | None = None,
     held_whole: bool = False,
 ) -> Estimate:
     """Add up what a load in `dtype` ("float16"; None: as stored) copies, and what it leaves mapped.
 
     Parameters
     ----------
-    model_type
-        As the config names it.
+    config
+        Of the model, which may say that it is quantised, or of a type of which more is known.
     held_whole
         Whether the files cannot be mapped (legacy pickles), so that all of them is in memory first.
     """
     from shardkit.measure.environment import usable_memory
 
-    copied = mapped = stacking = 0
-    keeps = _KEPT_IN_FLOAT32.get(str(model_type)) if dtype == "float16" else None
-    for name, elements, stored in tensors:
+    copied = mapped = stacking = turning = 0
+    config, quantised = config or {}, quantisation(config or {})
+    model_type = str(config.get("model_type"))
+    keeps = _KEPT_IN_FLOAT32.get(model_type) if dtype == "float16" else None
+    for name, elements, stored, shape in tensors:
         is_expert = _EXPERT.search(name) is not None
+        is_turned = _is_turned(name, shape, model_type, config)
+        quantised = quantised or (DTYPE_NAMES[stored] if stored in QUANTISED_DTYPES else None)
         target = "float32" if keeps and keeps.search(name) else dtype
         converts = target is not None and stored in FLOAT_DTYPES and DTYPE_NAMES[stored] != target
         bits = _BITS[target] if target is not None and converts else DTYPE_BITS[stored]
         nbytes = elements * bits // 8
         stacking += int(is_expert * _STACKING_SHARE[converts] * nbytes)
-        if converts or is_expert:
+        turning = max(turning, nbytes * is_turned)  # the one at hand is there twice
+        if converts or is_expert or is_turned:
             copied += nbytes
         elif not held_whole:
             mapped += nbytes
         if held_whole:
             copied += elements * DTYPE_BITS[stored] // 8
+    stacking += turning
+    if quantised:
+        note = (
+            f"quantised ({quantised}): what a load makes of that is not known from headers; this is the least"
+        )
+        return Estimate(source, dtype, RUNTIME_BYTES, copied, stacking, mapped, notes=(note,))
     total = RUNTIME_BYTES + copied + stacking
     machines = {"this machine": usable_memory(), **HOSTS}
     hosts = tuple(fit(name, memory, total, mapped) for name, memory in machines.items())
     return Estimate(source, dtype, RUNTIME_BYTES, copied, stacking, mapped, hosts)
+
+
+def _is_turned(name: str, shape: tuple[int, ...], model_type: str, config: Mapping[str, Any]) -> bool:
+    place = _TURNED.get(model_type, {}).get(name.rpartition(".experts.")[2])
+    text = config.get("text_config") or {}
+    return place is not None and len(shape) == 3 and shape[place] == text.get("hidden_size")
 
 
 def fit(name: str, memory: int, anonymous: int, mapped: int) -> HostFit:

@@ -65,6 +65,14 @@ def config_dtype(config: Mapping[str, Any] | None) -> str | None:
     return said.removeprefix("torch.") if isinstance(said, str) else None
 
 
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """Return how the weights are quantised, as a config, or one nested in it, says; None if they are not."""
+    if isinstance(found := config.get("quantization_config"), dict) and found:
+        return str(found.get("quant_method", "quantization_config"))
+    nested = (quantisation(value) for value in config.values() if isinstance(value, dict))
+    return next(filter(None, nested), None)
+
+
 def _read_json(files: Files, name: str, limit: int = _MAX_CONFIG_BYTES) -> Any:
     path = os.path.join(files.folder, name)
     with reading(path):

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import PlanError
 from shardkit.estimate import Estimate, StoredTensor, estimate_load
+from shardkit.layout import quantisation
 from shardkit.packing import Item, layout, pack_balanced, pack_by_layer, pack_by_size
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.safetensors_file import (
@@ -270,7 +271,7 @@ def _check_headers(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    if method := _quantization(checkpoint.config or {}):
+    if method := quantisation(checkpoint.config or {}):
         raise PlanError(
             f"{checkpoint.source}: the weights are quantised ({method}) and a cast would destroy them: "
             "leave out dtype"
@@ -281,13 +282,6 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.source}: tensor {tensor.name!r} is {DTYPE_NAMES[tensor.dtype]}, quantised with "
                 "scales that are elsewhere, and a cast would destroy it: leave out dtype"
             )
-
-
-def _quantization(config: dict[str, Any]) -> str | None:
-    if isinstance(found := config.get("quantization_config"), dict) and found:
-        return str(found.get("quant_method", "quantization_config"))
-    nested = (_quantization(value) for value in config.values() if isinstance(value, dict))
-    return next(filter(None, nested), None)
 
 
 _STRATEGIES: dict[str, Callable[[Sequence[Item], int, int], list[list[Item]]]] = {

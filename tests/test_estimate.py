@@ -27,10 +27,11 @@ def test_what_transformers_keeps_in_float32_counts_as_that():
         StoredTensor("q.weight", 10, "BF16"),
     ]
     copied = [
-        estimate_load("t5", stored, dtype, model_type="t5").copied_bytes for dtype in ("float16", "float32")
+        estimate_load("t5", stored, dtype, config={"model_type": "t5"}).copied_bytes
+        for dtype in ("float16", "float32")
     ]
     assert copied == [4 * 1000 + 2 * 10, 4 * 1010]
-    assert estimate_load("t5", stored, "bfloat16", model_type="t5").copied_bytes == 0
+    assert estimate_load("t5", stored, "bfloat16", config={"model_type": "t5"}).copied_bytes == 0
 
 
 def test_experts_are_stacked_in_memory_whatever_their_dtype():
@@ -78,3 +79,30 @@ def test_a_host_fits_all_of_it_or_only_what_must_exist_or_neither():
 def test_the_summary_names_every_host(model):
     shown = str(model.estimate("float16"))
     assert all(host in shown for host in ("this machine", "Colab", "Kaggle", "Binder"))
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [({"quantization_config": {"quant_method": "mxfp4"}}, "U8"), ({}, "F8_E4M3")],
+    ids=["config", "dtype"],
+)
+def test_of_quantised_weights_no_host_is_promised(config, dtype):
+    found = estimate_load("q", [StoredTensor("w", 1000, dtype)], None, config=config)
+    assert found.hosts == ()
+    assert "quantised (" in str(found)
+    assert "this is the least" in str(found)
+
+
+def test_stacked_experts_that_are_turned_are_copied():
+    config = {"model_type": "qwen3_vl_moe", "text_config": {"hidden_size": 64}}
+    stored = [
+        StoredTensor("model.layers.0.mlp.experts.gate_up_proj", 4 * 64 * 96, "BF16", (4, 64, 96)),
+        StoredTensor("model.layers.0.mlp.experts.down_proj", 4 * 48 * 64, "BF16", (4, 48, 64)),
+        StoredTensor("model.layers.0.q_proj.weight", 64 * 64, "BF16", (64, 64)),
+    ]
+    turned = estimate_load("moe", stored, None, config=config)
+    assert turned.copied_bytes == 2 * 4 * 64 * (96 + 48)
+    assert turned.stacking_bytes == 2 * 4 * 64 * 96
+    assert turned.mapped_bytes == 2 * 64 * 64
+    straight = [StoredTensor("model.layers.0.mlp.experts.gate_up_proj", 4 * 64 * 96, "BF16", (4, 96, 64))]
+    assert estimate_load("moe", straight, None, config=config).copied_bytes == 0

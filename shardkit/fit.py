@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import Cancelled, MeasurementError
 from shardkit.measure import measure_load
+from shardkit.measure.environment import usable_memory
 from shardkit.measure.limit import why_unlimited
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement, format_seconds
 from shardkit.record import Record, Summary, Table, shown_path
@@ -17,6 +18,7 @@ from shardkit.sizes import format_size
 
 TOLERANCE = 0.05
 _MOST_RUNS = 30
+_FINEST, _SMALLEST_LIMIT = 0.01, 1_000_000
 _GOALS = ("loaded", "generated")
 # A load that lives only by reading the same pages again and again is no success.
 _PATIENCE, _LEAST_SECONDS = 5, 60.0
@@ -53,6 +55,8 @@ class MemoryFloor(Record):
         Every limited load, in order.
     stack
         What loaded.
+    notes
+        What weakens the result, as the load without a limit told it.
     """
 
     source: str
@@ -65,6 +69,7 @@ class MemoryFloor(Record):
     free_seconds: float
     runs: tuple[LimitedRun, ...]
     stack: str
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> Summary:
         """Return the floors beside the prediction, and every run."""
@@ -87,7 +92,7 @@ class MemoryFloor(Record):
             for run in sorted(self.runs, key=lambda run: run.limit_bytes)
         )
         table = Table(("limit", "loaded", "first token", "after", "end"), rows)
-        return Summary("Least memory for a load", facts, (table,))
+        return Summary("Least memory for a load", facts, (table,), self.notes)
 
 
 def _between(succeeded: int, failed: int) -> str:
@@ -127,6 +132,8 @@ def minimum_memory(
     Cancelled
         If `progress` asked to stop.
     """
+    if not (isinstance(tolerance, (int, float)) and _FINEST <= tolerance < 1):
+        raise MeasurementError(f"tolerance is {tolerance!r}: give a share from {_FINEST} to 1, 0.05 for 5 %")
     predicted = Checkpoint.open(source).estimate(dtype).peak_anonymous_bytes
     if why := why_unlimited():
         raise MeasurementError(
@@ -140,6 +147,11 @@ def minimum_memory(
     patience = max(_LEAST_SECONDS, _PATIENCE * free_seconds)
     runs: list[LimitedRun] = []
     while (limit := _next_limit(runs, predicted, tolerance)) is not None and len(runs) < _MOST_RUNS:
+        if not _SMALLEST_LIMIT <= limit <= 2 * usable_memory():
+            raise MeasurementError(
+                f"no least memory for {source}: within {format_size(runs[-1].limit_bytes)} the load still "
+                f"ended as {runs[-1].end}"
+            )
         found = measure_load(source, dtype=dtype, python=python, memory_limit=limit, timeout=patience)
         runs.append(_limited_run(limit, found))
         if progress is not None and progress(runs[-1]) is False:
@@ -156,6 +168,7 @@ def minimum_memory(
         free_seconds=free_seconds,
         runs=tuple(runs),
         stack=free.stack(),
+        notes=free.warnings(),
     )
 
 

@@ -4,11 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardkit import Cancelled, MeasurementError, measure_load, minimum_memory
+from shardkit import Cancelled, MeasurementError, fit, measure_load, minimum_memory
 from shardkit.fit import _bracket, _step
 from shardkit.measure import limit
 from shardkit.measure.limit import why_unlimited
-from tests.test_limit import elsewhere  # noqa: F401 - a fixture
+from tests.fake_loads import MB, fake_load
+from tests.test_limit import elsewhere, needs_groups  # noqa: F401 - a fixture
 
 GB = 10**9
 
@@ -60,6 +61,34 @@ def test_without_limits_the_prediction_is_told(demo):
         minimum_memory(demo)
 
 
+@needs_groups
 def test_load_that_fails_anyway_is_refused(demo):
     with pytest.raises(MeasurementError, match="does not load without a limit either"):
         minimum_memory(demo, python="/bin/false")
+
+
+@pytest.mark.parametrize("tolerance", [0, -0.05, 1e-9, float("nan"), float("inf"), "x"])
+def test_tolerance_that_nobody_can_reach_is_refused_before_any_load(demo, monkeypatch, tolerance):
+    monkeypatch.setattr(fit, "measure_load", lambda *_, **__: pytest.fail("a load was run"))
+    with pytest.raises(MeasurementError, match="tolerance is"):
+        minimum_memory(demo, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_limit_that_decides_nothing_is_an_error_with_how_loads_ended(demo, monkeypatch, lives):
+    def measure(*_, memory_limit=None, **__):
+        return fake_load(outcome="ok" if lives or memory_limit is None else "killed")
+
+    monkeypatch.setattr(fit, "why_unlimited", lambda: None)
+    monkeypatch.setattr(fit, "measure_load", measure)
+    with pytest.raises(MeasurementError, match=r"no least memory .* ended as (ok|killed)"):
+        minimum_memory(demo)
+
+
+def test_what_weakens_the_load_without_a_limit_is_told(demo, monkeypatch):
+    def measure(*_, memory_limit=10**9, **__):
+        return fake_load(outcome="ok" if memory_limit > 300 * MB else "killed", notes=("made at random",))
+
+    monkeypatch.setattr(fit, "why_unlimited", lambda: None)
+    monkeypatch.setattr(fit, "measure_load", measure)
+    assert "! made at random" in str(minimum_memory(demo))

@@ -9,15 +9,17 @@ from dataclasses import replace
 from typing import Any
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.errors import Cancelled, MeasurementError, ShardkitError
+from shardkit.errors import Cancelled, CheckpointError, MeasurementError, ShardkitError
 from shardkit.measure import measure_load
 from shardkit.measure.comparison import ORIGINAL, SHARDED, Arm, Comparison, Sample
+from shardkit.measure.launch import check_load
 from shardkit.record import listed, plural
 from shardkit.verify import verify_checkpoint
 
 _ProgressCallback = Callable[[int, int, str], bool | None]
 _Source = str | os.PathLike[str]
 
+_AS_GIVEN = ("prefetch", "python")  # any value of these can be tried
 # Tensors read to see whether two checkpoints hold the same model: this many, of about this size in all.
 _COMPARED_TENSORS, _COMPARED_BYTES = 32, 256_000_000
 
@@ -81,8 +83,7 @@ def compare_loads(
     Cancelled
         If `progress` or `stop` asked for it.
     """
-    if repeats < 1 or not 0 < margin < math.inf:
-        raise MeasurementError(f"repeats is {repeats}, margin {margin}: both must be above zero, and finite")
+    _check_experiment(repeats, margin, seed, others or {})
     common = {
         "dtype": dtype,
         "device": device,
@@ -95,38 +96,65 @@ def compare_loads(
         "options": dict(options or {}),
     }
     wanted = {ORIGINAL: {"source": original}, SHARDED: {"source": sharded}, **(others or {})}
+    asked = {name: _options(name, common, changes) for name, changes in wanted.items()}
     sources = {name: changes.get("source", sharded) for name, changes in wanted.items()}
     opened = {name: Checkpoint.open(source, download=True) for name, source in sources.items()}
     if same_model:
         for name in [*opened][1:]:
             _require_same_model(opened[ORIGINAL], opened[name])
-    arms = tuple(_arm(name, opened[name], common, changes) for name, changes in wanted.items())
+    arms = tuple(_arm(name, checkpoint, asked[name]) for name, checkpoint in opened.items())
     notes = () if same_model else ("the arms were not required to hold the same model",)
     found = Comparison(arms, margin, seed, (), (), notes)
     # A model of the Hub is loaded from where it was downloaded to, and shown by its id.
     paths = {name: c.source if os.path.exists(c.source) else c.folder for name, c in opened.items()}
-    for sample in _run_all(arms, paths, repeats, progress, stop):
-        if sample.pair is None:
-            found = replace(found, warm_ups=(*found.warm_ups, sample))
-        else:
-            found = replace(found, samples=(*found.samples, sample))
-        if on_sample is not None:
-            on_sample(found)
-    return found
+    try:
+        for sample in _run_all(arms, paths, repeats, progress, stop):
+            if sample.pair is None:
+                found = replace(found, warm_ups=(*found.warm_ups, sample))
+            else:
+                found = replace(found, samples=(*found.samples, sample))
+            if on_sample is not None:
+                on_sample(found)
+    except CheckpointError as error:  # it could be opened, and now it cannot
+        found = replace(found, notes=(*found.notes, f"ended before its time: {error}"))
+    changed = (
+        f"the files of {name} changed while they were compared: the figures mix both"
+        for name, checkpoint in opened.items()
+        if checkpoint.has_changed()
+    )
+    return replace(found, notes=(*found.notes, *changed))
 
 
-def _arm(name: str, checkpoint: Checkpoint, common: Mapping[str, Any], changes: Mapping[str, Any]) -> Arm:
+def _check_experiment(repeats: object, margin: object, seed: object, others: object) -> None:
+    if type(repeats) is not int or repeats < 1:
+        raise MeasurementError(f"repeats is {repeats!r}: give a number of pairs")
+    if not (isinstance(margin, (int, float)) and 0 < margin < math.inf):
+        raise MeasurementError(f"margin is {margin!r}: give a share above zero, 0.05 for 5 %")
+    if type(seed) is not int or seed < 0:
+        raise MeasurementError(f"seed is {seed!r}: give a whole number, 0 or above")
+    if not isinstance(others, Mapping) or not all(isinstance(arm, Mapping) for arm in others.values()):
+        raise MeasurementError(f"others is {others!r}: give arguments by name, for each arm by its name")
+    for name in others:
+        if not isinstance(name, str) or not name or name in (ORIGINAL, SHARDED):
+            raise MeasurementError(f"an arm of others is named {name!r}: give a text other than those two")
+
+
+def _options(name: str, common: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an arm's loads, checked before anything is opened."""
     own = {key: value for key, value in changes.items() if key != "source"}
     if unknown := own.keys() - common.keys():
         raise MeasurementError(f"arm {name!r}: {listed(sorted(unknown))} is no argument of measure_load")
-    return Arm(
-        name,
-        checkpoint.source,
-        len(checkpoint.files),
-        checkpoint.total_bytes,
-        checkpoint.dtypes,
-        {**common, **own},
-    )
+    options = {**common, **own}
+    try:
+        check_load(**{key: value for key, value in options.items() if key not in _AS_GIVEN})
+    except ShardkitError as error:
+        raise MeasurementError(f"arm {name!r}: {error}") from None
+    return options
+
+
+def _arm(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> Arm:
+    files, nbytes = len(checkpoint.files), checkpoint.total_bytes
+    return Arm(name, checkpoint.source, files, nbytes, checkpoint.dtypes, options)
 
 
 def _run_all(

@@ -78,7 +78,10 @@ def fake_comparison(ratio=1.0, noise=0.01, repeats=5, seed=0, anonymous=(700 * M
         "samples": tuple(samples),
         "warm_ups": (Sample("original", None, fake_load()), Sample("sharded", None, fake_load())),
     }
-    return Comparison(**{**fields, **changes})
+    fields |= changes
+    names = [arm.name for arm in fields["arms"]]
+    fields |= {runs: tuple(s for s in fields[runs] if s.arm in names) for runs in ("samples", "warm_ups")}
+    return Comparison(**fields)
 
 
 def fake_interpreter(folder: Path, script: str, name: str = "python") -> Path:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import replace
 
@@ -13,8 +14,7 @@ from shardkit import compare
 from shardkit.checkpoint import Checkpoint
 from shardkit.compare import Comparison, compare_loads
 from shardkit.demo import make_demo_checkpoint
-from shardkit.errors import Cancelled, MeasurementError, ShardkitError
-from shardkit.measure import CacheState
+from shardkit.errors import Cancelled, CheckpointError, MeasurementError, ShardkitError
 from shardkit.measure.comparison import Sample, merge_comparisons
 from shardkit.measure.intervals import (
     Interval,
@@ -209,13 +209,6 @@ class TestWords:
             assert value in text
             assert escape(value) in html
 
-    def test_files_that_changed_meanwhile_are_said(self):
-        base = fake_comparison()
-        grown = fake_load(cache=CacheState("cold", True, "", 700 * MB, 0, 0))
-        samples = tuple(Sample("sharded", 1, grown) if s.pair == 1 else s for s in base.samples)
-        assert "the files of sharded changed" in str(fake_comparison(samples=samples))
-        assert "changed" not in str(base)
-
     def test_names_that_are_no_words_do_no_harm(self):
         odd = fake_arm("$^$\n", "F16")
         base = fake_comparison()
@@ -318,9 +311,69 @@ class TestExperiment:
         assert [len(p.samples) for p in partial] == [0, 0, 0, *range(1, 10)]
         assert partial[-1] == found
 
-    def test_arm_with_unknown_arguments_is_refused(self, arms):
-        with pytest.raises(MeasurementError, match=r"arm 'x': colour is no argument"):
-            compare_loads(*arms, others={"x": {"colour": "red"}})
+    @pytest.mark.parametrize(
+        ("others", "says"),
+        [
+            ({"x": {"colour": "red"}}, "arm 'x': colour is no argument"),
+            ({"x": {"dtype": "int7"}}, "arm 'x': dtype is 'int7'"),
+            ({"x": {"memory_limit": "bad"}}, "arm 'x': 'bad' is not a size"),
+            ({"original": {"prefetch": True}}, "is named 'original'"),
+            ({5: {}}, "is named 5"),
+            ({"x": None}, "others is"),
+            (["x"], "others is"),
+        ],
+    )
+    def test_arms_that_make_no_sense_are_refused_before_any_load(self, arms, monkeypatch, others, says):
+        monkeypatch.setattr(compare, "measure_load", lambda *_, **__: pytest.fail("a load was run"))
+        with pytest.raises(MeasurementError, match=says):
+            compare_loads(*arms, others=others)
+
+    @pytest.mark.parametrize("same_size", [True, False])
+    def test_files_that_changed_meanwhile_are_said(self, arms, monkeypatch, tmp_path, same_size):
+        sharded = shutil.copytree(arms[1], tmp_path / "sharded")
+        weights = max(sharded.glob("*.safetensors"))
+        data = weights.read_bytes()
+
+        def measure(*_, **__):
+            weights.write_bytes(data if same_size else data + b"x")
+            return fake_load()
+
+        monkeypatch.setattr(compare, "measure_load", measure)
+        assert "the files of sharded changed" in str(compare_loads(arms[0], sharded, repeats=1))
+        monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())
+        assert "changed" not in str(compare_loads(*arms, repeats=1))
+
+    def test_arm_that_vanishes_keeps_what_was_measured_before(self, arms, monkeypatch):
+        runs = [fake_load()] * 4
+
+        def measure(folder, **_):
+            if not runs:
+                raise CheckpointError("no weights", file=folder)
+            return runs.pop()
+
+        monkeypatch.setattr(compare, "measure_load", measure)
+        found = compare_loads(*arms, repeats=5)
+        assert len(found.samples) == 2
+        assert "ended before its time: " in str(found)
+
+    def test_pairs_of_which_one_always_failed_give_no_figures_and_say_so(self):
+        base = fake_comparison(repeats=2)
+        dead = {("original", 0), ("sharded", 1)}
+        samples = tuple(
+            replace(s, measurement=fake_load(outcome="killed")) if (s.arm, s.pair) in dead else s
+            for s in base.samples
+        )
+        assert "there is no pair in which both loaded" in fake_comparison(samples=samples).verdict
+
+    def test_arm_that_loaded_in_its_warm_up_alone_is_not_said_to_have_failed_twice(self):
+        base = fake_comparison(repeats=3)
+        samples = tuple(
+            replace(s, measurement=fake_load(outcome="failed")) if s.arm == "sharded" else s
+            for s in base.samples
+        )
+        told = str(fake_comparison(samples=samples))
+        assert "sharded did load in its warm-up" in told
+        assert "was not run again" not in told
 
     def test_other_weights_under_the_same_names_are_refused(self, arms, tmp_path):
         make_demo_checkpoint(tmp_path / "other", size="5MB", seed=1)
@@ -413,7 +466,15 @@ class TestExperiment:
         assert told["time to first token"] == "not measured"
         assert told["load time"] == base.findings()["sharded"]["load time"]
 
-    @pytest.mark.parametrize("wrong", [{"repeats": 0}, {"margin": 0}, {"margin": math.inf}, {"cache": "hot"}])
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            *({"repeats": 0}, {"repeats": "3"}, {"margin": 0}, {"margin": math.inf}, {"margin": "5%"}),
+            *({"cache": "hot"}, {"seed": -1}, {"seed": None}, {"generate": "3"}, {"timeout": math.nan}),
+            *({"device": 0}, {"device": ""}, {"memory_limit": "bad"}),
+        ],
+        ids=str,
+    )
     def test_wrong_numbers_are_refused(self, arms, wrong):
         with pytest.raises(MeasurementError):
             compare_loads(*arms, **wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from shardkit.measure.sampler import PortableSampler, Reading, StatusSampler
 
 _TAIL_BYTES = 4000
 _ASK_EVERY_SECONDS = 0.2
+_CENTURY = 3e9
 _EVENTS_BYTES = 4_000_000
 # The end of its stdin says that we were killed: then it ends the child's group, and removes the folder.
 _GUARD = 'read _; kill -s KILL -- -"$0"; rm -rf "$1"'
@@ -175,7 +177,7 @@ def _gone_after(child: subprocess.Popen[bytes], folder: Path) -> Iterator[None]:
 def _runs_out_of_time(
     child: subprocess.Popen[bytes], timeout: float | None, stop: Callable[[], bool] | None
 ) -> bool:
-    end = float("inf") if timeout is None else time.monotonic() + timeout
+    end = time.monotonic() + min(math.inf if timeout is None else timeout, _CENTURY)
     while (left := end - time.monotonic()) > 0:
         with suppress(subprocess.TimeoutExpired):
             child.wait(min(left, _ASK_EVERY_SECONDS))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -89,6 +91,11 @@ class Comparison(Record):
     samples: tuple[Sample, ...]
     warm_ups: tuple[Sample, ...]
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        told = {sample.arm for sample in (*self.samples, *self.warm_ups)}
+        if not told <= set(self.names) or not 0 < self.margin < math.inf or self.seed < 0:
+            raise MeasurementError("runs of arms that it does not have, or a margin or seed below zero")
 
     def arm(self, name: str) -> Arm:
         """Return an arm by its name."""
@@ -175,6 +182,9 @@ class Comparison(Record):
     @property
     def verdict(self) -> str:
         """What the others do compared with the original, in words; arms are parted by "; "."""
+        return "; ".join(self._verdicts())
+
+    def _verdicts(self) -> list[str]:
         words = self._dead(self.names)
         if words:
             words += [f"the {arm} one does" for arm in self.names if self.measurements(arm)]
@@ -182,8 +192,10 @@ class Comparison(Record):
         for name in self.names:
             ratios = self.ratios_of(name)
             told = [f"{QUANTITIES[q][0]}: {ratios[q].words()}" for q in _MAIN if q in ratios]
+            if not told and name != self.reference and self.measurements(name):
+                told = ["there is no pair in which both loaded"]
             words += [f"{name}{self._against}, {line}" for line in told] if len(self.arms) > 2 else told
-        return "; ".join(words) or "nothing was measured"
+        return words or ["nothing was measured"]
 
     def _dead(self, arms: Iterable[str]) -> list[str]:
         return [f"the {arm} does not load ({why})" for arm, why in self.failures.items() if arm in arms]
@@ -249,7 +261,7 @@ class Comparison(Record):
         stacks = dict.fromkeys(s.measurement.stack() for s in counted)
         machines = dict.fromkeys(str(s.measurement.environment) for s in counted)
         facts = (
-            *(("verdict" if not line else "", words) for line, words in enumerate(self.verdict.split("; "))),
+            *(("verdict" if not line else "", words) for line, words in enumerate(self._verdicts())),
             *((f"{arm}, a typical run", run.time_line()) for arm in self.names if (run := self.typical(arm))),
             *((f"{arm}, medians", self._medians(arm)) for arm in self.names if self.failures),
             *((f"{arm.name} from", shown_path(arm.source)) for arm in self.arms),
@@ -278,15 +290,16 @@ class Comparison(Record):
         yield from self.notes
         if len({s.measurement.token_ids for s in self.samples if s.measurement.ok}) > 1:
             yield "the arms did not give the same tokens for the fixed prompt"
-        for name in self.names:
-            if len({run.cache.total_bytes for run in self._runs(name)}) > 1:
-                yield f"the files of {name} changed while they were compared: the figures mix both"
         weak = Counter(warning for s in self.samples for warning in s.measurement.warnings())
         weak += Counter(f"{s.arm}: {s.measurement.outcome}" for s in self.samples if not s.measurement.ok)
         for what, count in weak.items():
             yield f"{count} of {plural(len(self.samples), 'run')}: {what}"
         for arm in self.failures:
-            yield f"{arm} failed twice, and was not run again"
+            runs = [s.measurement for s in (*self.warm_ups, *self.samples) if s.arm == arm]
+            if any(run.ok for run in runs):
+                yield f"{arm} did load in its warm-up"
+            else:
+                yield f"{arm} failed {'twice' if len(runs) > 1 else 'once'}, and was not run again"
 
     def to_frame(self) -> pd.DataFrame:
         """Return the raw samples, one row each; the pair of a warm-up is missing."""
@@ -300,12 +313,23 @@ class Comparison(Record):
         return {**super().to_dict(), "verdict": self.verdict}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything, raw samples included: as JSON, or as a card if the name ends in ``.html``."""
+        """Write everything, raw samples included: as JSON, or as a card if the name ends in ``.html``.
+
+        Raises
+        ------
+        MeasurementError
+            If it cannot be written there.
+        """
         is_card = os.fspath(path).lower().endswith((".html", ".htm"))
         text = self.to_html() if is_card else json.dumps(self.to_dict()) + "\n"
         beside = Path(f"{os.fspath(path)}.part")  # an earlier result stays until the new one is whole
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                beside.unlink()
+            raise MeasurementError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -321,7 +345,7 @@ class Comparison(Record):
         try:
             text = Path(path).read_text(encoding="utf-8")
             data = json.loads(carried.group(1) if (carried := _CARRIED.search(text)) else text)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise MeasurementError(f"{os.fspath(path)} cannot be read as a comparison: {error}") from error
         try:
             return cls.from_dict(data if isinstance(data, dict) else {})
@@ -347,7 +371,7 @@ class Comparison(Record):
 
 
 def merge_comparisons(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
-    """Return the raw samples of many results, saved as JSON or as cards, in one frame.
+    """Return the raw samples of many results (or of one), saved as JSON or as cards, in one frame.
 
     Returns
     -------
@@ -361,7 +385,7 @@ def merge_comparisons(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
     import pandas as pd
 
     frames = []
-    for path in paths:
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         frame = Comparison.load(path).to_frame()
         frame.insert(0, "file", os.fspath(path))
         frames.append(frame)

@@ -95,8 +95,8 @@ def _filesystem(folder: str) -> str | None:
 
 
 def _read_ahead(folder: str) -> int | None:
-    device = os.stat(folder).st_dev
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):  # the folder may be gone by now
+        device = os.stat(folder).st_dev
         path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
         return int(Path(path).read_text()) * 1024
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ _FILE_OPTIONS = ("use_safetensors", "variant", "subfolder", "gguf_file", "revisi
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 _SIGNALS = {int(number): number.name for number in signal.Signals}
+_NOT_STARTED = (126, 127)  # as a shell says it
 _AS_TOLD = (
     "wall_seconds", "user_seconds", "system_seconds", "peak_total_bytes", "major_faults", "read_bytes"
 )  # fmt: skip
@@ -94,12 +96,7 @@ def measure_load(
     CheckpointError
         If `source` holds no checkpoint, or is a file that transformers would not load.
     """
-    if cache not in ("cold", "warm"):
-        raise MeasurementError(f'cache is {cache!r}: give "cold" or "warm"')
-    if dtype not in (None, "auto", *CAST_DTYPES):
-        raise MeasurementError(f"dtype is {dtype!r}: give auto, {', '.join(CAST_DTYPES)}, or nothing")
-    if generate < 0:
-        raise MeasurementError(f"generate is {generate}: give a number of tokens, or 0 for none")
+    check_load(dtype, device, cache, generate, memory_limit, timeout, options)
     limit = None if memory_limit is None else parse_size(memory_limit)
     given = _as_json(options or {})
     folder, files = loaded_files(source)
@@ -120,10 +117,35 @@ def measure_load(
     return _measurement(job, limit, state, end)
 
 
+def check_load(
+    dtype: object,
+    device: object,
+    cache: object,
+    generate: object,
+    memory_limit: int | str | None,
+    timeout: object,
+    options: Mapping[str, Any] | None,
+) -> None:
+    """Refuse what `measure_load` does not understand, before anything is opened or run."""
+    if cache not in ("cold", "warm"):
+        raise MeasurementError(f'cache is {cache!r}: give "cold" or "warm"')
+    if dtype not in (None, "auto", *CAST_DTYPES):
+        raise MeasurementError(f"dtype is {dtype!r}: give auto, {', '.join(CAST_DTYPES)}, or nothing")
+    if not isinstance(device, str) or not device:
+        raise MeasurementError(f'device is {device!r}: give "cpu", "cuda", "cuda:1" or "auto"')
+    if type(generate) is not int or generate < 0:
+        raise MeasurementError(f"generate is {generate!r}: give a number of tokens, or 0 for none")
+    if timeout is not None and not (isinstance(timeout, (int, float)) and 0 <= timeout < math.inf):
+        raise MeasurementError(f"timeout is {timeout!r}: give seconds, or None to wait")
+    if memory_limit is not None:
+        parse_size(memory_limit)
+    _as_json(options or {})
+
+
 def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
     try:
         same: dict[str, Any] = json.loads(json.dumps(dict(options)))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise MeasurementError(f"options go to another process as JSON: {error}") from None
     return same
 
@@ -187,8 +209,11 @@ def _outcome(end: ChildEnd, limit: int | None, peaks: Mapping[str, int | None]) 
     where = _where(end)
     when = f"{where}, {end.ended_at - end.started_at:.1f} s after its start"
     memory, anonymous = _at(peaks["peak_total_bytes"]), _at(peaks["peak_anonymous_bytes"])
+    last = (end.output.strip().splitlines() or [""])[-1].strip()[:300]
     if end.return_code is None:
         return "failed", f"the interpreter could not be started: {end.output}"
+    if end.return_code in _NOT_STARTED and not end.events["hello"]:
+        return "failed", f"the interpreter could not be started: {last or 'it does not say why'}"
     if end.timed_out:
         return "timeout", f"stopped{when}{memory}"
     if errors := end.events["error"]:
@@ -202,7 +227,6 @@ def _outcome(end: ChildEnd, limit: int | None, peaks: Mapping[str, int | None]) 
         return "killed", f"by {name}{when}{memory}{hint}"
     if end.events["done"] and end.return_code == 0:
         return "ok", ""
-    last = (end.output.strip().splitlines() or [""])[-1].strip()[:300]
     said = f"; it last printed: {last}" if last else ""
     return "failed", f"ended with status {end.return_code}{where} and no result{said}"
 

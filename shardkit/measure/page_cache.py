@@ -67,6 +67,8 @@ def conclude(state: CacheState, files: Iterable[str], read_bytes: int | None) ->
     """
     resident = _resident_bytes(files)
     state = replace(state, resident_bytes_after=resident)
+    if resident is None and state.proven:
+        return doubt(state, "the files could not be looked at again after the load")
     if state.asked == "cold" and resident is not None and read_bytes is not None:
         unread = resident - read_bytes
         if unread > _UNREAD_SHARE * state.total_bytes:

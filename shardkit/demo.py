@@ -15,31 +15,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import uuid4
 
 import ml_dtypes
 import numpy as np
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.destination import sync
+from shardkit.destination import put_in_place, sync
 from shardkit.errors import CheckpointError, DestinationError, PlanError, SizeError, SpaceError
-from shardkit.safetensors_file import Entry, build_header
+from shardkit.safetensors_file import Entry, build_header, tensor_bytes
 from shardkit.sizes import format_size, parse_size
+from shardkit.tensor import CAST_DTYPES
 
-_DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
-    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
-    "float16": ("F16", np.dtype(np.float16)),
-    "float32": ("F32", np.dtype(np.float32)),
-}
+_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 _SMALLEST_BYTES = 5_000_000
 _LARGEST_PARAMETERS = 7_250_000_000  # the true 7,241,732,096, rounded as people do: 14.5 GB in bfloat16
 _WIDTHS = (4096, 3072, 2048, 1536, 1024, 512, 256, 192, 128, 96)
@@ -51,7 +49,7 @@ _INITIALIZER_RANGE = 0.02
 _CHUNK_ELEMENTS = 1 << 18
 _MOST_THREADS = 8
 _RECIPE = 1  # recorded beside the arguments: raise it when the same arguments give other bytes
-_SIDE_FILES_BYTES = 1_000_000
+_OTHER_BYTES = 1_000_000  # at most, of headers and all that is not weights
 _CARD = """\
 ---
 license: apache-2.0
@@ -108,18 +106,6 @@ class DemoShape:
         yield "lm_head.weight", (self.vocab, hidden)
 
 
-class _File(NamedTuple):
-    """One weights file to be written: its header and the tensors behind it."""
-
-    name: str
-    header: bytes
-    entries: tuple[Entry, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.header) + self.entries[-1].end
-
-
 def make_demo_checkpoint(
     folder: str | os.PathLike[str],
     *,
@@ -165,16 +151,19 @@ def make_demo_checkpoint(
         raise PlanError(f"seed {seed} is negative: give zero or more")
     made_by = {"recipe": _RECIPE, "size": parse_size(size), "dtype": dtype, "shards": shards, "seed": seed}
     target = Path(os.path.realpath(os.path.expanduser(folder)))
-    if (existing := _existing_demo(target, weights, made_by)) is not None:
+    index = _index(weights)
+    if (existing := _existing_demo(target, index, made_by)) is not None:
         return existing
-    _check_space(target, sum(file.nbytes for file in weights) + _SIDE_FILES_BYTES)
+    _check_space(target, index["metadata"]["total_size"] + _OTHER_BYTES)
     staging = target.with_name(f".{target.name}.shardkit-demo-{uuid4().hex[:8]}")
     try:
         staging.mkdir(parents=True)
         _write_weights(staging, weights, dtype, seed)
-        _write_side_files(staging, _side_files(shape, dtype, made_by) | _index(weights))
-        os.rename(staging, target)  # fails, as it should, if another process has filled the folder since
-        sync(target.parent)
+        documents = _side_files(shape, dtype, made_by)
+        if shards > 1:
+            documents["model.safetensors.index.json"] = index
+        _write_side_files(staging, documents)
+        put_in_place(staging, target, overwrite=False)  # fails if another process has filled the folder since
     except OSError as error:
         raise DestinationError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:
@@ -195,7 +184,7 @@ def demo_shape(size: int | str, dtype: str = "bfloat16") -> DemoShape:
     """
     if dtype not in _DTYPES:
         raise PlanError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
-    asked, itemsize = parse_size(size), _DTYPES[dtype][1].itemsize
+    asked, itemsize = parse_size(size), np.dtype(_DTYPES[dtype]).itemsize
     largest = _LARGEST_PARAMETERS * itemsize
     if not _SMALLEST_BYTES <= asked <= largest:
         raise SizeError(
@@ -217,38 +206,33 @@ def demo_shape(size: int | str, dtype: str = "bfloat16") -> DemoShape:
     return replace(whole, intermediate=round((whole.intermediate - excess) / 16) * 16)
 
 
-def _plan_files(shape: DemoShape, dtype: str, shards: int) -> list[_File]:
-    """Cut the tensors, in order, where the files come nearest to equal."""
-    (word, numpy_dtype), tensors = _DTYPES[dtype], list(shape.tensors())
+def _plan_files(shape: DemoShape, dtype: str, shards: int) -> dict[str, list[Entry]]:
+    """Cut the tensors, in order, where the files come nearest to equal; return them by file name."""
+    word, tensors = CAST_DTYPES[dtype], list(shape.tensors())
     if not 1 <= shards <= len(tensors):
         raise PlanError(f"shards={shards}: the {len(tensors)} tensors of this demo fill 1 to {len(tensors)}")
-    ends = [0, *accumulate(prod(lengths) * numpy_dtype.itemsize for _, lengths in tensors)]
-    spans, cuts = list(zip(tensors, ends, ends[1:], strict=False)), [0]
+    ends = [0, *accumulate(tensor_bytes(word, lengths) for _, lengths in tensors)]
+    spans, cuts = list(zip(tensors, pairwise(ends), strict=True)), [0]
     for number in range(1, shards):
         possible = range(cuts[-1] + 1, len(tensors) - shards + number + 1)  # no file is left empty
         cuts.append(min(possible, key=lambda cut: abs(ends[cut] * shards - ends[-1] * number)))
-    planned = []
+    planned = {}
     for number, (first, last) in enumerate(pairwise([*cuts, len(tensors)]), start=1):
-        entries = tuple(
+        file = "model.safetensors" if shards == 1 else f"model-{number:05d}-of-{shards:05d}.safetensors"
+        planned[file] = [
             Entry(name, word, lengths, begin - ends[first], end - ends[first])
-            for (name, lengths), begin, end in spans[first:last]
-        )
-        name = "model.safetensors" if shards == 1 else f"model-{number:05d}-of-{shards:05d}.safetensors"
-        planned.append(_File(name, build_header(entries), entries))
+            for (name, lengths), (begin, end) in spans[first:last]
+        ]
     return planned
 
 
-def _index(weights: Sequence[_File]) -> dict[str, Any]:
-    """Return the index, by its file name; none for a single file."""
-    if len(weights) == 1:
-        return {}
-    weight_map = {entry.name: file.name for file in weights for entry in file.entries}
-    total = sum(file.entries[-1].end for file in weights)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return {"model.safetensors.index.json": index}
+def _index(weights: dict[str, list[Entry]]) -> dict[str, Any]:
+    weight_map = {entry.name: file for file, entries in weights.items() for entry in entries}
+    total = sum(entries[-1].end for entries in weights.values())
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _existing_demo(target: Path, weights: Sequence[_File], made_by: dict[str, Any]) -> Checkpoint | None:
+def _existing_demo(target: Path, index: dict[str, Any], made_by: dict[str, Any]) -> Checkpoint | None:
     """Return the demo that `target` holds already; None if there is room for it."""
     if not target.exists():
         return None
@@ -260,10 +244,9 @@ def _existing_demo(target: Path, weights: Sequence[_File], made_by: dict[str, An
         found = Checkpoint.open(target)
         recorded = (found.config or {}).get("shardkit_demo")
         # The record alone is not enough: a resharded copy carries the config along.
-        planned = {entry.name: file.name for file in weights for entry in file.entries}
         held = {name: tensor.file for name, tensor in found.tensors.items()}
-        total = sum(file.entries[-1].end for file in weights)
-        if (recorded, held, found.total_bytes) == (made_by, planned, total):
+        total = index["metadata"]["total_size"]
+        if (recorded, held, found.total_bytes) == (made_by, index["weight_map"], total):
             return found
     raise DestinationError(
         f"{target}: is not an empty folder, nor the demo asked for: give another folder, or remove this one"
@@ -279,33 +262,25 @@ def _check_space(target: Path, needed: int) -> None:
         )
 
 
-def _write_weights(folder: Path, weights: Sequence[_File], dtype: str, seed: int) -> None:
+def _write_weights(folder: Path, weights: dict[str, list[Entry]], dtype: str, seed: int) -> None:
+    places = []
+    for file, entries in weights.items():
+        header = build_header(entries)
+        (folder / file).write_bytes(header)
+        places += [(folder / file, len(header) + entry.begin, entry) for entry in entries]
+    seeds = np.random.SeedSequence(seed).spawn(len(places))
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        list(pool.map(partial(_draw_tensor, _DTYPES[dtype]), *zip(*places, strict=True), seeds))
     for file in weights:
-        with open(folder / file.name, "wb") as handle:
-            handle.write(file.header)
-            handle.truncate(file.nbytes)
-    places = [(folder / file.name, len(file.header), entry) for file in weights for entry in file.entries]
-    # The largest first: the last to end are then small, and no thread waits long for another.
-    order = sorted(range(len(places)), key=lambda place: places[place][2].begin - places[place][2].end)
-    numpy_dtype, seeds = _DTYPES[dtype][1], np.random.SeedSequence(seed).spawn(len(places))
-    pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
-    try:
-        for drawn in [pool.submit(_draw_tensor, *places[i], numpy_dtype, seeds[i]) for i in order]:
-            drawn.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-    for file in weights:
-        sync(folder / file.name)
+        sync(folder / file)
 
 
-def _draw_tensor(
-    path: Path, data_start: int, entry: Entry, dtype: np.dtype[Any], seed: np.random.SeedSequence
-) -> None:
+def _draw_tensor(dtype: type, path: Path, start: int, entry: Entry, seed: np.random.SeedSequence) -> None:
     """Draw one tensor and write it to its place, chunk by chunk."""
     generator = np.random.Generator(np.random.SFC64(seed))
     buffer, elements = np.ones(_CHUNK_ELEMENTS, np.float32), prod(entry.shape)
     with open(path, "r+b") as handle:
-        handle.seek(data_start + entry.begin)
+        handle.seek(start)
         for done in range(0, elements, _CHUNK_ELEMENTS):
             values = buffer[: elements - done]
             if "norm" not in entry.name:  # norms are ones

@@ -164,12 +164,12 @@ def test_any_number_of_files_up_to_one_a_tensor_holds_all_tensors_in_order(data)
     shape = demo_shape("5MB")
     tensors = list(shape.tensors())
     shards = data.draw(st.integers(1, len(tensors)))
-    planned = demo._plan_files(shape, "bfloat16", shards)
+    planned = list(demo._plan_files(shape, "bfloat16", shards).values())
     assert len(planned) == shards
-    assert [(e.name, e.shape) for file in planned for e in file.entries] == tensors
-    for file in planned:
-        assert file.entries[0].begin == 0
-        assert all(before.end == after.begin for before, after in pairwise(file.entries))
+    assert [(e.name, e.shape) for entries in planned for e in entries] == tensors
+    for entries in planned:
+        assert entries[0].begin == 0
+        assert all(before.end == after.begin for before, after in pairwise(entries))
 
 
 # The same for everybody

@@ -13,17 +13,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import shardkit
+from shardkit.destination import leftovers, remove_leftovers
 from shardkit.display.progress import ProgressBar
 from shardkit.errors import ShardkitError
 from shardkit.files import is_remote
 from shardkit.plan import Strategy
 from shardkit.record import Record, listed, printable
 from shardkit.sizes import format_size
+
+if TYPE_CHECKING:
+    from shardkit.fit import LimitedRun
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,31 +55,22 @@ StrategyOption = Annotated[
     Strategy, typer.Option(help="Fill files in order, one per layer, or as few and as equal as can be.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="Cast floating-point tensors: float16, bfloat16 or float32.")]
+LoadDtype = Annotated[str | None, typer.Option(help="What to load in: float16, bfloat16 or float32.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Threads at work (default: up to 4).")]
 Public = Annotated[bool, typer.Option("--public", help="The repository on the Hub is, or shall be, public.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
 
 
 @app.command()
-def inspect(
-    source: Source,
-    dtype: Annotated[str | None, typer.Option(help="What it would be loaded in: float16, ...")] = None,
-    as_json: Json = False,
-) -> None:
+def inspect(source: Source, dtype: LoadDtype = None, as_json: Json = False) -> None:
     """Say what a checkpoint holds, and what loading it takes, from its headers alone."""
-    from shardkit.checkpoint import Checkpoint
-    from shardkit.destination import leftovers
-
     if left := leftovers(source):
         _say(
             f"an interrupted run left {listed(map(str, left))}: `shardkit clean {source}` removes it; "
             "the same `shardkit shard` as before goes on from there"
         )
-    checkpoint = Checkpoint.open(source)
-    estimate = checkpoint.estimate(dtype)
-    _show(checkpoint, as_json)
-    if not as_json:
-        print(f"\n{estimate}")
+    checkpoint = shardkit.Checkpoint.open(source)
+    _show(checkpoint, as_json, checkpoint.estimate(dtype))
 
 
 @app.command()
@@ -87,16 +82,10 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say which files sharding would write, and write none."""
-    from shardkit.checkpoint import Checkpoint
-    from shardkit.plan import plan_shards
-
-    checkpoint = Checkpoint.open(source)
-    made = plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
-    _show(made, as_json)
-    if not as_json:
-        free = shutil.disk_usage(Path.cwd()).free
-        verdict = "enough" if free >= made.disk_bytes else "NOT enough"
-        print(f"\n  {format_size(free)} free on the disk of this folder: {verdict}")
+    made = shardkit.plan_shards(source, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
+    free = shutil.disk_usage(".").free
+    verdict = "enough" if free >= made.disk_bytes else "NOT enough"
+    _show(made, as_json, f"  {format_size(free)} free on the disk of this folder: {verdict}")
 
 
 @app.command()
@@ -141,19 +130,16 @@ def shard(
     common: dict[str, Any] = {"max_shard_size": max_shard_size, "strategy": strategy, "dtype": dtype}
     common |= {"workers": workers, "verify": verify, "allow_overflow": allow_overflow}
     with _told_how_to_go_on(), _progress_bar() as bar:
+        common["progress"] = bar
         if is_remote(destination.lower()):
-            from shardkit.hub.reshard import shard_on_hub
-
             if overwrite or not resume or stream is not None:
                 raise typer.BadParameter("--overwrite, --no-resume, --stream, --download are for folders")
-            report = shard_on_hub(source, destination[5:], private=not public, progress=bar, **common)
+            report = shardkit.shard_on_hub(source, destination[5:], private=not public, **common)
         else:
-            from shardkit.write import shard_checkpoint
-
             if public:
                 raise typer.BadParameter("--public is for hf:// destinations")
             common |= {"overwrite": overwrite, "resume": resume, "stream": stream}
-            report = shard_checkpoint(source, destination, progress=bar, **common)
+            report = shardkit.shard_checkpoint(source, destination, **common)
     _show(report, as_json)
 
 
@@ -164,20 +150,16 @@ def push(
     public: Public = False,
 ) -> None:
     """Put a sharded checkpoint on the Hub, in one commit, and print its URL."""
-    from shardkit.hub.push import push_checkpoint
-
     with _told_how_to_go_on(), _progress_bar() as bar:
-        url = push_checkpoint(folder, repo_id, private=not public, progress=bar)
+        url = shardkit.push_checkpoint(folder, repo_id, private=not public, progress=bar)
     print(url)
 
 
 @app.command()
 def verify(source: Source, destination: Source, workers: Workers = None, as_json: Json = False) -> None:
     """Compare the tensors of two checkpoints, however they are laid out; after a cast, source first."""
-    from shardkit.verify import verify_checkpoint
-
     with _progress_bar() as bar:
-        found = verify_checkpoint(source, destination, workers=workers, progress=bar)
+        found = shardkit.verify_checkpoint(source, destination, workers=workers, progress=bar)
     _show(found, as_json)
     if not found.equal:
         raise ShardkitError(f"{destination} does not hold just what {source} holds")
@@ -186,8 +168,6 @@ def verify(source: Source, destination: Source, workers: Workers = None, as_json
 @app.command()
 def clean(destination: Annotated[str, typer.Argument(help="The folder that was being written.")]) -> None:
     """Remove what interrupted runs have left beside a destination; the destination itself stays."""
-    from shardkit.destination import remove_leftovers
-
     removed = remove_leftovers(destination)
     print("\n".join(f"removed {printable(str(path))}" for path in removed) or "nothing to be removed")
 
@@ -196,7 +176,7 @@ def clean(destination: Annotated[str, typer.Argument(help="The folder that was b
 def compare(
     original: Source,
     sharded: Source,
-    dtype: Annotated[str | None, typer.Option(help="What both are loaded in: float16, ...")] = None,
+    dtype: LoadDtype = None,
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of loads.")] = 5,
     cache: Annotated[str, typer.Option(help="cold: read from the disk; warm: from the page cache.")] = "cold",
     device: Annotated[str, typer.Option(help="Where both are loaded to: cpu, cuda, cuda:1, auto.")] = "cpu",
@@ -213,8 +193,6 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Load both in turn, each time in a fresh process, and say what differs."""
-    from shardkit.compare import compare_loads
-
     for path in filter(None, (output, plot)):
         if not path.absolute().parent.is_dir():
             raise ShardkitError(f"{path}: its folder does not exist")
@@ -224,7 +202,7 @@ def compare(
     def progress(done: int, total: int, label: str) -> None:
         print(f"  {done}/{total} {label}", file=sys.stderr)
 
-    found = compare_loads(
+    found = shardkit.compare_loads(
         original,
         sharded,
         dtype=dtype,
@@ -246,18 +224,13 @@ def compare(
 
 
 @app.command()
-def fit(
-    source: Source,
-    dtype: Annotated[str | None, typer.Option(help="What it is loaded in: float16, ...")] = None,
-    as_json: Json = False,
-) -> None:
+def fit(source: Source, dtype: LoadDtype = None, as_json: Json = False) -> None:
     """Find the least memory in which it loads, by real loads under real limits."""
-    from shardkit.fit import LimitedRun, minimum_memory
 
     def progress(run: LimitedRun) -> None:
         print(f"  {format_size(run.limit_bytes)}: {run.end}", file=sys.stderr)
 
-    _show(minimum_memory(source, dtype=dtype, progress=progress), as_json)
+    _show(shardkit.minimum_memory(source, dtype=dtype, progress=progress), as_json)
 
 
 @app.command()
@@ -267,9 +240,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Make a small Mistral checkpoint with random weights and a tokenizer, to try things on."""
-    from shardkit.demo import make_demo_checkpoint
-
-    _show(make_demo_checkpoint(output, size=size), as_json)
+    _show(shardkit.make_demo_checkpoint(output, size=size), as_json)
 
 
 @contextmanager
@@ -286,8 +257,8 @@ def _progress_bar() -> ProgressBar:
     return ProgressBar(disable=not sys.stderr.isatty(), ncols=min(columns, 100), nrows=lines)
 
 
-def _show(record: Record, as_json: bool) -> None:
-    print(json.dumps(record.to_dict()) if as_json else record)
+def _show(record: Record, as_json: bool, *more: object) -> None:
+    print(json.dumps(record.to_dict()) if as_json else "\n\n".join(map(str, (record, *more))))
 
 
 def main() -> None:
@@ -298,18 +269,14 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the Hub's client is imported
     try:
-        app()
+        app()  # which ends in an exit of its own
     except ShardkitError as error:
-        _fail(str(error))
+        _say(str(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        _fail(f"{error.filename or 'system'}: {error.strerror or error}")
-
-
-def _fail(message: str) -> NoReturn:
-    _say(message)
+        _say(f"{error.filename or 'system'}: {error.strerror or error}")
     sys.exit(1)
 
 

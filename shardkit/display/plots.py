@@ -57,11 +57,9 @@ def _white() -> Iterator[Any]:
         yield plt
 
 
-def _axes(ax: Axes | None) -> Any:
-    if ax is not None:
-        return ax
+def _new_axes(columns: int = 1, height: float = 4) -> Any:
     with _white() as plt:
-        return plt.subplots(figsize=(8, 4), layout="constrained")[1]
+        return plt.subplots(1, columns, figsize=(8, height), layout="constrained")[1]
 
 
 def _ink(ax: Axes) -> Any:
@@ -97,8 +95,7 @@ def plot_bars(comparison: Comparison, ax: Sequence[Axes] | None = None) -> Seque
     The two axes.
     """
     if ax is None:
-        with _white() as plt:
-            ax = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")[1]
+        ax = _new_axes(columns=2, height=3.6)
     _plot_quantities(comparison, ax[0], _TIMES, 1, "seconds", "Wall time")
     on_gpu = any(comparison.median(arm, _PEAK_GPU) is not None for arm in comparison.names)
     _plot_quantities(comparison, ax[1], (*_PEAKS, _PEAK_GPU) if on_gpu else _PEAKS, 1e9, "GB", "Peak memory")
@@ -157,7 +154,7 @@ def plot_memory(source: Comparison | Sequence[LoadMeasurement], ax: Axes | None 
     ax
         Axes to draw on; None makes a figure.
     """
-    ax = _axes(ax)
+    ax = _new_axes() if ax is None else ax
     if isinstance(source, Comparison):
         chosen = {_plain(arm): typical for arm in source.names if (typical := source.typical(arm, _TIMES[1]))}
     else:
@@ -209,14 +206,15 @@ def _explain_marks(ax: Axes, columns: int) -> None:
     ax.plot([], [], "x", color=ink, markersize=4, label="memory_profiler")
     handles, _ = ax.get_legend_handles_labels()
     handles.insert(2, handles.pop())  # columns fill downwards: one for each run, one for the ends
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.05, -0.16), "columnspacing": 1}
     ax.legend(
         handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(-0.05, -0.16),
         frameon=False,
         fontsize=9 if columns < 4 else 7.5,
         ncols=columns,
+        columnspacing=1,
         labelcolor=ink,
-        **place,
     )
 
 
@@ -320,31 +318,22 @@ def _draw_comparison(comparison: Comparison, figure: Figure) -> list[Axes]:
     return [*bars, curves]
 
 
-# What a tensor is for, by a word in its name; the first that fits counts.
-KINDS = {
-    "embedding": re.compile(r"embed|wte|wpe"),
-    "head": re.compile(r"lm_head|classifier|score|embed_out"),
-    "attention": re.compile(r"att(n|ention)|[qkvo]_proj"),
-    "experts": re.compile(r"expert"),
-    "feed-forward": re.compile(r"mlp|ffn|feed_forward|dense|fc\d|(gate|up|down)_proj"),
-    "norm": re.compile(r"norm|ln_"),
-    "other": re.compile(""),
-}
-_KIND_LOOKS = {
-    "embedding": ("#E69F00", ""),
-    "head": ("#CC79A7", "xx"),
-    "attention": ("#0072B2", ""),
-    "experts": ("#D55E00", ".."),
-    "feed-forward": ("#56B4E9", "//"),
-    "norm": ("#000000", ""),
-    "other": ("#999999", "--"),
+# What a tensor is for, by a word in its name (the first that fits counts), with its colour and hatching.
+_KINDS = {
+    "embedding": ("embed|wte|wpe", "#E69F00", ""),
+    "head": ("lm_head|classifier|score|embed_out", PURPLE, "xx"),
+    "attention": ("att(n|ention)|[qkvo]_proj", BLUE, ""),
+    "experts": ("expert", VERMILION, ".."),
+    "feed-forward": (r"mlp|ffn|feed_forward|dense|fc\d|(gate|up|down)_proj", "#56B4E9", "//"),
+    "norm": ("norm|ln_", "#000000", ""),
+    "other": ("", "#999999", "--"),
 }
 _SHOWN_SHARDS = 40
 
 
 def kind_of(tensor: str) -> str:
     """Return what a tensor is for, as its name says: "attention", "embedding", ..."""
-    return next(kind for kind, pattern in KINDS.items() if pattern.search(tensor))
+    return next(kind for kind, (pattern, *_) in _KINDS.items() if re.search(pattern, tensor))
 
 
 def plot_shards(plan: ShardPlan, ax: Axes | None = None) -> Axes:
@@ -353,10 +342,7 @@ def plot_shards(plan: ShardPlan, ax: Axes | None = None) -> Axes:
     The plan's own text and HTML say the same in numbers. More than 40 files are drawn as the first 40.
     """
     shown = plan.shards[:_SHOWN_SHARDS]
-    if ax is None:
-        with _white() as plt:
-            size = (8, 1.1 + 0.26 * max(3, len(shown)))
-            ax = plt.subplots(figsize=size, layout="constrained")[1]
+    ax = _new_axes(height=1.1 + 0.26 * max(3, len(shown))) if ax is None else ax
     ink = _ink(ax)
     scale, unit = (1e9, "GB") if plan.largest_file.nbytes >= 1e9 else (1e6, "MB")
     for row, shard in enumerate(shown):
@@ -364,7 +350,7 @@ def plot_shards(plan: ShardPlan, ax: Axes | None = None) -> Axes:
         for kind, group in groupby(tensors, key=itemgetter(0)):
             pieces = list(group)
             start, end = pieces[0][1] / scale, (pieces[-1][1] + pieces[-1][2]) / scale
-            color, hatch = _KIND_LOOKS[kind]
+            _, color, hatch = _KINDS[kind]
             new = None if kind in ax.get_legend_handles_labels()[1] else kind
             look: dict[str, Any] = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
             ax.barh(row, end - start, 0.8, start, label=new, **look)
@@ -377,6 +363,5 @@ def plot_shards(plan: ShardPlan, ax: Axes | None = None) -> Axes:
     _tidy(ax, "file", f"{plural(len(plan.shards), 'file')}, {format_size(plan.total_bytes)} of weights")
     ax.set_xlim(0, 1.03 * plan.largest_file.nbytes / scale)
     ax.set_xlabel(f"{unit} (dotted: max_shard_size)", color=ink)
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
-    ax.legend(frameon=False, fontsize=8, labelcolor=ink, **place)
+    ax.legend(frameon=False, fontsize=8, labelcolor=ink, loc="upper left", bbox_to_anchor=(1, 1))
     return ax

@@ -5,16 +5,12 @@ from __future__ import annotations
 import base64
 import json
 from html import escape
-from typing import TYPE_CHECKING
 
 from shardkit.display.plots import comparison_png, describe_memory
-from shardkit.measure.comparison import CARRIED_IN
+from shardkit.measure.comparison import CARRIED_IN, Comparison
 from shardkit.measure.measurement import format_seconds
 from shardkit.record import Table
 from shardkit.sizes import format_size
-
-if TYPE_CHECKING:
-    from shardkit.measure.comparison import Comparison
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -27,7 +23,8 @@ summary { cursor: pointer; margin: .8em 0; }
 
 def comparison_card(comparison: Comparison) -> str:
     """Return the page. What it shows is escaped; what it carries, `Comparison.load` reads back."""
-    runs = _runs(comparison).html()
+    # A "<" in a name could end the element that carries it.
+    carried = json.dumps(comparison.to_dict()).replace("<", "\\u003c")
     picture = base64.b64encode(comparison_png(comparison)).decode()
     return f"""<!doctype html>
 <html lang="en">
@@ -40,8 +37,8 @@ def comparison_card(comparison: Comparison) -> str:
 <body>
 {comparison.summary().html()}
 <p><img alt="{escape(alternative(comparison))}" src="data:image/png;base64,{picture}"></p>
-<details><summary>Every run</summary><div class="shardkit">{runs}</div></details>
-{CARRIED_IN}{_carried(comparison)}</script>
+<details><summary>Every run</summary><div class="shardkit">{_runs(comparison).html()}</div></details>
+{CARRIED_IN}{carried}</script>
 </body>
 </html>
 """
@@ -50,11 +47,6 @@ def comparison_card(comparison: Comparison) -> str:
 def alternative(comparison: Comparison) -> str:
     """Return the words that stand for the picture."""
     return f"Wall times and peaks as in the table above, and memory over time: {describe_memory(comparison)}"
-
-
-def _carried(comparison: Comparison) -> str:
-    # A "<" in a name could end the element that carries it.
-    return json.dumps(comparison.to_dict()).replace("<", "\\u003c")
 
 
 def _runs(comparison: Comparison) -> Table:

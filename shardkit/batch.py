@@ -1,4 +1,4 @@
-"""Unattended notebooks: their parameters, checked before any work begins, and what many of them found.
+"""Parameters of notebooks and of the app, checked before any work begins; what many notebooks found.
 
 Papermill only warns of a name that the notebook does not know, and runs on with the default.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.errors import ShardkitError
+from shardkit.errors import ShardkitError, _InOneLine
 from shardkit.measure.comparison import Comparison, merge_comparisons
 from shardkit.plan import Strategy
 from shardkit.record import listed, plural, printable
@@ -25,12 +25,8 @@ if TYPE_CHECKING:
 _INJECTED = "# Parameters"  # how papermill begins the cell that it writes
 
 
-class ParameterError(ShardkitError, ValueError):
-    """A parameter of a notebook is unknown, or its value cannot be used."""
-
-    def _render_traceback_(self) -> list[str]:
-        # IPython shows this instead of frames, in which whoever typed a wrong value would have to find it.
-        return [f"{type(self).__name__}: {self}"]
+class ParameterError(_InOneLine, ShardkitError, ValueError):
+    """A parameter of a notebook or of the app is unknown, or its value cannot be used."""
 
 
 def check_parameters(names: Mapping[str, Any]) -> None:
@@ -56,9 +52,14 @@ def check_parameters(names: Mapping[str, Any]) -> None:
             f"{plural(len(unknown), 'unknown parameter')} ({listed(unknown)}): "
             f"this notebook has {listed(known, len(known))}"
         )
-    for name in known.keys() & _RULES.keys():
+    check_values({name: names[name] for name in known.keys() & _RULES.keys()})
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Refuse values of parameters that cannot be used; as `check_parameters`."""
+    for name, value in values.items():
         try:
-            _RULES[name](names[name])
+            _RULES[name](value)
         except ShardkitError as error:
             raise ParameterError(f"parameter {name}: {error}") from None
 
@@ -77,10 +78,10 @@ def _is_text(value: object) -> None:
         raise ShardkitError(f"{value!r} is no text (papermill's -r passes a number as text)")
 
 
-def _one_of(*choices: str) -> Callable[[object], None]:
+def _one_of(*choices: object) -> Callable[[object], None]:
     def check(value: object) -> None:
         if value not in choices:
-            raise ShardkitError(f"{value!r} is not one of {', '.join(choices)}")
+            raise ShardkitError(f"{value!r} is not one of {', '.join(map(str, choices))}")
 
     return check
 
@@ -110,6 +111,8 @@ _RULES: dict[str, Callable[[Any], object]] = {
     "dtype": _one_of(*CAST_DTYPES),
     "repeats": _is_count,
     "cache": _one_of("cold", "warm"),
+    "overwrite": _one_of(True, False),
+    "first_token": _one_of(True, False),
     "output_folder": _is_text,
     "results": _is_folder,
 }

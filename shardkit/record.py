@@ -21,8 +21,6 @@ from shardkit.errors import ShardkitError
 if TYPE_CHECKING:
     import cattrs
 
-SCHEMA_VERSION = 1
-
 _FIGURE = re.compile(r"([-+]?[\d.,]+(x| ?[A-Za-z%]{1,3})?( \d+ s)?|[-…]?)$")
 
 
@@ -54,9 +52,9 @@ class Table:
         """Return the table as HTML, every cell escaped."""
         kinds = ["" if right else ' class="sk-text"' for right in self._are_figures]
         cells = [list(zip(kinds, row, strict=True)) for row in (self.columns, *self.rows)]
-        head = "".join(f'<th scope="col"{kind}>{_escaped(name)}</th>' for kind, name in cells[0])
+        head = "".join(f'<th scope="col"{kind}>{escaped(name)}</th>' for kind, name in cells[0])
         body = "".join(
-            "<tr>" + "".join(f"<td{kind}>{_escaped(cell)}</td>" for kind, cell in row) + "</tr>"
+            "<tr>" + "".join(f"<td{kind}>{escaped(cell)}</td>" for kind, cell in row) + "</tr>"
             for row in cells[1:]
         )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -84,13 +82,13 @@ class Summary:
     def html(self) -> str:
         """Return the summary as HTML, every value escaped."""
         facts = "".join(
-            f'<tr><th scope="row">{_escaped(label)}</th><td>{_escaped(value)}</td></tr>'
+            f'<tr><th scope="row">{escaped(label)}</th><td>{escaped(value)}</td></tr>'
             for label, value in self.facts
         )
         tables = "".join(table.html() for table in self.tables)
-        notes = "".join(f'<p class="sk-note">⚠ {_escaped(note)}</p>' for note in self.notes)
+        notes = "".join(f'<p class="sk-note">⚠ {escaped(note)}</p>' for note in self.notes)
         return (
-            f'<style>{_stylesheet()}</style><div class="shardkit"><h4>{_escaped(self.title)}</h4>'
+            f'<style>{_stylesheet()}</style><div class="shardkit"><h4>{escaped(self.title)}</h4>'
             f'<table class="sk-facts"><tbody>{facts}</tbody></table>{tables}{notes}</div>'
         )
 
@@ -98,7 +96,7 @@ class Summary:
 class Record:
     """Base of the result types (frozen dataclasses)."""
 
-    schema: ClassVar[int] = SCHEMA_VERSION
+    schema: ClassVar[int] = 1
 
     def summary(self) -> Summary:
         """Return what `__str__` and `_repr_html_` show."""
@@ -150,7 +148,8 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Return text as HTML that shows it, whatever is in it."""
     return escape(printable(text))
 
 

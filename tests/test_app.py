@@ -164,7 +164,6 @@ class TestChoose:
         assert app.wait(PATIENCE)
         assert "demo is open" in words(app)
         assert control(app, "Into the folder").value == "demo-sharded"
-        assert "demo'" in repr(app)
 
     @pytest.mark.parametrize(
         ("source", "folder"),

@@ -6,10 +6,10 @@ from typing import Any, Self
 
 from shardkit.run import Progress
 
-_LABELS = {
+STAGES = {
     "check": "checking what is there",
     "copy": "writing shards",
-    "verify": "verifying",
+    "verify": "verifying every byte",
     "hash": "hashing",
     "upload": "uploading",
     "stream": "received and sent",
@@ -26,28 +26,24 @@ class ProgressBar:
     """
 
     def __init__(self, **options: Any) -> None:
-        self._options, self._stage, self._bar = options, "", None
-
-    _bar: Any
+        self._options, self._stage = options, ""
+        self._bar: Any = None
 
     def __call__(self, progress: Progress) -> None:
         """Show where the job stands; a new stage begins a new bar."""
         if progress.stage != self._stage:
-            self._begin(progress)
+            from tqdm.auto import tqdm
+
+            self.close()
+            self._stage = progress.stage
+            self._bar = tqdm(
+                total=progress.total_bytes,
+                desc=STAGES.get(progress.stage, progress.stage),
+                unit="B",
+                unit_scale=True,
+                **self._options,
+            )
         self._bar.update(progress.done_bytes - self._bar.n)
-
-    def _begin(self, progress: Progress) -> None:
-        from tqdm.auto import tqdm
-
-        self.close()
-        self._stage = progress.stage
-        self._bar = tqdm(
-            total=progress.total_bytes,
-            desc=_LABELS.get(progress.stage, progress.stage),
-            unit="B",
-            unit_scale=True,
-            **self._options,
-        )
 
     def close(self) -> None:
         """End the bar where it stands."""

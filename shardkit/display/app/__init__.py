@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import ipywidgets as widgets
 
+from shardkit.batch import check_values
 from shardkit.checkpoint import Checkpoint
 from shardkit.display.app import page
 from shardkit.display.app.choose import Choose
@@ -26,7 +27,6 @@ from shardkit.errors import ShardkitError
 from shardkit.measure.comparison import Comparison
 from shardkit.plan import ShardPlan, Strategy
 from shardkit.sizes import parse_size
-from shardkit.tensor import CAST_DTYPES
 from shardkit.write import ShardReport
 
 __all__ = ["ShardApp"]
@@ -76,30 +76,24 @@ class ShardApp:
         first_token: bool = True,
         memory_limit: int | str | None = None,
     ) -> None:
-        _check("strategy", strategy, get_args(Strategy))
-        _check("dtype", dtype, (None, *CAST_DTYPES))
-        _check("cache", cache, ("cold", "warm"))
-        _check("overwrite", overwrite, (True, False))
-        _check("first_token", first_token, (True, False))
-        if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
-            raise ShardkitError(f"repeats is {repeats!r}: give a number of pairs, 1 or more")
+        given = {"strategy": strategy, "cache": cache, "repeats": repeats, "overwrite": overwrite}
+        check_values(given | {"first_token": first_token} | ({} if dtype is None else {"dtype": dtype}))
         limit = None if memory_limit is None else parse_size(memory_limit)
         size = None if max_shard_size is None else parse_size(max_shard_size)
         self._choose = Choose(_path("source", source))
-        self._plan = Plan(size, strategy, dtype)
-        self._shard = Shard(_path("destination", destination), bool(overwrite))
-        self._compare = Compare(repeats, cache, bool(first_token), limit)
+        self._plan = Plan(self._choose, size, strategy, dtype)
+        self._shard = Shard(self._plan, _path("destination", destination), bool(overwrite))
+        self._compare = Compare(self._choose, self._shard, repeats, cache, bool(first_token), limit)
         self._steps = (self._choose, self._plan, self._shard, self._compare)
         self._named = ""
-        self._worker, self._working = Worker(), None
+        self._worker = Worker()
+        self._working: Step | None = None
         self.widget = widgets.VBox([widgets.HTML(page.stylesheet()), *(step.box for step in self._steps)])
         self.widget.add_class("sk-app")
         self._connect()
         self._refresh()
         if source is not None:
             self._begin(self._choose)
-
-    _working: Step | None
 
     @property
     def checkpoint(self) -> Checkpoint | None:
@@ -155,13 +149,9 @@ class ShardApp:
 
         display(self.widget)  # type: ignore[no-untyped-call]
 
-    def __repr__(self) -> str:
-        source = self.checkpoint.source if self.checkpoint else self._choose.source.value
-        return f"ShardApp({source!r}): choose, plan, shard and compare, in a notebook"
-
     def _connect(self) -> None:
         for step in (self._choose, self._shard, self._compare):
-            step.start.on_click(partial(self._clicked, step))
+            step.start.on_click(partial(self._begin, step))
         self._plan.changed = self._planned
         widgets.dlink((self._plan.dtype, "value"), (self._compare.dtype, "value"))
         self._shard.destination.observe(lambda _: self._refresh(), "value")
@@ -170,10 +160,7 @@ class ShardApp:
         # Enter opens what was typed; a suggestion is only a suggestion until it is opened.
         self._choose.entered = partial(self._begin, self._choose)
 
-    def _clicked(self, step: Step, _: Any) -> None:
-        self._begin(step)
-
-    def _begin(self, step: Step) -> bool:
+    def _begin(self, step: Step, _: Any = None) -> bool:
         """Start a step's job, or say why not; a second click on a step that works is overlooked."""
         if self._working is not None:
             if self._working is not step:
@@ -198,23 +185,18 @@ class ShardApp:
         self._refresh()
 
     def _opened(self) -> None:
-        checkpoint = self._choose.checkpoint
-        self._shard.source = self._compare.original = checkpoint.source if checkpoint else ""
-        if checkpoint is not None and self._shard.destination.value.strip() in ("", self._named):
-            self._named = self._choose.beside
-            self._shard.destination.value = self._named
+        if self.checkpoint is not None and self._shard.folder in ("", self._named):
+            self._named = self._shard.destination.value = self._choose.beside
         self._compare.clear()
         self._shard.clear()
-        self._plan.open(checkpoint)
+        self._plan.open()
 
     def _planned(self) -> None:
-        self._shard.plan = self._plan.plan
-        self._choose.tell(self._plan.plan)
+        self._choose.tell(self.plan)
         self._refresh()
 
     def _refresh(self) -> None:
         """Let every button say what can be done now."""
-        self._compare.sharded = self._shard.destination.value.strip()
         for step in self._steps:
             step.show(working=step is self._working, busy=self._working is not None)
 
@@ -224,8 +206,3 @@ def _path(setting: str, value: str | os.PathLike[str] | None) -> str:
         return "" if value is None else os.fsdecode(value)
     except TypeError:
         raise ShardkitError(f"{setting} is {value!r}: give a path") from None
-
-
-def _check(setting: str, value: object, known: tuple[object, ...]) -> None:
-    if value not in known:
-        raise ShardkitError(f"{setting} is {value!r}: give one of {', '.join(map(str, known))}")

@@ -12,27 +12,22 @@ import ipywidgets as widgets
 from shardkit.checkpoint import Checkpoint
 from shardkit.demo import make_demo_checkpoint
 from shardkit.display.app import page
-from shardkit.display.app.step import Step, field
+from shardkit.display.app.step import Area, Step, field
 from shardkit.errors import ShardkitError
 from shardkit.plan import ShardPlan
 from shardkit.record import Summary, Table
 from shardkit.sizes import format_size
 
 _DEMOS = {"mistral-demo-64MB": "64MB", "mistral-demo-512MB": "512MB"}
-_HELD = "what the checkpoint holds"
+_MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 _SUGGESTIONS = (
     ("type a folder, a file or a Hub id below", ""),
     ("demo model, 64 MB, made on the spot: fits anywhere", "mistral-demo-64MB"),
     ("demo model, 512 MB, made on the spot", "mistral-demo-512MB"),
-    *(
-        (f"Hub: {name}{fits}", name)
-        for name, fits in (
-            ("sentence-transformers/all-MiniLM-L6-v2", " (small: fits Binder)"),
-            ("HuggingFaceTB/SmolLM2-135M", " (small: fits Binder)"),
-            ("mistralai/Mistral-7B-v0.1", ""),
-            ("tiiuae/falcon-7b-instruct", ""),
-        )
-    ),
+    (f"Hub: {_MINILM} (small: fits Binder)", _MINILM),
+    ("Hub: HuggingFaceTB/SmolLM2-135M (small: fits Binder)", "HuggingFaceTB/SmolLM2-135M"),
+    ("Hub: mistralai/Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.1"),
+    ("Hub: tiiuae/falcon-7b-instruct", "tiiuae/falcon-7b-instruct"),
 )
 
 
@@ -45,14 +40,11 @@ class Choose(Step):
         What was opened last; None after a failure.
     """
 
+    title, button, working = "1. Choose", "Open", "Opening…"
+    hint = "Any safetensors or PyTorch checkpoint. Opening reads its headers, none of its weights."
+
     def __init__(self, source: str) -> None:
-        super().__init__(
-            1,
-            "Choose",
-            "Any safetensors or PyTorch checkpoint. Opening reads its headers, none of its weights.",
-            button="Open",
-            working="Opening…",
-        )
+        super().__init__()
         self.checkpoint: Checkpoint | None = None
         self.suggestion = field(widgets.Dropdown, "Suggestions", options=_SUGGESTIONS)
         self.source = field(
@@ -68,9 +60,9 @@ class Choose(Step):
         self.suggestion.observe(self._take_suggestion, "value")
         self.source.observe(self._typed, "value")
         self.controls = [self.suggestion]  # the text keeps its focus while what was entered is opened
-        self._held = widgets.HTML()
+        empty = "What it holds, and where it fits, is shown here."
+        self._held = Area("held", "what the checkpoint holds", empty)
         self.place(self.suggestion, self.source, self.start, self._message, self._held)
-        self._clear()
 
     def _take_suggestion(self, change: Any) -> None:
         if change["new"]:
@@ -87,7 +79,7 @@ class Choose(Step):
         """Open the checkpoint; a demo is made first."""
         self._asked = source = self.source.value.strip()  # it may change meanwhile
         self.checkpoint = None
-        self._clear()
+        self._held.clear()
         self.opened()
         if not source:
             raise ShardkitError("nothing is chosen: take a suggestion, or give a folder, a file or a Hub id")
@@ -103,11 +95,8 @@ class Choose(Step):
     def tell(self, plan: ShardPlan | None) -> None:
         """Show what the checkpoint holds, and where it fits as it is and sharded as planned."""
         if self.checkpoint is not None:
-            shown = page.columns(self.checkpoint.summary().html(), _fits(self.checkpoint, plan).html())
-            self._held.value = page.region(_HELD, shown, name="held")
-
-    def _clear(self) -> None:
-        self._held.value = page.region(_HELD, "What it holds, and where it fits, is shown here.", name="held")
+            fits = _fits(self.checkpoint, plan)
+            self._held.fill(page.columns(self.checkpoint.summary().html(), fits.html()))
 
     @property
     def is_open(self) -> bool:

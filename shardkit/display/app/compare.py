@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import time
+from functools import partial
 
 import ipywidgets as widgets
 
 from shardkit.compare import compare_loads
 from shardkit.display.app import page
-from shardkit.display.app.step import Step, field
+from shardkit.display.app.choose import Choose
+from shardkit.display.app.shard import Shard
+from shardkit.display.app.step import Area, Step, field
 from shardkit.display.app.worker import Worker
 from shardkit.display.card import alternative
 from shardkit.display.plots import comparison_png
-from shardkit.errors import Cancelled
 from shardkit.estimate import HOSTS
 from shardkit.measure.comparison import Comparison
 from shardkit.measure.limit import why_unlimited
@@ -24,7 +26,6 @@ from shardkit.tensor import CAST_DTYPES
 
 _CACHES = (("cold: read from the disk", "cold"), ("warm: from the page cache", "warm"))
 _GENERATES = "Also time the first token, which pays for what the load put off"
-_NO_VERDICT = "The verdict and its figures stand here, run by run."
 _MOST_REPEATS = 20
 
 
@@ -33,21 +34,18 @@ class Compare(Step):
 
     Attributes
     ----------
-    original, sharded
-        Folders.
     comparison
         What was found; of a run that was stopped, what was found so far.
     """
 
-    def __init__(self, repeats: int, cache: str, first_token: bool, memory_limit: int | None) -> None:
-        super().__init__(
-            4,
-            "Compare",
-            "Loads the original and the shards in turn, each time in a fresh process, and says what differs.",
-            button="Compare",
-            working="Comparing…",
-        )
-        self.original = self.sharded = ""
+    title, button, working = "4. Compare", "Compare", "Comparing…"
+    hint = "Loads the original and the shards in turn, each time in a fresh process, and says what differs."
+
+    def __init__(
+        self, choose: Choose, shard: Shard, repeats: int, cache: str, first_token: bool, limit: int | None
+    ) -> None:
+        super().__init__()
+        self._choose, self._shard = choose, shard
         self.comparison: Comparison | None = None
         dtypes = [("what the config says", ""), *((name, name) for name in CAST_DTYPES)]
         self.dtype = field(widgets.Dropdown, "Load as", options=dtypes)
@@ -56,13 +54,13 @@ class Compare(Step):
         )
         self.cache = field(widgets.Dropdown, "Page cache", options=_CACHES, value=cache)
         self.first_token = field(widgets.Checkbox, _GENERATES, value=first_token)
-        limits, why = _limits(memory_limit), why_unlimited()
-        self.limit = field(widgets.Dropdown, "Memory limit", options=limits, value=memory_limit or 0)
+        limits, why = _limits(limit), why_unlimited()
+        self.limit = field(widgets.Dropdown, "Memory limit", options=limits, value=limit or 0)
         settings = [self.dtype, self.repeats, self.cache, self.first_token, self.limit]
         self.controls, self.limit.disabled = settings[:-1] if why else settings, bool(why)
         hint = page.hint(f"No memory limit can be set here: {why}.") if why else ""
-        self._began = 0.0
-        self._verdict, self._picture, self._downloads = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self._verdict = Area("verdict", "verdict", "The verdict and its figures stand here, run by run.")
+        self._picture, self._downloads = widgets.HTML(), widgets.HTML()
         self.box.add_class("sk-runs")
         buttons = widgets.HBox([self.start, self.cancel])
         shown = [self._verdict, self._downloads, self._picture]
@@ -72,60 +70,53 @@ class Compare(Step):
     @property
     def missing(self) -> str:
         """What has to be done before: there must be two to compare."""
-        if not self.original:
+        if self._choose.checkpoint is None:
             return "there is nothing to compare: open a checkpoint (step 1)"
-        if not os.path.isdir(os.path.expanduser(self.sharded)):
-            return f"{self.sharded}: no such folder yet: shard first (step 3)"
+        if not os.path.isdir(os.path.expanduser(self._shard.folder)):
+            return f"{self._shard.folder}: no such folder yet: shard first (step 3)"
         return ""
 
     def clear(self) -> None:
         """Forget what was found."""
         super().clear()
         self.comparison = None
-        self._verdict.value = page.region("verdict", _NO_VERDICT, name="verdict")
+        self.stopped = "Nothing was found yet. Compare starts anew."
+        self._verdict.clear()
         self._downloads.value = page.links()
         self._picture.value = page.no_picture("Times, peaks and memory over time are drawn here, run by run.")
 
     def run(self) -> None:
         """Compare, showing what is known after every run."""
         self.clear()
-        self._began = time.monotonic()
+        assert self._choose.checkpoint is not None  # noqa: S101 - or it would be `missing`
         self.comparison = compare_loads(
-            self.original,
-            self.sharded,
+            self._choose.checkpoint.source,
+            self._shard.folder,
             dtype=self.dtype.value or None,
             cache=self.cache.value,
             repeats=self.repeats.value,
             generate=int(self.first_token.value),
             memory_limit=self.limit.value or None,
-            progress=self._progress,
+            progress=partial(self._progress, time.monotonic()),
             on_sample=self._draw,
             stop=Worker.stopping,
         )
-        self._draw(self.comparison)
         self._downloads.value = page.links(*_downloads(self.comparison))
         self.say(page.done(self.comparison.verdict))
 
-    def _progress(self, done: int, total: int, label: str) -> bool:
-        self._bar.value = done / total
+    def _progress(self, began: float, done: int, total: int, label: str) -> bool:
         line = f"Run {min(done + 1, total)} of {total}: {label}"
         if done:
-            left = (time.monotonic() - self._began) / done * (total - done)
+            left = (time.monotonic() - began) / done * (total - done)
             line += f", about {format_seconds(left)} left"
-        self.say(page.status(line))
+        self.show_progress(done / total, line)
         return not Worker.stopping()
 
     def _draw(self, comparison: Comparison) -> None:
         self.comparison = comparison
-        self._verdict.value = page.region("verdict", comparison.summary().html(), name="verdict")
+        self.stopped = "What was found until then stays below. Compare starts anew."
+        self._verdict.fill(comparison.summary().html())
         self._picture.value = page.picture(comparison_png(comparison), alternative(comparison))
-
-    def in_words(self, error: Exception) -> str:
-        """Return what the page says of an error; a stop is none."""
-        if isinstance(error, Cancelled):
-            found = "What was found until then stays below." if self.comparison else "Nothing was found yet."
-            return page.status(f"Stopped as asked. {found} {self._button} starts anew.")
-        return super().in_words(error)
 
 
 def _limits(asked: int | None) -> list[tuple[str, int]]:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.plan import ShardPlan
-from shardkit.record import _escaped as escaped
-from shardkit.record import listed, plural
+from shardkit.record import escaped, listed, plural
 from shardkit.sizes import format_size
+from shardkit.tensor import TensorInfo
 
 _DRAWN_FILES = 300  # more are thinner than a pixel
 _BLOCK = re.compile(r"(?:^|\.)(\d{1,6})\.")
@@ -26,7 +26,7 @@ class File(NamedTuple):
 
     name: str
     nbytes: int
-    tensors: tuple[str, ...]
+    tensors: list[str]
 
 
 # JupyterLab takes arrow keys and letters for its own, even if a menu or a slider in a cell's output has the
@@ -47,9 +47,9 @@ def stylesheet() -> str:
     return f'<style onload="{_ON_FOCUS}">{css}</style>'
 
 
-def heading(number: int, title: str, told: str) -> str:
+def heading(title: str, told: str) -> str:
     """Return the title of a step."""
-    return f'<h3 class="sk-heading">{number}. {escaped(title)}</h3>{hint(told)}'
+    return f'<h3 class="sk-heading">{escaped(title)}</h3>{hint(told)}'
 
 
 def hint(text: str) -> str:
@@ -73,9 +73,8 @@ def error(text: str) -> str:
     return f'<div role="alert" class="sk-error"><strong>✗ Not done.</strong> {escaped(text)}</div>'
 
 
-def region(label: str, *parts: str, name: str) -> str:
-    """Return an area of fixed height, which scrolls, by keyboard too; the parts are HTML."""
-    body = "".join(parts)
+def region(label: str, body: str, *, name: str) -> str:
+    """Return an area of fixed height, which scrolls, by keyboard too; its body is HTML."""
     return f'<div class="sk-area sk-{name}" role="region" aria-label="{label}" tabindex="0">{body}</div>'
 
 
@@ -86,13 +85,11 @@ def columns(*parts: str) -> str:
 
 def layout_map(checkpoint: Checkpoint, plan: ShardPlan) -> str:
     """Return both layouts, one above the other on one scale of bytes: a box for each file."""
-    held: defaultdict[str, list[str]] = defaultdict(list)
-    sizes: defaultdict[str, int] = defaultdict(int)
+    held: defaultdict[str, list[TensorInfo]] = defaultdict(list)
     for tensor in checkpoint.tensors.values():
-        held[tensor.file].append(tensor.name)
-        sizes[tensor.file] += tensor.nbytes
-    now = [File(file, sizes[file], tuple(names)) for file, names in held.items()]
-    planned = [File(s.file, s.nbytes, tuple(t.source.name for t in s.tensors)) for s in plan.shards]
+        held[tensor.file].append(tensor)
+    now = [File(f, sum(t.nbytes for t in tensors), [t.name for t in tensors]) for f, tensors in held.items()]
+    planned = [File(s.file, s.nbytes, [t.source.name for t in s.tensors]) for s in plan.shards]
     scale = max(sum(file.nbytes for file in row) for row in (now, planned)) or 1
     rows = _row("now", now, scale) + _row("planned", planned, scale)
     return f'<div class="sk-map">{rows}</div>'

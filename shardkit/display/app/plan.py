@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ import ipywidgets as widgets
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.display.app import page
-from shardkit.display.app.step import Step, field
-from shardkit.errors import ShardkitError
+from shardkit.display.app.choose import Choose
+from shardkit.display.app.step import Area, Step, field
 from shardkit.plan import ShardPlan, plan_shards
 from shardkit.record import Summary
 from shardkit.sizes import format_size
@@ -24,8 +25,9 @@ STRATEGIES = (
     ("one file for each decoder block", "layer"),
     ("fewest files, as equal as can be", "balanced"),
 )
-_MANTISSAS = (10, 12, 16, 20, 25, 32, 40, 50, 63, 80)  # ten steps from a size to ten times it
 _MOST_FILES, _USUAL_FILES, _LEAST_BYTES = 200, 8, 1_000_000
+_MANTISSAS = (10, 12, 16, 20, 25, 32, 40, 50, 63, 80)  # ten steps from a size to ten times it
+_ROUND_SIZES = [mantissa * 10**power for power in range(5, 16) for mantissa in _MANTISSAS]
 
 
 class Plan(Step):
@@ -37,16 +39,12 @@ class Plan(Step):
         What the controls say; None as long as there is no checkpoint, or no such plan.
     """
 
-    def __init__(self, max_shard_size: int | None, strategy: str, dtype: str | None) -> None:
-        super().__init__(
-            2,
-            "Plan",
-            "The plan is computed from the headers: nothing is written yet.",
-            button="",
-            working="",
-        )
+    title, hint = "2. Plan", "The plan is computed from the headers: nothing is written yet."
+
+    def __init__(self, choose: Choose, max_shard_size: int | None, strategy: str, dtype: str | None) -> None:
+        super().__init__()
         self.plan: ShardPlan | None = None
-        self._checkpoint: Checkpoint | None = None
+        self._choose = choose
         self.changed: Callable[[], None] = lambda: None
         self._asked, self._source, self._filling = max_shard_size, "", False
         self.size = field(widgets.SelectionSlider, "Shard size up to", options=[("-", 0)])
@@ -54,17 +52,16 @@ class Plan(Step):
         dtypes = [("as it is stored (bytes are copied)", ""), *((name, name) for name in CAST_DTYPES)]
         self.dtype = field(widgets.Dropdown, "Write as", options=dtypes, value=dtype or "")
         self.controls = [self.size, self.strategy, self.dtype]
-        self._map = widgets.HTML()
-        self._told = widgets.HTML()
+        self._map = Area("layout", "layout of the files", "The layout of the files is drawn here.")
+        empty = "Number of files, disk and memory needed are shown here."
+        self._told = Area("plan", "the plan", empty)
         for control in self.controls:
             control.observe(self._changed, "value")
         self.place(*self.controls, self._message, self._map, self._told)
-        self._clear()
 
-    def open(self, checkpoint: Checkpoint | None) -> None:
-        """Plan for another checkpoint."""
-        self._checkpoint = checkpoint
-        if checkpoint is not None:
+    def open(self) -> None:
+        """Plan for another checkpoint, or none."""
+        if (checkpoint := self._choose.checkpoint) is not None:
             sizes = shard_sizes(checkpoint.total_bytes, self._asked)
             kept = self.size.value if checkpoint.source == self._source else None
             self._source = checkpoint.source
@@ -79,49 +76,34 @@ class Plan(Step):
     @property
     def missing(self) -> str:
         """What has to be done before: a checkpoint."""
-        return "" if self._checkpoint is not None else "there is nothing to plan: open a checkpoint (step 1)"
+        return "" if self._choose.checkpoint else "there is nothing to plan: open a checkpoint (step 1)"
 
     def show(self, *, working: bool, busy: bool) -> None:
         """Let the controls say whether there is something to plan for."""
         super().show(working=working, busy=busy or bool(self.missing))
 
-    def attempt(self) -> None:
-        """Plan, and tell who waits for it."""
-        super().attempt()
-        self.changed()
-
     def run(self) -> None:
-        """Plan anew and show it."""
+        """Plan anew, show it, and tell who waits for it."""
         self.plan = None
-        if self._checkpoint is None:
-            self._clear()
-            return
         try:
-            self.plan = plan_shards(
-                self._checkpoint,
-                max_shard_size=self.size.value,
-                strategy=self.strategy.value,
-                dtype=self.dtype.value or None,
-            )
-        except ShardkitError:
-            self._clear()
-            raise
-        self._map.value = page.region(
-            "layout of the files", page.layout_map(self._checkpoint, self.plan), name="layout"
-        )
-        self._told.value = page.region("the plan", _told(self._checkpoint, self.plan), name="plan")
+            if (checkpoint := self._choose.checkpoint) is not None:
+                self.plan = plan_shards(
+                    checkpoint,
+                    max_shard_size=self.size.value,
+                    strategy=self.strategy.value,
+                    dtype=self.dtype.value or None,
+                )
+                self._map.fill(page.layout_map(checkpoint, self.plan))
+                self._told.fill(_told(checkpoint, self.plan))
+        finally:
+            if self.plan is None:
+                self._map.clear()
+                self._told.clear()
+            self.changed()
 
     def _changed(self, _: Any) -> None:
         if not self._filling:
             self.attempt()
-
-    def _clear(self) -> None:
-        self._map.value = page.region(
-            "layout of the files", "The layout of the files is drawn here.", name="layout"
-        )
-        self._told.value = page.region(
-            "the plan", "Number of files, disk and memory needed are shown here.", name="plan"
-        )
 
 
 def _told(checkpoint: Checkpoint, plan: ShardPlan) -> str:
@@ -143,13 +125,6 @@ def _told(checkpoint: Checkpoint, plan: ShardPlan) -> str:
 def shard_sizes(total_bytes: int, asked: int | None) -> list[int]:
     """Return the sizes to choose from: round ones, from many files to one, and what was asked for."""
     least = max(_LEAST_BYTES, total_bytes // _MOST_FILES)
-    sizes = {asked} if asked else set()
-    power = 10 ** (len(str(least)) - 2)
-    while True:
-        for mantissa in _MANTISSAS:
-            size = mantissa * power
-            if size >= least:
-                sizes.add(size)
-            if size > total_bytes * 1.01:  # room for a header: all in one file
-                return sorted(sizes)
-        power *= 10
+    sizes = [size for size in _ROUND_SIZES if size >= least]
+    whole = bisect_right(sizes, total_bytes * 1.01)  # room for a header: all in one file
+    return sorted({*sizes[: whole + 1], asked or sizes[whole]})

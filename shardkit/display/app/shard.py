@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +11,19 @@ import ipywidgets as widgets
 
 from shardkit.destination import leftovers
 from shardkit.display.app import page
-from shardkit.display.app.step import ByteProgress, Step, field
-from shardkit.errors import Cancelled, DestinationError, ShardkitError
-from shardkit.plan import ShardPlan
+from shardkit.display.app.plan import Plan
+from shardkit.display.app.step import Step, field
+from shardkit.display.app.worker import Worker
+from shardkit.display.progress import STAGES
+from shardkit.errors import DestinationError, ShardkitError
+from shardkit.measure.measurement import format_seconds
 from shardkit.record import plural, shown_path
+from shardkit.run import Progress
+from shardkit.sizes import format_size
 from shardkit.write import ShardReport, shard_checkpoint
 
-_WORDS = {"check": "Checking what is there", "copy": "Writing shards", "verify": "Verifying every byte"}
+_SHOW_EVERY_SECONDS = 0.15  # a page that is told more often than that falls behind
+_RATE_OVER_SECONDS = 5.0
 _GOES_ON = "Shard goes on where it stopped"
 
 
@@ -24,21 +32,17 @@ class Shard(Step):
 
     Attributes
     ----------
-    plan
-        What to carry out, of `source`.
     report
         What was written; None until it is.
     """
 
-    def __init__(self, destination: str, overwrite: bool) -> None:
-        super().__init__(
-            3,
-            "Shard",
-            "Copies byte ranges, loads nothing, then compares every tensor. The source is never changed.",
-            button="Shard",
-            working="Sharding…",
-        )
-        self.source, self.plan = "", None
+    title, button, working = "3. Shard", "Shard", "Sharding…"
+    hint = "Copies byte ranges, loads nothing, then compares every tensor. The source is never changed."
+    stopped = f"What is finished is kept: {_GOES_ON}."
+
+    def __init__(self, plan: Plan, destination: str, overwrite: bool) -> None:
+        super().__init__()
+        self._plan = plan
         self.report: ShardReport | None = None
         self.written: Callable[[], None] = lambda: None
         self.destination = field(widgets.Text, "Into the folder", value=destination, continuous_update=False)
@@ -48,14 +52,17 @@ class Shard(Step):
         buttons = widgets.HBox([self.start, self.cancel])
         self.place(self.destination, self.overwrite, buttons, self._bar, self._message)
 
-    plan: ShardPlan | None
+    @property
+    def folder(self) -> str:
+        """Where the shards are to be written."""
+        return str(self.destination.value).strip()
 
     @property
     def missing(self) -> str:
         """What has to be done before: a plan."""
-        if self.plan is not None:
+        if self._plan.plan is not None:
             return ""
-        why = "it cannot be made (step 2)" if self.source else "open a checkpoint (step 1)"
+        why = "open a checkpoint (step 1)" if self._plan.missing else "it cannot be made (step 2)"
         return f"there is no plan to carry out: {why}"
 
     def clear(self) -> None:
@@ -75,37 +82,30 @@ class Shard(Step):
     @property
     def unfinished(self) -> bool:
         """Whether an interrupted run has left something beside the destination."""
-        destination = self.destination.value.strip()
         try:
-            return bool(leftovers(destination))
+            return bool(leftovers(self.folder))
         except ValueError:  # of a NUL, or half a character
-            raise DestinationError(f"{destination!r}: no folder can be called that") from None
+            raise DestinationError(f"{self.folder!r}: no folder can be called that") from None
 
     def run(self) -> None:
         """Write, verify, publish."""
-        assert self.plan is not None  # noqa: S101 - or it would be `missing`
-        destination = self.destination.value.strip()
-        if not destination:
+        plan, folder = self._plan.plan, self.folder
+        assert plan is not None  # noqa: S101 - or it would be `missing`
+        if not folder:
             raise ShardkitError("no folder is named: say where the shards are to be written")
         self.report = None
         self.say(page.status("Going on where it stopped …" if self.unfinished else "Starting …"))
         self.report = shard_checkpoint(
-            self.source,
-            destination,
-            max_shard_size=self.plan.max_shard_size,
-            strategy=self.plan.strategy,
-            dtype=self.plan.dtype,
+            plan.source,
+            folder,
+            max_shard_size=plan.max_shard_size,
+            strategy=plan.strategy,
+            dtype=plan.dtype,
             overwrite=self.overwrite.value,
-            progress=ByteProgress(self, self._bar, _WORDS),
+            progress=_ByteProgress(self.show_progress),
         )
         self.written()
         self.say(_told(self.report))
-
-    def in_words(self, error: Exception) -> str:
-        """Return what the page says of an error; a stop is none."""
-        if isinstance(error, Cancelled):
-            return page.status(f"Stopped as asked. What is finished is kept: {_GOES_ON}.")
-        return super().in_words(error)
 
 
 def _told(report: ShardReport) -> str:
@@ -120,3 +120,35 @@ def _told(report: ShardReport) -> str:
         f"{words}. Load it as any model, or compare the loads below.",
         f"AutoModelForCausalLM.from_pretrained({path!r}, dtype={report.dtype or 'auto'!r})",
     )
+
+
+class _ByteProgress:
+    """Shows the progress of a job in bytes: a bar, and in words how much, how fast, how long yet."""
+
+    def __init__(self, show: Callable[[float, str], None]) -> None:
+        self._show = show
+        self._shown_at = 0.0
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def __call__(self, progress: Progress) -> bool:
+        """Show where the job stands; False asks it to stop."""
+        now = time.monotonic()
+        if not progress.done_bytes:  # another stage begins
+            self._seen.clear()
+        self._seen.append((now, progress.done_bytes))
+        while now - self._seen[0][0] > _RATE_OVER_SECONDS:
+            self._seen.popleft()
+        if now - self._shown_at >= _SHOW_EVERY_SECONDS or progress.done_bytes == progress.total_bytes:
+            self._shown_at = now
+            self._show(progress.done_bytes / (progress.total_bytes or 1), self._line(progress))
+        return not Worker.stopping()
+
+    def _line(self, progress: Progress) -> str:
+        words = STAGES.get(progress.stage, progress.stage).capitalize()
+        line = f"{words}: {format_size(progress.done_bytes)} of {format_size(progress.total_bytes)}"
+        (began, before), (now, done) = self._seen[0], self._seen[-1]
+        if done == before or now == began:
+            return line
+        rate = (done - before) / (now - began)
+        left = format_seconds((progress.total_bytes - done) / rate)
+        return f"{line}, {format_size(rate)}/s, {left} left"

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from typing import Any
 
 import ipywidgets as widgets
 
 from shardkit.display.app import page
-from shardkit.display.app.worker import Worker, plain_words
-from shardkit.measure.measurement import format_seconds
-from shardkit.run import Progress
-from shardkit.sizes import format_size
+from shardkit.display.app.worker import Worker
+from shardkit.errors import Cancelled, ShardkitError
 
-_SHOW_EVERY_SECONDS = 0.15  # a page that is told more often than that falls behind
-_RATE_OVER_SECONDS = 5.0
 # Messages name what to write in Python or a shell; the app has controls for it.
 _IN_THE_APP = {
     "replace it (overwrite=True, --overwrite)": 'tick "Replace a checkpoint that is there"',
@@ -30,6 +24,23 @@ _WIDE = {"width": "100%", "max_width": "46rem", "margin": "2px 0"}
 def field(kind: Any, label: str, **options: Any) -> Any:
     """Return a control whose label a screen reader finds, as wide as there is room for."""
     return kind(description=label, style={"description_width": "9rem"}, layout=_WIDE, **options)
+
+
+class Area(widgets.HTML):  # type: ignore[misc]
+    """A place of fixed height that says what will be shown there, until it is."""
+
+    def __init__(self, name: str, label: str, empty: str) -> None:
+        super().__init__()
+        self._name, self._label, self._empty = name, label, empty
+        self.fill(empty)
+
+    def fill(self, html: str) -> None:
+        """Show some HTML."""
+        self.value = page.region(self._label, html, name=self._name)
+
+    def clear(self) -> None:
+        """Say again what will be shown."""
+        self.fill(self._empty)
 
 
 class Step:
@@ -47,23 +58,28 @@ class Step:
         What the last attempt raised; None if it went well.
     """
 
-    def __init__(self, number: int, title: str, hint: str, *, button: str, working: str) -> None:
+    title = hint = ""
+    button = working = ""  # what the button says, and what it says while the job runs
+    stopped = ""  # what is left of a job that was asked to stop
+
+    def __init__(self) -> None:
         self.controls: list[Any] = []
         self.error: Exception | None = None
-        self._button, self._working = button, working
-        self.start = widgets.Button(description=button, button_style="primary", layout={"width": "11rem"})
+        self.start = widgets.Button(
+            description=self.button, button_style="primary", layout={"width": "11rem"}
+        )
         self.cancel = widgets.Button(description="Cancel", layout={"width": "9rem"})
         self.cancel.on_click(self._cancel)
         self._may_cancel, self._refusal = False, ""
         self._bar = widgets.FloatProgress(max=1.0, layout=_WIDE)
-        self._heading, self._message = widgets.HTML(page.heading(number, title, hint)), widgets.HTML()
+        self._message = widgets.HTML()
         self._message.add_class("sk-message")
         self.box = widgets.VBox()
         self.box.add_class("sk-step")
 
     def place(self, *rows: Any) -> None:
         """Put the step together: the heading, then `rows`."""
-        self.box.children = (self._heading, *rows)
+        self.box.children = (widgets.HTML(page.heading(self.title, self.hint)), *rows)
 
     def run(self) -> None:
         """Do the step's job; raises what fails."""
@@ -91,8 +107,10 @@ class Step:
             self._bar.value, self._bar.bar_style = self._bar.max, "success"
 
     def in_words(self, error: Exception) -> str:
-        """Return what the page says of an error."""
-        told = plain_words(error)
+        """Return what the page says of an error; a stop is none."""
+        if isinstance(error, Cancelled):
+            return page.status(f"Stopped as asked. {self.stopped}")
+        told = _plain_words(error)
         for words, here in _IN_THE_APP.items():
             told = told.replace(words, here)
         return page.error(told)
@@ -100,6 +118,11 @@ class Step:
     def say(self, html: str) -> None:
         """Show a line of HTML under the buttons."""
         self._message.value = html
+
+    def show_progress(self, done: float, line: str) -> None:
+        """Show how far a job is: the share of it that is done, and in words."""
+        self._bar.value = done
+        self.say(page.status(line))
 
     def refuse(self, html: str) -> None:
         """Say why not now; it goes as soon as anything changes."""
@@ -110,7 +133,7 @@ class Step:
         """Let the buttons and controls say what can be done now."""
         if self._message.value == self._refusal:
             self.say("")
-        self.start.description = self._working if working else self._button
+        self.start.description = self.working if working else self.button
         _dim(self.start, busy or bool(self.missing))
         self.let_cancel(working)
         for control in self.controls:
@@ -134,35 +157,12 @@ def _dim(button: Any, dim: bool) -> None:
     (button.add_class if dim else button.remove_class)("sk-dim")
 
 
-class ByteProgress:
-    """Shows the progress of a job in bytes: a bar, and in words how much, how fast, how long yet."""
-
-    def __init__(self, step: Step, bar: Any, words: dict[str, str]) -> None:
-        self._step, self._bar, self._words = step, bar, words
-        self._stage, self._shown_at = "", 0.0
-        self._seen: deque[tuple[float, int]] = deque()
-
-    def __call__(self, progress: Progress) -> bool:
-        """Show where the job stands; False asks it to stop."""
-        now = time.monotonic()
-        if progress.stage != self._stage:
-            self._stage = progress.stage
-            self._seen.clear()
-        self._seen.append((now, progress.done_bytes))
-        while now - self._seen[0][0] > _RATE_OVER_SECONDS:
-            self._seen.popleft()
-        if now - self._shown_at >= _SHOW_EVERY_SECONDS or progress.done_bytes == progress.total_bytes:
-            self._shown_at = now
-            self._bar.value = progress.done_bytes / (progress.total_bytes or 1)
-            self._step.say(page.status(self._line(progress)))
-        return not Worker.stopping()
-
-    def _line(self, progress: Progress) -> str:
-        words = self._words.get(progress.stage, progress.stage)
-        line = f"{words}: {format_size(progress.done_bytes)} of {format_size(progress.total_bytes)}"
-        (began, before), (now, done) = self._seen[0], self._seen[-1]
-        if done == before or now == began:
-            return line
-        rate = (done - before) / (now - began)
-        left = format_seconds((progress.total_bytes - done) / rate)
-        return f"{line}, {format_size(rate)}/s, {left} left"
+def _plain_words(error: Exception) -> str:
+    """Say what went wrong as a person would, whatever was raised."""
+    if isinstance(error, ShardkitError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'system'}: {error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return "this machine's memory ran out: restart the kernel, or take a smaller model"
+    return f"unexpected {type(error).__name__}: {error}. This is a fault in shardkit: please report it"

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from threading import Event, Lock, Thread
 from typing import ClassVar
 
-from shardkit.errors import Cancelled, ShardkitError
-
 
 class Worker:
     """Runs jobs in a thread of their own, one at a time in the whole process.
@@ -75,14 +73,3 @@ class Worker:
         if self._thread is not None:
             self._thread.join(timeout)
         return self._thread is None or not self._thread.is_alive()
-
-
-def plain_words(error: BaseException) -> str:
-    """Say what went wrong as a person would, whatever was raised."""
-    if isinstance(error, Cancelled | ShardkitError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.filename or 'system'}: {error.strerror or error}"
-    if isinstance(error, MemoryError):
-        return "this machine's memory ran out: restart the kernel, or take a smaller model"
-    return f"unexpected {type(error).__name__}: {error}. This is a fault in shardkit: please report it"

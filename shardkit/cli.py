@@ -61,6 +61,11 @@ Public = Annotated[bool, typer.Option("--public", help="The repository on the Hu
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
 
 
+def _without(option: str, told: str) -> Any:
+    """Declare an option that only switches something off."""
+    return typer.Option(f" /{option}", show_default=False, help=told)
+
+
 @app.command()
 def inspect(source: Source, dtype: LoadDtype = None, as_json: Json = False) -> None:
     """Say what a checkpoint holds, and what loading it takes, from its headers alone."""
@@ -101,16 +106,8 @@ def shard(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a checkpoint that is there, once this one is whole.")
     ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            " /--no-resume", show_default=False, help="Write again what an interrupted run finished."
-        ),
-    ] = True,
-    verify: Annotated[
-        bool,
-        typer.Option(" /--no-verify", show_default=False, help="Skip reading both sides again at the end."),
-    ] = True,
+    resume: Annotated[bool, _without("--no-resume", "Write again what an interrupted run finished.")] = True,
+    verify: Annotated[bool, _without("--no-verify", "Skip reading both sides again at the end.")] = True,
     allow_overflow: Annotated[
         bool, typer.Option("--allow-overflow", help="Let a cast turn finite values into infinities.")
     ] = False,

@@ -31,7 +31,7 @@ import ml_dtypes
 import numpy as np
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.destination import put_in_place, sync
+from shardkit.destination import put_in_place, resolve, sync
 from shardkit.errors import CheckpointError, DestinationError, PlanError, SizeError, SpaceError
 from shardkit.safetensors_file import Entry, build_header, tensor_bytes
 from shardkit.sizes import format_size, parse_size
@@ -150,7 +150,7 @@ def make_demo_checkpoint(
     if seed < 0:
         raise PlanError(f"seed {seed} is negative: give zero or more")
     made_by = {"recipe": _RECIPE, "size": parse_size(size), "dtype": dtype, "shards": shards, "seed": seed}
-    target = Path(os.path.realpath(os.path.expanduser(folder)))
+    target = resolve(folder)
     index = _index(weights)
     if (existing := _existing_demo(target, index, made_by)) is not None:
         return existing

@@ -172,12 +172,9 @@ def plot_memory(source: Comparison | Sequence[LoadMeasurement], ax: Axes | None 
 def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, color: str, hatch: str) -> None:
     curve, ink = run.curve, _ink(ax)
     start = run.load_start_seconds or 0.0
+    first = start - _LEAD_SECONDS
     split = zip(curve.seconds, curve.anonymous_bytes, curve.file_bytes, strict=True)
-    points = [
-        (at - start, anonymous / 1e9, (anonymous + file) / 1e9)
-        for at, anonymous, file in split
-        if at - start >= -_LEAD_SECONDS
-    ]
+    points = [(at - start, held / 1e9, (held + file) / 1e9) for at, held, file in split if at >= first]
     if points:
         seconds, anonymous, total = zip(*points, strict=True)
         style: dict[str, Any] = {"facecolor": (color, 0.2), "edgecolor": color, "hatch": hatch}
@@ -192,7 +189,7 @@ def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, color: str, hatch: s
         if not run.ok:
             ax.annotate(run.outcome, (seconds[-1], total[-1]), color=ink, ha="right", va="bottom")
     readings = zip(curve.profiler_seconds, curve.profiler_bytes, strict=True)
-    shown = [(at - start, size / 1e9) for at, size in readings if at - start >= -_LEAD_SECONDS and size]
+    shown = [(at - start, size / 1e9) for at, size in readings if at >= first and size]
     if shown:
         every = -(-len(shown) // _PROFILER_MARKS)  # more would hide the line that they confirm
         ax.plot(*zip(*shown, strict=True), "x", color=color, markersize=4, markevery=every)
@@ -355,9 +352,8 @@ def plot_shards(plan: ShardPlan, ax: Axes | None = None) -> Axes:
             look: dict[str, Any] = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
             ax.barh(row, end - start, 0.8, start, label=new, **look)
     ax.axvline(plan.max_shard_size / scale, color=ink, linestyle=":", linewidth=1)
-    ax.set_yticks(
-        range(len(shown)), [f"{number} of {len(plan.shards)}" for number in range(1, len(shown) + 1)]
-    )
+    rows = range(len(shown))
+    ax.set_yticks(rows, [f"{row + 1} of {len(plan.shards)}" for row in rows])
     ax.tick_params(axis="y", labelsize=8, length=0)
     ax.invert_yaxis()
     _tidy(ax, "file", f"{plural(len(plan.shards), 'file')}, {format_size(plan.total_bytes)} of weights")

@@ -76,8 +76,10 @@ class ShardApp:
         first_token: bool = True,
         memory_limit: int | str | None = None,
     ) -> None:
-        given = {"strategy": strategy, "cache": cache, "repeats": repeats, "overwrite": overwrite}
-        check_values(given | {"first_token": first_token} | ({} if dtype is None else {"dtype": dtype}))
+        check_values({"strategy": strategy, "cache": cache, "repeats": repeats})
+        check_values({"overwrite": overwrite, "first_token": first_token})
+        if dtype is not None:
+            check_values({"dtype": dtype})
         limit = None if memory_limit is None else parse_size(memory_limit)
         size = None if max_shard_size is None else parse_size(max_shard_size)
         self._choose = Choose(_path("source", source))

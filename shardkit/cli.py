@@ -193,6 +193,8 @@ def compare(
     for path in filter(None, (output, plot)):
         if not path.absolute().parent.is_dir():
             raise ShardkitError(f"{path}: its folder does not exist")
+        if path.is_dir():
+            raise ShardkitError(f"{path}: is a folder: give the name of a file in it")
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
         raise ShardkitError(f"{plot}: give a name that ends in .png or .svg")
 

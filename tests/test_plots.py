@@ -90,8 +90,40 @@ def test_given_axes_are_drawn_on():
     assert plt.get_fignums() == [figure.number]
 
 
-def test_all_text_lies_inside_the_figure_and_tick_labels_keep_apart():
-    axes = plot_comparison(fake_comparison(anonymous=(14_523 * MB, 1_234 * MB)))
+def with_arms(count):
+    """Return a comparison of many arms, some with names that matplotlib reads in its own way."""
+    names = ["original", "sharded", "_hidden", "a" * 150, "$x^2$", "bell\a", "seventh", "eighth"][:count]
+    runs = [
+        Sample(name, pair, fake_load(wall=1.0 + place))
+        for pair in range(3)
+        for place, name in enumerate(names)
+    ]
+    return fake_comparison(arms=tuple(fake_arm(name, "F16") for name in names), samples=tuple(runs))
+
+
+@pytest.mark.parametrize("count", [3, 4, 6, 8])
+def test_every_arm_has_a_name_and_a_look_of_its_own(count):
+    times, _, curves = plot_comparison(with_arms(count))
+    shown = {text.get_text() for text in times.get_legend().get_texts()}
+    assert len(shown) == count
+    looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in times.patches}
+    assert len(looks) == count
+    lines = [line for line in curves.lines if "with file pages" in line.get_label()]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == count
+    figure = times.figure
+    figure.draw_without_rendering()
+    assert all(
+        ax.get_window_extent().width > 0.45 * figure.bbox.width for ax in (curves, *([times] * (count > 3)))
+    )
+
+
+@pytest.mark.parametrize(
+    "comparison",
+    [fake_comparison(anonymous=(14_523 * MB, 1_234 * MB)), with_arms(3), with_arms(4), with_arms(8)],
+    ids=["two", "three", "four", "eight"],
+)
+def test_all_text_lies_inside_the_figure_and_tick_labels_keep_apart(comparison):
+    axes = plot_comparison(comparison)
     figure = axes[0].figure
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
-from itertools import cycle, groupby
+from itertools import groupby
 from operator import itemgetter
 from statistics import median
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -23,7 +23,7 @@ from shardkit.measure.intervals import mean_interval
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement, format_seconds
 from shardkit.measure.ratio import QUANTITIES, format_quantity
 from shardkit.plan import ShardPlan
-from shardkit.record import plural
+from shardkit.record import plural, printable
 from shardkit.sizes import format_size
 
 if TYPE_CHECKING:
@@ -33,14 +33,16 @@ if TYPE_CHECKING:
 
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _COLORS = (BLUE, VERMILION, GREEN, PURPLE)
-_HATCHES = ("", "///", "...", "xx")
+_HATCHES = ("", "///", "...", "xx", "--")  # one more than colours: twenty arms before two look the same
+_DASHES = ("--", ":", "-.")
+_SIDE_BY_SIDE = 3  # with more arms, what stands side by side stands one below the other
+_LONGEST_NAME = 20
 _TIMES = ("load_wall_seconds", "time_to_first_token_seconds")
 _PEAKS, _PEAK_GPU = ("peak_anonymous_bytes", "peak_total_bytes"), "peak_device_bytes"
 _GROUP_WIDTH = 0.88  # of all arms' bars for one quantity
 _TALLEST_INCHES = 200  # matplotlib draws no more than 65,535 pixels
 _LEAD_SECONDS = 0.2
 _PROFILER_MARKS = 24
-_PAGE: dict[str, Any] = {"figsize": (8, 7), "layout": "constrained", "facecolor": "white"}
 _MARKERS = {LOAD: "o", FIRST_TOKEN: "D"}
 
 
@@ -57,9 +59,14 @@ def _white() -> Iterator[Any]:
         yield plt
 
 
-def _new_axes(columns: int = 1, height: float = 4) -> Any:
+def _new_axes(rows: int = 1, columns: int = 1, height: float = 4) -> Any:
     with _white() as plt:
-        return plt.subplots(1, columns, figsize=(8, height), layout="constrained")[1]
+        return plt.subplots(rows, columns, figsize=(8, height), layout="constrained")[1]
+
+
+def _page(comparison: Comparison) -> dict[str, Any]:
+    height = 7 if len(comparison.arms) <= _SIDE_BY_SIDE else 11
+    return {"figsize": (8, height), "layout": "constrained", "facecolor": "white"}
 
 
 def _ink(ax: Axes) -> Any:
@@ -67,8 +74,9 @@ def _ink(ax: Axes) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Keep a name from being read as mathematics."""
-    return text.replace("$", r"\$")
+    """Keep a name from being read as mathematics, or, for its first letter, left out; and from being long."""
+    short = printable(text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…")
+    return f" {short}".replace("$", r"\$") if short.startswith("_") else short.replace("$", r"\$")
 
 
 def _look(arm: int) -> dict[str, Any]:
@@ -95,7 +103,8 @@ def plot_bars(comparison: Comparison, ax: Sequence[Axes] | None = None) -> Seque
     The two axes.
     """
     if ax is None:
-        ax = _new_axes(columns=2, height=3.6)
+        crowded = len(comparison.arms) > _SIDE_BY_SIDE
+        ax = _new_axes(rows=2, height=7.2) if crowded else _new_axes(columns=2, height=3.6)
     _plot_quantities(comparison, ax[0], _TIMES, 1, "seconds", "Wall time")
     on_gpu = any(comparison.median(arm, _PEAK_GPU) is not None for arm in comparison.names)
     _plot_quantities(comparison, ax[1], (*_PEAKS, _PEAK_GPU) if on_gpu else _PEAKS, 1e9, "GB", "Peak memory")
@@ -115,17 +124,22 @@ def _plot_quantities(
                 _bar(ax, x, 0.96 * step, values, arm, number)
                 ticks[x] = format_quantity(quantity, median(values) * scale)
     # Medians stand under their bars, where neither a dot nor a neighbour can be in the way.
-    ax.set_xticks(list(ticks), list(ticks.values()), fontsize=9 if step > 0.3 else 7)
+    upright = len(comparison.arms) > _SIDE_BY_SIDE + 1
+    ax.set_xticks(list(ticks), list(ticks.values()), fontsize=9 if step / len(quantities) > 0.15 else 7)
+    ax.tick_params(axis="x", which="major", rotation=90 if upright else 0)
     names = [f"\n{QUANTITIES[quantity][0]}" for quantity in quantities]
     ax.xaxis.remove_overlapping_locs = False  # the name of three bars stands under the middle one
     ax.set_xticks(range(len(quantities)), names, minor=True)
     ax.tick_params(axis="x", which="both", length=0)
+    ax.tick_params(axis="x", which="minor", pad=24 if upright else 4)
     ax.set_xlim(-0.6, len(quantities) - 0.4)
     ax.set_ylim(0, ax.get_ylim()[1] * 1.15)
     ax.set_xlabel("bar: median, dots: runs, line: 95 % interval", fontsize=8, color=ink)
     _tidy(ax, unit, title)
     if ticks:
-        ax.legend(frameon=False, fontsize=9, ncols=3, labelcolor=ink, loc="upper left", columnspacing=1)
+        inside = len(comparison.arms) <= _SIDE_BY_SIDE
+        beside: dict[str, Any] = {"ncols": 3} if inside else {"bbox_to_anchor": (1, 1)}
+        ax.legend(frameon=False, fontsize=9, labelcolor=ink, loc="upper left", columnspacing=1, **beside)
     else:
         ax.text(0.5, 0.5, "nothing was measured", transform=ax.transAxes, ha="center", color=ink)
 
@@ -143,7 +157,7 @@ def _bar(ax: Axes, x: float, width: float, values: list[float], arm: str, number
 def plot_memory(source: Comparison | Sequence[LoadMeasurement], ax: Axes | None = None) -> Axes:
     """Draw resident memory over time, all loads on one axis of time that starts with each load.
 
-    Filled: anonymous memory, which must exist. Dashed, above it: all that is resident, with the file
+    Filled: anonymous memory, which must exist. Broken, above it: all that is resident, with the file
     pages that the kernel may drop. Crosses: the same, as memory_profiler reads it.
 
     Parameters
@@ -159,17 +173,17 @@ def plot_memory(source: Comparison | Sequence[LoadMeasurement], ax: Axes | None 
         chosen = {_plain(arm): typical for arm in source.names if (typical := source.typical(arm, _TIMES[1]))}
     else:
         chosen = {f"run {number}": run for number, run in enumerate(source, 1)}
-    for (label, run), color, hatch in zip(chosen.items(), cycle(_COLORS), cycle(_HATCHES)):
-        _plot_curve(ax, label, run, color, hatch)
+    for number, (label, run) in enumerate(chosen.items()):
+        _plot_curve(ax, label, run, _DASHES[number % len(_DASHES)], **_look(number))
     ax.set_xlabel("seconds since the start of the load", color=_ink(ax))
     ax.set_ylim(0, ax.get_ylim()[1] * 1.05)
     _tidy(ax, "GB", "Memory over time")
     if chosen:
-        _explain_marks(ax, columns=len(chosen) + 1)
+        _explain_marks(ax, len(chosen))
     return ax
 
 
-def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, color: str, hatch: str) -> None:
+def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, dash: str, color: str, hatch: str) -> None:
     curve, ink = run.curve, _ink(ax)
     start = run.load_start_seconds or 0.0
     first = start - _LEAD_SECONDS
@@ -180,7 +194,7 @@ def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, color: str, hatch: s
         style: dict[str, Any] = {"facecolor": (color, 0.2), "edgecolor": color, "hatch": hatch}
         ax.fill_between(seconds, anonymous, linewidth=0, label=f"{label}: anonymous", **style)
         ax.plot(seconds, anonymous, color=color, linewidth=2)
-        ax.plot(seconds, total, "--", color=color, linewidth=1.4, label=f"{label}: with file pages")
+        ax.plot(seconds, total, dash, color=color, linewidth=1.4, label=f"{label}: with file pages")
         for phase in run.phases:
             if phase.name in _MARKERS:
                 end = phase.start_seconds + phase.wall_seconds - start
@@ -195,21 +209,23 @@ def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, color: str, hatch: s
         ax.plot(*zip(*shown, strict=True), "x", color=color, markersize=4, markevery=every)
 
 
-def _explain_marks(ax: Axes, columns: int) -> None:
-    """Put the legend where no curve can be: under the axes."""
+def _explain_marks(ax: Axes, runs: int) -> None:
+    """Put the legend where no curve can be: under the axes, or beside them where there are many runs."""
     ink = _ink(ax)
     for name, marker in _MARKERS.items():
         ax.plot([], [], marker, color="none", markeredgecolor=ink, label=f"end of {name}")
     ax.plot([], [], "x", color=ink, markersize=4, label="memory_profiler")
     handles, _ = ax.get_legend_handles_labels()
-    handles.insert(2, handles.pop())  # columns fill downwards: one for each run, one for the ends
+    below = runs <= _SIDE_BY_SIDE
+    if below:
+        handles.insert(2, handles.pop())  # columns fill downwards: one for each run, one for the ends
     ax.legend(
         handles=handles,
         loc="upper left",
-        bbox_to_anchor=(-0.05, -0.16),
+        bbox_to_anchor=(-0.05, -0.16) if below else (1, 1),
         frameon=False,
-        fontsize=9 if columns < 4 else 7.5,
-        ncols=columns,
+        fontsize=9 if runs < _SIDE_BY_SIDE else 7.5,
+        ncols=runs + 1 if below else 1,
         columnspacing=1,
         labelcolor=ink,
     )
@@ -246,7 +262,7 @@ def plot_comparison(
     """
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(**_PAGE)
+    figure = plt.figure(**_page(comparison))
     axes = _draw_comparison(comparison, figure)
     if path is not None:
         try:
@@ -294,7 +310,7 @@ def comparison_png(comparison: Comparison) -> bytes:
     """Return what `plot_comparison` draws, made without pyplot, whose state is the main thread's."""
     from matplotlib.figure import Figure
 
-    figure = Figure(**_PAGE)
+    figure = Figure(**_page(comparison))
     _draw_comparison(comparison, figure)
     with BytesIO() as file:
         figure.savefig(file, format="png", dpi=110, facecolor="white")
@@ -302,9 +318,14 @@ def comparison_png(comparison: Comparison) -> bytes:
 
 
 def _draw_comparison(comparison: Comparison, figure: Figure) -> list[Axes]:
-    grid = figure.add_gridspec(2, 2, height_ratios=(1, 1.15))
-    bars = [figure.add_subplot(grid[0, column]) for column in range(2)]
-    curves = figure.add_subplot(grid[1, :])
+    if len(comparison.arms) <= _SIDE_BY_SIDE:
+        grid = figure.add_gridspec(2, 2, height_ratios=(1, 1.15))
+        bars, curves = (
+            [figure.add_subplot(grid[0, column]) for column in range(2)],
+            figure.add_subplot(grid[1, :]),
+        )
+    else:
+        *bars, curves = figure.subplots(3, 1)
     for ax in (*bars, curves):  # black on white, whatever theme the notebook has set
         ax.set_facecolor("white")
         ax.tick_params(which="both", colors="black")

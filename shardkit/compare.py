@@ -116,6 +116,8 @@ def compare_loads(
             if on_sample is not None:
                 on_sample(found)
     except CheckpointError as error:  # it could be opened, and now it cannot
+        if not found.warm_ups:
+            raise
         found = replace(found, notes=(*found.notes, f"ended before its time: {error}"))
     changed = (
         f"the files of {name} changed while they were compared: the figures mix both"

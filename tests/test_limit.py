@@ -21,6 +21,10 @@ def groups_left():
     return list(Path(limit.CGROUP_ROOT).rglob(f"shardkit-{os.getpid()}-*"))
 
 
+def own_group(nbytes):
+    return limit._make_group(nbytes) or pytest.skip("here groups are made by systemd alone")
+
+
 def touch(megabytes):
     return [sys.executable, "-c", f"b = bytearray({megabytes} * 10**6); b[::4096] = b'x' * len(b[::4096])"]
 
@@ -47,7 +51,7 @@ def test_what_still_runs_in_the_group_ends_with_it():
 
 @needs_groups
 def test_groups_of_a_killed_process_are_removed():
-    parent = limit._make_group(64 * MB).parent
+    parent = own_group(64 * MB).parent
     stale = parent / "shardkit-999999999-0"
     stale.mkdir()
     with limited(200 * MB):
@@ -58,7 +62,7 @@ def test_groups_of_a_killed_process_are_removed():
 
 @needs_groups
 def test_group_in_which_something_lives_is_left_alone_whoever_made_it():
-    parent = limit._make_group(64 * MB).parent
+    parent = own_group(64 * MB).parent
     foreign = parent / "shardkit-999999998-0"  # a number that means nothing here may be alive in a container
     foreign.mkdir()
     sleeper = subprocess.Popen(["sleep", "600"])

@@ -78,7 +78,9 @@ def _in_force(nbytes: int) -> Iterator[Limited]:
 @contextmanager
 def _scope(nbytes: int) -> Iterator[Path]:
     """Have the user's systemd make a group, which lasts as long as what holds it; that ends with us."""
-    command = [*_SYSTEMD, f"--property=MemoryMax={nbytes}", "--", "/bin/sh", "-c", _HOLD]
+    # What is delegated systemd does not end, with its counters, once the kernel has killed something in it.
+    limits = ["--property=Delegate=yes", f"--property=MemoryMax={nbytes}"]
+    command = [*_SYSTEMD, *limits, "--", "/bin/sh", "-c", _HOLD]
     piped: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, **piped) as holder:  # noqa: S603
         group = Path(CGROUP_ROOT, next(iter(holder.stdout or ()), "").strip().lstrip("/"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from shardkit.checkpoint import Checkpoint
-from shardkit.errors import ShardkitError, _InOneLine
+from shardkit.errors import InOneLine, ShardkitError
 from shardkit.measure.comparison import Comparison, merge_comparisons
 from shardkit.plan import Strategy
 from shardkit.record import listed, plural, printable
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _INJECTED = "# Parameters"  # how papermill begins the cell that it writes
 
 
-class ParameterError(_InOneLine, ShardkitError, ValueError):
+class ParameterError(InOneLine, ShardkitError, ValueError):
     """A parameter of a notebook or of the app is unknown, or its value cannot be used."""
 
 

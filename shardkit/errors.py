@@ -69,18 +69,18 @@ class VerificationError(ShardkitError):
     """The copy does not hold the same tensors as its source."""
 
 
-class _InOneLine:
-    """Shown without a traceback in a notebook: the user asked for it."""
+class InOneLine:
+    """An error that a notebook shows in one line: in frames whoever caused it would have to look for it."""
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]
 
 
-class Cancelled(_InOneLine, ShardkitError):  # noqa: N818  the user asked for it: no error
+class Cancelled(InOneLine, ShardkitError):  # noqa: N818  the user asked for it: no error
     """The progress callback asked to stop."""
 
 
-class Interrupted(_InOneLine, KeyboardInterrupt):
+class Interrupted(InOneLine, KeyboardInterrupt):
     """Ctrl-C, or a notebook's stop button, in a job that can be resumed."""
 
 

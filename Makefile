@@ -36,6 +36,8 @@ demo: $(MARK)
 	$(BIN)/papermill --log-level WARNING --no-progress-bar notebooks/01_shard_and_compare.ipynb \
 	  $(OUTPUT)/01_shard_and_compare.ipynb -p output_folder $(abspath $(OUTPUT))
 	@$(BIN)/python -c 'import shardkit; print(shardkit.Comparison.load("$(OUTPUT)/comparison.json"))'
+	@printf '\nShards that keep the dtype, so only the number of files differs:\n  '
+	@$(BIN)/python -c 'import shardkit; print(shardkit.Comparison.load("$(OUTPUT)/only_files_comparison.json").verdict)'
 	@echo
 	@echo "executed notebook  $(OUTPUT)/01_shard_and_compare.ipynb"
 	@echo "plot               $(OUTPUT)/comparison.png"

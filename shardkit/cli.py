@@ -183,6 +183,7 @@ def compare(
     prefetch: Annotated[
         bool, typer.Option("--prefetch", help="Load the sharded a third way: its files read ahead.")
     ] = False,
+    same_model: Annotated[bool, _without("--no-same-model", "Compare different models all the same.")] = True,
     output: Annotated[
         Path | None, typer.Option(help="Write everything here: .json, or .html to be mailed.")
     ] = None,
@@ -209,6 +210,7 @@ def compare(
         cache=cache,
         device=device,
         memory_limit=memory_limit,
+        same_model=same_model,
         others={"prefetched": {"prefetch": True}} if prefetch else None,
         progress=progress,
     )

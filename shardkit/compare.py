@@ -189,7 +189,8 @@ def _report(progress: _ProgressCallback | None, done: int, total: int, label: st
 
 
 def _require_same_model(original: Checkpoint, other: Checkpoint) -> None:
-    between = f"between {original.source} and {other.source}; same_model=False compares them all the same"
+    anyway = "same_model=False (--no-same-model) compares them all the same"
+    between = f"between {original.source} and {other.source}; {anyway}"
     first, second = _shapes(original), _shapes(other)
     if differ := sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name)):
         raise ShardkitError(

@@ -471,7 +471,7 @@ class TestExperiment:
         [
             *({"repeats": 0}, {"repeats": "3"}, {"margin": 0}, {"margin": math.inf}, {"margin": "5%"}),
             *({"cache": "hot"}, {"seed": -1}, {"seed": None}, {"generate": "3"}, {"timeout": math.nan}),
-            *({"device": 0}, {"device": ""}, {"memory_limit": "bad"}),
+            *({"device": 0}, {"device": "gpu"}, {"device": "cuda:x"}, {"memory_limit": "bad"}),
         ],
         ids=str,
     )

@@ -134,7 +134,9 @@ def _plot_quantities(
     ax.tick_params(axis="x", which="minor", pad=24 if upright else 4)
     ax.set_xlim(-0.6, len(quantities) - 0.4)
     ax.set_ylim(0, ax.get_ylim()[1] * 1.15)
-    ax.set_xlabel("bar: median, dots: runs, line: 95 % interval", fontsize=8, color=ink)
+    enough = any(len(comparison.measurements(arm)) > 2 for arm in comparison.names)
+    caption = "bar: median, dots: runs" + (", line: 95 % interval" if enough else "")
+    ax.set_xlabel(caption, fontsize=8, color=ink)
     _tidy(ax, unit, title)
     if ticks:
         inside = len(comparison.arms) <= _SIDE_BY_SIDE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ _FILE_OPTIONS = ("use_safetensors", "variant", "subfolder", "gguf_file", "revisi
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 _SIGNALS = {int(number): number.name for number in signal.Signals}
+_DEVICE = re.compile(r"cpu|auto|balanced(_low_0)?|sequential|(cuda|mps|xpu|npu|hpu)(:\d+)?")
 _NOT_STARTED = (126, 127)  # as a shell says it
 _AS_TOLD = (
     "wall_seconds", "user_seconds", "system_seconds", "peak_total_bytes", "major_faults", "read_bytes"
@@ -131,7 +133,7 @@ def check_load(
         raise MeasurementError(f'cache is {cache!r}: give "cold" or "warm"')
     if dtype not in (None, "auto", *CAST_DTYPES):
         raise MeasurementError(f"dtype is {dtype!r}: give auto, {', '.join(CAST_DTYPES)}, or nothing")
-    if not isinstance(device, str) or not device:
+    if not isinstance(device, str) or not _DEVICE.fullmatch(device):
         raise MeasurementError(f'device is {device!r}: give "cpu", "cuda", "cuda:1" or "auto"')
     if type(generate) is not int or generate < 0:
         raise MeasurementError(f"generate is {generate!r}: give a number of tokens, or 0 for none")

@@ -16,7 +16,7 @@ _IN_THE_APP = {
     "leave out dtype": 'set "Write as" to "as it is stored" (step 2)',
     "let it be (allow_overflow=True, --allow-overflow)": '"as it is stored" (step 2)',
     "lower max_shard_size": "take a smaller shard size (step 2)",
-    "same_model=False compares them all the same": "shard this one into another folder (step 3)",
+    "same_model=False (--no-same-model) compares them anyway": "shard this one into another folder (step 3)",
 }
 _WIDE = {"width": "100%", "max_width": "46rem", "margin": "2px 0"}
 

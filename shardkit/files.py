@@ -6,9 +6,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from shardkit.errors import CheckpointError
+from shardkit.errors import CheckpointError, reading
 from shardkit.safetensors_file import Header, read_header
 
 if TYPE_CHECKING:
@@ -94,5 +94,6 @@ class LocalFiles:
 Files: TypeAlias = "LocalFiles | Repository"
 
 
-def _unreadable(error: OSError) -> NoReturn:
-    raise CheckpointError(f"cannot be read: {error.strerror}", file=error.filename) from error
+def _unreadable(error: OSError) -> None:
+    with reading():
+        raise error

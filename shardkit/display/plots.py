@@ -64,9 +64,16 @@ def _new_axes(rows: int = 1, columns: int = 1, height: float = 4) -> Any:
         return plt.subplots(rows, columns, figsize=(8, height), layout="constrained")[1]
 
 
+def _is_crowded(comparison: Comparison) -> bool:
+    return len(comparison.arms) > _SIDE_BY_SIDE
+
+
 def _page(comparison: Comparison) -> dict[str, Any]:
-    height = 7 if len(comparison.arms) <= _SIDE_BY_SIDE else 11
-    return {"figsize": (8, height), "layout": "constrained", "facecolor": "white"}
+    return {
+        "figsize": (8, 11 if _is_crowded(comparison) else 7),
+        "layout": "constrained",
+        "facecolor": "white",
+    }
 
 
 def _ink(ax: Axes) -> Any:
@@ -103,8 +110,8 @@ def plot_bars(comparison: Comparison, ax: Sequence[Axes] | None = None) -> Seque
     The two axes.
     """
     if ax is None:
-        crowded = len(comparison.arms) > _SIDE_BY_SIDE
-        ax = _new_axes(rows=2, height=7.2) if crowded else _new_axes(columns=2, height=3.6)
+        beside = not _is_crowded(comparison)
+        ax = _new_axes(columns=2, height=3.6) if beside else _new_axes(rows=2, height=7.2)
     _plot_quantities(comparison, ax[0], _TIMES, 1, "seconds", "Wall time")
     on_gpu = any(comparison.median(arm, _PEAK_GPU) is not None for arm in comparison.names)
     _plot_quantities(comparison, ax[1], (*_PEAKS, _PEAK_GPU) if on_gpu else _PEAKS, 1e9, "GB", "Peak memory")
@@ -139,8 +146,7 @@ def _plot_quantities(
     ax.set_xlabel(caption, fontsize=8, color=ink)
     _tidy(ax, unit, title)
     if ticks:
-        inside = len(comparison.arms) <= _SIDE_BY_SIDE
-        beside: dict[str, Any] = {"ncols": 3} if inside else {"bbox_to_anchor": (1, 1)}
+        beside: dict[str, Any] = {"bbox_to_anchor": (1, 1)} if _is_crowded(comparison) else {"ncols": 3}
         ax.legend(frameon=False, fontsize=9, labelcolor=ink, loc="upper left", columnspacing=1, **beside)
     else:
         ax.text(0.5, 0.5, "nothing was measured", transform=ax.transAxes, ha="center", color=ink)
@@ -320,7 +326,7 @@ def comparison_png(comparison: Comparison) -> bytes:
 
 
 def _draw_comparison(comparison: Comparison, figure: Figure) -> list[Axes]:
-    if len(comparison.arms) <= _SIDE_BY_SIDE:
+    if not _is_crowded(comparison):
         grid = figure.add_gridspec(2, 2, height_ratios=(1, 1.15))
         bars, curves = (
             [figure.add_subplot(grid[0, column]) for column in range(2)],

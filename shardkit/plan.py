@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import PlanError
@@ -148,19 +148,21 @@ class ShardPlan(Record):
         index = len(self.index.encode()) if self.index else 0
         return sum(shard.nbytes for shard in self.shards) + index + self.side_bytes
 
-    def estimate(self, dtype: str | None = None) -> Estimate:
+    def estimate(self, dtype: str | None = None, *, config: Mapping[str, Any] | None = None) -> Estimate:
         """Return how much memory loading the shards will take; see `Checkpoint.estimate`.
 
         Parameters
         ----------
         dtype
             Asked of `from_pretrained`; None for that of the plan.
+        config
+            Of the model: see `Checkpoint.config`.
         """
         asked = dtype if dtype not in (None, "auto") else self.dtype
         target = parse_dtype(asked)
         tensors = (t for shard in self.shards for t in shard.tensors)
-        stored = (StoredTensor(t.source.name, t.source.elements, t.dtype) for t in tensors)
-        return estimate_load(self.source, stored, DTYPE_NAMES[target] if target else None)
+        stored = (StoredTensor(t.source.name, t.source.elements, t.dtype, t.source.shape) for t in tensors)
+        return estimate_load(self.source, stored, DTYPE_NAMES[target] if target else None, config=config)
 
     def header(self, shard: Shard) -> bytes:
         """Return what the file of one of the shards begins with."""

@@ -1,5 +1,6 @@
 """The app without a browser: what its widgets say, what its threads do, what it refuses."""
 
+import json
 import re
 import sys
 import threading
@@ -138,6 +139,16 @@ class TestChoose:
         for host in ("this machine", "Colab", "Kaggle", "Binder"):
             assert host in said
         assert not alerts(app)
+
+    def test_quantised_weights_get_no_promise_of_hosts(self, tmp_path):
+        write_checkpoint(tmp_path / "mxfp4", [{"blocks": Tensor("U8", (64,), bytes(64))}])
+        config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+        (tmp_path / "mxfp4" / "config.json").write_text(json.dumps(config))
+        app = opened("mxfp4")
+        assert app.plan is not None
+        assert not alerts(app)
+        assert "quantised (mxfp4)" in words(app)
+        assert "Colab" not in words(app)
 
     def test_demo_is_made_where_there_is_none(self, tmp_path):
         app = ShardApp()

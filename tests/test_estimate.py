@@ -56,6 +56,12 @@ def test_shards_in_the_dtype_asked_for_are_mapped_and_not_copied(model):
     assert as_is.mapped_bytes == sharded.copied_bytes == 0
 
 
+def test_a_plan_knows_of_the_model_what_its_config_says(model):
+    config = {**model.config, "quantization_config": {"quant_method": "mxfp4"}}
+    assert plan_shards(model).estimate(config=model.config).hosts
+    assert not plan_shards(model).estimate(config=config).hosts
+
+
 @pytest.mark.parametrize("dtype", [None, "auto"])
 def test_what_the_config_says_decides_where_no_dtype_is_asked_for(model, dtype):
     says_float32 = dataclasses.replace(model, config={**model.config, "dtype": "float32"})

@@ -116,7 +116,7 @@ class Choose(Step):
 def _fits(checkpoint: Checkpoint, plan: ShardPlan | None) -> Summary:
     """Return whether a load fits this machine and the free hosts, as it is and from planned shards."""
     now = checkpoint.estimate(plan.dtype if plan else None)
-    shards = plan.estimate(now.dtype) if plan else now
+    shards = plan.estimate(now.dtype, config=checkpoint.config) if plan else now
     rows = [
         ("memory needed", "", *(format_size(e.peak_anonymous_bytes) for e in (now, shards))),
         ("mapped from files", "", *(format_size(e.mapped_bytes) for e in (now, shards))),
@@ -124,4 +124,4 @@ def _fits(checkpoint: Checkpoint, plan: ShardPlan | None) -> Summary:
     for host, with_shards in zip(now.hosts, shards.hosts, strict=True):
         rows.append((host.name, format_size(host.memory_bytes), host.verdict, with_shards.verdict))
     title = f"Does it fit, loaded as {now.dtype or 'stored'}?"
-    return Summary(title, (), (Table(("", "memory", "as it is", "as planned"), tuple(rows)),))
+    return Summary(title, (), (Table(("", "memory", "as it is", "as planned"), tuple(rows)),), now.notes)

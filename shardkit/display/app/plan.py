@@ -111,7 +111,8 @@ def _told(checkpoint: Checkpoint, plan: ShardPlan) -> str:
     free = shutil.disk_usage(Path.cwd()).free
     verdict = "enough" if free >= plan.disk_bytes else "NOT enough: choose a folder on another disk"
     now = checkpoint.estimate(plan.dtype)
-    then, before = (format_size(e.peak_anonymous_bytes) for e in (plan.estimate(now.dtype), now))
+    planned = plan.estimate(now.dtype, config=checkpoint.config)
+    then, before = (format_size(e.peak_anonymous_bytes) for e in (planned, now))
     summary = plan.summary()
     facts = (
         *summary.facts,

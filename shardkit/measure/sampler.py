@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from typing import NamedTuple
 
-_INTERVAL_SECONDS = 0.005
+_INTERVAL_SECONDS = 0.008
 _PORTABLE_INTERVAL_SECONDS = 0.1
 # A pause is at least this many times what a reading costs, waking up included: 1.4 % of a core at most.
 _REST = 70

@@ -179,6 +179,9 @@ class TestWords:
         assert "float16 in 9 files, asked for float16 on cpu: weights stay mapped" in comparison.explain(
             "sharded"
         )
+        hint = "asked for bfloat16, as they are stored, they need no cast"
+        assert hint in comparison.explain("original")
+        assert "no cast" not in comparison.explain("sharded")
         late = fake_comparison(arms=(fake_arm("original", "BF16", nbytes=300 * MB),))
         assert "171 MB were touched only by the first token" in late.explain("original")
 
@@ -234,6 +237,8 @@ class TestKeeping:
         assert again.ratios == comparison.ratios
         data = json.loads((tmp_path / "result.json").read_text())
         assert data["verdict"] == comparison.verdict
+        told, known = data["ratios"]["sharded"]["load_wall_seconds"], comparison.ratios["load_wall_seconds"]
+        assert (told["ratio"], told["conclusion"]) == (known.ratio, known.conclusion)
         assert data["schema"] == "shardkit/Comparison/1"
 
     def test_card_needs_no_other_file_and_carries_the_result(self, tmp_path):

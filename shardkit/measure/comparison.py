@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -237,6 +237,8 @@ class Comparison(Record):
             fate = "weights stay mapped from the file" if on_gpu is None else "weights go to the GPU"
             fate = "weights copied into memory" if grown > telling else fate
             words += f": {fate} ({format_size(max(grown, 0))} of new anonymous memory for {weights})"
+            if run and grown > telling and run.dtype and stored.dtype not in (None, run.dtype):
+                words += f"; asked for {stored.dtype}, as they are stored, they need no cast"
         touched = self._median_growth(arm, FIRST_TOKEN, "file_bytes")
         if touched is not None and touched > telling:
             words += f"; {format_size(touched)} were touched only by the first token"
@@ -266,7 +268,7 @@ class Comparison(Record):
             *((f"{arm}, medians", self._medians(arm)) for arm in self.names if self.failures),
             *((f"{arm.name} from", shown_path(arm.source)) for arm in self.arms),
             *((f"{arm} stored", self.explain(arm)) for arm in self.names),
-            ("runs", f"{pairs} in ABBA order, one warm-up each, {told}"),
+            ("runs", f"{pairs} in ABBA order, one warm-up each, {told}; ratio: geometric mean of the pairs'"),
             ("stack", " | ".join(stacks) or "not told"),
             ("machine", " | ".join(machines) or "not told"),
         )  # fmt: skip
@@ -309,8 +311,9 @@ class Comparison(Record):
         return pd.DataFrame(rows).convert_dtypes()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON-ready data, with the verdict for those who read the JSON alone."""
-        return {**super().to_dict(), "verdict": self.verdict}
+        """Return the record as JSON-ready data, with verdict and ratios for those who read the JSON alone."""
+        ratios = {arm: {q: asdict(r) for q, r in found.items()} for arm, found in self._all_ratios.items()}
+        return {**super().to_dict(), "verdict": self.verdict, "ratios": ratios}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything, raw samples included: as JSON, or as a card if the name ends in ``.html``.

@@ -87,10 +87,19 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say which files sharding would write, and write none."""
-    made = shardkit.plan_shards(source, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
+    checkpoint = shardkit.Checkpoint.open(source)
+    made = shardkit.plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
     free = shutil.disk_usage(".").free
     verdict = "enough" if free >= made.disk_bytes else "NOT enough"
-    _show(made, as_json, f"  {format_size(free)} free on the disk of this folder: {verdict}")
+    now = checkpoint.estimate(dtype)
+    then = made.estimate(now.dtype, config=checkpoint.config)
+    _show(
+        made,
+        as_json,
+        f"  {format_size(free)} free on the disk of this folder: {verdict}\n"
+        f"  {format_size(then.peak_anonymous_bytes)} of memory must exist to load the shards as "
+        f"{now.dtype or 'stored'} ({format_size(now.peak_anonymous_bytes)} as it is now)",
+    )
 
 
 @app.command()
@@ -191,13 +200,15 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Load both in turn, each time in a fresh process, and say what differs."""
-    for path in filter(None, (output, plot)):
+    for path, endings in ((output, (".json", ".html", ".htm")), (plot, (".png", ".svg"))):
+        if path is None:
+            continue
         if not path.absolute().parent.is_dir():
             raise ShardkitError(f"{path}: its folder does not exist")
         if path.is_dir():
             raise ShardkitError(f"{path}: is a folder: give the name of a file in it")
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
-        raise ShardkitError(f"{plot}: give a name that ends in .png or .svg")
+        if path.suffix.lower() not in endings:
+            raise ShardkitError(f"{path}: give a name that ends in {' or '.join(endings[:2])}")
 
     def progress(done: int, total: int, label: str) -> None:
         print(f"  {done}/{total} {label}", file=sys.stderr)

@@ -99,7 +99,7 @@ class Estimate(Record):
         """Return the figures, and a verdict for each host."""
         facts = (
             ("load in", self.dtype or "the dtype of the files"),
-            ("peak anonymous", f"{format_size(self.peak_anonymous_bytes)} (memory that must exist)"),
+            ("peak anonymous", f"{format_size(self.peak_anonymous_bytes)} ±5 % (memory that must exist)"),
             ("of it weights", f"{format_size(self.copied_bytes)} converted while they are loaded"),
             *(("beside them", f"{format_size(self.stacking_bytes)} while experts are stacked"),)
             * bool(self.stacking_bytes),

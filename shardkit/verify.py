@@ -103,7 +103,9 @@ class Verification(Record):
         rows = tuple((m.tensor, m.reason) for m in self.mismatches[:_SHOWN])
         tables = (Table(("tensor", "differs in"), rows),) if rows else ()
         rest = len(self.mismatches) - len(rows)
-        notes = (f"{plural(rest, 'more tensor')} differ",) if rest else ()
+        notes = (f"{plural(rest, 'more tensor')} differ",) * bool(rest)
+        if self.cast and self.mismatches:
+            notes += ("if the second is what the first was cast from, give them the other way round",)
         return Summary("Verification", facts, tables, notes)
 
 

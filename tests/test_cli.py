@@ -32,7 +32,9 @@ def test_the_whole_job_from_demo_to_verified_shards(tmp_path):
     source, target = tmp_path / "demo", tmp_path / "sharded"
     assert run("demo", "--output", source, "--size", "10MB").returncode == 0
     assert "MistralForCausalLM" in run("inspect", source).stdout
-    assert "enough" in run("plan", source, "--max-shard-size", "3MB").stdout
+    planned = run("plan", source, "--max-shard-size", "3MB", "--dtype", "float16").stdout
+    assert "enough" in planned
+    assert "268 MB of memory must exist to load the shards as float16 (278 MB as it is now)" in planned
     done = run("shard", source, target, "--max-shard-size", "3MB", "--dtype", "float16")
     assert done.returncode == 0, done.stderr
     assert max(file.stat().st_size for file in target.glob("*.safetensors")) <= 3_000_000
@@ -48,6 +50,13 @@ def test_json_is_one_object_and_nothing_else(command, demo, tmp_path):
     done = run(command, demo, *arguments, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["schema"].startswith("shardkit/")
+
+
+@pytest.mark.parametrize("option", ["--output", "--plot"])
+def test_file_that_could_not_be_read_again_is_refused_before_any_load(option, demo, tmp_path):
+    done = run("compare", demo, demo, option, tmp_path / "result.csv")
+    assert done.returncode == 1
+    assert "result.csv: give a name that ends in ." in done.stderr
 
 
 def test_a_difference_is_exit_status_one_and_names_the_tensor(demo, tmp_path):

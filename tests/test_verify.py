@@ -168,6 +168,13 @@ def test_cast_is_proved_from_the_source(dtype: str, tmp_path: Path) -> None:
     assert "4 tensors compared with the cast computed again" in str(found)
 
 
+def test_copy_given_before_its_source_gets_a_hint(tmp_path: Path) -> None:
+    source, destination = cast_pair(tmp_path, "bfloat16")
+    found = verify_checkpoint(destination, source)
+    assert not found.equal
+    assert "the other way round" in str(found)
+
+
 @pytest.mark.parametrize("place", [0, 1, 300, -1])
 def test_one_flipped_bit_after_a_cast_is_found(place: int, tmp_path: Path) -> None:
     source, destination = cast_pair(tmp_path, "bfloat16")

@@ -237,7 +237,10 @@ def compare(
 
 @app.command()
 def fit(source: Source, dtype: LoadDtype = None, as_json: Json = False) -> None:
-    """Find the least memory in which it loads, by real loads under real limits."""
+    """Find the least memory in which it loads, by real loads under real limits: it takes minutes.
+
+    A load that takes five times as long as without a limit, and at least a minute, counts as failed.
+    """
 
     def progress(run: LimitedRun) -> None:
         print(f"  {format_size(run.limit_bytes)}: {run.end}", file=sys.stderr)

@@ -185,6 +185,10 @@ class TestWords:
         late = fake_comparison(arms=(fake_arm("original", "BF16", nbytes=300 * MB),))
         assert "171 MB were touched only by the first token" in late.explain("original")
 
+    def test_arm_that_is_not_there_is_named_with_those_that_are(self):
+        with pytest.raises(MeasurementError, match="'shraded': there are original, sharded"):
+            fake_comparison().explain("shraded")
+
     def test_small_models_tell_nothing_of_the_kind(self):
         small = fake_comparison(arms=(fake_arm("original", "BF16", nbytes=5 * MB),))
         assert "mapped" not in small.explain("original")

@@ -20,7 +20,7 @@ from shardkit.errors import MeasurementError, ShardkitError
 from shardkit.measure.intervals import conclude, paired_interval, repeats_to_decide
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement
 from shardkit.measure.ratio import QUANTITIES, Ratio, format_quantity
-from shardkit.record import Record, Summary, Table, plural, shown_path
+from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.sizes import format_size
 from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES
 
@@ -98,8 +98,10 @@ class Comparison(Record):
             raise MeasurementError("runs of arms that it does not have, or a margin or seed below zero")
 
     def arm(self, name: str) -> Arm:
-        """Return an arm by its name."""
-        return next(arm for arm in self.arms if arm.name == name)
+        """Return an arm by its name, which `MeasurementError` asks for where there is none of that name."""
+        if name not in self.names:
+            raise MeasurementError(f"no arm is called {name!r}: there are {listed(self.names)}")
+        return self.arms[self.names.index(name)]
 
     @property
     def names(self) -> tuple[str, ...]:

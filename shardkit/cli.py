@@ -97,8 +97,8 @@ def plan(
         made,
         as_json,
         f"  {format_size(free)} free on the disk of this folder: {verdict}\n"
-        f"  {format_size(then.peak_anonymous_bytes)} of memory must exist to load the shards as "
-        f"{now.dtype or 'stored'} ({format_size(now.peak_anonymous_bytes)} as it is now)",
+        f"  {then.needed} of memory must exist to load the shards as {now.dtype or 'stored'} "
+        f"({now.needed} as it is now)",
     )
 
 

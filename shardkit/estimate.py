@@ -95,11 +95,18 @@ class Estimate(Record):
         """Memory that a machine must have, until the first token."""
         return self.runtime_bytes + self.copied_bytes + self.stacking_bytes
 
+    @property
+    def needed(self) -> str:
+        """`peak_anonymous_bytes` as people read it; where no more is known, at least that."""
+        size = format_size(self.peak_anonymous_bytes)
+        return size if self.hosts else f"at least {size}"
+
     def summary(self) -> Summary:
         """Return the figures, and a verdict for each host."""
+        exact = " ±5 %" if self.hosts and not self.stacking_bytes else ""
         facts = (
             ("load in", self.dtype or "the dtype of the files"),
-            ("peak anonymous", f"{format_size(self.peak_anonymous_bytes)} ±5 % (memory that must exist)"),
+            ("peak anonymous", f"{self.needed}{exact} (memory that must exist)"),
             ("of it weights", f"{format_size(self.copied_bytes)} converted while they are loaded"),
             *(("beside them", f"{format_size(self.stacking_bytes)} while experts are stacked"),)
             * bool(self.stacking_bytes),

@@ -97,6 +97,7 @@ def test_of_quantised_weights_no_host_is_promised(config, dtype):
     assert found.hosts == ()
     assert "quantised (" in str(found)
     assert "this is the least" in str(found)
+    assert "at least 268 MB (memory that must exist)" in str(found)
 
 
 def test_stacked_experts_that_are_turned_are_copied():

@@ -118,7 +118,7 @@ def _fits(checkpoint: Checkpoint, plan: ShardPlan | None) -> Summary:
     now = checkpoint.estimate(plan.dtype if plan else None)
     shards = plan.estimate(now.dtype, config=checkpoint.config) if plan else now
     rows = [
-        ("memory needed", "", *(format_size(e.peak_anonymous_bytes) for e in (now, shards))),
+        ("memory needed", "", now.needed, shards.needed),
         ("mapped from files", "", *(format_size(e.mapped_bytes) for e in (now, shards))),
     ]
     for host, with_shards in zip(now.hosts, shards.hosts, strict=True):

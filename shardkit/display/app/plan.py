@@ -111,13 +111,12 @@ def _told(checkpoint: Checkpoint, plan: ShardPlan) -> str:
     free = shutil.disk_usage(Path.cwd()).free
     verdict = "enough" if free >= plan.disk_bytes else "NOT enough: choose a folder on another disk"
     now = checkpoint.estimate(plan.dtype)
-    planned = plan.estimate(now.dtype, config=checkpoint.config)
-    then, before = (format_size(e.peak_anonymous_bytes) for e in (planned, now))
+    then = plan.estimate(now.dtype, config=checkpoint.config)
     summary = plan.summary()
     facts = (
         *summary.facts,
         ("disk free here", f"{format_size(free)}: {verdict}"),
-        ("memory to load", f"{then} must exist ({before} as it is now)"),
+        ("memory to load", f"{then.needed} must exist ({now.needed} as it is now)"),
     )
     files = Summary("Files", tables=summary.tables)
     return page.columns(replace(summary, facts=facts, tables=()).html(), files.html())

@@ -220,7 +220,12 @@ class Checkpoint(Record):
         """
         asked = config_dtype(self.config) or self._first_dtype() if dtype in (None, "auto") else dtype
         target = parse_dtype(asked) if asked in CAST_DTYPES or asked == dtype else None
-        stored = (StoredTensor(t.name, t.elements, t.dtype, t.shape) for t in self.tensors.values())
+        named = {**{name: name for name in self.tensors}, **self.aliases}
+        stored = (
+            StoredTensor(name, t.elements, t.dtype, t.shape, is_alias=name != kept)
+            for name, kept in named.items()
+            for t in (self.tensors[kept],)
+        )
         whole = self.format == "pickle" and not all(is_zipfile(self.path(file)) for file in self.files)
         name = DTYPE_NAMES[target] if target else None
         return estimate_load(self.source, stored, name, config=self.config, held_whole=whole)

@@ -19,7 +19,6 @@ from shardkit.verify import verify_checkpoint
 _ProgressCallback = Callable[[int, int, str], bool | None]
 _Source = str | os.PathLike[str]
 
-_AS_GIVEN = ("prefetch", "python")  # any value of these can be tried
 # Tensors read to see whether two checkpoints hold the same model: this many, of about this size in all.
 _COMPARED_TENSORS, _COMPARED_BYTES = 32, 256_000_000
 
@@ -91,9 +90,9 @@ def compare_loads(
         "generate": generate,
         "prefetch": prefetch,
         "memory_limit": memory_limit,
-        "python": python and os.fspath(python),
+        "python": python,
         "timeout": timeout,
-        "options": dict(options or {}),
+        "options": options or {},
     }
     wanted = {ORIGINAL: {"source": original}, SHARDED: {"source": sharded}, **(others or {})}
     asked = {name: _options(name, common, changes) for name, changes in wanted.items()}
@@ -144,14 +143,15 @@ def _check_experiment(repeats: object, margin: object, seed: object, others: obj
 def _options(name: str, common: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of an arm's loads, checked before anything is opened."""
     own = {key: value for key, value in changes.items() if key != "source"}
-    if unknown := own.keys() - common.keys():
-        raise MeasurementError(f"arm {name!r}: {listed(sorted(unknown))} is no argument of measure_load")
+    if unknown := sorted(map(str, own.keys() - common.keys())):
+        raise MeasurementError(f"arm {name!r}: {listed(unknown)} is no argument of measure_load")
     options = {**common, **own}
     try:
-        check_load(**{key: value for key, value in options.items() if key not in _AS_GIVEN})
+        check_load(**{key: value for key, value in options.items() if key != "prefetch"})
     except ShardkitError as error:
         raise MeasurementError(f"arm {name!r}: {error}") from None
-    return options
+    python = options["python"] and os.fspath(options["python"])
+    return {**options, "python": python, "options": dict(options["options"] or {})}
 
 
 def _arm(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> Arm:

@@ -148,18 +148,17 @@ class ShardPlan(Record):
         index = len(self.index.encode()) if self.index else 0
         return sum(shard.nbytes for shard in self.shards) + index + self.side_bytes
 
-    def estimate(self, dtype: str | None = None, *, config: Mapping[str, Any] | None = None) -> Estimate:
+    def estimate(self, dtype: str | None, *, config: Mapping[str, Any] | None) -> Estimate:
         """Return how much memory loading the shards will take; see `Checkpoint.estimate`.
 
         Parameters
         ----------
         dtype
-            Asked of `from_pretrained`; None for that of the plan.
+            Asked of `from_pretrained`; None: each tensor as the shards hold it.
         config
             Of the model: see `Checkpoint.config`.
         """
-        asked = dtype if dtype not in (None, "auto") else self.dtype
-        target = parse_dtype(asked)
+        target = parse_dtype(dtype)
         tensors = (t for shard in self.shards for t in shard.tensors)
         stored = (StoredTensor(t.source.name, t.source.elements, t.dtype, t.source.shape) for t in tensors)
         return estimate_load(self.source, stored, DTYPE_NAMES[target] if target else None, config=config)

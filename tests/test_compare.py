@@ -1,5 +1,6 @@
 """The experiment's order and guard, and what its statistics conclude from samples with a known truth."""
 
+import dataclasses
 import json
 import math
 import re
@@ -188,6 +189,15 @@ class TestWords:
     def test_arm_that_is_not_there_is_named_with_those_that_are(self):
         with pytest.raises(MeasurementError, match="'shraded': there are original, sharded"):
             fake_comparison().explain("shraded")
+
+    def test_fewer_tokens_are_not_other_tokens(self):
+        found = fake_comparison()
+        for tokens, warned in (((7, 8), False), ((), False), ((8,), True)):
+            last = found.samples[-1]
+            other = dataclasses.replace(last.measurement, token_ids=tokens)
+            samples = (*found.samples[:-1], dataclasses.replace(last, measurement=other))
+            said = str(dataclasses.replace(found, samples=samples))
+            assert ("did not give the same tokens" in said) == warned
 
     def test_small_models_tell_nothing_of_the_kind(self):
         small = fake_comparison(arms=(fake_arm("original", "BF16", nbytes=5 * MB),))

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from shardkit import Checkpoint, PlanError, make_demo_checkpoint, measure_load, plan_shards
 from shardkit.estimate import StoredTensor, estimate_load, fit
@@ -51,15 +52,28 @@ def test_where_the_config_says_nothing_the_first_floats_dtype_is_everybodys(mode
 
 
 def test_shards_in_the_dtype_asked_for_are_mapped_and_not_copied(model):
-    as_is, sharded = model.estimate("float16"), plan_shards(model, dtype="float16").estimate()
+    as_is, sharded = (
+        model.estimate("float16"),
+        plan_shards(model, dtype="float16").estimate("float16", config=None),
+    )
     assert as_is.copied_bytes == sharded.mapped_bytes == model.total_bytes
     assert as_is.mapped_bytes == sharded.copied_bytes == 0
 
 
+def test_tied_tensors_of_a_pickle_are_converted_one_by_one(tmp_path):
+    weights = torch.zeros(100, 10)
+    torch.save({"a": weights, "b": weights, "c": torch.zeros(7)}, tmp_path / "pytorch_model.bin")
+    tied = Checkpoint.open(tmp_path)
+    assert len(tied.aliases) == 1
+    assert tied.estimate("float16").copied_bytes == 2 * (2 * 1000 + 7)
+    assert tied.estimate("float16").mapped_bytes == 0
+    assert tied.estimate("float32").mapped_bytes == 4 * (1000 + 7)
+
+
 def test_a_plan_knows_of_the_model_what_its_config_says(model):
     config = {**model.config, "quantization_config": {"quant_method": "mxfp4"}}
-    assert plan_shards(model).estimate(config=model.config).hosts
-    assert not plan_shards(model).estimate(config=config).hosts
+    assert plan_shards(model).estimate(None, config=model.config).hosts
+    assert not plan_shards(model).estimate(None, config=config).hosts
 
 
 @pytest.mark.parametrize("dtype", [None, "auto"])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ needs_groups = pytest.mark.skipif(
 )
 
 
-def groups_left():
-    return list(Path(limit.CGROUP_ROOT).rglob(f"shardkit-{os.getpid()}-*"))
+def groups_left(pid):
+    return list(Path(limit.CGROUP_ROOT).rglob(f"shardkit-{pid}-*"))
 
 
 def own_group(nbytes):
@@ -36,7 +37,7 @@ def test_kernel_kills_what_exceeds_the_limit_and_nothing_else():
         assert limits.kills() == 0
         assert subprocess.run(limits.command(touch(300)), check=False).returncode == -9
         assert limits.kills() == 1
-    assert not groups_left()
+    assert not groups_left(os.getpid())
 
 
 @needs_groups
@@ -46,7 +47,7 @@ def test_what_still_runs_in_the_group_ends_with_it():
         while "sleep" not in Path(f"/proc/{sleeper.pid}/cmdline").read_text().split("\0")[0]:
             pass
     assert sleeper.wait(10) == -9
-    assert not groups_left()
+    assert not groups_left(os.getpid())
 
 
 @needs_groups
@@ -56,7 +57,7 @@ def test_groups_of_a_killed_process_are_removed():
     stale.mkdir()
     with limited(200 * MB):
         assert not stale.exists()
-    for left in groups_left():
+    for left in groups_left(os.getpid()):
         left.rmdir()
 
 
@@ -75,7 +76,7 @@ def test_group_in_which_something_lives_is_left_alone_whoever_made_it():
         sleeper.kill()
         sleeper.wait()
         limit._remove(foreign)
-        for left in groups_left():
+        for left in groups_left(os.getpid()):
             left.rmdir()
 
 
@@ -133,6 +134,46 @@ def test_daemon_that_left_its_session_ends_with_the_limit(demo, tmp_path):
     measurement = measure_load(demo, python=fake_interpreter(tmp_path, script), memory_limit="200MB")
     assert measurement.ok, measurement
     assert gone(int(measurement.notes[0]))
+
+
+@needs_groups
+def test_killed_parent_leaves_no_group_and_nothing_that_runs_in_it(demo, tmp_path):
+    told = tmp_path / "told"
+    script = f"""
+        if os.fork() == 0:
+            os.setsid()
+            with open({str(told) + ".part"!r}, "w") as file:
+                print(os.getpid(), os.getppid(), file=file)
+            os.rename({str(told) + ".part"!r}, {str(told)!r})
+        time.sleep(600)
+    """
+    python = fake_interpreter(tmp_path, script)
+    arguments = f"{str(demo)!r}, python={str(python)!r}, memory_limit='200MB'"
+    code = f"from shardkit import measure_load; measure_load({arguments})"
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        try:
+            deadline = time.monotonic() + 30
+            while not told.exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            pids = told.read_text().split()
+            assert groups_left(parent.pid)
+        finally:
+            parent.kill()
+    assert all(gone(int(pid)) for pid in pids)
+    deadline = time.monotonic() + 10
+    while groups_left(parent.pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not groups_left(parent.pid)
+
+
+@needs_groups
+def test_kill_of_what_a_wrapper_started_is_the_limits_too(demo, tmp_path):
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\n{sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    measurement = measure_load(demo, python=wrapper, memory_limit="100MB", timeout=100)
+    assert measurement.outcome == "killed"
+    assert "memory limit of 100 MB" in measurement.reason
 
 
 @needs_groups

@@ -380,6 +380,8 @@ class TestBadEnds:
             measure_load(demo, cache="lukewarm")
         with pytest.raises(MeasurementError, match="-1"):
             measure_load(demo, generate=-1)
+        with pytest.raises(MeasurementError, match="interpreter"):
+            measure_load(demo, python=5)
         with pytest.raises(MeasurementError, match="JSON"):
             measure_load(demo, options={"device_map": object()})
         with pytest.raises(CheckpointError, match="neither a folder nor a file here"):

@@ -26,8 +26,15 @@ _TAIL_BYTES = 4000
 _ASK_EVERY_SECONDS = 0.2
 _CENTURY = 3e9
 _EVENTS_BYTES = 4_000_000
-# The end of its stdin says that we were killed: then it ends the child's group, and removes the folder.
-_GUARD = 'read _; kill -s KILL -- -"$0"; rm -rf "$1"'
+# The end of its stdin says that we were killed: then it ends the child's group, and removes the folder; and
+# the control group, with what has left the child's.
+_GUARD = """
+read _; kill -s KILL -- -"$0"; rm -rf "$1"
+for _ in 1 2 3 4 5 6 7 8 9; do
+    test -d "$2" || exit
+    kill -s KILL $(cat "$2/cgroup.procs"); rmdir "$2" || sleep 0.1
+done
+"""
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ def run_child(
             now = time.monotonic()
             return ChildEnd(started_at, now, None, False, None, nothing, str(error), [], [], 0.0, 0.0)
         fine, portable = StatusSampler(child.pid), PortableSampler(child)
-        with _gone_after(child, folder):
+        with _gone_after(child, folder, limit.group):
             for sampler in (fine, portable):
                 sampler.start()
             timed_out = _runs_out_of_time(child, timeout, stop)
@@ -159,12 +166,13 @@ def _start(
 
 
 @contextmanager
-def _gone_after(child: subprocess.Popen[bytes], folder: Path) -> Iterator[None]:
+def _gone_after(child: subprocess.Popen[bytes], folder: Path, group: Path | None) -> Iterator[None]:
     """End the child, and what it may have left running, whatever happens inside, or to us."""
-    guard = ["/bin/sh", "-c", _GUARD, str(child.pid), str(folder)]
+    guard = ["/bin/sh", "-c", _GUARD, str(child.pid), str(folder), str(group or "")]
+    quiet: dict[str, Any] = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with child:
         try:
-            with subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True) as guarding:  # noqa: S603
+            with subprocess.Popen(guard, start_new_session=True, **quiet) as guarding:  # noqa: S603
                 try:
                     yield
                 finally:

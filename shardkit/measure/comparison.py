@@ -292,7 +292,8 @@ class Comparison(Record):
 
     def _warnings(self) -> Iterator[str]:
         yield from self.notes
-        if len({s.measurement.token_ids for s in self.samples if s.measurement.ok}) > 1:
+        tokens = {s.measurement.token_ids for s in self.samples if s.measurement.ok}
+        if len({ids[: min(map(len, tokens))] for ids in tokens}) > 1:
             yield "the arms did not give the same tokens for the fixed prompt"
         weak = Counter(warning for s in self.samples for warning in s.measurement.warnings())
         weak += Counter(f"{s.arm}: {s.measurement.outcome}" for s in self.samples if not s.measurement.ok)
@@ -406,7 +407,7 @@ def _row(sample: Sample, arm: Arm) -> dict[str, Any]:
         for phase in measurement.phases
         for what in ("wall_seconds", "user_seconds", "system_seconds", "major_faults", "read_bytes")
     }
-    return {
+    row = {
         "arm": sample.arm,
         "pair": sample.pair,
         "outcome": measurement.outcome,
@@ -420,5 +421,5 @@ def _row(sample: Sample, arm: Arm) -> dict[str, Any]:
         **clocked,
         "cpu": environment.cpu,
         "cores": environment.cores,
-        **environment.versions,
     }
+    return row | {name: version for name, version in environment.versions.items() if name not in row}

@@ -55,4 +55,4 @@ def _fits(value: Any, types: tuple[type, ...]) -> bool:
         return all(_fits(item, (int,)) for item in value)
     if isinstance(value, dict):
         return all(_fits(text, (str,)) for text in (*value, *value.values()))
-    return value is None or abs(value) < _LARGEST  # which NaN is not
+    return value is None or 0 <= value < _LARGEST  # which NaN is not

@@ -19,6 +19,7 @@ from shardkit.load import loaded_files, prefetch_bytes
 from shardkit.measure import page_cache
 from shardkit.measure.child import ChildEnd, run_child
 from shardkit.measure.environment import describe_machine
+from shardkit.measure.limit import limited
 from shardkit.measure.measurement import LOAD, LoadMeasurement, MemoryCurve, Outcome, Phase, SamplerCost
 from shardkit.measure.sampler import Reading
 from shardkit.sizes import format_size, parse_size
@@ -31,6 +32,7 @@ _FILE_OPTIONS = ("use_safetensors", "variant", "subfolder", "gguf_file", "revisi
 # A load from a folder has no business on the network, whose delays would count as the load's.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
+_KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # as a wrapper's shell says it
 _SIGNALS = {int(number): number.name for number in signal.Signals}
 _DEVICE = re.compile(r"cpu|auto|balanced(_low_0)?|sequential|(cuda|mps|xpu|npu|hpu)(:\d+)?")
 _NOT_STARTED = (126, 127)  # as a shell says it
@@ -98,7 +100,7 @@ def measure_load(
     CheckpointError
         If `source` holds no checkpoint, or is a file that transformers would not load.
     """
-    check_load(dtype, device, cache, generate, memory_limit, timeout, options)
+    check_load(dtype, device, cache, generate, memory_limit, python, timeout, options)
     limit = None if memory_limit is None else parse_size(memory_limit)
     given = _as_json(options or {})
     folder, files = loaded_files(source)
@@ -125,6 +127,7 @@ def check_load(
     cache: object,
     generate: object,
     memory_limit: int | str | None,
+    python: object,
     timeout: object,
     options: Mapping[str, Any] | None,
 ) -> None:
@@ -139,8 +142,10 @@ def check_load(
         raise MeasurementError(f"generate is {generate!r}: give a number of tokens, or 0 for none")
     if timeout is not None and not (isinstance(timeout, (int, float)) and 0 <= timeout < math.inf):
         raise MeasurementError(f"timeout is {timeout!r}: give seconds, or None to wait")
-    if memory_limit is not None:
-        parse_size(memory_limit)
+    if python is not None and not isinstance(python, (str, os.PathLike)):
+        raise MeasurementError(f"python is {python!r}: give the path of an interpreter")
+    with limited(None if memory_limit is None else parse_size(memory_limit)):
+        pass  # so it can be set
     _as_json(options or {})
 
 
@@ -220,7 +225,7 @@ def _outcome(end: ChildEnd, limit: int | None, peaks: Mapping[str, int | None]) 
         return "timeout", f"stopped{when}{memory}"
     if errors := end.events["error"]:
         return "failed", f"{errors[-1]['reason']}{where}"
-    if end.return_code < 0 and end.limit_kills and limit is not None:
+    if end.return_code in _KILLED and end.limit_kills and limit is not None:
         size = format_size(limit)
         return "killed", f"by the kernel for its memory limit of {size}{when}{anonymous} anonymous"
     if end.return_code < 0:

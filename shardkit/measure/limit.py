@@ -37,10 +37,11 @@ _HOLD = "sed -n s/^0:://p /proc/self/cgroup; read _"
 
 @dataclass(frozen=True)
 class Limited:
-    """A limit in force: how to start a command under it, and how often the kernel has killed for it."""
+    """A limit in force: how to start a command under it, the kernel's kills for it, and its group."""
 
     command: Callable[[Sequence[str]], list[str]]
     kills: Callable[[], int | None]
+    group: Path | None = None
 
 
 @contextmanager
@@ -72,7 +73,7 @@ def _in_force(nbytes: int) -> Iterator[Limited]:
             group, start = stack.enter_context(_scope(nbytes)), [*_SYSTEMD, "--"]
         stack.callback(_remove, group)
         join = [*start, "/bin/sh", "-c", _JOIN, str(group / "cgroup.procs")]
-        yield Limited(lambda command: [*join, *command], lambda: _kills(group))
+        yield Limited(lambda command: [*join, *command], lambda: _kills(group), group)
 
 
 @contextmanager

@@ -27,10 +27,18 @@ REPORT = ROOT / "notebooks/batch_report.ipynb"
 
 
 def papermill(notebook, folder, **parameters):
-    """Run a notebook with parameters in a folder, as a shell would."""
+    """Run a notebook with parameters in a folder, as a shell would.
+
+    A kernel binds ports that were free when its client looked; where many processes open ports at once
+    another may take one in between, and the kernel is never heard. Such a run is started once more.
+    """
     given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", folder, notebook]
-    return subprocess.run([*command, folder / "out.ipynb", *given], capture_output=True, text=True)
+    command += [folder / "out.ipynb", *given]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if re.search("RuntimeError: Kernel (didn't respond|died before replying)", done.stderr):
+        done = subprocess.run(command, capture_output=True, text=True)
+    return done
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def run_child(
         with _gone_after(child, folder, limit.group):
             for sampler in (fine, portable):
                 sampler.start()
-            timed_out = _runs_out_of_time(child, timeout, stop)
+            timed_out = _runs_out_of_time(child, fine, timeout, stop)
         for sampler in (fine, portable):
             sampler.join()
         ended_at = time.monotonic()
@@ -183,13 +183,19 @@ def _gone_after(child: subprocess.Popen[bytes], folder: Path, group: Path | None
 
 
 def _runs_out_of_time(
-    child: subprocess.Popen[bytes], timeout: float | None, stop: Callable[[], bool] | None
+    child: subprocess.Popen[bytes],
+    sampler: StatusSampler,
+    timeout: float | None,
+    stop: Callable[[], bool] | None,
 ) -> bool:
     end = time.monotonic() + min(math.inf if timeout is None else timeout, _CENTURY)
     while (left := end - time.monotonic()) > 0:
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(min(left, _ASK_EVERY_SECONDS))
-            return False
+        seconds = min(left, _ASK_EVERY_SECONDS)
+        sampler.join(seconds)  # it sees the end; `child.wait` would look for it 50 times a second
+        if not sampler.is_alive():
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(seconds)
+                return False
         if stop is not None and stop():
             raise Cancelled("stopped as asked, in the middle of a load")
     return True

@@ -15,11 +15,12 @@ import time
 from contextlib import suppress
 from typing import NamedTuple
 
-_INTERVAL_SECONDS = 0.008
-_PORTABLE_INTERVAL_SECONDS = 0.1
-# A pause is at least this many times what a reading costs, waking up included: 1.4 % of a core at most.
-_REST = 70
+_INTERVAL_SECONDS = 0.01
+_PORTABLE_INTERVAL_SECONDS = 0.2
+# A pause is at least this many times what a reading costs, waking up included: 1.25 % of a core at most.
+_REST = 80
 _FIELDS = (b"VmHWM:", b"VmRSS:", b"RssAnon:", b"RssFile:", b"RssShmem:")
+_FIELDS_BYTES = 160  # they follow each other
 _KB = 1024
 
 
@@ -36,8 +37,8 @@ class Reading(NamedTuple):
 
 
 def parse_status(status: bytes, at: float) -> Reading | None:
-    """Return what `/proc/<pid>/status` says; None for a process that has no memory any more."""
-    words = status[status.find(_FIELDS[0]) :].split(None, 3 * len(_FIELDS))
+    """Return what `/proc/<pid>/status` says from VmHWM on; None if that is not all there."""
+    words = status.split(None, 3 * len(_FIELDS))
     if tuple(words[0:15:3]) != _FIELDS:
         return None
     peak, _, anonymous, file, shared = (int(word) * _KB for word in words[1:15:3])
@@ -46,6 +47,8 @@ def parse_status(status: bytes, at: float) -> Reading | None:
 
 class StatusSampler(threading.Thread):
     """Reads a process's `/proc` status every few milliseconds until it ends.
+
+    It makes sense of what it read only then: while the process runs, each microsecond may be taken from it.
 
     Attributes
     ----------
@@ -65,16 +68,17 @@ class StatusSampler(threading.Thread):
 
     def run(self) -> None:
         """Sample until the process is gone."""
-        looks = 0
+        seen: list[tuple[bytes, float]] = []
         # The open descriptor stays with this process, whoever gets its number later.
         with suppress(OSError), open(f"/proc/{self._pid}/status", "rb", buffering=0) as file:
-            while reading := parse_status(os.pread(file.fileno(), 4096, 0), time.monotonic()):
-                if reading.anonymous_bytes + reading.file_bytes:  # none: it is about to end
-                    self.readings.append(reading)
-                looks += 1
+            while (found := (status := os.pread(file.fileno(), 4096, 0)).find(_FIELDS[0])) >= 0:
+                seen.append((status[found : found + _FIELDS_BYTES], time.monotonic()))
                 self.cpu_seconds = time.thread_time()  # of this thread, which does nothing else
-                time.sleep(max(_INTERVAL_SECONDS, _REST * self.cpu_seconds / looks))
+                time.sleep(max(_INTERVAL_SECONDS, _REST * self.cpu_seconds / len(seen)))
         self.ended_at = time.monotonic()
+        read = (parse_status(fields, at) for fields, at in seen)
+        # A process that is about to end has no memory.
+        self.readings = [now for now in read if now and now.anonymous_bytes + now.file_bytes]
 
 
 class PortableSampler(threading.Thread):

@@ -152,9 +152,9 @@ def locked(target: Path) -> Iterator[None]:
         lock.release()
 
 
-def clear_stale_lock(target: Path) -> None:
-    """Remove the lock of a run that died just after it had put its result in place."""
-    if _beside(target, "lock").exists():
+def clear_after_end(target: Path) -> None:
+    """Remove what a run that ended just after it had put its result in place has left beside it."""
+    if _all_beside(target):
         with suppress(DestinationError, OSError), locked(target):
             pass
 

@@ -23,7 +23,7 @@ import xxhash
 from shardkit.checkpoint import Checkpoint, file_state
 from shardkit.destination import (
     check_destination,
-    clear_stale_lock,
+    clear_after_end,
     discard,
     discard_unfinished,
     journal_path,
@@ -243,7 +243,7 @@ def staging(
         try:
             held.check_destination()
         except DestinationError:
-            clear_stale_lock(held.destination)
+            clear_after_end(held.destination)
             raise
         held.destination.parent.mkdir(parents=True, exist_ok=True)
         with locked(held.destination):

@@ -1246,6 +1246,25 @@ shard_checkpoint(sys.argv[1], sys.argv[2], max_shard_size=2000, workers=1, progr
     assert beside(out) == set()
 
 
+def test_interrupt_just_after_the_end_leaves_nothing_for_long(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(new: Path, target: Path, overwrite: bool) -> None:
+        destination.put_in_place(new, target, overwrite)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "put_in_place", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            shard(source, out)
+    assert verify_checkpoint(source, out).equal
+    assert beside(out) == {".out.shardkit-journal"}
+    with pytest.raises(DestinationError, match="already exists"):
+        shard(source, out)
+    assert verify_checkpoint(source, out).equal
+    assert beside(out) == set()
+
+
 # What it costs --------------------------------------------------------------------------------------
 
 PEAK = """

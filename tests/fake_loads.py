@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 
@@ -100,14 +101,23 @@ def fake_interpreter(folder: Path, script: str, name: str = "python") -> Path:
     return path
 
 
+def happens(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether something becomes true within a time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def gone(pid: int, seconds: float = 10.0) -> bool:
     """Whether a process ends within a time; a zombie has ended."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+
+    def has_ended() -> bool:
         try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
         except OSError:
             return True
-        time.sleep(0.02)
-    return False
+
+    return happens(has_ended, seconds)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from shardkit import MeasurementError, measure_load
 from shardkit.measure import limit
 from shardkit.measure.limit import limited, why_unlimited
-from tests.fake_loads import MB, fake_interpreter, gone
+from tests.fake_loads import MB, fake_interpreter, gone, happens
 
 needs_groups = pytest.mark.skipif(
     why_unlimited() is not None, reason=f"memory cannot be limited here: {why_unlimited()}"
@@ -152,18 +151,13 @@ def test_killed_parent_leaves_no_group_and_nothing_that_runs_in_it(demo, tmp_pat
     code = f"from shardkit import measure_load; measure_load({arguments})"
     with subprocess.Popen([sys.executable, "-c", code]) as parent:
         try:
-            deadline = time.monotonic() + 30
-            while not told.exists() and time.monotonic() < deadline:
-                time.sleep(0.02)
+            assert happens(told.exists, 30)
             pids = told.read_text().split()
             assert groups_left(parent.pid)
         finally:
             parent.kill()
     assert all(gone(int(pid)) for pid in pids)
-    deadline = time.monotonic() + 10
-    while groups_left(parent.pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not groups_left(parent.pid)
+    assert happens(lambda: not groups_left(parent.pid), 10)
 
 
 @needs_groups

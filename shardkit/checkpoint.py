@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from zipfile import is_zipfile
 
+from shardkit.belonging import Beside, sort_out
 from shardkit.errors import CheckpointError, DownloadNeededError, reading
 from shardkit.estimate import Estimate, StoredTensor, estimate_load
 from shardkit.files import Files, LocalFiles, is_remote
@@ -19,14 +20,13 @@ from shardkit.layout import (
     architecture,
     config_dtype,
     find_weights,
+    index_notes,
     is_index,
+    naming_notes,
     output_stem,
     read_config,
-    read_weight_map,
-    sort_out,
-    ties_weights,
 )
-from shardkit.pickle_file import Scan, scan_pickles
+from shardkit.pickle_file import Scan, scan_pickles, twice_note
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import run_all
 from shardkit.safetensors_file import Header
@@ -59,11 +59,11 @@ class Checkpoint(Record):
     config
         ``config.json`` (or ``adapter_config.json``); None where there is none.
     side_files
-        All that is not weights, with sizes in bytes; they go with the model.
+        All else that belongs to the model, with sizes in bytes.
     left_out
-        Weights in other formats, which do not go with it.
+        Files that stay behind, and why: "the same weights in another format", "training state".
     aliases
-        Tied tensors of a pickle that share another's storage: dropped name to kept name.
+        Tensors of a pickle that share another's storage, by name, and the name of that other.
     notes
         What a person should be told.
     seen
@@ -79,7 +79,7 @@ class Checkpoint(Record):
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     side_files: dict[str, int] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     seen: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict, compare=False, repr=False)
@@ -140,33 +140,34 @@ class Checkpoint(Record):
         config = read_config(folder)
         # A file that lies beside no config is alone: what surrounds it is none of its business.
         is_alone = chosen is not None and config is None
-        chosen = chosen or find_weights(folder, config)
-        weight_map = read_weight_map(folder, chosen) if is_index(chosen) else {}
-        files = tuple(sorted(set(weight_map.values()))) or (chosen,)
-        seen = _states(folder, files)
-        is_pickle = not files[0].endswith(".safetensors")
+        weights = find_weights(folder, config, chosen)
+        seen = _states(folder, weights.files)
+        is_pickle = not weights.files[0].endswith(".safetensors")
+        aliases: dict[str, str] = {}
+        metadata: dict[str, str] = {}
         if is_pickle:
-            tensors, aliases, said = _scan_pickles(folder, files, config)
-            metadata: dict[str, str] = {}
+            tensors, aliases, said = _scan_pickles(folder, weights.files)
         else:
             with collector_paused():
-                tensors, metadata = _scan_safetensors(folder, files)
-            aliases, said = {}, ()
-        _check_weight_map(weight_map, tensors, aliases, chosen)
-        side_files, left_out = ({}, ()) if is_alone else sort_out(folder, {chosen, *files})
+                tensors, metadata, said = _scan_safetensors(folder, weights.files)
+        held = {name: tensor.file for name, tensor in tensors.items()}
+        stem = output_stem(folder, weights.chosen, config)
+        ours = {weights.chosen, *weights.files}
+        beside = Beside({}, {}) if is_alone else sort_out(folder, ours, stem, config)
+        told = (*weights.notes, *said, *index_notes(weights, held), *naming_notes(weights.chosen, stem))
         checkpoint = cls(
             source=source,
             folder=folder.folder,
             format="pickle" if is_pickle else "safetensors",
-            stem=output_stem(chosen),
-            files=files,
+            stem=stem,
+            files=weights.files,
             tensors=tensors,
             metadata=metadata,
             config=config,
-            side_files=side_files,
-            left_out=left_out,
+            side_files=beside.side_files,
+            left_out=beside.left_out,
             aliases=aliases,
-            notes=(*notes, *said),
+            notes=(*notes, *told, *beside.notes),
         )
         checkpoint.seen.update(seen)
         return checkpoint
@@ -220,11 +221,9 @@ class Checkpoint(Record):
         """
         asked = config_dtype(self.config) or self._first_dtype() if dtype in (None, "auto") else dtype
         target = parse_dtype(asked) if asked in CAST_DTYPES or asked == dtype else None
-        named = {**{name: name for name in self.tensors}, **self.aliases}
         stored = (
-            StoredTensor(name, t.elements, t.dtype, t.shape, is_alias=name != kept)
-            for name, kept in named.items()
-            for t in (self.tensors[kept],)
+            StoredTensor(name, t.elements, t.dtype, t.shape, is_alias=name in self.aliases)
+            for name, t in self.tensors.items()
         )
         whole = self.format == "pickle" and not all(is_zipfile(self.path(file)) for file in self.files)
         name = DTYPE_NAMES[target] if target else None
@@ -264,7 +263,7 @@ class Checkpoint(Record):
             ),
             ("largest tensor", str(self.largest or "none")),
             ("config says", self._config_against_files()),
-            ("beside weights", f"{plural(len(self.side_files), 'file')}, {format_size(beside)}"),
+            ("other files", f"{plural(len(self.side_files), 'file')}, {format_size(beside)}"),
         )
         dtypes = Table(
             ("dtype", "bytes", "share"),
@@ -289,10 +288,26 @@ class Checkpoint(Record):
     def _notes(self) -> tuple[str, ...]:
         notes = list(self.notes)
         if self.aliases:
-            notes.append(f"{plural(len(self.aliases), 'tied tensor')} stored once: {listed(self.aliases)}")
+            notes.append(shared_note(self))
         if self.left_out:
-            notes.append(f"other weights in the folder, not part of this checkpoint: {listed(self.left_out)}")
+            notes.append(f"stays behind: {by_kind(self.left_out)}")
         return tuple(notes)
+
+
+def shared_note(checkpoint: Checkpoint) -> str:
+    """Say what names of a pickle share storage, and what writing each of them takes."""
+    more = format_size(sum(checkpoint.tensors[name].nbytes for name in checkpoint.aliases))
+    count = plural(len(checkpoint.aliases), "tensor")
+    shared = f"{count} share another's storage in the source: {listed(checkpoint.aliases)}"
+    return f"{shared}. Each is written by its own name, which takes {more}"
+
+
+def by_kind(left_out: Mapping[str, str]) -> str:
+    """Return how many files of each kind there are, and the first of them by name."""
+    kinds: dict[str, list[str]] = {}
+    for file, kind in left_out.items():
+        kinds.setdefault(kind, []).append(file)
+    return "; ".join(f"{kind}: {plural(len(f), 'file')} ({listed(f)})" for kind, f in kinds.items())
 
 
 def _states(folder: Files, files: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -307,28 +322,29 @@ def file_state(status: os.stat_result) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _scan_pickles(folder: Files, files: tuple[str, ...], config: Mapping[str, Any] | None) -> Scan:
+def _scan_pickles(folder: Files, files: tuple[str, ...]) -> Scan:
     if is_remote(folder.folder):
         raise DownloadNeededError(
             f"has its weights as pickles only ({listed(files)}), which cannot be read in part: download them "
             "(download=True; sharding does by itself)",
             file=folder.folder,
         )
-    return scan_pickles(Path(folder.folder), files, ties_weights(config))
+    return scan_pickles(Path(folder.folder), files)
 
 
-def _scan_safetensors(folder: Files, files: tuple[str, ...]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _scan_safetensors(
+    folder: Files, files: tuple[str, ...]
+) -> tuple[dict[str, TensorInfo], dict[str, str], tuple[str, ...]]:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
+    notes = []
     for file, (entries, found, start) in _headers(folder, files):
         metadata = found | metadata
         for name, dtype, shape, begin, end in entries:
-            if name in tensors:
-                raise CheckpointError(
-                    f"is also in {tensors[name].file}", file=os.path.join(folder.folder, file), tensor=name
-                )
+            if (other := tensors.pop(name, None)) is not None:
+                notes.append(twice_note(name, other.file, file))
             tensors[name] = TensorInfo(name, dtype, shape, file, start + begin, end - begin)
-    return tensors, metadata
+    return tensors, metadata, tuple(notes)
 
 
 def _headers(folder: Files, files: tuple[str, ...]) -> Iterator[tuple[str, Header]]:
@@ -339,13 +355,3 @@ def _headers(folder: Files, files: tuple[str, ...]) -> Iterator[tuple[str, Heade
     with run_all(folder.header, files, _HEADERS_AT_ONCE) as results:
         read = dict(results)
     yield from ((file, read.pop(file)) for file in files)
-
-
-def _check_weight_map(
-    weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo], aliases: Mapping[str, str], index: str
-) -> None:
-    for name, file in weight_map.items():
-        held = tensors.get(aliases.get(name, name))
-        if held is None or (held.file != file and name not in aliases):
-            where = f"it is in {held.file}" if held else "no file of the index holds it"
-            raise CheckpointError(f"{index} says it is in {file}, but {where}", tensor=name)

@@ -14,7 +14,8 @@ from shardkit.measure import measure_load
 from shardkit.measure.comparison import ORIGINAL, SHARDED, Arm, Comparison, Sample
 from shardkit.measure.launch import check_load
 from shardkit.record import listed, plural
-from shardkit.verify import verify_checkpoint
+from shardkit.run import Crew, worker_count
+from shardkit.verify import compare_tensors
 
 _ProgressCallback = Callable[[int, int, str], bool | None]
 _Source = str | os.PathLike[str]
@@ -197,11 +198,11 @@ def _require_same_model(original: Checkpoint, other: Checkpoint) -> None:
             f"not the same model: {plural(len(differ), 'tensor')} differ in name or shape ({listed(differ)}) "
             f"{between}"
         )
-    names = _sample_of(original, other)
+    names, crew = _sample_of(original, other), Crew(worker_count(None))
     ours, theirs = (_with_only(checkpoint, names) for checkpoint in (original, other))
-    found = verify_checkpoint(ours, theirs)
+    found = compare_tensors(ours, theirs, crew)
     # The original may itself be the cast of what it is compared with.
-    if not found.equal and not verify_checkpoint(theirs, ours).equal:
+    if not found.equal and not compare_tensors(theirs, ours, crew).equal:
         raise ShardkitError(
             f"not the same model: of {plural(len(names), 'tensor')} read, {len(found.mismatches)} differ in "
             f"their values ({listed(m.tensor for m in found.mismatches)}) {between}"
@@ -209,8 +210,7 @@ def _require_same_model(original: Checkpoint, other: Checkpoint) -> None:
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    return shapes | {alias: shapes[kept] for alias, kept in checkpoint.aliases.items()}
+    return {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
 
 
 def _sample_of(*checkpoints: Checkpoint) -> list[str]:

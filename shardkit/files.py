@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from shardkit.hub.remote import Repository
 
 # Of the tools that made the copy (`.git` may be a file), and a trainer's earlier states: not of the model.
-NOT_OURS = re.compile(r"\.git|\.cache|__pycache__|\.ipynb_checkpoints|checkpoint-\d+|\..*\.shardkit-.*")
+NOT_OURS = re.compile(
+    r"\.git|\.cache|\.huggingface|__pycache__|\.ipynb_checkpoints|checkpoint-\d+|\..*\.shardkit-.*"
+)
+
+_CACHED = re.compile(r"(models|datasets|spaces)--")
 
 
 def is_remote(path: str) -> bool:
@@ -78,16 +82,17 @@ class LocalFiles:
             for name in sorted(name for name in names if not NOT_OURS.fullmatch(name)):
                 path = os.path.join(root, name)
                 if os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path)):  # no pipe
-                    yield os.path.relpath(path, self._path)
+                    yield Path(os.path.relpath(path, self._path)).as_posix()
 
     def leaves(self, name: str) -> Path | None:
         """Return where a file really is, if that is outside the folder.
 
-        Snapshots of the Hub's cache are links into the cache's own `blobs`, and those are followed.
+        The Hub's client links files of a folder, and of a snapshot in its cache, into that cache's `blobs`.
         """
         real, home = (self._path / name).resolve(), self._path.resolve()
-        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-        return None if real.is_relative_to(home) or real.is_relative_to(blobs) else real
+        blobs, repository = real.parent, real.parent.parent
+        is_cached = blobs.name == "blobs" and _CACHED.match(repository.name) is not None
+        return None if real.is_relative_to(home) or is_cached else real
 
 
 # Both answer the same questions; `folder` of one on the Hub is ``hf://org/name@commit``.

@@ -1,8 +1,9 @@
-"""Which files of a folder are the weights, and which go with them.
+"""Which files of a folder are the weights that a load reads, and what the config says of them.
 
 The order is that of transformers (`modeling_utils._get_resolved_checkpoint_files`): a file named by the
 config, then `model.safetensors`, its index, `pytorch_model.bin`, its index; then the stems of diffusers
-and peft. A folder is hostile until checked: an index names files only inside it.
+and peft. A folder is hostile until checked: an index names files only inside it. Untidy it may be:
+what transformers loads is taken, with a note.
 """
 
 from __future__ import annotations
@@ -10,25 +11,50 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
-from math import inf
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from shardkit.errors import CheckpointError, reading
 from shardkit.files import Files, is_inside
-from shardkit.record import listed
-from shardkit.safetensors_file import load_json
+from shardkit.record import listed, plural
+from shardkit.safetensors_file import JsonBounds, reading_json
 from shardkit.sizes import format_size
 
 CANONICAL_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 CONFIG_FILES = ("config.json", "adapter_config.json")
+# Names that another loader looks for, and the config by which that loader is known.
+_OTHER_LOADERS = {"consolidated": "params.json", "open_clip_model": "open_clip_config.json"}
 
-_MAX_INDEX_BYTES = 25_000_000
-_MAX_CONFIG_BYTES = 3_000_000  # one that names 20,000 classes, twice, has half of that
+# Quantizers write their calibration data into configs, and an index of 200,000 tensors has 25 MB.
+_MAX_JSON_BYTES = 100_000_000
+_JSON_BOUNDS = JsonBounds(structure=8_000_000, colons=4_000_000, unquoted=_MAX_JSON_BYTES)
 _MAX_JSON_DEPTH = 100
+_MAX_MISSING = 100_000  # shards to look for that are not there: a name may claim any number
 _INDEX = re.compile(r".*\.(safetensors|bin)\.index(\.[^.]+)?\.json")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|ot|tflite)")
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
+_SHARD = re.compile(r"(.+?)[-_.](\d+)[-_]of[-_](\d+)(\.[^.]+)?\.(safetensors|bin)")
+_VARIANT = re.compile(r"\.(?:(?:fp|bf|int|nf)\d+|(?:non_)?ema|\d+bit)")
+
+
+class Weights(NamedTuple):
+    """The weights that a load reads.
+
+    Attributes
+    ----------
+    chosen
+        The file or index that decides.
+    files
+        Files that hold tensors, in the order in which transformers reads them.
+    weight_map
+        Which file holds which tensor, as the index says; empty without an index.
+    notes
+        What a person should be told.
+    """
+
+    chosen: str
+    files: tuple[str, ...]
+    weight_map: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def is_index(name: str) -> bool:
@@ -41,12 +67,20 @@ def is_weights(name: str) -> bool:
     return _WEIGHTS.fullmatch(name) is not None or is_index(name)
 
 
-def output_stem(chosen: str) -> str:
-    """Return what files made from `chosen` are called, so that plain `from_pretrained` finds them."""
-    for stem in CANONICAL_STEMS[1:]:
-        if chosen.startswith(stem):
-            return stem
-    return CANONICAL_STEMS[0]
+def family(name: str) -> str:
+    """Return what weights are called without number, variant and ending: "model" of ``model.fp16.bin``."""
+    stem = re.sub(r"\.index(\.[^.]+)?\.json$", "", name)
+    if shard := _SHARD.fullmatch(stem):
+        return _VARIANT.sub("", shard[1])
+    return _VARIANT.sub("", stem.rpartition(".")[0])
+
+
+def output_stem(files: Files, chosen: str, config: Mapping[str, Any] | None) -> str:
+    """Return what files made from `chosen` are called, so that whoever loads the source finds them."""
+    found = family(chosen)
+    if config is None and files.is_file(_OTHER_LOADERS.get(found, "")):
+        return found
+    return next((stem for stem in CANONICAL_STEMS[1:] if chosen.startswith(stem)), CANONICAL_STEMS[0])
 
 
 def architecture(config: Mapping[str, Any] | None) -> str | None:
@@ -73,18 +107,28 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
     return next(filter(None, nested), None)
 
 
-def _read_json(files: Files, name: str, limit: int = _MAX_CONFIG_BYTES) -> Any:
+def read_json(files: Files, name: str) -> Any:
+    """Return a JSON document as Python reads it (`Infinity` and `NaN` included), within bounds.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read, or takes too much.
+    """
     path = os.path.join(files.folder, name)
     with reading(path):
-        if files.size(name) > limit:
-            raise CheckpointError(f"is larger than {format_size(limit)}", file=path)
-        document = load_json(files.read(name), path)
-    level = [document] if isinstance(document, (dict, list)) else []
+        if (size := files.size(name)) > _MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"has {format_size(size)}, at most {format_size(_MAX_JSON_BYTES)} are read", file=path
+            )
+        raw = files.read(name)
+    with reading_json(raw, path, _JSON_BOUNDS):
+        document = json.loads(raw.decode("utf-8"))
+    level = [document]
     for _ in range(_MAX_JSON_DEPTH):
-        children = [value.values() if isinstance(value, dict) else value for value in level]
-        if any(inf in values or -inf in values for values in children):
-            raise CheckpointError("has too large a number", file=path)
-        level = [v for values in children for v in values if isinstance(v, (dict, list))]
+        children = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [v for values in children if isinstance(values, Iterable) for v in values]
+        level = [value for value in level if isinstance(value, (dict, list))]
         if not level:
             return document
     raise CheckpointError(f"is nested more than {_MAX_JSON_DEPTH} levels deep", file=path)
@@ -99,7 +143,7 @@ def read_config(files: Files) -> dict[str, Any] | None:
     """Return the config of transformers, diffusers or peft among `files`; None where there is none."""
     for name in CONFIG_FILES:
         if files.is_file(name):
-            config = _read_json(files, name)
+            config = read_json(files, name)
             if not isinstance(config, dict):
                 raise CheckpointError("is not a JSON object", file=os.path.join(files.folder, name))
             return config
@@ -131,21 +175,28 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     }
 
 
-def ties_weights(config: Mapping[str, Any] | None) -> bool:
-    """Whether a load will tie weights again; only a config that says no is believed to mean it."""
-    config = config or {}
-    nested = _object(config.get("text_config")).get("tie_word_embeddings")
-    return config.get("tie_word_embeddings", nested) is not False
-
-
-def find_weights(files: Files, config: Mapping[str, Any] | None) -> str:
-    """Return the name of the weights file, or of the index, that a load of `files` would read.
+def find_weights(files: Files, config: Mapping[str, Any] | None, chosen: str | None = None) -> Weights:
+    """Return the weights that a load of `files` reads; or those that `chosen`, a file or an index, is of.
 
     Raises
     ------
     CheckpointError
-        If there is none, or several of equal right.
+        If there are none, several of equal right, or some are missing.
     """
+    if chosen is None:
+        chosen = _choose(files, config)
+    if is_index(chosen):
+        return _by_index(files, chosen)
+    if (shard := _SHARD.fullmatch(chosen)) is None or int(shard[3]) < 2:
+        return Weights(chosen, (chosen,), {})
+    for index in sorted(name for name in files.names() if "/" not in name and is_index(name)):
+        if family(index) == family(chosen) and chosen in (found := _by_index(files, index)).files:
+            note = f"{chosen} is one of {plural(len(found.files), 'shard')}: all that {index} names are meant"
+            return found._replace(notes=(*found.notes, note))
+    return _by_number(files, chosen)
+
+
+def _choose(files: Files, config: Mapping[str, Any] | None) -> str:
     if isinstance(named := (config or {}).get("transformers_weights"), str):
         _check_inside(files, named, CONFIG_FILES[0])
         return named
@@ -155,39 +206,65 @@ def find_weights(files: Files, config: Mapping[str, Any] | None) -> str:
             for candidate in (name, f"{name}.index.json"):
                 if files.is_file(candidate):
                     return candidate
-    return _find_only_candidate(files)
+    return _choose_only_candidate(files)
 
 
-def _find_only_candidate(files: Files) -> str:
+def _choose_only_candidate(files: Files) -> str:
     """Choose weights of another name (a variant, an original release) where there is just one."""
     everything = sorted(files.names())
+    inside = {os.path.dirname(name) for name in everything if "/" in name and is_weights(name)}
+    folders = listed(sorted(inside))
+    if "model_index.json" in everything and inside:
+        raise CheckpointError(
+            f"is a pipeline of several models: give the path of one of its folders ({folders}), "
+            "or of a single weights file",
+            file=files.folder,
+        )
     names = [name for name in everything if "/" not in name]
     for pattern in (r".*\.safetensors\.index(\.[^.]+)?\.json", r".*\.safetensors", r".*\.bin"):
-        found = [name for name in names if re.fullmatch(pattern, name)]
-        if len(found) == 1:
-            return found[0]
-        if found and all(_SHARD.fullmatch(name.rsplit(".", 1)[0]) for name in found):
-            raise CheckpointError(
-                f"holds shards ({listed(found)}) but no index that says what is in them: "
-                "the download may have been cut",
-                file=files.folder,
-            )
-        if found:
+        if found := _by_checkpoint(name for name in names if re.fullmatch(pattern, name)):
+            canonical = [name for name in found if family(name) in (*CANONICAL_STEMS, "pytorch_model")]
+            if len(canonical or found) == 1:
+                return (canonical or found)[0]
             raise CheckpointError(
                 f"holds several checkpoints ({listed(found)}): give the path of the one you mean",
                 file=files.folder,
             )
-    inside = {
-        os.path.dirname(name)
-        for name in everything
-        if "/" in name and _WEIGHTS.fullmatch(os.path.basename(name))
-    }
-    hint = f"; its folders {listed(sorted(inside))} do: give the path of one" if inside else ""
+    hint = f"; its folders {folders} do: give the path of one" if inside else ""
     raise CheckpointError(f"holds no weights (no .safetensors, no .bin){hint}", file=files.folder)
 
 
-def read_weight_map(files: Files, index: str) -> dict[str, str]:
-    """Return which file holds which tensor, every file checked to be one of `files`.
+def _by_checkpoint(names: Iterable[str]) -> list[str]:
+    """Return the first file of each checkpoint among files of weights: shards of one count together."""
+    first: dict[tuple[str, ...], str] = {}
+    for name in names:
+        shard = _SHARD.fullmatch(name)
+        first.setdefault((shard[1], shard[3], shard[4] or "") if shard else (name,), name)
+    return list(first.values())
+
+
+def _by_number(files: Files, chosen: str) -> Weights:
+    """Return all shards that the name of one of them says there are: no index lists them."""
+    stem, _, count, variant, ending = _SHARD.fullmatch(chosen).groups()  # type: ignore[union-attr]
+    shards = filter(None, (_SHARD.fullmatch(name) for name in files.names()))
+    found = {int(s[2]): s[0] for s in shards if (s[1], s[3], s[4], s[5]) == (stem, count, variant, ending)}
+    first = 0 if 0 in found and int(count) not in found else 1
+    expected = range(first, first + int(count)) if int(count) <= len(found) + _MAX_MISSING else ()
+    missing = [number for number in expected if number not in found]
+    if missing or not expected:
+        which = f"number {listed(map(str, missing))} of {count} is missing" if missing else "most are missing"
+        raise CheckpointError(
+            f"its name says that it is one of {int(count)} shards, of which {plural(len(found), 'file')} "
+            f"can be found: {which}. Download the rest; to shard this file by itself, rename it",
+            file=os.path.join(files.folder, chosen),
+        )
+    note = f"{plural(len(found), 'shard')} without an index: the files themselves say what is in them"
+    names = tuple(found[number] for number in sorted(found))
+    return Weights(names[0], names, {}, (note,))
+
+
+def _by_index(files: Files, index: str) -> Weights:
+    """Return the weights that an index names, every file checked to be one of `files`.
 
     Raises
     ------
@@ -195,23 +272,54 @@ def read_weight_map(files: Files, index: str) -> dict[str, str]:
         If the index is damaged, or names files that are missing or outside.
     """
     where = os.path.join(files.folder, index)
-    weight_map = _object(_read_json(files, index, _MAX_INDEX_BYTES)).get("weight_map")
+    weight_map = _object(read_json(files, index)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError("has no weight_map of tensor names to file names", file=where)
     if not weight_map:
         raise CheckpointError("its weight_map is empty", file=where)
-    named = set(weight_map.values())
-    for file in sorted(named):
+    for file in sorted(set(weight_map.values())):
         _check_inside(files, file, index)
+    # One file by several names would be read several times.
+    weight_map = {name: os.path.normpath(file) for name, file in weight_map.items()}
+    named = tuple(sorted(set(weight_map.values())))
     kinds = {os.path.splitext(file)[1] for file in named}
     if len(kinds) > 1:
         raise CheckpointError(f"mixes formats: {', '.join(sorted(kinds))}", file=where)
-    return weight_map
+    return Weights(index, named, weight_map)
+
+
+def index_notes(weights: Weights, held: Mapping[str, str]) -> tuple[str, ...]:
+    """Say where an index is not right about its files: transformers goes by the files, and so do we.
+
+    Parameters
+    ----------
+    held
+        Which file holds which tensor, in truth.
+    """
+    said, notes = weights.weight_map, []
+    for problem, names in (
+        ("that no file holds", [name for name in said if name not in held]),
+        ("in another file than they are in", [n for n, file in said.items() if held.get(n, file) != file]),
+        ("not at all, which its files hold", [name for name in held if said and name not in said]),
+    ):
+        if names:
+            notes.append(f"{weights.chosen} lists {plural(len(names), 'tensor')} {problem}: {listed(names)}")
+    return tuple(notes)
+
+
+def naming_notes(chosen: str, stem: str) -> tuple[str, ...]:
+    """Say that files made from `chosen` are called otherwise, where somebody might look for the name."""
+    bare = re.sub(r"\.index(\.[^.]+)?\.json$", "", chosen)
+    shard = _SHARD.fullmatch(bare)
+    name = (shard[1] + (shard[4] or "")) if shard else bare.rpartition(".")[0]
+    if name in (stem, "pytorch_model"):
+        return ()
+    return (f"shards of {name} are called {stem}, the name that from_pretrained looks for",)
 
 
 def read_made(files: Files, index: str) -> dict[str, object]:
     """Return what an index of ours says of how its files came about; nothing where another tool wrote it."""
-    metadata = _object(_object(_read_json(files, index, _MAX_INDEX_BYTES)).get("metadata"))
+    metadata = _object(_object(read_json(files, index)).get("metadata"))
     return _object(metadata.get("shardkit"))
 
 
@@ -220,49 +328,14 @@ def _check_inside(files: Files, file: str, named_in: str) -> None:
     where = os.path.join(files.folder, named_in)
     if not is_inside(file):
         raise CheckpointError(f"names a file outside the folder: {file!r}", file=where)
-    if os.path.normpath(file) != file:  # one file by many names would be read many times
-        raise CheckpointError(f"names {file!r} instead of {os.path.normpath(file)!r}", file=where)
-    if not files.is_file(file):
+    if not files.is_file(os.path.normpath(file)):
         if os.path.exists(os.path.join(files.folder, file)):
             raise CheckpointError(f"names {file!r}, which is not a regular file", file=where)
         raise CheckpointError(
             f"names {file!r}, which is not there: the download may have been cut", file=where
         )
     if (real := files.leaves(file)) is not None:
-        raise CheckpointError(f"names {file!r}, a link that leaves the folder, to {real}", file=where)
-
-
-def sort_out(files: Files, weights: set[str]) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Tell what goes with the model, with sizes in bytes, from weights that do not."""
-    side_files: dict[str, int] = {}
-    left_out: list[str] = []
-    modules = _modules(files)
-    for file in files.belonging():
-        if file in weights:
-            continue
-        if is_weights(os.path.basename(file)) and os.path.dirname(file) not in modules:
-            left_out.append(file)
-        elif not files.is_file(file):
-            path = os.path.join(files.folder, file)
-            raise CheckpointError(
-                f"is a link to {os.readlink(path)}, which is not there: the download was cut", file=path
-            )
-        elif (real := files.leaves(file)) is not None:
-            raise CheckpointError(
-                f"is a link that leaves the folder, to {real}: put a copy in its place, so that what goes "
-                "with the model is what you mean",
-                file=os.path.join(files.folder, file),
-            )
-        else:
-            side_files[file] = files.size(file)
-    return side_files, tuple(left_out)
-
-
-def _modules(files: Files) -> set[str]:
-    """Return the subfolders whose weights are part of the model: sentence-transformers lists them."""
-    if not files.is_file("modules.json"):
-        return set()
-    listed_modules = _read_json(files, "modules.json")
-    modules = listed_modules if isinstance(listed_modules, list) else []
-    paths = {os.path.normpath(str(module.get("path"))) for module in modules if isinstance(module, dict)}
-    return paths - {"."}
+        raise CheckpointError(
+            f"names {file!r}, a link that leaves the folder, to {real}: put the file itself in its place",
+            file=where,
+        )

@@ -9,7 +9,7 @@ from typing import Any
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import CheckpointError
 from shardkit.files import LocalFiles, folder_here
-from shardkit.layout import find_weights, is_index, read_config, read_weight_map
+from shardkit.layout import find_weights, read_config
 from shardkit.prefetch import Prefetch
 from shardkit.tensor import CAST_DTYPES, parse_dtype
 
@@ -86,11 +86,12 @@ def loaded_files(source: str | os.PathLike[str]) -> tuple[str, list[str]]:
     config = read_config(inside)
     if folder != path and config is None:
         raise CheckpointError("a file without config.json beside it is no model to load", file=str(path))
-    chosen = find_weights(inside, config)
-    if path not in (folder, folder / chosen):
-        raise CheckpointError(f"transformers loads {chosen} of this folder, not this file", file=str(path))
-    names = set(read_weight_map(inside, chosen).values()) if is_index(chosen) else {chosen}
-    return str(folder), [str(folder / name) for name in sorted(names)]
+    weights = find_weights(inside, config)
+    if path not in (folder, folder / weights.chosen):
+        raise CheckpointError(
+            f"transformers loads {weights.chosen} of this folder, not this file", file=str(path)
+        )
+    return str(folder), [str(folder / name) for name in weights.files]
 
 
 def _loader(transformers: Any, architecture: str) -> Any:

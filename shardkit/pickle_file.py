@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from shardkit.errors import CheckpointError, reading
 from shardkit.pickle_guard import check_pickle
+from shardkit.record import listed, plural, printable
 from shardkit.safetensors_file import check_name, refuse_lfs_pointer, tensor_bytes
 from shardkit.tensor import DTYPE_NAMES, TensorInfo
 
@@ -24,17 +25,16 @@ if TYPE_CHECKING:
 Scan = tuple[dict[str, TensorInfo], dict[str, str], tuple[str, ...]]
 
 
-def scan_pickles(folder: Path, files: tuple[str, ...], ties_weights: bool) -> Scan:
-    """List the tensors of pickle files: tensors by name, aliases (dropped to kept), notes.
+def scan_pickles(folder: Path, files: tuple[str, ...]) -> Scan:
+    """List the tensors of pickle files: tensors by name, aliases, notes.
 
-    Names that share one storage, shape and strides are aliases. Transformers writes only one of them,
-    the module that was registered first, and ties the others to it after loading; so do we, unless the
-    config says that it does not tie (`ties_weights` false), when each is written.
+    A name whose storage, offset, shape and strides are those of an earlier one is an alias of it. It is a
+    tensor like any other: what shares storage may be tied again by a load, and may not.
 
     Raises
     ------
     CheckpointError
-        If a file is damaged, holds anything but tensors, or wants more than tensors when loaded.
+        If a file is damaged, or wants more than tensors when loaded.
     """
     names = {f"torch.{name}": dtype for dtype, name in DTYPE_NAMES.items()}
     tensors: dict[str, TensorInfo] = {}
@@ -43,22 +43,31 @@ def scan_pickles(folder: Path, files: tuple[str, ...], ties_weights: bool) -> Sc
     for file in files:
         path = str(folder / file)
         first: dict[object, str] = {}
-        loaded, mapped = _load(path)
+        loaded, mapped, skipped = _load(path)
         if not mapped:
             notes.append(f"{file} is a legacy pickle: it is loaded whole, one such file at a time")
+        if skipped:
+            notes.append(
+                f"{file} has {plural(len(skipped), 'entry')} that are no tensors, left out: {listed(skipped)}"
+            )
         for name, tensor in loaded.items():
-            if name in tensors or name in aliases:
-                raise CheckpointError("is in two files", file=path, tensor=name)
             dtype = names.get(str(tensor.dtype))
             if dtype is None:
                 raise CheckpointError(f"safetensors has no dtype for {tensor.dtype}", file=path, tensor=name)
+            if (other := tensors.pop(name, None)) is not None:
+                notes.append(twice_note(name, other.file, file))
+                aliases.pop(name, None)
+            shape = _shape(tensor, dtype)
+            tensors[name] = TensorInfo(name, dtype, shape, file, None, tensor_bytes(dtype, shape))
             kept = first.setdefault(_identity(tensor), name) if tensor.numel() else name
-            if kept != name and ties_weights:
+            if kept != name:
                 aliases[name] = kept
-            else:
-                shape = _shape(tensor, dtype)
-                tensors[name] = TensorInfo(name, dtype, shape, file, None, tensor_bytes(dtype, shape))
     return tensors, aliases, tuple(notes)
+
+
+def twice_note(name: str, first: str, last: str) -> str:
+    """Say which of two tensors of one name is meant: the last that transformers reads."""
+    return f"{name} is in {first} and in {last}: that of {last} is taken, as transformers does"
 
 
 def read_tensor(path: str, name: str) -> memoryview:
@@ -83,8 +92,8 @@ def _identity(tensor: torch.Tensor) -> object:
     return storage.data_ptr(), tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-def _load(path: str) -> tuple[Mapping[str, torch.Tensor], bool]:
-    """Return the tensors of a file, and whether they are mapped rather than in memory."""
+def _load(path: str) -> tuple[Mapping[str, torch.Tensor], bool, tuple[str, ...]]:
+    """Return the tensors of a file, whether they are mapped, not in memory, and what is no tensor."""
     with reading(path), open(path, "rb") as file:
         refuse_lfs_pointer(file.read(16), path)
     mapped = check_pickle(path)
@@ -100,9 +109,15 @@ def _load(path: str) -> tuple[Mapping[str, torch.Tensor], bool]:
         loaded = loaded["state_dict"]  # as trainers save it; transformers looks there, too
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"holds a {type(loaded).__name__}, not a map of tensors", file=path)
-    for name, value in loaded.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{name!r} is a {type(value).__name__}, not a tensor", file=path)
+    tensors = {n: v for n, v in loaded.items() if isinstance(n, str) and isinstance(v, torch.Tensor)}
+    skipped = tuple(printable(str(name))[:200] for name in loaded if name not in tensors)
+    if skipped and not tensors:
+        raise CheckpointError(f"holds no tensors by name, only {listed(skipped)}", file=path)
+    if unnamed := [
+        name for name, value in loaded.items() if isinstance(value, torch.Tensor) and name not in tensors
+    ]:
+        raise CheckpointError(f"holds a tensor whose name is {unnamed[0]!r}, not text", file=path)
+    for name, value in tensors.items():
         check_name(name, path)
         if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
             raise CheckpointError(
@@ -114,7 +129,7 @@ def _load(path: str) -> tuple[Mapping[str, torch.Tensor], bool]:
                 file=path,
                 tensor=name,
             )
-    return loaded, mapped
+    return tensors, mapped, skipped
 
 
 def _reason(error: Exception) -> str:
@@ -133,14 +148,14 @@ class _OpenPickles:
 
     def __init__(self, mapped: int) -> None:
         self._limit, self._lock = mapped, threading.Lock()
-        self._files: dict[tuple[str, int, int], tuple[Mapping[str, torch.Tensor], bool]] = {}
+        self._files: dict[tuple[str, int, int], tuple[Mapping[str, torch.Tensor], bool, tuple[str, ...]]] = {}
 
     def get(self, path: str) -> Mapping[str, torch.Tensor]:
         with self._lock:
             status = os.stat(path)
             key = (path, status.st_mtime_ns, status.st_size)
             if key not in self._files:
-                in_memory = [k for k, (_, mapped) in self._files.items() if not mapped]
+                in_memory = [k for k, (_, mapped, _) in self._files.items() if not mapped]
                 oldest = list(self._files)[: max(0, len(self._files) - self._limit + 1)]
                 for old in {*in_memory, *oldest}:
                     del self._files[old]

@@ -242,8 +242,7 @@ def plan_shards(
     target = parse_dtype(dtype)
     if target is not None:
         _refuse_quantised(checkpoint)
-    # Dropped aliases are named as huggingface_hub does, which restores them.
-    metadata = {**FORMAT_METADATA, **checkpoint.metadata, **checkpoint.aliases}
+    metadata = {**FORMAT_METADATA, **checkpoint.metadata}
     empty = empty_header_chars(metadata)
     with collector_paused():
         items = [Item.of(tensor, target) for tensor in checkpoint.tensors.values()]

@@ -12,7 +12,8 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from json.encoder import encode_basestring
 from math import inf
 from typing import Any, NamedTuple, NoReturn, TypeGuard
@@ -22,9 +23,6 @@ from shardkit.errors import CheckpointError, reading
 # The format allows 100 MB, the Hub's client reads 25 MB. Parsed, a hostile header of 100 MB would take
 # gigabytes, and so would one of 25 MB but for these bounds, which leave room for 100,000 tensors and more.
 MAX_HEADER_BYTES = 25_000_000
-_MAX_STRUCTURE = 1_200_000  # brackets and commas: eleven for a tensor of five dimensions
-_MAX_COLONS = 600_000  # four for each tensor
-_MAX_UNQUOTED = 4_000_000  # bytes from quote to quote: beyond, one wide character makes each of them four
 _MAX_NAME = 4096
 _MAX_METADATA = 10_000
 PREFIX_BYTES = 8
@@ -39,6 +37,28 @@ DTYPE_BITS = {
     "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
+
+
+class JsonBounds(NamedTuple):
+    """What JSON may have, so that a hostile one takes bounded time and memory.
+
+    Attributes
+    ----------
+    structure
+        Brackets and commas.
+    colons
+        As many as there are keys.
+    unquoted
+        Bytes from quote to quote: beyond, one wide character makes each of them four.
+    """
+
+    structure: int
+    colons: int
+    unquoted: int
+
+
+# Eleven brackets and commas for a tensor of five dimensions, four colons for each tensor.
+_HEADER_BOUNDS = JsonBounds(structure=1_200_000, colons=600_000, unquoted=4_000_000)
 
 
 class Entry(NamedTuple):
@@ -182,11 +202,7 @@ def load_json(raw: bytes, file: str) -> Any:
     CheckpointError
         If `raw` is anything else; `file` is the name to give in the message.
     """
-    _bound(sum(map(raw.count, (b"[", b"{", b","))), "brackets and commas", _MAX_STRUCTURE, file)
-    _bound(raw.count(b":"), "colons", _MAX_COLONS, file)
-    if _has_long_token(raw):
-        raise CheckpointError(f"has a string or a list of more than {_MAX_UNQUOTED} bytes", file=file)
-    try:
+    with reading_json(raw, file, _HEADER_BOUNDS):
         document = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_unique_keys,
@@ -196,6 +212,23 @@ def load_json(raw: bytes, file: str) -> Any:
         if _SURROGATE.search(raw):  # only an escape can hide half of a surrogate pair, which is no text
             json.dumps(document, ensure_ascii=False).encode("utf-8")
         return document
+
+
+@contextmanager
+def reading_json(raw: bytes, file: str, bounds: JsonBounds) -> Iterator[None]:
+    """Refuse JSON beyond the bounds before it is parsed, and name the file if it cannot be.
+
+    Raises
+    ------
+    CheckpointError
+        As said.
+    """
+    _bound(sum(map(raw.count, (b"[", b"{", b","))), "brackets and commas", bounds.structure, file)
+    _bound(raw.count(b":"), "colons", bounds.colons, file)
+    if _has_long_token(raw, bounds.unquoted):
+        raise CheckpointError(f"has a string or a list of more than {bounds.unquoted} bytes", file=file)
+    try:
+        yield
     except UnicodeEncodeError:
         raise CheckpointError(
             "a name or value has unprintable halves of surrogate pairs", file=file
@@ -229,10 +262,10 @@ def _integer(text: str) -> float:
     return -0.0 if text == "-0" else int(text)
 
 
-def _has_long_token(raw: bytes) -> bool:
+def _has_long_token(raw: bytes, most: int) -> bool:
     bare = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    starts = range(0, len(bare) - _MAX_UNQUOTED + 1, _MAX_UNQUOTED)
-    return any(bare.find(b'"', at, at + _MAX_UNQUOTED) < 0 for at in starts)
+    starts = range(0, len(bare) - most + 1, most)
+    return any(bare.find(b'"', at, at + most) < 0 for at in starts)
 
 
 def _entry(name: str, value: Any) -> Entry:

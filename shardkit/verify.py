@@ -23,6 +23,7 @@ from shardkit.pickle_file import close_pickles
 from shardkit.plan import PlannedTensor, Shard, ShardPlan
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import Crew, ProgressCallback, ProgressCount, run_all, worker_count
+from shardkit.seen import ModelKeys, model_keys
 from shardkit.sizes import format_size
 from shardkit.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
 from shardkit.transfer import Range, Received, cast_chunks, tensor_range
@@ -62,6 +63,8 @@ class Verification(Record):
     received
         Whether the source was read once only, from the Hub, and the destination was held against the digests
         that were taken of its bytes as they arrived.
+    model
+        What a model gets from either side, by transformers' own account.
     """
 
     source: str
@@ -75,11 +78,13 @@ class Verification(Record):
     digests: dict[str, str] = field(repr=False)
     seconds: float
     received: bool = False
+    model: ModelKeys | None = None
 
     @property
     def equal(self) -> bool:
-        """Whether the destination holds the source's tensors, all of them and nothing else."""
-        return not (self.mismatches or self.missing or self.extra)
+        """Whether the destination holds the source's tensors and nothing else, and a model gets the same."""
+        differs = self.model is not None and self.model.differences
+        return not (self.mismatches or self.missing or self.extra or differs)
 
     def _result(self) -> str:
         if not self.equal:
@@ -98,6 +103,8 @@ class Verification(Record):
         )
         if self.cast:
             facts += (("cast", f"{plural(self.cast, 'tensor')} compared with the cast computed again"),)
+        if self.model is not None:
+            facts += (("model", str(self.model)),)
         facts += (("missing", listed(self.missing)),) * bool(self.missing)
         facts += (("extra", listed(self.extra)),) * bool(self.extra)
         rows = tuple((m.tensor, m.reason) for m in self.mismatches[:_SHOWN])
@@ -134,8 +141,15 @@ def verify_checkpoint(
     CheckpointError
         If either side cannot be read. That they differ is a result, not an error.
     """
-    start, crew = time.perf_counter(), Crew(worker_count(workers), executor, progress)
+    crew = Crew(worker_count(workers), executor, progress)
     ours, theirs = (s if isinstance(s, Checkpoint) else Checkpoint.open(s) for s in (source, destination))
+    with model_keys(ours, theirs) as answer:
+        return replace(compare_tensors(ours, theirs, crew), model=answer())
+
+
+def compare_tensors(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verification:
+    """Compare the tensors of two checkpoints; as `verify_checkpoint`, which also asks what a model gets."""
+    start = time.perf_counter()
     pairs = _pairs(ours, theirs)
     comparable = [pair for pair in pairs if pair.obstacle is None]
     ranges = [
@@ -171,8 +185,8 @@ def _verification(
         nbytes=sum(pair.ours.nbytes for pair in pairs),
         cast=sum(pair.obstacle is None and pair.ours.dtype != pair.theirs.dtype for pair in pairs),
         mismatches=tuple(mismatches),
-        missing=tuple(name for name in ours.tensors if _find(theirs, name) is None),
-        extra=tuple(name for name in theirs.tensors if _find(ours, name) is None),
+        missing=tuple(name for name in ours.tensors if name not in theirs.tensors),
+        extra=tuple(name for name in theirs.tensors if name not in ours.tensors),
         digests=digests,
         seconds=time.perf_counter() - start,
     )
@@ -262,7 +276,9 @@ def verify_received(
         if any(_overlaps(shard, planned, part) for part in altered.get(shard.file, ()))
     ]
     found = dict(zip(written.tensors, digests, strict=True))
-    return replace(_verification(checkpoint, written, mismatches, found, start), received=True)
+    verified = replace(_verification(checkpoint, written, mismatches, found, start), received=True)
+    with model_keys(checkpoint, written) as answer:
+        return replace(verified, model=answer())
 
 
 def _overlaps(shard: Shard, planned: PlannedTensor, part: Received) -> bool:
@@ -287,15 +303,9 @@ class _Pair(NamedTuple):
         return None
 
 
-def _find(checkpoint: Checkpoint, name: str) -> TensorInfo | None:
-    """Find a tensor under its name, or under the name that a pickle's alias of it is kept as."""
-    return checkpoint.tensors.get(checkpoint.aliases.get(name, name))
-
-
 def _pairs(ours: Checkpoint, theirs: Checkpoint) -> list[_Pair]:
-    names = dict.fromkeys([*ours.tensors, *theirs.tensors])
-    found = ((_find(ours, name), _find(theirs, name)) for name in names)
-    return [_Pair(left, right) for left, right in found if left and right]
+    found = ((tensor, theirs.tensors.get(name)) for name, tensor in ours.tensors.items())
+    return [_Pair(left, right) for left, right in found if right]
 
 
 def _batches(ranges: Sequence[Range]) -> Iterator[Sequence[Range]]:

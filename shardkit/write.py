@@ -18,7 +18,7 @@ from pathlib import Path
 from shardkit.checkpoint import Checkpoint
 from shardkit.destination import check_free, resolve
 from shardkit.errors import CastError, DownloadNeededError, VerificationError
-from shardkit.layout import adapted_config
+from shardkit.layout import adapted_config, is_weights
 from shardkit.plan import Shard, ShardPlan, Strategy, plan_shards
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import Crew, ProgressCallback, ProgressCount, resumable, run_all, take_turns, worker_count
@@ -49,8 +49,10 @@ class ShardReport(Record):
         Tensors of which the cast made some values infinite or zero, with counts.
     reused
         Shards that an earlier run of the same job had finished.
-    side_files, left_out
-        What went along, and weights of other formats that did not.
+    side_files
+        All other files that were copied, with sizes in bytes.
+    left_out
+        Files that stayed behind, and why.
     verification
         The proof; None where it was not asked for.
     copy_seconds, seconds
@@ -67,8 +69,8 @@ class ShardReport(Record):
     dtype: str | None
     lost: tuple[Lost, ...]
     reused: tuple[str, ...]
-    side_files: tuple[str, ...]
-    left_out: tuple[str, ...]
+    side_files: dict[str, int]
+    left_out: dict[str, str]
     verification: Verification | None
     copy_seconds: float
     seconds: float
@@ -90,8 +92,10 @@ class ShardReport(Record):
             ("dtype", f"cast to {self.dtype}" if self.dtype else "as in the source"),
             ("written in", f"{self.copy_seconds:.2f} s, {rate}/s"),
             ("verified", self._verified()),
-            ("went along", listed(self.side_files) or "nothing"),
+            ("also copied", self._also_copied()),
         )
+        if self.verification is not None and self.verification.model is not None:
+            facts += (("model", str(self.verification.model)),)
         facts += (("reused", listed(self.reused)),) * bool(self.reused)
         if self.dtype:
             infinite, zero = (sum(getattr(x, of) for x in self.lost) for of in ("overflowed", "flushed"))
@@ -100,10 +104,14 @@ class ShardReport(Record):
         worst = sorted(self.lost, key=lambda x: (-x.overflowed, -x.flushed))[:_SHOWN_LOSSES]
         rows = tuple((x.tensor, f"{x.overflowed:,}", f"{x.flushed:,}") for x in worst)
         lost = (Table(("most was lost in", "became infinite", "became zero"), rows),) if rows else ()
-        notes = self.notes
-        if self.left_out:
-            notes += (f"weights in other formats stay behind: {listed(self.left_out)}",)
-        return Summary("Sharded checkpoint", facts, lost, notes)
+        return Summary("Sharded checkpoint", facts, lost, self.notes)
+
+    def _also_copied(self) -> str:
+        weights = [file for file in self.side_files if is_weights(os.path.basename(file))]
+        count = f"{plural(len(self.side_files), 'file')}, {format_size(sum(self.side_files.values()))}"
+        if not weights:
+            return f"{count}: {listed(self.side_files)}" if self.side_files else "nothing"
+        return f"{count}; {len(weights)} of them hold weights: {listed(weights)}"
 
 
 @resumable()
@@ -195,12 +203,17 @@ def shard_checkpoint(
         dtype=plan.dtype,
         lost=lost,
         reused=reused,
-        side_files=tuple(checkpoint.side_files),
+        side_files=checkpoint.side_files,
         left_out=checkpoint.left_out,
         verification=verification,
         copy_seconds=copy_seconds,
         seconds=time.perf_counter() - start,
-        notes=(*checkpoint.notes, *plan.summary().notes, *stage.notes, *(_STREAMED,) * checkpoint.is_remote),
+        notes=(
+            *checkpoint.summary().notes,
+            *plan.summary().notes,
+            *stage.notes,
+            *(_STREAMED,) * checkpoint.is_remote,
+        ),
     )
 
 
@@ -333,9 +346,14 @@ def _verify(stage: Staging, crew: Crew) -> Verification:
             checkpoint, folder, workers=crew.workers, executor=crew.executor, progress=crew.progress
         )
     if not found.equal:
-        wrong = [m.tensor for m in found.mismatches] + [*found.missing, *found.extra]
-        raise VerificationError(
-            f"{stage.destination}: not published: {plural(len(wrong), 'tensor')} not as in the source "
-            f"({listed(wrong)}); the source or the disk changed meanwhile"
-        )
+        raise VerificationError(f"{stage.destination}: not published: {_why_unequal(found)}")
     return replace(found, destination=str(stage.destination))
+
+
+def _why_unequal(found: Verification) -> str:
+    if wrong := [m.tensor for m in found.mismatches] + [*found.missing, *found.extra]:
+        return (
+            f"{plural(len(wrong), 'tensor')} not as in the source ({listed(wrong)}); the source or the disk "
+            "changed meanwhile"
+        )
+    return f"a model does not get from it what the source gives it: {found.model}"

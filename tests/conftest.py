@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import json
 import os
 import signal
 import tempfile
@@ -15,7 +16,9 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck
 
+from shardkit import seen
 from shardkit.demo import make_demo_checkpoint
+from shardkit.look import look
 from tests.loopback_hub import LoopbackHub
 from tests.support import FreshFolder
 
@@ -86,6 +89,19 @@ def tiny_model() -> Callable[..., Any]:
         return tf.BertForMaskedLM(tf.BertConfig(vocab_size=96, **shape | changes)).eval()
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _models_are_asked_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask transformers in this process what a model gets, which takes no seconds of imports each time."""
+    if "asks_a_process" in request.keywords:
+        return
+
+    @contextmanager
+    def asked(job: dict[str, Any]) -> Iterator[Callable[[], dict[str, Any]]]:
+        yield lambda: look(json.loads(json.dumps(job)))
+
+    monkeypatch.setattr(seen, "asked", asked)
 
 
 @pytest.fixture

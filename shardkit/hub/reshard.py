@@ -42,6 +42,7 @@ from shardkit.hub.target import Target, digest_bytes, digest_file, is_same
 from shardkit.plan import Shard, ShardPlan, Strategy, plan_shards
 from shardkit.record import plural
 from shardkit.run import Crew, ProgressCallback, ProgressCount, resumable, run_all, worker_count
+from shardkit.seen import ModelKeys
 from shardkit.sizes import format_size
 from shardkit.transfer import Lost, Outcome, run_task, shard_tasks
 from shardkit.verify import Verification, altered_parts, damaged_shards, digest_range, staged_range
@@ -375,6 +376,7 @@ class _Job:
             digests=self._digests(),
             seconds=self._checking_seconds,
             received=checkpoint.is_remote,
+            model=ModelKeys(why_unchecked="the copy lies on the Hub"),
         )
         outcomes = [Outcome(finished.lost) for finished in self.finished.values()]
         return ShardReport(
@@ -386,12 +388,12 @@ class _Job:
             dtype=plan.dtype,
             lost=total_lost(plan, outcomes),
             reused=reused,
-            side_files=tuple(checkpoint.side_files),
+            side_files=checkpoint.side_files,
             left_out=checkpoint.left_out,
             verification=verification if self._verify else None,
             copy_seconds=moved,
             seconds=seconds,
-            notes=(*checkpoint.notes, *plan.summary().notes, *self.notes),
+            notes=(*checkpoint.summary().notes, *plan.summary().notes, *self.notes),
         )
 
 

@@ -17,11 +17,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
+from shardkit.belonging import sort_out
 from shardkit.errors import CheckpointError, SpaceError
 from shardkit.files import Files, LocalFiles
 from shardkit.hub.access import TRIES, UnreachableError, ask, find_token
 from shardkit.hub.remote import Repository, remember, repository_of
-from shardkit.layout import find_weights, is_index, read_config, read_weight_map, sort_out
+from shardkit.layout import find_weights, output_stem, read_config
 from shardkit.record import plural
 from shardkit.sizes import format_size
 
@@ -132,10 +133,11 @@ def must_stream(folder: str, written_bytes: int, destination: str | os.PathLike[
 
 def needed_files(files: Files) -> list[str]:
     """Return the names of all that makes up a checkpoint: weights in one format, index, side files."""
-    chosen = find_weights(files, read_config(files))
-    weights = dict.fromkeys([chosen, *(read_weight_map(files, chosen).values() if is_index(chosen) else ())])
-    side_files, _ = sort_out(files, set(weights))
-    return [*weights, *side_files]
+    config = read_config(files)
+    found = find_weights(files, config)
+    weights = dict.fromkeys((found.chosen, *found.files))
+    beside = sort_out(files, weights, output_stem(files, found.chosen, config), config)
+    return [*weights, *beside.side_files]
 
 
 def _open(wanted: HubId, token: str | None, tries: int) -> Repository:

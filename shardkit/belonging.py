@@ -1,0 +1,140 @@
+"""What comes along with the weights, and what stays behind: only what is known not to be needed does.
+
+A model may need any file: voices, further adapters, heads of its own, normalizer states. So everything comes
+along but what is known to be the same weights in another format, for another runtime, a trainer's state, or
+a download that was cut; and of a config and its weights neither goes without the other.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from shardkit.errors import CheckpointError
+from shardkit.files import Files, is_remote
+from shardkit.layout import family, read_json
+
+OTHER_FORMAT = "the same weights in another format"
+OTHER_RUNTIME = "weights for other runtimes"
+TRAINING = "training state"
+PARTIAL = "partial downloads and backups"
+
+_ENDINGS = r"(?:safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf)"
+_RUNTIME_FOLDERS = re.compile(r"original|onnx|openvino|coreml|metal|.*\.mlpackage", re.IGNORECASE)
+_RUNTIMES = re.compile(
+    r".*\.(?:gguf|ggml|onnx|onnx[_.]data(?:_\d+)?|ot|tflite|nemo|mlmodel|pdparams|pdmodel|pdiparams|pte)"
+    r"|(?:.*_)?model(?:-\d+-of-\d+)?\.(?:h5|keras|msgpack)(?:\.index\.json)?"
+    r"|.*\.ckpt\.(?:index|meta|data-\d+-of-\d+)|saved_model\.pb|openvino_.*\.(?:bin|xml)"
+)
+_TRAINING_FOLDERS = re.compile(r"global_step\d+|optimizer_\d+|pytorch_model_fsdp_\d+")
+_TRAINING = re.compile(
+    r".*\.distcp|(?:.*_)?(?:optim_states|model_states)\.pt"
+    r"|(?:optimizer|(?:lr_)?scheduler|rng_state|random_states|training_args)[\w-]*"
+    r"\.(?:pt|pth|bin|pkl|safetensors)"
+)
+_PARTIAL = re.compile(
+    r".*\.(?:part|partial|incomplete|crdownload|aria2|opdownload)"
+    rf"|.*\.{_ENDINGS}(?:\.(?:bak|backup|old|orig|tmp|temp|download|lock)|~)"
+)
+_CONSOLIDATED = re.compile(
+    r"consolidated[^/]*\.(?:safetensors|pth)(?:\.index\.json)?"
+)  # Mistral's own format, and Meta's
+_POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
+
+
+class Beside(NamedTuple):
+    """What lies beside the weights: files that come along, with sizes in bytes; others with the reason."""
+
+    side_files: dict[str, int]
+    left_out: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def sort_out(
+    files: Files, weights: Iterable[str], stem: str, config: Mapping[str, Any] | None = None
+) -> Beside:
+    """Tell what comes along with `weights`, of which files called `stem` are made, from what does not.
+
+    Raises
+    ------
+    CheckpointError
+        If something that comes along cannot be read, or is a link that leaves the folder.
+    """
+    weights = set(weights)
+    others = [file for file in files.belonging() if file not in weights]
+    stays = _rule(others, {stem, *map(family, weights)})
+    named = _named(files, config)
+    left_out = {
+        file: why
+        for file in others
+        if (why := stays(file)) and (why in (PARTIAL, OTHER_FORMAT) or named.isdisjoint(_paths(file)))
+    }
+    side_files = {file: _size(files, file) for file in others if file not in left_out}
+    pointers = [file for file, size in side_files.items() if _is_pointer(files, file, size)]
+    notes = tuple(f"{file} is a Git LFS pointer, not the file: run `git lfs pull`" for file in pointers)
+    return Beside(side_files, left_out, notes)
+
+
+def _rule(others: Iterable[str], stems: set[str]) -> Callable[[str], str | None]:
+    original = {file for file in others if _CONSOLIDATED.fullmatch(file) and "consolidated" not in stems}
+    original |= {"params.json"} if original else set()  # a config stays with its weights
+    if "model" in stems:
+        stems = {*stems, "pytorch_model"}
+    same = re.compile(rf".*\.{_ENDINGS}(?:\.index(?:\.[^.]+)?\.json)?")
+
+    def stays(file: str) -> str | None:
+        *folders, name = file.split("/")
+        if _PARTIAL.fullmatch(name):
+            return PARTIAL
+        if _TRAINING.fullmatch(name) or any(map(_TRAINING_FOLDERS.fullmatch, folders)):
+            return TRAINING
+        if _RUNTIMES.fullmatch(name) or any(map(_RUNTIME_FOLDERS.fullmatch, folders)):
+            return OTHER_RUNTIME
+        if file in original or (not folders and same.fullmatch(name) and family(name) in stems):
+            return OTHER_FORMAT
+        return None
+
+    return stays
+
+
+def _named(files: Files, config: Mapping[str, Any] | None) -> set[str]:
+    """Return all that config and `modules.json` name, and with it files that the model cannot do without."""
+    documents = [dict(config or {})]
+    if files.is_file("modules.json"):
+        documents.append(read_json(files, "modules.json"))
+    return {os.path.normpath(text) for text in _texts(documents) if text} - {"."}
+
+
+def _texts(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def _paths(file: str) -> list[str]:
+    """Return a file's name and those of the folders that it lies in."""
+    parts = file.split("/")
+    return ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def _size(files: Files, file: str) -> int:
+    path = os.path.join(files.folder, file)
+    if not files.is_file(file):
+        raise CheckpointError(
+            f"is a link to {os.readlink(path)}, which is not there: the download was cut", file=path
+        )
+    if (real := files.leaves(file)) is not None:
+        raise CheckpointError(
+            f"is a link that leaves the folder, to {real}: put a copy in its place, so that what goes with "
+            "the model is what you mean",
+            file=path,
+        )
+    return files.size(file)
+
+
+def _is_pointer(files: Files, file: str, size: int) -> bool:
+    return size < _POINTER_BYTES and not is_remote(files.folder) and files.read(file).startswith(_POINTER)

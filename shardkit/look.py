@@ -1,0 +1,123 @@
+"""Ask transformers what a model gets from two checkpoints, on the meta device: no weights are read.
+
+Stands alone: `seen` runs it by path in a process of its own, so that neither torch nor transformers comes
+into the process that copies, and whatever a config makes of a model ends with this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import suppress
+from typing import Any
+
+
+def look(job: dict[str, Any]) -> dict[str, Any]:
+    """Return what the model class of a config gets from source and copy, and where the two differ.
+
+    Parameters
+    ----------
+    job
+        "source" and "copy", each with its "config", and "folder" or "tensors" (dtype and shape by name).
+
+    Returns
+    -------
+    "why" it cannot be asked; or "model", "stack", "keys", "missing" (from both) and "differences".
+    """
+    import transformers
+
+    stack = f"transformers {transformers.__version__}"
+    name = _class_name(job["source"]["config"])
+    kind = getattr(transformers, name, None)
+    if not hasattr(kind, "from_pretrained"):
+        return {"why": f"{name or 'the model'} is not a class of {stack}"}
+    transformers.logging.set_verbosity_error()
+    try:
+        source = _keys(transformers, kind, job["source"])
+    except Exception as error:
+        return {"why": f"{stack} does not load the source: {_one_line(error)}"}
+    try:
+        copy = _keys(transformers, kind, job["copy"])
+    except Exception as error:
+        copy, differences = source, [f"{stack} loads the source and not the copy: {_one_line(error)}"]
+    else:
+        differences = _differences(source, copy)
+    found = {"model": name, "stack": stack, "keys": len(source["keys"]), "differences": differences}
+    return {**found, "missing": sorted(source["missing"] & copy["missing"])}
+
+
+def _class_name(config: dict[str, Any]) -> str:
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
+
+
+def _keys(transformers: Any, kind: Any, side: dict[str, Any]) -> dict[str, Any]:
+    """Load one side; a folder that transformers itself would not find its way in, by its tensors."""
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"device_map": "meta", "local_files_only": True}
+    name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    options[name] = side["dtype"] or "auto"
+    if side["folder"]:
+        with suppress(*((OSError,) if side["tensors"] else ())):
+            return _told(*kind.from_pretrained(side["folder"], **options))
+    import torch
+
+    config = kind.config_class.from_dict(side["config"])
+    tensors = {
+        key: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+        for key, (dtype, shape) in side["tensors"].items()
+    }
+    return _told(*kind.from_pretrained(None, config=config, state_dict=tensors, **options))
+
+
+def _told(model: Any, info: dict[str, Any]) -> dict[str, Any]:
+    keys = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = {kind: set(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    return {"keys": keys, **problems}
+
+
+def _differences(source: dict[str, Any], copy: dict[str, Any]) -> list[str]:
+    # What no model expects of the source may be what is no tensor, and stays behind.
+    sides = [("missing", copy, source), ("missing", source, copy), ("unexpected", copy, source)]
+    sides += [("mismatched", copy, source), ("mismatched", source, copy)]
+    found = []
+    for kind, one, other in sides:
+        where = "the copy" if one is copy else "the source"
+        found += [f"{key} is {kind} in {where} only" for key in sorted(one[kind] - other[kind])]
+    ours, theirs = source["keys"], copy["keys"]
+    differ = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    shapes = ((key, ours.get(key), theirs.get(key)) for key in differ)
+    return found + [f"{key} is {left} from the source, {right} from the copy" for key, left, right in shapes]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _limit_memory(nbytes: int) -> None:
+    """Bound what a hostile config can take, which may ask for any number of layers."""
+    with suppress(ImportError, ValueError, OSError):  # not on this system, or less is allowed already
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (nbytes, nbytes))
+
+
+def main() -> None:
+    """Read a job from standard input, and write what was found to standard output."""
+    answer = os.dup(1)
+    os.dup2(2, 1)  # what libraries print is no part of it
+    try:
+        import transformers  # noqa: F401  while the job is still being put together
+
+        job = json.load(sys.stdin)
+        _limit_memory(job["memory_bytes"])
+        found = look(job)
+    except ImportError as error:
+        found = {"why": _one_line(error)}
+    with os.fdopen(answer, "w", encoding="utf-8") as out:
+        json.dump(found, out)
+
+
+if __name__ == "__main__":
+    main()

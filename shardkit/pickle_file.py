@@ -47,9 +47,8 @@ def scan_pickles(folder: Path, files: tuple[str, ...]) -> Scan:
         if not mapped:
             notes.append(f"{file} is a legacy pickle: it is loaded whole, one such file at a time")
         if skipped:
-            notes.append(
-                f"{file} has {plural(len(skipped), 'entry')} that are no tensors, left out: {listed(skipped)}"
-            )
+            count = plural(len(skipped), "value")
+            notes.append(f"{file} holds {count} that are not tensors, left out: {listed(skipped)}")
         for name, tensor in loaded.items():
             dtype = names.get(str(tensor.dtype))
             if dtype is None:

@@ -34,15 +34,16 @@ def look(job: dict[str, Any]) -> dict[str, Any]:
         return {"why": f"{name or 'the model'} is not a class of {stack}"}
     transformers.logging.set_verbosity_error()
     try:
-        source = _keys(transformers, kind, job["source"])
+        source, is_loadable = _keys(transformers, kind, job["source"])
     except Exception as error:
         return {"why": f"{stack} does not load the source: {_one_line(error)}"}
     try:
-        copy = _keys(transformers, kind, job["copy"])
-    except Exception as error:
-        copy, differences = source, [f"{stack} loads the source and not the copy: {_one_line(error)}"]
-    else:
+        copy, _ = _keys(transformers, kind, job["copy"], must_load=is_loadable)
         differences = _differences(source, copy)
+    except Exception as error:
+        if "allocate memory" in str(error):
+            return {"why": f"not enough memory here to map the copy: {_one_line(error)}"}
+        copy, differences = source, [f"{stack} loads the source and not the copy: {_one_line(error)}"]
     found = {"model": name, "stack": stack, "keys": len(source["keys"]), "differences": differences}
     return {**found, "missing": sorted(source["missing"] & copy["missing"])}
 
@@ -52,15 +53,21 @@ def _class_name(config: dict[str, Any]) -> str:
     return str(named[0]) if isinstance(named, list) and named else ""
 
 
-def _keys(transformers: Any, kind: Any, side: dict[str, Any]) -> dict[str, Any]:
-    """Load one side; a folder that transformers itself would not find its way in, by its tensors."""
+def _keys(
+    transformers: Any, kind: Any, side: dict[str, Any], *, must_load: bool = False
+) -> tuple[dict[str, Any], bool]:
+    """Load one side; return what the model got, and whether a load as users make it works.
+
+    A folder that transformers cannot load as it is (an index is lost, a file larger than memory) is loaded
+    by its tensors, unless it must load; and so is what is not on this disk.
+    """
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     options |= {"device_map": "meta", "local_files_only": True}
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     options[name] = side["dtype"] or "auto"
     if side["folder"]:
-        with suppress(*((OSError,) if side["tensors"] else ())):
-            return _told(*kind.from_pretrained(side["folder"], **options))
+        with suppress(*(() if must_load else (Exception,))):
+            return _told(*kind.from_pretrained(side["folder"], **options)), True
     import torch
 
     config = kind.config_class.from_dict(side["config"])
@@ -68,7 +75,8 @@ def _keys(transformers: Any, kind: Any, side: dict[str, Any]) -> dict[str, Any]:
         key: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
         for key, (dtype, shape) in side["tensors"].items()
     }
-    return _told(*kind.from_pretrained(None, config=config, state_dict=tensors, **options))
+    found = _told(*kind.from_pretrained(None, config=config, state_dict=tensors, **options))
+    return found, not side["folder"]
 
 
 def _told(model: Any, info: dict[str, Any]) -> dict[str, Any]:

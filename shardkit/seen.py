@@ -22,8 +22,8 @@ from shardkit.record import listed, plural
 from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES
 
 _SCRIPT = Path(__file__).with_name("look.py")
-_SECONDS = 300.0
-_MEMORY_BYTES = 6_000_000_000  # of the process, beside files that it maps
+_SECONDS = 120.0
+_MEMORY_BYTES = 3_000_000_000  # of the process, beside files that it maps: some 600 MB are usual
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -73,8 +73,6 @@ def model_keys(source: Checkpoint, copy: Checkpoint) -> Iterator[Any]:
         yield lambda: ModelKeys(why_unchecked=why)
         return
     job: dict[str, Any] = {"source": _side(source), "copy": _side(copy)}
-    if job["copy"]["folder"]:
-        job["copy"]["tensors"] = None  # it must load as it lies there
     job["memory_bytes"] = _MEMORY_BYTES + source.total_bytes + copy.total_bytes
     with asked(job) as answer:
         yield lambda: _model_keys(answer())

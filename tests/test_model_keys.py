@@ -1,0 +1,192 @@
+"""What a model gets from a copy, by transformers' own account, and that it is said where nobody was asked."""
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import load_file, save_file
+
+from shardkit import Checkpoint, VerificationError, seen, shard_checkpoint, verify_checkpoint
+from shardkit.measure.page_cache import _resident_bytes
+from shardkit.seen import ModelKeys
+from tests.loopback_hub import LoopbackHub
+from tests.support import file_bytes
+from tests.test_checkpoint import CONFIG, WEIGHTS, put
+
+TinyModel = Callable[..., Any]
+
+
+@pytest.fixture
+def source(tiny_model: TinyModel, tmp_path: Path) -> Path:
+    tiny_model("gpt2", tie_word_embeddings=False).save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def copy(source: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(source, tmp_path / "copy"))
+
+
+def asked(source: Path, copy: Path) -> ModelKeys:
+    with seen.model_keys(Checkpoint.open(source), Checkpoint.open(copy)) as answer:
+        keys: ModelKeys = answer()
+    return keys
+
+
+def changed(copy: Path, **changes: Any) -> None:
+    path = copy / "model.safetensors"
+    tensors = {
+        name: tensor for name, tensor in load_file(path).items() if changes.get(name, tensor) is not None
+    }
+    save_file(
+        {**tensors, **{name: t for name, t in changes.items() if t is not None}}, path, {"format": "pt"}
+    )
+
+
+@pytest.mark.asks_a_process
+def test_process_of_its_own_says_that_a_copy_gives_a_model_every_key(source: Path, tmp_path: Path) -> None:
+    before = psutil.Process().children(recursive=True)
+    report = shard_checkpoint(source, tmp_path / "out", max_shard_size="20KB")
+    assert report.verification is not None
+    keys = report.verification.model
+    assert keys == ModelKeys("GPT2LMHeadModel", keys.stack if keys else "", 29)
+    assert "GPT2LMHeadModel gets the same 29 keys (transformers " in str(report)
+    assert report.to_dict()["verification"]["model"]["keys"] == 29
+    assert [child for child in psutil.Process().children(recursive=True) if child not in before] == []
+
+
+def test_key_that_only_the_source_gives_is_a_difference(source: Path, copy: Path) -> None:
+    changed(copy, **{"transformer.h.1.ln_1.bias": None})
+    found = verify_checkpoint(source, copy)
+    assert found.model is not None
+    assert found.model.differences == ("transformer.h.1.ln_1.bias is missing in the copy only",)
+    assert not found.equal
+    assert "DIFFERENT for GPT2LMHeadModel" in str(found)
+
+
+def test_key_of_another_shape_is_a_difference(source: Path, copy: Path) -> None:
+    changed(copy, **{"lm_head.weight": load_file(copy / "model.safetensors")["lm_head.weight"][:40].clone()})
+    keys = asked(source, copy)
+    assert [text for text in keys.differences if "lm_head.weight" in text and "mismatched" in text]
+
+
+def test_config_of_another_model_is_a_difference_though_every_byte_is_equal(source: Path, copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "n_layer": 1}))
+    found = verify_checkpoint(source, copy)
+    assert (found.mismatches, found.missing, found.extra, found.equal) == ((), (), (), False)
+
+
+def test_copy_that_does_not_load_is_a_difference(source: Path, copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "n_head": 5}))
+    assert "loads the source and not the copy: ValueError" in str(asked(source, copy))
+
+
+def test_difference_is_not_published(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seen, "_model_keys", lambda _: ModelKeys("M", "T", 2, differences=("w is missing",)))
+    with pytest.raises(VerificationError, match=r"not published: a model does not get.*w is missing"):
+        shard_checkpoint(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_key_that_neither_side_has_is_told_and_no_difference(source: Path, copy: Path) -> None:
+    for folder in (source, copy):
+        changed(folder, **{"lm_head.weight": None})
+    keys = asked(source, copy)
+    assert (keys.missing, keys.differences) == (("lm_head.weight",), ())
+    assert "1 in neither (lm_head.weight)" in str(keys)
+
+
+MODEL: dict[str, object] = {"model.safetensors": WEIGHTS}
+UNCHECKED: dict[str, tuple[dict[str, object], str]] = {
+    "no config": (MODEL, "no config.json"),
+    "adapter": ({"adapter_model.safetensors": WEIGHTS, "adapter_config.json": {}}, "an adapter alone is no"),
+    "code of its own": ({**MODEL, "config.json": {"architectures": ["Own"]}}, "Own is not a class of"),
+    "no class": ({**MODEL, "config.json": {"a": 1}}, "the model is not a class of"),
+    "damaged config": ({**MODEL, "config.json": {**CONFIG, "hidden_size": "x"}}, "does not load the source"),
+}
+
+
+@pytest.mark.parametrize("kind", UNCHECKED)
+def test_what_could_not_be_asked_is_said_with_the_reason(kind: str, tmp_path: Path) -> None:
+    files, reason = UNCHECKED[kind]
+    report = shard_checkpoint(put(tmp_path / "source", files), tmp_path / "out")
+    assert report.verification is not None
+    assert reason in str(report.verification.model)
+    assert f"not checked: {report.verification.model.why_unchecked}" in str(report)  # type: ignore[union-attr]
+
+
+def test_absence_of_transformers_is_said(source: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seen, "find_spec", lambda _: None)
+    assert asked(source, copy).why_unchecked == "transformers is not installed"
+
+
+@pytest.mark.asks_a_process
+def test_model_without_end_is_given_up_and_its_process_ended(
+    source: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in (source, copy):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "n_layer": 10**9}))
+    monkeypatch.setattr(seen, "_SECONDS", 20.0)
+    monkeypatch.setattr(seen, "_MEMORY_BYTES", 1_500_000_000)
+    before, start = psutil.Process().children(recursive=True), time.monotonic()
+    keys = asked(source, copy)
+    assert "no answer within 20 s" in keys.why_unchecked or "MemoryError" in keys.why_unchecked
+    assert time.monotonic() - start < 40
+    assert [child for child in psutil.Process().children(recursive=True) if child not in before] == []
+
+
+def test_process_that_dies_is_said(source: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = copy.parent / "dies.py"
+    script.write_text("raise SystemExit(3)")
+    monkeypatch.setattr(seen, "_SCRIPT", script)
+    monkeypatch.setattr(seen, "asked", seen_asked)
+    assert asked(source, copy).why_unchecked == "the process that asks transformers ended with status 3"
+
+
+seen_asked = seen.asked
+
+
+@pytest.mark.parametrize("gigabytes", [4, 400])
+def test_no_weights_are_read_for_the_answer(gigabytes: int, tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    rows = gigabytes * 10**9 // 4 // 4096  # of a sparse file, and of more than any memory that could map it
+    config = GPT2Config(n_layer=1, n_embd=4096, n_head=4, vocab_size=rows, architectures=["GPT2LMHeadModel"])
+    config.save_pretrained(tmp_path)
+    size = rows * 4096 * 4
+    entry = {"dtype": "F32", "shape": [rows, 4096], "data_offsets": [0, size]}
+    put(tmp_path, {"model.safetensors": file_bytes({"transformer.wte.weight": entry})})
+    file = tmp_path / "model.safetensors"
+    with file.open("r+b") as handle:
+        handle.truncate(file.stat().st_size + size)
+    keys = asked(tmp_path, tmp_path)
+    assert keys.why_unchecked == ""
+    assert "transformer.h.0.ln_1.weight" in keys.missing
+    assert (_resident_bytes([str(file)]) or 0) < 50_000_000
+
+
+def test_streamed_copy_is_asked_about_with_the_tensors_that_the_hub_lists(
+    hub: LoopbackHub, source: Path, tmp_path: Path
+) -> None:
+    hub.add_model("org/tiny", source)
+    report = shard_checkpoint("org/tiny", tmp_path / "out", stream=True, max_shard_size="20KB")
+    assert report.verification is not None
+    assert report.verification.model is not None
+    assert report.verification.model.keys == 29
+
+
+def test_command_line_shows_what_a_model_gets(source: Path, tmp_path: Path) -> None:
+    import sys
+
+    words = [sys.executable, "-m", "shardkit", "shard", source, tmp_path / "out"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "GPT2LMHeadModel gets the same 29 keys" in done.stdout

@@ -24,6 +24,7 @@ from shardkit.layout import (
     is_index,
     naming_notes,
     output_stem,
+    plain_json,
     read_config,
 )
 from shardkit.pickle_file import Scan, scan_pickles, twice_note
@@ -171,6 +172,10 @@ class Checkpoint(Record):
         )
         checkpoint.seen.update(seen)
         return checkpoint
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the checkpoint as JSON-ready data; as `Record.to_dict`."""
+        return {**super().to_dict(), "config": plain_json(self.config)}
 
     @cached_property
     def total_bytes(self) -> int:

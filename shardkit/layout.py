@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from math import isfinite, isnan
 from typing import Any, NamedTuple
 
 from shardkit.errors import CheckpointError, reading
@@ -161,7 +162,19 @@ def adapted_config(config: Mapping[str, Any], dtype: str | None) -> str | None:
         adapted = _with_dtype(adapted, dtype)
         if config_dtype(adapted) is None and "architectures" in adapted:
             adapted["dtype"] = dtype
-    return json.dumps(adapted, indent=2, ensure_ascii=False) + "\n" if adapted != config else None
+    # A number that is not a number equals no other, nor itself.
+    return json.dumps(adapted, indent=2) + "\n" if repr(adapted) != repr(config) else None
+
+
+def plain_json(value: Any) -> Any:
+    """Return what strict JSON can hold, numbers that are none tagged as transformers writes them."""
+    if isinstance(value, dict):
+        return {key: plain_json(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [plain_json(part) for part in value]
+    if isinstance(value, float) and not isfinite(value):
+        return {"__float__": "NaN" if isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    return value
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

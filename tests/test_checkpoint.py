@@ -382,6 +382,8 @@ def test_config_that_would_take_gigabytes_is_refused_before_it_is_parsed(
 def test_infinite_and_undefined_numbers_of_a_config_are_kept(tmp_path: Path) -> None:
     text = '{"architectures": ["X"], "limits": [0.0, Infinity, -Infinity, NaN, 1e999], "dtype": "float32"}'
     put(tmp_path, {"source/model.safetensors": WEIGHTS, "source/config.json": text})
+    strict = json.dumps(Checkpoint.open(tmp_path / "source").to_dict(), allow_nan=False)
+    assert '[0.0, {"__float__": "Infinity"}, {"__float__": "-Infinity"}, {"__float__": "NaN"}' in strict
     shard_checkpoint(tmp_path / "source", tmp_path / "same")
     assert (tmp_path / "same" / "config.json").read_text() == text
     shard_checkpoint(tmp_path / "source", tmp_path / "cast", dtype="bfloat16")

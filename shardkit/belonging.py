@@ -41,6 +41,8 @@ _PARTIAL = re.compile(
 _CONSOLIDATED = re.compile(
     r"consolidated[^/]*\.(?:safetensors|pth)(?:\.index\.json)?"
 )  # Mistral's own format, and Meta's
+# What tells a model, a tokenizer or a processor which files it is made of.
+_NAMING = ("modules.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 
 
@@ -65,11 +67,11 @@ def sort_out(
     weights = set(weights)
     others = [file for file in files.belonging() if file not in weights]
     stays = _rule(others, {stem, *map(family, weights)})
-    named = _named(files, config)
+    named = named_files(files, config, ["modules.json"])
     left_out = {
         file: why
         for file in others
-        if (why := stays(file)) and (why in (PARTIAL, OTHER_FORMAT) or named.isdisjoint(_paths(file)))
+        if (why := stays(file)) and (why in (PARTIAL, OTHER_FORMAT) or named.isdisjoint(path_parts(file)))
     }
     side_files = {file: _size(files, file) for file in others if file not in left_out}
     pointers = [file for file, size in side_files.items() if _is_pointer(files, file, size)]
@@ -99,12 +101,13 @@ def _rule(others: Iterable[str], stems: set[str]) -> Callable[[str], str | None]
     return stays
 
 
-def _named(files: Files, config: Mapping[str, Any] | None) -> set[str]:
-    """Return all that config and `modules.json` name, and with it files that the model cannot do without."""
-    documents = [dict(config or {})]
-    if files.is_file("modules.json"):
-        documents.append(read_json(files, "modules.json"))
-    return {os.path.normpath(text) for text in _texts(documents) if text} - {"."}
+def named_files(
+    files: Files, config: Mapping[str, Any] | None, documents: Iterable[str] = _NAMING
+) -> set[str]:
+    """Return all that a config and JSON documents name, files and folders among it; code by its module."""
+    values = [dict(config or {}), *(read_json(files, name) for name in documents if files.is_file(name))]
+    texts = {os.path.normpath(text) for text in _texts(values) if text} - {"."}
+    return texts | {f"{text.partition('.')[0]}.py" for text in texts if "." in text and "/" not in text}
 
 
 def _texts(value: Any) -> Iterable[str]:
@@ -115,7 +118,7 @@ def _texts(value: Any) -> Iterable[str]:
             yield from _texts(part)
 
 
-def _paths(file: str) -> list[str]:
+def path_parts(file: str) -> list[str]:
     """Return a file's name and those of the folders that it lies in."""
     parts = file.split("/")
     return ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]

@@ -244,6 +244,15 @@ class Checkpoint(Record):
         """Whether its files are on the Hub, and not on this machine."""
         return is_remote(self.folder)
 
+    @property
+    def place(self) -> Files:
+        """Where its files are: a folder here, or a commit on the Hub."""
+        if not self.is_remote:
+            return LocalFiles(self.folder)
+        from shardkit.hub.remote import repository_of
+
+        return repository_of(self.folder)[0]
+
     def has_changed(self) -> bool:
         """Whether a file of weights here is gone, or no longer the one that was opened."""
         try:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from shardkit.belonging import named_files, path_parts
 from shardkit.checkpoint import Checkpoint
 from shardkit.pickle_file import close_pickles
 from shardkit.plan import PlannedTensor, Shard, ShardPlan
@@ -65,6 +66,8 @@ class Verification(Record):
         that were taken of its bytes as they arrived.
     model
         What a model gets from either side, by transformers' own account.
+    missing_files
+        Files of the source that its config, tokenizer, processor or modules name, and the destination lacks.
     """
 
     source: str
@@ -79,12 +82,13 @@ class Verification(Record):
     seconds: float
     received: bool = False
     model: ModelKeys | None = None
+    missing_files: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
         """Whether the destination holds the source's tensors and nothing else, and a model gets the same."""
         differs = self.model is not None and self.model.differences
-        return not (self.mismatches or self.missing or self.extra or differs)
+        return not (self.mismatches or self.missing or self.extra or differs or self.missing_files)
 
     def _result(self) -> str:
         if not self.equal:
@@ -105,6 +109,7 @@ class Verification(Record):
             facts += (("cast", f"{plural(self.cast, 'tensor')} compared with the cast computed again"),)
         if self.model is not None:
             facts += (("model", str(self.model)),)
+        facts += (("missing files", listed(self.missing_files)),) * bool(self.missing_files)
         facts += (("missing", listed(self.missing)),) * bool(self.missing)
         facts += (("extra", listed(self.extra)),) * bool(self.extra)
         rows = tuple((m.tensor, m.reason) for m in self.mismatches[:_SHOWN])
@@ -189,7 +194,14 @@ def _verification(
         extra=tuple(name for name in theirs.tensors if name not in ours.tensors),
         digests=digests,
         seconds=time.perf_counter() - start,
+        missing_files=_missing_files(ours, theirs),
     )
+
+
+def _missing_files(ours: Checkpoint, theirs: Checkpoint) -> tuple[str, ...]:
+    lacking = [file for file in ours.side_files if file not in theirs.side_files]
+    named = named_files(ours.place, ours.config) if lacking else set()
+    return tuple(file for file in lacking if not named.isdisjoint(path_parts(file)))
 
 
 def damaged_shards(

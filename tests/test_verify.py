@@ -230,3 +230,27 @@ def test_finding_survives_json(tmp_path: Path) -> None:
     found = verify_checkpoint(ours, theirs)
     assert found.mismatches
     assert Verification.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_file_that_the_source_names_and_the_copy_lacks_is_missing(tmp_path: Path) -> None:
+    model = {"model.safetensors": safetensors_bytes({"w": Tensor("F32", (1,), b"abcd")})}
+    own = {"auto_map": {"AutoModel": "modeling_own.Own"}, "voices": "spk_dict.pt"}
+    documents = {
+        "config.json": own,
+        "modules.json": [{"path": "1_Dense"}],
+        "tokenizer_config.json": {"f": "v.txt"},
+    }
+    needed = ["modeling_own.py", "spk_dict.pt", "1_Dense/model.safetensors", "v.txt"]
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    for folder in (source, copy):
+        files = {**model, **{name: json.dumps(document).encode() for name, document in documents.items()}}
+        for name, content in {**files, **dict.fromkeys(needed, b"x"), "README.md": b"card"}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+    (copy / "README.md").unlink()
+    assert verify_checkpoint(source, copy).equal
+    for name in needed:
+        (copy / name).unlink()
+    found = verify_checkpoint(source, copy)
+    assert (found.equal, sorted(found.missing_files)) == (False, sorted(needed))
+    assert "missing files" in str(found)

@@ -15,7 +15,7 @@ from shardkit.errors import CheckpointError, DestinationError
 from shardkit.files import LocalFiles, is_remote
 from shardkit.hub.access import quiet
 from shardkit.hub.card import CARD, Story, model_card
-from shardkit.hub.remote import RemoteFile, Repository, name_problem, repository_of
+from shardkit.hub.remote import RemoteFile, Repository, name_problem
 from shardkit.hub.source import needed_files
 from shardkit.hub.target import GIT_BYTES, Target, digest_bytes, digest_file, is_same
 from shardkit.layout import CONFIG_FILES, read_made
@@ -183,9 +183,8 @@ def own_readme(checkpoint: Checkpoint) -> str | None:
     """
     if CARD not in checkpoint.side_files:
         return None
-    files = repository_of(checkpoint.folder)[0] if checkpoint.is_remote else LocalFiles(checkpoint.folder)
     try:
-        return files.read(CARD).decode()
+        return checkpoint.place.read(CARD).decode()
     except UnicodeDecodeError:
         raise CheckpointError("is not in UTF-8: save it as UTF-8", file=checkpoint.path(CARD)) from None
 

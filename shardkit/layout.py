@@ -16,6 +16,7 @@ from typing import Any
 
 from shardkit.errors import CheckpointError, reading
 from shardkit.files import Files, is_inside
+from shardkit.quantized import quantisation as quantisation
 from shardkit.record import listed
 from shardkit.safetensors_file import load_json
 from shardkit.sizes import format_size
@@ -63,14 +64,6 @@ def config_dtype(config: Mapping[str, Any] | None) -> str | None:
     config = config or {}
     said = config.get("dtype") or config.get("torch_dtype")
     return said.removeprefix("torch.") if isinstance(said, str) else None
-
-
-def quantisation(config: Mapping[str, Any]) -> str | None:
-    """Return how the weights are quantised, as a config, or one nested in it, says; None if they are not."""
-    if isinstance(found := config.get("quantization_config"), dict) and found:
-        return str(found.get("quant_method", "quantization_config"))
-    nested = (quantisation(value) for value in config.values() if isinstance(value, dict))
-    return next(filter(None, nested), None)
 
 
 def _read_json(files: Files, name: str, limit: int = _MAX_CONFIG_BYTES) -> Any:

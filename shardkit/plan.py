@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import PlanError
 from shardkit.estimate import Estimate, StoredTensor, estimate_load
-from shardkit.layout import quantisation
 from shardkit.packing import Item, layout, pack_balanced, pack_by_layer, pack_by_size
+from shardkit.quantized import quantized
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.safetensors_file import (
     FORMAT_METADATA,
@@ -27,7 +27,7 @@ from shardkit.safetensors_file import (
     empty_header_chars,
 )
 from shardkit.sizes import format_size, parse_size
-from shardkit.tensor import DTYPE_NAMES, QUANTISED_DTYPES, TensorInfo, collector_paused, parse_dtype
+from shardkit.tensor import DTYPE_NAMES, TensorInfo, collector_paused, parse_dtype
 
 Strategy = Literal["size", "layer", "balanced"]
 
@@ -232,7 +232,7 @@ def plan_shards(
     SizeError
         If `max_shard_size` is not a size.
     PlanError
-        If the strategy or dtype is unknown, or a cast is asked of quantised weights.
+        If the strategy or dtype is unknown, or a cast of quantized weights is requested.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint)
@@ -241,7 +241,7 @@ def plan_shards(
         raise PlanError(f"strategy {strategy!r} is not one of {', '.join(get_args(Strategy))}")
     target = parse_dtype(dtype)
     if target is not None:
-        _refuse_quantised(checkpoint)
+        _refuse_quantized(checkpoint)
     # Dropped aliases are named as huggingface_hub does, which restores them.
     metadata = {**FORMAT_METADATA, **checkpoint.metadata, **checkpoint.aliases}
     empty = empty_header_chars(metadata)
@@ -271,18 +271,9 @@ def _check_headers(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
         )
 
 
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    if method := quantisation(checkpoint.config or {}):
-        raise PlanError(
-            f"{checkpoint.source}: the weights are quantised ({method}) and a cast would destroy them: "
-            "leave out dtype"
-        )
-    for tensor in checkpoint.tensors.values():
-        if tensor.dtype in QUANTISED_DTYPES:
-            raise PlanError(
-                f"{checkpoint.source}: tensor {tensor.name!r} is {DTYPE_NAMES[tensor.dtype]}, quantised with "
-                "scales that are elsewhere, and a cast would destroy it: leave out dtype"
-            )
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    if why := quantized(checkpoint.config, checkpoint.tensors):
+        raise PlanError(f"{checkpoint.source}: {why}, and a cast would destroy it: leave out dtype")
 
 
 _STRATEGIES: dict[str, Callable[[Sequence[Item], int, int], list[list[Item]]]] = {

@@ -214,11 +214,11 @@ def test_overflow_in_two_tasks_of_one_tensor_is_added_up(
         ({"w": torch.ones(4).to(torch.float8_e4m3fn), "scale": torch.ones(1)}, None),
     ],
 )
-def test_quantised_checkpoint_is_not_cast(
+def test_quantized_checkpoint_is_not_cast(
     tensors: dict[str, torch.Tensor], config: str | None, tmp_path: Path
 ) -> None:
     source = made(tmp_path / "source", tensors, config)
-    with pytest.raises(PlanError, match="quantised"):
+    with pytest.raises(PlanError, match="quantized"):
         shard_checkpoint(source, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
     assert shard_checkpoint(source, tmp_path / "out").verification is not None  # as it is, it can be sharded

@@ -307,7 +307,7 @@ def test_torch_dtype_is_as_good_as_its_name() -> None:
     assert plan_shards(source, dtype=torch.float16) == plan_shards(source, dtype="float16")
 
 
-QUANTISED: list[tuple[dict[str, object] | None, str]] = [
+QUANTIZED: list[tuple[dict[str, object] | None, str]] = [
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "F16"),
     ({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "F16"),
     (None, "F8_E4M3"),
@@ -317,12 +317,12 @@ QUANTISED: list[tuple[dict[str, object] | None, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("config", "dtype"), QUANTISED)
-def test_cast_of_quantised_weights_is_refused_with_the_reason(
+@pytest.mark.parametrize(("config", "dtype"), QUANTIZED)
+def test_cast_of_quantized_weights_is_refused_with_the_reason(
     config: dict[str, object] | None, dtype: str
 ) -> None:
     source = checkpoint([("norm", "F32", (8,)), ("w", dtype, (8,))], config)
-    with pytest.raises(PlanError, match="quantised") as caught:
+    with pytest.raises(PlanError, match="quantized") as caught:
         plan_shards(source, dtype="float16")
     assert "/source" in str(caught.value)
     assert ("gptq" if config else "'w'") in str(caught.value)

@@ -288,10 +288,21 @@ def refuse_overflow(lost: tuple[Lost, ...], plan: ShardPlan, allow_overflow: boo
     hit = [loss for loss in lost if loss.overflowed]
     if hit and not allow_overflow:
         named = listed(f"{loss.tensor} ({plural(loss.overflowed, 'value')})" for loss in hit)
-        raise CastError(
-            f"{plan.source}: cast to {plan.dtype} makes finite values infinite in {named}; "
-            "choose bfloat16, or let it be (allow_overflow=True, --allow-overflow)"
+        advice = (
+            f"{_wider(plan, hit)}leave out dtype, or allow it with allow_overflow=True (--allow-overflow)"
         )
+        raise CastError(
+            f"{plan.source}: a cast to {plan.dtype} makes finite values infinite in {named}; {advice}"
+        )
+
+
+def _wider(plan: ShardPlan, hit: list[Lost]) -> str:
+    """Advise a dtype of wider range than the plan's: bfloat16 has that of float32, but for its last step."""
+    names = {loss.tensor for loss in hit}
+    stored = {t.source.dtype for shard in plan.shards for t in shard.tensors if t.source.name in names}
+    if plan.dtype == "float16":
+        return "choose bfloat16 or float32, or "
+    return "choose float32, or " if "F64" not in stored else ""
 
 
 def write_beside(

@@ -108,7 +108,7 @@ def adapted_config(config: Mapping[str, Any], dtype: str | None) -> str | None:
     adapted = {key: value for key, value in config.items() if key != "transformers_weights"}
     if dtype is not None:
         adapted = _with_dtype(adapted, dtype)
-        if config_dtype(adapted) is None and "architectures" in adapted:
+        if config_dtype(adapted) is None and adapted.keys() & {"architectures", "model_type"}:
             adapted["dtype"] = dtype
     return json.dumps(adapted, indent=2, ensure_ascii=False) + "\n" if adapted != config else None
 

@@ -11,7 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +45,8 @@ class ShardReport(Record):
         How many tensors were written, and their bytes.
     dtype
         What floating-point tensors were cast to; None where bytes were copied.
+    kept
+        Tensors that the cast left in the dtype they are stored in, with that dtype: see `ShardPlan.kept`.
     lost
         Tensors of which the cast made some values infinite or zero, with counts.
     reused
@@ -73,6 +75,7 @@ class ShardReport(Record):
     copy_seconds: float
     seconds: float
     notes: tuple[str, ...] = ()
+    kept: dict[str, str] = field(default_factory=dict)
 
     def _verified(self) -> str:
         if (check := self.verification) is None:
@@ -201,6 +204,7 @@ def shard_checkpoint(
         copy_seconds=copy_seconds,
         seconds=time.perf_counter() - start,
         notes=(*checkpoint.notes, *plan.summary().notes, *stage.notes, *(_STREAMED,) * checkpoint.is_remote),
+        kept=plan.kept,
     )
 
 

@@ -392,6 +392,7 @@ class _Job:
             copy_seconds=moved,
             seconds=seconds,
             notes=(*checkpoint.notes, *plan.summary().notes, *self.notes),
+            kept=plan.kept,
         )
 
 

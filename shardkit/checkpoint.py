@@ -26,6 +26,7 @@ from shardkit.layout import (
     sort_out,
     ties_weights,
 )
+from shardkit.metadata import of_checkpoint
 from shardkit.pickle_file import Scan, scan_pickles
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import run_all
@@ -55,7 +56,7 @@ class Checkpoint(Record):
     tensors
         By name, in order of file and offset.
     metadata
-        ``__metadata__`` of its files; where they differ, the first counts.
+        ``__metadata__`` of its files, as far as it holds for the checkpoint.
     config
         ``config.json`` (or ``adapter_config.json``); None where there is none.
     side_files
@@ -66,6 +67,8 @@ class Checkpoint(Record):
         Tied tensors of a pickle that share another's storage: dropped name to kept name.
     notes
         What a person should be told.
+    file_metadata
+        Names of entries of ``__metadata__`` that describe single files.
     seen
         State of the weight files just before their headers were read; on this disk alone, so not in JSON.
     """
@@ -82,6 +85,7 @@ class Checkpoint(Record):
     left_out: tuple[str, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    file_metadata: tuple[str, ...] = ()
     seen: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -147,12 +151,13 @@ class Checkpoint(Record):
         is_pickle = not files[0].endswith(".safetensors")
         if is_pickle:
             tensors, aliases, said = _scan_pickles(folder, files, config)
-            metadata: dict[str, str] = {}
+            found: list[dict[str, str]] = []
         else:
             with collector_paused():
-                tensors, metadata = _scan_safetensors(folder, files)
+                tensors, found = _scan_safetensors(folder, files)
             aliases, said = {}, ()
         _check_weight_map(weight_map, tensors, aliases, chosen)
+        metadata, file_metadata = of_checkpoint(found, tensors)
         side_files, left_out = ({}, ()) if is_alone else sort_out(folder, {chosen, *files})
         checkpoint = cls(
             source=source,
@@ -167,6 +172,7 @@ class Checkpoint(Record):
             left_out=left_out,
             aliases=aliases,
             notes=(*notes, *said),
+            file_metadata=file_metadata,
         )
         checkpoint.seen.update(seen)
         return checkpoint
@@ -317,11 +323,13 @@ def _scan_pickles(folder: Files, files: tuple[str, ...], config: Mapping[str, An
     return scan_pickles(Path(folder.folder), files, ties_weights(config))
 
 
-def _scan_safetensors(folder: Files, files: tuple[str, ...]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _scan_safetensors(
+    folder: Files, files: tuple[str, ...]
+) -> tuple[dict[str, TensorInfo], list[dict[str, str]]]:
     tensors: dict[str, TensorInfo] = {}
-    metadata: dict[str, str] = {}
+    metadata = []
     for file, (entries, found, start) in _headers(folder, files):
-        metadata = found | metadata
+        metadata.append(found)
         for name, dtype, shape, begin, end in entries:
             if name in tensors:
                 raise CheckpointError(

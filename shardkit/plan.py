@@ -98,7 +98,9 @@ class ShardPlan(Record):
     side_bytes
         Bytes of all that goes along and is not weights.
     metadata
-        ``__metadata__`` of every file: that of the source.
+        ``__metadata__`` of every file: that of the source, but for what describes single files of it.
+    file_metadata
+        Names of what does, and is not copied.
     kept
         Tensors that the cast leaves as they are, because transformers does not load them in its dtype (see
         `shardkit.kept`), with the dtype they are stored in.
@@ -113,6 +115,7 @@ class ShardPlan(Record):
     oversized: tuple[str, ...]
     side_bytes: int
     metadata: dict[str, str]
+    file_metadata: tuple[str, ...] = ()
     kept: dict[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -209,6 +212,9 @@ class ShardPlan(Record):
                 f"{plural(len(kept), 'tensor')} kept in {dtype}, because transformers does not load them in "
                 f"{self.dtype}: {listed(kept)}"
             )
+        if self.file_metadata:
+            left = listed(self.file_metadata)
+            notes.append(f"metadata that describes single files of the source is not copied: {left}")
         if self.stem == "adapter_model" and len(self.shards) > 1:
             notes.append("peft loads an adapter from one file only: raise max_shard_size to merge it")
         return tuple(notes)
@@ -269,6 +275,7 @@ def plan_shards(
         metadata=metadata,
         oversized=tuple(s.tensors[0].source.name for s in shards if s.tensors and s.nbytes > limit),
         side_bytes=sum(checkpoint.side_files.values()),
+        file_metadata=checkpoint.file_metadata,
         kept=kept,
     )
 

@@ -9,9 +9,13 @@ some by pattern and creates others in float32. Where it is installed, it builds 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +27,11 @@ if TYPE_CHECKING:
 # A config is a stranger's: these keys would run code of the Hub, or make loops as long as it likes.
 _CODE = re.compile(r"auto_map|.*implementation(_internal)?|_?fusion_config|use_pretrained_backbone")
 _MOST_LAYERS, _MODULES_PER_TENSOR, _MODULES_AT_LEAST = 10_000, 20, 20_000
+_PROCESS = (
+    "import json, sys; path, *job = json.load(sys.stdin); sys.path[:] = path; "
+    "from shardkit.kept import not_loaded_in; print(json.dumps(not_loaded_in(*job)))"
+)
+_SECONDS = 120
 _BUILDING = RLock()  # while a model is built, torch's default dtype is another, for the whole process
 
 
@@ -39,13 +48,32 @@ def kept_tensors(names: Iterable[str], config: Mapping[str, Any] | None, target:
 @lru_cache(maxsize=8)  # the app plans again with every move of a slider
 def _asked(config: str, names: tuple[str, ...], dtype: str) -> frozenset[str] | None:
     """Ask transformers; None where it is not installed, or knows no such model."""
+    ask = not_loaded_in if "transformers" in sys.modules else _in_a_process
     try:
-        return _not_loaded_in(dtype, names, json.loads(config))
+        return frozenset(ask(dtype, names, json.loads(config)))
     except Exception:  # ImportError, or whatever a class raises that cannot make sense of its config
         return None
 
 
-def _not_loaded_in(dtype: str, names: tuple[str, ...], config: dict[str, Any]) -> frozenset[str]:
+def _in_a_process(*job: object) -> list[str]:
+    """Ask in a process of its own, offline: torch and transformers would leave 300 MB in this one."""
+    if find_spec("transformers") is None:
+        raise ImportError("transformers is not installed")
+    answer: list[str] = json.loads(
+        subprocess.run(  # noqa: S603
+            [sys.executable, "-c", _PROCESS],
+            input=json.dumps([sys.path, *job]),
+            capture_output=True,
+            check=True,
+            text=True,
+            timeout=_SECONDS,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        ).stdout.splitlines()[-1]
+    )
+    return answer
+
+
+def not_loaded_in(dtype: str, names: Sequence[str], config: dict[str, Any]) -> list[str]:
     """Do, without data, as transformers 5 does in `convert_and_load_state_dict_in_model`."""
     import torch
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -71,7 +99,7 @@ def _not_loaded_in(dtype: str, names: tuple[str, ...], config: dict[str, Any]) -
             key = rename_source_key(name, [], [], model.base_model_prefix, state)[0]
         return key
 
-    return frozenset(name for name in names if key_of(name) in others) if others else frozenset()
+    return [name for name in names if key_of(name) in others] if others else []
 
 
 def _empty_model(config: dict[str, Any], dtype: torch.dtype, most_modules: int) -> Any:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -240,6 +241,17 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(source: Callable[[str], Pa
     (folder / "model.safetensors").symlink_to(source("T5ForConditionalGeneration") / "model.safetensors")
     assert set(plan_shards(folder, dtype="float16").kept) == set(WO)
     assert not (tmp_path / "was run").exists()
+
+
+def test_process_that_has_not_imported_torch_asks_another_and_stays_small(
+    source: Callable[[str], Path],
+) -> None:
+    code = "import shardkit, sys; plan = shardkit.plan_shards(sys.argv[1], dtype='float16')"
+    code += "; print(*plan.kept, *{'torch', 'transformers'} & set(sys.modules))"
+    folder = source("T5ForConditionalGeneration")
+    done = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == WO
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])

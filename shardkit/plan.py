@@ -293,7 +293,7 @@ def _check_headers(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
 def _kept(checkpoint: Checkpoint, target: str) -> dict[str, str]:
     """Return which tensors a cast leaves as they are; refuse one of quantized weights."""
     if why := quantized(checkpoint.config, checkpoint.tensors):
-        raise PlanError(f"{checkpoint.source}: {why}, and a cast would destroy it: leave out dtype")
+        raise PlanError(f"{checkpoint.source}: {why}; a cast would destroy the weights: leave out dtype")
     floats = {t.name: t.dtype for t in checkpoint.tensors.values() if t.dtype in FLOAT_DTYPES}
     castable = {name: dtype for name, dtype in floats.items() if dtype != target}
     kept = kept_tensors(castable, checkpoint.config, target)

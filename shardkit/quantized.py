@@ -16,7 +16,7 @@ from shardkit.tensor import DTYPE_NAMES, QUANTISED_DTYPES, TensorInfo
 # transformers, MLX ("quantization"), AutoAWQ, compressed-tensors; of codecs, a vector quantizer is a layer.
 _SETTINGS = re.compile(r"(?!.*vector).*quant(ization|ize)?_config|quantization|compression_config")
 _BITSANDBYTES = re.compile(r"\.quant_(map$|state\.)")
-_WEIGHT = re.compile(r"(weight|dense_weights)$")
+_WEIGHT = re.compile(r"q?weight|weight_packed|dense_weights|trellis|Qidxs")
 _SCALE = re.compile(r"(?<!logit_)scale|absmax|^s$")
 # What ordinary modules keep as integers: position_ids, relative_position_index, masks ("bias" in GPT-2).
 _BUFFER = re.compile(r"(^|_)(ids?|idx|index|mask|bias|tracked|positions?|map|table|shape)$|scale")
@@ -44,7 +44,7 @@ def quantized(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo
     """Return what shows that weights are quantized, as the beginning of an error; None if nothing does."""
     config = config or {}
     if method := quantisation(config):
-        return f"the weights are quantized ({method})"
+        return f"its config says that the weights are quantized ({method})"
     for name, tensor in tensors.items():
         if tensor.dtype in QUANTISED_DTYPES:
             return f"tensor {name!r} is {DTYPE_NAMES[tensor.dtype]}, quantized with scales that are elsewhere"
@@ -62,10 +62,8 @@ def _packed(tensors: Iterable[TensorInfo]) -> str | None:
     if found := next(filter(None, map(_packed_in, modules.values())), None):
         weight, scale = found
         scaled = f" with {scale.name!r} as its scale" if scale else ""
-        return (
-            f"tensor {weight.name!r} is {DTYPE_NAMES[weight.dtype]}, quantized{scaled} (if it is not, set "
-            "quantization_config to null in config.json)"
-        )
+        way_on = "if it is not, set quantization_config to null in config.json"
+        return f"tensor {weight.name!r} is {DTYPE_NAMES[weight.dtype]}, quantized{scaled} ({way_on})"
     return None
 
 

@@ -52,6 +52,9 @@ LINEAR = {
     "quanto": "weight._data I8 32x32, weight._scale F32 32x1, input_scale F32 scalar",
     "SpQR": "dense_weights I64 99, row_offsets I32 33, col_vals I32 9, in_perm U16 32",
     "VPTQ": "indices I16 1x4x8, centroids.weight F16 1x64, weight_scale F16 32, weight_bias F16 32",
+    "EXL2": "q_weight I32 4x32, q_scale I32 1x4, q_scale_max F16 1, q_invperm I16 32",
+    "EXL3": "trellis I16 2x2x64, suh F16 32, svh F16 32",
+    "QuIP#": "Qidxs I64 32x4, SU F16 32, SV F16 32, Wscale F32 scalar",
     "experts in one tensor": "gate_up_proj I8 2x32x32, gate_up_proj_scale F32 2x32x1",
 }
 

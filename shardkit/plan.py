@@ -243,7 +243,8 @@ def plan_shards(
         "balanced" writes the fewest files within the limit that can be found, as equal as can be found:
         the largest is rarely more than 2 % above the least possible.
     dtype
-        "float16", "bfloat16" or "float32" (or the torch dtype): what floating-point tensors are cast to.
+        "float16", "bfloat16" or "float32" (or the torch dtype): what floating-point tensors are cast to, but
+        for those that transformers would load in another (see `ShardPlan.kept`).
 
     Raises
     ------

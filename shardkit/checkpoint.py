@@ -27,6 +27,7 @@ from shardkit.layout import (
     plain_json,
     read_config,
 )
+from shardkit.metadata import of_checkpoint
 from shardkit.pickle_file import Scan, scan_pickles, twice_note
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import run_all
@@ -56,7 +57,7 @@ class Checkpoint(Record):
     tensors
         By name, in order of file and offset.
     metadata
-        ``__metadata__`` of its files; where they differ, the first counts.
+        ``__metadata__`` of its files, as far as it holds for the checkpoint.
     config
         ``config.json`` (or ``adapter_config.json``); None where there is none.
     side_files
@@ -67,6 +68,8 @@ class Checkpoint(Record):
         Tensors of a pickle that share another's storage, by name, and the name of that other.
     notes
         What a person should be told.
+    file_metadata
+        Names of entries of ``__metadata__`` that describe single files.
     seen
         State of the weight files just before their headers were read; on this disk alone, so not in JSON.
     """
@@ -83,6 +86,7 @@ class Checkpoint(Record):
     left_out: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    file_metadata: tuple[str, ...] = ()
     seen: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -145,12 +149,13 @@ class Checkpoint(Record):
         seen = _states(folder, weights.files)
         is_pickle = not weights.files[0].endswith(".safetensors")
         aliases: dict[str, str] = {}
-        metadata: dict[str, str] = {}
         if is_pickle:
             tensors, aliases, said = _scan_pickles(folder, weights.files)
+            found: list[dict[str, str]] = []
         else:
             with collector_paused():
-                tensors, metadata, said = _scan_safetensors(folder, weights.files)
+                tensors, found, said = _scan_safetensors(folder, weights.files)
+        metadata, file_metadata = of_checkpoint(found, tensors)
         held = {name: tensor.file for name, tensor in tensors.items()}
         stem = output_stem(folder, weights.chosen, config)
         ours = {weights.chosen, *weights.files}
@@ -169,6 +174,7 @@ class Checkpoint(Record):
             left_out=beside.left_out,
             aliases=aliases,
             notes=(*notes, *told, *beside.notes),
+            file_metadata=file_metadata,
         )
         checkpoint.seen.update(seen)
         return checkpoint
@@ -348,12 +354,12 @@ def _scan_pickles(folder: Files, files: tuple[str, ...]) -> Scan:
 
 def _scan_safetensors(
     folder: Files, files: tuple[str, ...]
-) -> tuple[dict[str, TensorInfo], dict[str, str], tuple[str, ...]]:
+) -> tuple[dict[str, TensorInfo], list[dict[str, str]], tuple[str, ...]]:
     tensors: dict[str, TensorInfo] = {}
-    metadata: dict[str, str] = {}
+    metadata = []
     notes = []
     for file, (entries, found, start) in _headers(folder, files):
-        metadata = found | metadata
+        metadata.append(found)
         for name, dtype, shape, begin, end in entries:
             if (other := tensors.pop(name, None)) is not None:
                 notes.append(twice_note(name, other.file, file))

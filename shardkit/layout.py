@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from shardkit.errors import CheckpointError, reading
 from shardkit.files import Files, is_inside
+from shardkit.quantized import quantisation as quantisation
 from shardkit.record import listed, plural
 from shardkit.safetensors_file import JsonBounds, reading_json
 from shardkit.sizes import format_size
@@ -100,14 +101,6 @@ def config_dtype(config: Mapping[str, Any] | None) -> str | None:
     return said.removeprefix("torch.") if isinstance(said, str) else None
 
 
-def quantisation(config: Mapping[str, Any]) -> str | None:
-    """Return how the weights are quantised, as a config, or one nested in it, says; None if they are not."""
-    if isinstance(found := config.get("quantization_config"), dict) and found:
-        return str(found.get("quant_method", "quantization_config"))
-    nested = (quantisation(value) for value in config.values() if isinstance(value, dict))
-    return next(filter(None, nested), None)
-
-
 def read_json(files: Files, name: str) -> Any:
     """Return a JSON document as Python reads it (`Infinity` and `NaN` included), within bounds.
 
@@ -160,7 +153,7 @@ def adapted_config(config: Mapping[str, Any], dtype: str | None) -> str | None:
     adapted = {key: value for key, value in config.items() if key != "transformers_weights"}
     if dtype is not None:
         adapted = _with_dtype(adapted, dtype)
-        if config_dtype(adapted) is None and "architectures" in adapted:
+        if config_dtype(adapted) is None and adapted.keys() & {"architectures", "model_type"}:
             adapted["dtype"] = dtype
     # A number that is not a number equals no other, nor itself.
     return json.dumps(adapted, indent=2) + "\n" if repr(adapted) != repr(config) else None

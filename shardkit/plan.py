@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
 from typing import Any, Literal, get_args
@@ -16,8 +16,9 @@ from typing import Any, Literal, get_args
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import PlanError
 from shardkit.estimate import Estimate, StoredTensor, estimate_load
-from shardkit.layout import quantisation
+from shardkit.kept import kept_tensors
 from shardkit.packing import Item, layout, pack_balanced, pack_by_layer, pack_by_size
+from shardkit.quantized import quantized
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.safetensors_file import (
     FORMAT_METADATA,
@@ -27,7 +28,7 @@ from shardkit.safetensors_file import (
     empty_header_chars,
 )
 from shardkit.sizes import format_size, parse_size
-from shardkit.tensor import DTYPE_NAMES, QUANTISED_DTYPES, TensorInfo, collector_paused, parse_dtype
+from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused, parse_dtype
 
 Strategy = Literal["size", "layer", "balanced"]
 
@@ -97,7 +98,12 @@ class ShardPlan(Record):
     side_bytes
         Bytes of all that goes along and is not weights.
     metadata
-        ``__metadata__`` of every file: that of the source.
+        ``__metadata__`` of every file: that of the source, but for what describes single files of it.
+    file_metadata
+        Names of what does, and is not copied.
+    kept
+        Tensors that the cast leaves as they are, because transformers does not load them in its dtype (see
+        `shardkit.kept`), with the dtype they are stored in.
     """
 
     source: str
@@ -109,6 +115,8 @@ class ShardPlan(Record):
     oversized: tuple[str, ...]
     side_bytes: int
     metadata: dict[str, str]
+    file_metadata: tuple[str, ...] = ()
+    kept: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def total_bytes(self) -> int:
@@ -198,6 +206,15 @@ class ShardPlan(Record):
                 f"{plural(len(self.oversized), 'tensor')} larger than {format_size(self.max_shard_size)}, "
                 f"each in a file of its own: {listed(self.oversized)}"
             )
+        for dtype in dict.fromkeys(self.kept.values()):
+            kept = [name for name, stored in self.kept.items() if stored == dtype]
+            notes.append(
+                f"{plural(len(kept), 'tensor')} kept in {dtype}, because transformers does not load them in "
+                f"{self.dtype}: {listed(kept)}"
+            )
+        if self.file_metadata:
+            left = listed(self.file_metadata)
+            notes.append(f"metadata that describes single files of the source is not copied: {left}")
         if self.stem == "adapter_model" and len(self.shards) > 1:
             notes.append("peft loads an adapter from one file only: raise max_shard_size to merge it")
         return tuple(notes)
@@ -223,16 +240,18 @@ def plan_shards(
         "size" fills one file after the other in the order of the source. For sizes
         [6, 6, 2, 6, 2, 2] and a limit of 10 it gives [6], [6, 2], [6, 2, 2]. "layer" writes one file
         for each decoder block, embeddings and head apart; a block above the limit is split.
-        "balanced" writes the fewest files within the limit (by best-fit decreasing), as equal as can be.
+        "balanced" writes the fewest files within the limit that can be found, as equal as can be found:
+        the largest is rarely more than 2 % above the least possible.
     dtype
-        "float16", "bfloat16" or "float32" (or the torch dtype): what floating-point tensors are cast to.
+        "float16", "bfloat16" or "float32" (or the torch dtype): what floating-point tensors are cast to, but
+        for those that transformers would load in another (see `ShardPlan.kept`).
 
     Raises
     ------
     SizeError
         If `max_shard_size` is not a size.
     PlanError
-        If the strategy or dtype is unknown, or a cast is asked of quantised weights.
+        If the strategy or dtype is unknown, or a cast of quantized weights is requested.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint)
@@ -240,12 +259,11 @@ def plan_shards(
     if strategy not in get_args(Strategy):
         raise PlanError(f"strategy {strategy!r} is not one of {', '.join(get_args(Strategy))}")
     target = parse_dtype(dtype)
-    if target is not None:
-        _refuse_quantised(checkpoint)
+    kept = _kept(checkpoint, target) if target is not None else {}
     metadata = {**FORMAT_METADATA, **checkpoint.metadata}
     empty = empty_header_chars(metadata)
     with collector_paused():
-        items = [Item.of(tensor, target) for tensor in checkpoint.tensors.values()]
+        items = [Item.of(t, None if t.name in kept else target) for t in checkpoint.tensors.values()]
         shards = _shards(_STRATEGIES[strategy](items, limit, empty), checkpoint.stem, empty)
     _check_headers(checkpoint, shards)
     return ShardPlan(
@@ -258,6 +276,8 @@ def plan_shards(
         metadata=metadata,
         oversized=tuple(s.tensors[0].source.name for s in shards if s.tensors and s.nbytes > limit),
         side_bytes=sum(checkpoint.side_files.values()),
+        file_metadata=checkpoint.file_metadata,
+        kept=kept,
     )
 
 
@@ -270,18 +290,14 @@ def _check_headers(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
         )
 
 
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    if method := quantisation(checkpoint.config or {}):
-        raise PlanError(
-            f"{checkpoint.source}: the weights are quantised ({method}) and a cast would destroy them: "
-            "leave out dtype"
-        )
-    for tensor in checkpoint.tensors.values():
-        if tensor.dtype in QUANTISED_DTYPES:
-            raise PlanError(
-                f"{checkpoint.source}: tensor {tensor.name!r} is {DTYPE_NAMES[tensor.dtype]}, quantised with "
-                "scales that are elsewhere, and a cast would destroy it: leave out dtype"
-            )
+def _kept(checkpoint: Checkpoint, target: str) -> dict[str, str]:
+    """Return which tensors a cast leaves as they are; refuse one of quantized weights."""
+    if why := quantized(checkpoint.config, checkpoint.tensors):
+        raise PlanError(f"{checkpoint.source}: {why}; a cast would destroy the weights: leave out dtype")
+    floats = {t.name: t.dtype for t in checkpoint.tensors.values() if t.dtype in FLOAT_DTYPES}
+    castable = {name: dtype for name, dtype in floats.items() if dtype != target}
+    kept = kept_tensors(castable, checkpoint.config, target)
+    return {name: DTYPE_NAMES[dtype] for name, dtype in castable.items() if name in kept}
 
 
 _STRATEGIES: dict[str, Callable[[Sequence[Item], int, int], list[list[Item]]]] = {

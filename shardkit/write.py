@@ -11,7 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +45,8 @@ class ShardReport(Record):
         How many tensors were written, and their bytes.
     dtype
         What floating-point tensors were cast to; None where bytes were copied.
+    kept
+        Tensors that the cast left in the dtype they are stored in, with that dtype: see `ShardPlan.kept`.
     lost
         Tensors of which the cast made some values infinite or zero, with counts.
     reused
@@ -75,6 +77,7 @@ class ShardReport(Record):
     copy_seconds: float
     seconds: float
     notes: tuple[str, ...] = ()
+    kept: dict[str, str] = field(default_factory=dict)
 
     def _verified(self) -> str:
         if (check := self.verification) is None:
@@ -214,6 +217,7 @@ def shard_checkpoint(
             *stage.notes,
             *(_STREAMED,) * checkpoint.is_remote,
         ),
+        kept=plan.kept,
     )
 
 
@@ -301,10 +305,21 @@ def refuse_overflow(lost: tuple[Lost, ...], plan: ShardPlan, allow_overflow: boo
     hit = [loss for loss in lost if loss.overflowed]
     if hit and not allow_overflow:
         named = listed(f"{loss.tensor} ({plural(loss.overflowed, 'value')})" for loss in hit)
-        raise CastError(
-            f"{plan.source}: cast to {plan.dtype} makes finite values infinite in {named}; "
-            "choose bfloat16, or let it be (allow_overflow=True, --allow-overflow)"
+        advice = (
+            f"{_wider(plan, hit)}leave out dtype, or allow it with allow_overflow=True (--allow-overflow)"
         )
+        raise CastError(
+            f"{plan.source}: a cast to {plan.dtype} makes finite values infinite in {named}; {advice}"
+        )
+
+
+def _wider(plan: ShardPlan, hit: list[Lost]) -> str:
+    """Advise a dtype of wider range than the plan's: bfloat16 has that of float32, but for its last step."""
+    names = {loss.tensor for loss in hit}
+    stored = {t.source.dtype for shard in plan.shards for t in shard.tensors if t.source.name in names}
+    if plan.dtype == "float16":
+        return "choose bfloat16 or float32, or "
+    return "choose float32, or " if "F64" not in stored else ""
 
 
 def write_beside(

@@ -312,7 +312,7 @@ class TestPlan:
         control(app, "Write as").value = "float16"
         button(app, "Shard").click()
         refused, missing = alerts(app)
-        assert "quantised" in refused
+        assert "quantized" in refused
         assert "&quot;as it is stored&quot;" in refused
         assert "cannot be made (step 2)" in missing
         assert not works(button(app, "Shard"))

@@ -182,6 +182,27 @@ def test_overflow_names_the_tensor_and_how_many_values(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize(
+    ("stored", "target", "advice"),
+    [
+        (torch.float32, "float16", "choose bfloat16 or float32, or leave out dtype, or allow it"),
+        (torch.bfloat16, "float16", "choose bfloat16 or float32, or leave out dtype, or allow it"),
+        (torch.float32, "bfloat16", "; choose float32, or leave out dtype, or allow it"),
+        (torch.float64, "bfloat16", "; leave out dtype, or allow it"),
+        (torch.float64, "float32", "; leave out dtype, or allow it"),
+    ],
+)
+def test_overflow_is_answered_by_advice_that_fits_the_target(
+    stored: torch.dtype, target: str, advice: str, tmp_path: Path
+) -> None:
+    largest = torch.full((3,), torch.finfo(stored).max, dtype=stored)
+    source = made(tmp_path / "source", {"w": torch.ones(4, dtype=torch.float64), "mask": largest})
+    with pytest.raises(CastError) as caught:
+        shard_checkpoint(source, tmp_path / "out", dtype=target)
+    assert f"a cast to {target} makes finite values infinite in mask (3 values)" in str(caught.value)
+    assert f"{advice} with allow_overflow=True (--allow-overflow)" in str(caught.value)
+
+
 def test_overflow_that_is_allowed_is_reported_by_tensor(tmp_path: Path) -> None:
     source = made(tmp_path / "source", OVERFLOWING)
     report = shard_checkpoint(source, tmp_path / "out", dtype="float16", allow_overflow=True)
@@ -214,11 +235,11 @@ def test_overflow_in_two_tasks_of_one_tensor_is_added_up(
         ({"w": torch.ones(4).to(torch.float8_e4m3fn), "scale": torch.ones(1)}, None),
     ],
 )
-def test_quantised_checkpoint_is_not_cast(
+def test_quantized_checkpoint_is_not_cast(
     tensors: dict[str, torch.Tensor], config: str | None, tmp_path: Path
 ) -> None:
     source = made(tmp_path / "source", tensors, config)
-    with pytest.raises(PlanError, match="quantised"):
+    with pytest.raises(PlanError, match="quantized"):
         shard_checkpoint(source, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
     assert shard_checkpoint(source, tmp_path / "out").verification is not None  # as it is, it can be sharded

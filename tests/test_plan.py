@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import random
 from collections.abc import Iterable, Sequence
 
 import pytest
@@ -166,6 +167,28 @@ def test_balanced_never_has_more_files_than_size(sizes: list[int], limit: int, s
     assert files["balanced"] <= files["size"]
 
 
+@settings(max_examples=300)
+@given(files=st.integers(2, 10), data=st.data())
+def test_balanced_is_within_5_percent_of_the_most_equal_files_there_are(
+    files: int, data: st.DataObject
+) -> None:
+    seed = random.Random(data.draw(st.integers(0, 2**32)))
+    sizes, whole = [], 10_000_000
+    for _ in range(files):  # each file cut into tensors: that these add up to equal files again is known
+        cuts = sorted(seed.sample(range(1, whole), seed.randint(1, 9)))
+        sizes += [end - begin for begin, end in itertools.pairwise([0, *cuts, whole])]
+    seed.shuffle(sizes)
+    plan = plan_shards(of_sizes(sizes), max_shard_size=int(1.09 * whole), strategy="balanced")
+    assert len(plan.shards) == files
+    assert plan.largest_file.nbytes < 1.05 * whole
+
+
+def test_balanced_needs_hardly_more_files_than_the_bytes_take() -> None:
+    sizes = random.Random(0).choices(range(1, 1_000_000), k=2000)
+    plan = plan_shards(of_sizes(sizes), max_shard_size=1_300_000, strategy="balanced")
+    assert len(plan.shards) < 1.01 * sum(sizes) / 1_300_000
+
+
 def test_balanced_packs_what_greedy_order_wastes() -> None:
     sizes, mb = [7, 4, 6, 3, 5, 5], 1_000_000
     source = of_sizes(size * mb for size in sizes)
@@ -307,7 +330,7 @@ def test_torch_dtype_is_as_good_as_its_name() -> None:
     assert plan_shards(source, dtype=torch.float16) == plan_shards(source, dtype="float16")
 
 
-QUANTISED: list[tuple[dict[str, object] | None, str]] = [
+QUANTIZED: list[tuple[dict[str, object] | None, str]] = [
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "F16"),
     ({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "F16"),
     (None, "F8_E4M3"),
@@ -317,12 +340,12 @@ QUANTISED: list[tuple[dict[str, object] | None, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("config", "dtype"), QUANTISED)
-def test_cast_of_quantised_weights_is_refused_with_the_reason(
+@pytest.mark.parametrize(("config", "dtype"), QUANTIZED)
+def test_cast_of_quantized_weights_is_refused_with_the_reason(
     config: dict[str, object] | None, dtype: str
 ) -> None:
     source = checkpoint([("norm", "F32", (8,)), ("w", dtype, (8,))], config)
-    with pytest.raises(PlanError, match="quantised") as caught:
+    with pytest.raises(PlanError, match="quantized") as caught:
         plan_shards(source, dtype="float16")
     assert "/source" in str(caught.value)
     assert ("gptq" if config else "'w'") in str(caught.value)

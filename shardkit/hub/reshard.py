@@ -394,6 +394,7 @@ class _Job:
             copy_seconds=moved,
             seconds=seconds,
             notes=(*checkpoint.summary().notes, *plan.summary().notes, *self.notes),
+            kept=plan.kept,
         )
 
 

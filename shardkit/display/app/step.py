@@ -14,7 +14,7 @@ from shardkit.errors import Cancelled, ShardkitError
 _IN_THE_APP = {
     "replace it (overwrite=True, --overwrite)": 'tick "Replace a checkpoint that is there"',
     "leave out dtype": 'set "Write as" to "as it is stored" (step 2)',
-    "let it be (allow_overflow=True, --allow-overflow)": '"as it is stored" (step 2)',
+    ", or allow it with allow_overflow=True (--allow-overflow)": "",
     "lower max_shard_size": "take a smaller shard size (step 2)",
     "same_model=False (--no-same-model) compares them anyway": "shard this one into another folder (step 3)",
 }

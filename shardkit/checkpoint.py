@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Self
 from zipfile import is_zipfile
 
 from shardkit.errors import CheckpointError, DownloadNeededError, reading
-from shardkit.estimate import Estimate, StoredTensor, estimate_load
+from shardkit.estimate import LOAD_BITS, Estimate, StoredTensor, estimate_adapter, estimate_load, load_dtype
 from shardkit.files import Files, LocalFiles, is_remote
 from shardkit.layout import (
     CONFIG_FILES,
     architecture,
     config_dtype,
     find_weights,
+    index_dtype,
     is_index,
     output_stem,
     read_config,
@@ -31,7 +34,7 @@ from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import run_all
 from shardkit.safetensors_file import Header
 from shardkit.sizes import format_size
-from shardkit.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused, parse_dtype
+from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused
 
 _HEADERS_AT_ONCE = 8
 
@@ -66,6 +69,8 @@ class Checkpoint(Record):
         Tied tensors of a pickle that share another's storage: dropped name to kept name.
     notes
         What a person should be told.
+    index_dtype
+        The dtype that the index says its tensors have, where the config says none; None where neither does.
     seen
         State of the weight files just before their headers were read; on this disk alone, so not in JSON.
     """
@@ -82,6 +87,7 @@ class Checkpoint(Record):
     left_out: tuple[str, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    index_dtype: str | None = None
     seen: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -167,6 +173,9 @@ class Checkpoint(Record):
             left_out=left_out,
             aliases=aliases,
             notes=(*notes, *said),
+            index_dtype=index_dtype(folder, chosen)
+            if is_index(chosen) and config_dtype(config) is None
+            else None,
         )
         checkpoint.seen.update(seen)
         return checkpoint
@@ -210,16 +219,17 @@ class Checkpoint(Record):
         Parameters
         ----------
         dtype
-            Asked of `from_pretrained`: "float16"; None and "auto" leave it to the config, as transformers 5
-            does, or to the files where the config says nothing.
+            Requested of `from_pretrained`: "float16"; None and "auto" leave it to transformers 5, which takes
+            the config's, the index's, or that of the first file's first floating-point tensor.
 
         Raises
         ------
         PlanError
             If the dtype is unknown.
         """
-        asked = config_dtype(self.config) or self._first_dtype() if dtype in (None, "auto") else dtype
-        target = parse_dtype(asked) if asked in CAST_DTYPES or asked == dtype else None
+        target = None if dtype in (None, "auto") else load_dtype(dtype)
+        if target is None and not is_adapter(self.stem, self.config):
+            target = self._auto_dtype()
         named = {**{name: name for name in self.tensors}, **self.aliases}
         stored = (
             StoredTensor(name, t.elements, t.dtype, t.shape, is_alias=name != kept)
@@ -227,13 +237,32 @@ class Checkpoint(Record):
             for t in (self.tensors[kept],)
         )
         whole = self.format == "pickle" and not all(is_zipfile(self.path(file)) for file in self.files)
-        name = DTYPE_NAMES[target] if target else None
-        return estimate_load(self.source, stored, name, config=self.config, held_whole=whole)
+        return estimate_with_base(
+            self.source,
+            stored,
+            target,
+            stem=self.stem,
+            config=self.config,
+            side_files=self.side_files,
+            held_whole=whole,
+            in_memory=not self.is_remote and self._is_in_memory(),
+        )
 
-    def _first_dtype(self) -> str | None:
-        """Return the dtype that transformers takes for all where the config says none."""
-        floats = (t.dtype for t in self.tensors.values() if t.dtype in FLOAT_DTYPES)
-        return next((DTYPE_NAMES[dtype] for dtype in floats), None)
+    def _auto_dtype(self) -> str | None:
+        """Return the dtype that transformers 5.23 chooses by itself: see its `modeling_utils._get_dtype`."""
+        if said := config_dtype(self.config) or self.index_dtype:
+            return said if said in LOAD_BITS else None
+        first = [t for t in self.tensors.values() if t.file == self.files[0] and t.dtype in FLOAT_DTYPES]
+        if self.format == "safetensors":  # whose reader lists names in order, not as they lie in the file
+            first.sort(key=attrgetter("name"))
+        return DTYPE_NAMES[first[0].dtype] if first else None
+
+    def _is_in_memory(self) -> bool:
+        """Whether its files are on tmpfs; of links, as the Hub's client makes them, where they lead."""
+        from shardkit.measure.environment import MEMORY_FILESYSTEMS, filesystem
+
+        folders = {os.path.dirname(os.path.realpath(self.path(file))) for file in self.files}
+        return any(filesystem(folder) in MEMORY_FILESYSTEMS for folder in folders)
 
     @property
     def is_remote(self) -> bool:
@@ -293,6 +322,37 @@ class Checkpoint(Record):
         if self.left_out:
             notes.append(f"other weights in the folder, not part of this checkpoint: {listed(self.left_out)}")
         return tuple(notes)
+
+
+def estimate_with_base(
+    source: str,
+    tensors: Iterable[StoredTensor],
+    dtype: str | None,
+    *,
+    stem: str,
+    config: Mapping[str, Any] | None,
+    **beside: Any,
+) -> Estimate:
+    """Estimate a load; that of a peft adapter with its base model, where that is on this machine."""
+    if not is_adapter(stem, config):
+        return estimate_load(source, tensors, dtype, config=config, **beside)
+    named = (config or {}).get("base_model_name_or_path")
+    base = _open_base(named) if isinstance(named, str) else None
+    return estimate_adapter(source, tensors, dtype, str(named), base.estimate(dtype) if base else None)
+
+
+def is_adapter(stem: str, config: Mapping[str, Any] | None) -> bool:
+    """Whether weights are a peft adapter's, which needs a base model beside it."""
+    return stem == "adapter_model" or "peft_type" in (config or {})
+
+
+def _open_base(named: str) -> Checkpoint | None:
+    """Open the base model that an adapter names; None if it is not here, cannot be read, or is an adapter."""
+    with suppress(CheckpointError):
+        if os.path.exists(os.path.expanduser(named)):
+            base = Checkpoint.open(named)
+            return None if is_adapter(base.stem, base.config) else base
+    return None
 
 
 def _states(folder: Files, files: tuple[str, ...]) -> dict[str, tuple[int, ...]]:

@@ -62,6 +62,8 @@ def config_dtype(config: Mapping[str, Any] | None) -> str | None:
     """Return the dtype that a config asks for ("bfloat16"), or None."""
     config = config or {}
     said = config.get("dtype") or config.get("torch_dtype")
+    if isinstance(said, dict):  # one for each part: that of the model itself, or torch's default
+        said = said.get("", "float32")
     return said.removeprefix("torch.") if isinstance(said, str) else None
 
 
@@ -207,6 +209,12 @@ def read_weight_map(files: Files, index: str) -> dict[str, str]:
     if len(kinds) > 1:
         raise CheckpointError(f"mixes formats: {', '.join(sorted(kinds))}", file=where)
     return weight_map
+
+
+def index_dtype(files: Files, index: str) -> str | None:
+    """Return the dtype that an index says its tensors have, or None; transformers believes it."""
+    said = _object(_object(_read_json(files, index, _MAX_INDEX_BYTES)).get("metadata")).get("dtype")
+    return said if isinstance(said, str) else None
 
 
 def read_made(files: Files, index: str) -> dict[str, object]:

@@ -228,7 +228,7 @@ class Checkpoint(Record):
             If the dtype is unknown.
         """
         target = None if dtype in (None, "auto") else load_dtype(dtype)
-        if target is None and not is_adapter(self.stem, self.config):
+        if target is None and not is_adapter(self.stem, self.config, self.tensors):
             target = self._auto_dtype()
         named = {**{name: name for name in self.tensors}, **self.aliases}
         stored = (
@@ -334,16 +334,19 @@ def estimate_with_base(
     **beside: Any,
 ) -> Estimate:
     """Estimate a load; that of a peft adapter with its base model, where that is on this machine."""
-    if not is_adapter(stem, config):
+    tensors = tuple(tensors)
+    if not is_adapter(stem, config, (tensor.name for tensor in tensors)):
         return estimate_load(source, tensors, dtype, config=config, **beside)
     named = (config or {}).get("base_model_name_or_path")
     base = _open_base(named) if isinstance(named, str) else None
-    return estimate_adapter(source, tensors, dtype, str(named), base.estimate(dtype) if base else None)
+    return estimate_adapter(source, tensors, dtype, named, base.estimate(dtype) if base else None)
 
 
-def is_adapter(stem: str, config: Mapping[str, Any] | None) -> bool:
-    """Whether weights are a peft adapter's, which needs a base model beside it."""
-    return stem == "adapter_model" or "peft_type" in (config or {})
+def is_adapter(stem: str, config: Mapping[str, Any] | None, names: Iterable[str]) -> bool:
+    """Whether weights are an adapter's, of peft or diffusers, which needs a base model beside it."""
+    if stem == "adapter_model" or "peft_type" in (config or {}):
+        return True
+    return config is None and {"lora" in name for name in names} == {True}
 
 
 def _open_base(named: str) -> Checkpoint | None:
@@ -351,7 +354,7 @@ def _open_base(named: str) -> Checkpoint | None:
     with suppress(CheckpointError):
         if os.path.exists(os.path.expanduser(named)):
             base = Checkpoint.open(named)
-            return None if is_adapter(base.stem, base.config) else base
+            return None if is_adapter(base.stem, base.config, base.tensors) else base
     return None
 
 

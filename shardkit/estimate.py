@@ -29,12 +29,11 @@ _USABLE_SHARE = 0.9
 # rewrite weights, or need more for the first token, so that nothing is promised of them.
 # fmt: off
 _MEASURED = frozenset((
-    "apertus", "arcee", "bart", "bert", "biogpt", "bloom", "codegen", "cohere", "cohere2", "ctrl",
-    "deberta-v2", "distilbert", "electra", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2",
-    "gemma3_text", "glm", "glm4", "gpt2", "gpt_neo", "gpt_neox", "gptj", "granite", "helium", "lfm2",
-    "llama", "mbart", "mistral", "modernbert", "mpt", "nemotron", "olmo", "olmo2", "opt", "persimmon",
-    "phi", "phi3", "qwen2", "qwen3", "roberta", "seed_oss", "smollm3", "stablelm", "starcoder2", "t5",
-    "xlm-roberta",
+    "apertus", "arcee", "bart", "bert", "biogpt", "bloom", "codegen", "cohere", "cohere2", "deberta-v2",
+    "distilbert", "electra", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "glm",
+    "glm4", "gpt2", "gpt_neox", "gptj", "granite", "helium", "lfm2", "llama", "mbart", "mistral",
+    "modernbert", "mpt", "nemotron", "olmo", "olmo2", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3",
+    "roberta", "seed_oss", "smollm3", "stablelm", "starcoder2", "t5", "xlm-roberta",
 ))
 # fmt: on
 TOLERANCE = 0.05
@@ -55,9 +54,10 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 # Experts that are stacked in the files, but turned: where in their shape the hidden size then stands.
 _TURNED = {"qwen3_vl_moe": {"gate_up_proj": 1, "down_proj": 2}}
 # Large buffers that no file holds, from the config's numbers, as transformers 5.23 makes them: of GPT-Neo a
-# mask for each layer, and four more while they are made.
+# mask for each layer, and as seen about three more while they are made; of GPTBigCode one, and one more.
 _BUFFERS: dict[str, tuple[tuple[str, ...], Callable[..., int]]] = {
-    "gpt_neo": (("num_layers", "max_position_embeddings"), lambda layers, length: (layers + 4) * length**2),
+    "gpt_neo": (("num_layers", "max_position_embeddings"), lambda layers, length: (layers + 3) * length**2),
+    "gpt_bigcode": (("n_positions",), lambda length: 2 * length**2),
     **dict.fromkeys(
         ("gptj", "codegen"),
         (("n_layer", "n_positions", "rotary_dim"), lambda layers, length, width: 4 * layers * length * width),
@@ -309,15 +309,15 @@ def _why_rough(made: Estimate, model_type: object, buffers: int | None) -> str |
 
 
 def estimate_adapter(
-    source: str, tensors: Iterable[StoredTensor], dtype: str | None, named: str, base: Estimate | None
+    source: str, tensors: Iterable[StoredTensor], dtype: str | None, named: object, base: Estimate | None
 ) -> Estimate:
     """Add a peft adapter to the estimate of the base model that it names; without that, no host fits."""
     # Whatever the base is loaded in, peft keeps an adapter that can be trained in float32.
     copied = sum(tensor.elements for tensor in tensors) * LOAD_BITS["float32"] // 8
     if base is None:
         note = (
-            f"an adapter: its base model ({named[:200]}) comes on top, and is not on this machine: inspect "
-            "it as well"
+            f"an adapter: its base model ({str(named or 'not named')[:200]}) comes on top, and is not on this "
+            "machine: inspect it as well"
         )
         return Estimate(source, dtype, RUNTIME_BYTES, copied, 0, 0, notes=(note,))
     notes = (*base.notes, f"an adapter: this includes its base model, {base.source}")

@@ -16,6 +16,8 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     LlamaConfig,
@@ -241,7 +243,7 @@ def test_an_adapter_without_its_base_is_promised_no_host(adapter, tmp_path, base
     planned = plan_shards(checkpoint).estimate(None, config=checkpoint.config)
     for found in (checkpoint.estimate(), checkpoint.estimate("float16"), planned):
         assert (found.hosts, found.tolerance) == ((), None)
-        assert f"its base model ({named}) comes on top" in str(found)
+        assert f"its base model ({named or 'not named'}) comes on top" in str(found)
         assert "at least 271 MB (cannot be evicted)" in str(found)
 
 
@@ -261,6 +263,13 @@ def on_tmpfs() -> Iterator[Checkpoint]:
 
 
 TMPFS = filesystem("/dev/shm") == "tmpfs"
+
+
+def test_an_adapter_of_diffusers_has_no_config(tmp_path):
+    save_file({"unet.to_q.lora_A.weight": torch.zeros(8, 100)}, tmp_path / "pytorch_lora_weights.safetensors")
+    found = Checkpoint.open(tmp_path).estimate()
+    assert (found.hosts, found.copied_bytes) == ((), 4 * 800)
+    assert "an adapter: its base model (" in str(found)
 
 
 @pytest.mark.skipif(not TMPFS, reason="/dev/shm is no tmpfs here")
@@ -296,7 +305,7 @@ def test_of_links_the_file_system_counts_where_they_lead(demo, tmp_path, monkeyp
 
 SHAPES = {
     "gpt2": (GPT2LMHeadModel, GPT2Config, {"vocab_size": 16000, "n_embd": 768, "n_layer": 6, "n_head": 12}),
-    "gpt_neo": (GPTNeoForCausalLM, GPTNeoConfig, {"vocab_size": 16000, "hidden_size": 256, "num_heads": 8}),
+    "gptj": (GPTJForCausalLM, GPTJConfig, {"vocab_size": 16000, "n_embd": 512, "n_head": 8}),
     "bert": (BertForMaskedLM, BertConfig, {"num_hidden_layers": 6}),
     "t5": (T5ForConditionalGeneration, T5Config, {"d_model": 512, "num_layers": 4}),
 }  # fmt: skip
@@ -320,12 +329,20 @@ def test_nothing_is_promised_of_what_was_not_measured(kind):
     assert "how exact this is was not measured" in str(found)
 
 
+def test_masks_of_each_layer_count(tmp_path):
+    config = GPTNeoConfig(vocab_size=16000, hidden_size=256, num_heads=8)
+    GPTNeoForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    measured, found = measure_load(tmp_path, cache="warm"), Checkpoint.open(tmp_path).estimate()
+    assert found.tolerance is None  # what is there for a moment depends on the allocator
+    assert found.peak_anonymous_bytes == pytest.approx(measured.peak_anonymous_bytes, rel=0.05)
+
+
 def test_buffers_that_no_file_holds_count():
     config = {"model_type": "gpt_neo", "num_layers": 24, "max_position_embeddings": 2048}
     stored = [StoredTensor("w", 1000, "BF16")]
     found = estimate_load("m", stored, None, config=config)
-    assert found.buffer_bytes == 28 * 2048**2
-    assert "117 MB for buffers that are in no file" in str(found)
+    assert found.buffer_bytes == 27 * 2048**2
+    assert "113 MB for buffers that are in no file" in str(found)
     for odd in ("24" * 10**6, [24], None, 2.5):
         unsaid = estimate_load("m", stored, None, config={**config, "num_layers": odd})
         assert (unsaid.buffer_bytes, unsaid.tolerance) == (0, None)

@@ -23,6 +23,7 @@ RUNTIME_BYTES = 271_000_000
 # What the free hosts say they give (November 2026); the process that watches the load needs some as well.
 HOSTS = {"Colab": 12_700_000_000, "Kaggle": 30_000_000_000, "Binder": 2_000_000_000}
 _USABLE_SHARE = 0.9
+HERE = "this machine"
 
 # Model types of which loads kept the ±5 %, first token included, as stored and cast to float16, with
 # transformers 5.23; from 0.2 to 2.6 GB the error did not grow with the weights. Others may keep buffers,
@@ -53,6 +54,8 @@ _STACKING_SHARE = {True: 1.0, False: 0.25}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 # Experts that are stacked in the files, but turned: where in their shape the hidden size then stands.
 _TURNED = {"qwen3_vl_moe": {"gate_up_proj": 1, "down_proj": 2}}
+# Divided in place before the first token, so that pages of the mapping become memory of the process.
+_REWRITTEN = {"rwkv": re.compile(r"attention\.output\.weight|feed_forward\.value\.weight")}
 # Large buffers that no file holds, from the config's numbers, as transformers 5.23 makes them: of GPT-Neo a
 # mask for each layer, and as seen about three more while they are made; of GPTBigCode one, and one more.
 _BUFFERS: dict[str, tuple[tuple[str, ...], Callable[..., int]]] = {
@@ -176,7 +179,10 @@ class Estimate(Record):
             *((("mapped", f"{format_size(self.mapped_bytes)} stay in the files; the kernel may drop them"),))
             * (not self.resident_bytes),
         )
-        rows = tuple((h.name, format_size(h.memory_bytes), h.verdict, h.why) for h in self.hosts)
+        rows = tuple(
+            (f"{h.name} (free)" if h.name == HERE else h.name, format_size(h.memory_bytes), h.verdict, h.why)
+            for h in self.hosts
+        )
         hosts = (Table(("host", "memory", "verdict", "because"), rows),) if rows else ()
         return Summary("Estimated memory of a load", facts, hosts, self.notes)
 
@@ -252,6 +258,7 @@ def _weights(
     copied = mapped = stacking = turning = read = 0
     model_type = str(config.get("model_type"))
     keeps = _KEPT_IN_FLOAT32.get(model_type) if dtype == "float16" else None
+    rewritten = _REWRITTEN.get(model_type)
     for name, elements, stored, shape, is_alias in tensors:
         is_expert = _EXPERT.search(name) is not None
         is_turned = _is_turned(name, shape, model_type, config)
@@ -264,7 +271,7 @@ def _weights(
         nbytes = elements * bits // 8
         stacking += int(is_expert * _STACKING_SHARE[converts] * nbytes)
         turning = max(turning, nbytes * is_turned)  # the one at hand is there twice
-        if converts or is_expert or is_turned:
+        if converts or is_expert or is_turned or (rewritten and rewritten.search(name)):
             copied += nbytes
         elif not held_whole:
             mapped += nbytes
@@ -315,9 +322,9 @@ def estimate_adapter(
     # Whatever the base is loaded in, peft keeps an adapter that can be trained in float32.
     copied = sum(tensor.elements for tensor in tensors) * LOAD_BITS["float32"] // 8
     if base is None:
+        called = str(named or "not named")[:200]
         note = (
-            f"an adapter: its base model ({str(named or 'not named')[:200]}) comes on top, and is not on this "
-            "machine: inspect it as well"
+            f"an adapter: its base model ({called}) comes on top, and is not on this machine: inspect it too"
         )
         return Estimate(source, dtype, RUNTIME_BYTES, copied, 0, 0, notes=(note,))
     notes = (*base.notes, f"an adapter: this includes its base model, {base.source}")
@@ -335,7 +342,7 @@ def with_hosts(made: Estimate) -> Estimate:
     ]
     if (left := usable_memory()) is not None:
         # Files on tmpfs are part of what is used here already.
-        hosts.insert(0, fit("this machine", left, made.new_bytes, made.mapped_bytes))
+        hosts.insert(0, fit(HERE, left, made.new_bytes, made.mapped_bytes))
     return replace(made, hosts=tuple(hosts))
 
 

@@ -178,7 +178,7 @@ def test_a_host_fits_all_of_it_or_only_what_must_exist_or_neither():
 
 def test_the_summary_names_every_host(model):
     shown = str(model.estimate("float16"))
-    assert all(host in shown for host in ("this machine", "Colab", "Kaggle", "Binder"))
+    assert all(host in shown for host in ("this machine (free)", "Colab", "Kaggle", "Binder"))
 
 
 @pytest.mark.parametrize(
@@ -346,6 +346,16 @@ def test_buffers_that_no_file_holds_count():
     for odd in ("24" * 10**6, [24], None, 2.5):
         unsaid = estimate_load("m", stored, None, config={**config, "num_layers": odd})
         assert (unsaid.buffer_bytes, unsaid.tolerance) == (0, None)
+
+
+def test_weights_that_are_divided_in_place_are_copied():
+    stored = [
+        StoredTensor(f"rwkv.blocks.0.{part}.weight", 1000, "BF16")
+        for part in ("attention.output", "attention.key", "feed_forward.value", "feed_forward.key")
+    ]
+    found = estimate_load("m", stored, None, config={"model_type": "rwkv"})
+    assert (found.copied_bytes, found.mapped_bytes) == (4000, 4000)
+    assert estimate_load("m", stored, "float16", config={"model_type": "rwkv"}).copied_bytes == 8000
 
 
 def test_masks_of_older_files_are_not_read():

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Self
 from zipfile import is_zipfile
 
 from shardkit.belonging import Beside, sort_out
 from shardkit.errors import CheckpointError, DownloadNeededError, reading
-from shardkit.estimate import Estimate, StoredTensor, estimate_load
+from shardkit.estimate import LOAD_BITS, Estimate, StoredTensor, estimate_adapter, estimate_load, load_dtype
 from shardkit.files import Files, LocalFiles, is_remote
 from shardkit.layout import (
     CONFIG_FILES,
@@ -33,7 +35,7 @@ from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import run_all
 from shardkit.safetensors_file import Header
 from shardkit.sizes import format_size
-from shardkit.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused, parse_dtype
+from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused
 
 _HEADERS_AT_ONCE = 8
 
@@ -70,6 +72,8 @@ class Checkpoint(Record):
         What a person should be told.
     file_metadata
         Names of entries of ``__metadata__`` that describe single files.
+    index_dtype
+        The dtype that the index says its tensors have, where the config says none; None where neither does.
     seen
         State of the weight files just before their headers were read; on this disk alone, so not in JSON.
     """
@@ -87,6 +91,7 @@ class Checkpoint(Record):
     aliases: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     file_metadata: tuple[str, ...] = ()
+    index_dtype: str | None = None
     seen: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -175,6 +180,7 @@ class Checkpoint(Record):
             aliases=aliases,
             notes=(*notes, *told, *beside.notes),
             file_metadata=file_metadata,
+            index_dtype=weights.dtype if config_dtype(config) is None else None,
         )
         checkpoint.seen.update(seen)
         return checkpoint
@@ -222,28 +228,48 @@ class Checkpoint(Record):
         Parameters
         ----------
         dtype
-            Asked of `from_pretrained`: "float16"; None and "auto" leave it to the config, as transformers 5
-            does, or to the files where the config says nothing.
+            Requested of `from_pretrained`: "float16"; None and "auto" leave it to transformers 5, which takes
+            the config's, the index's, or that of the first file's first floating-point tensor.
 
         Raises
         ------
         PlanError
             If the dtype is unknown.
         """
-        asked = config_dtype(self.config) or self._first_dtype() if dtype in (None, "auto") else dtype
-        target = parse_dtype(asked) if asked in CAST_DTYPES or asked == dtype else None
+        target = None if dtype in (None, "auto") else load_dtype(dtype)
+        if target is None and not is_adapter(self.stem, self.config, self.tensors):
+            target = self._auto_dtype()
         stored = (
             StoredTensor(name, t.elements, t.dtype, t.shape, is_alias=name in self.aliases)
             for name, t in self.tensors.items()
         )
         whole = self.format == "pickle" and not all(is_zipfile(self.path(file)) for file in self.files)
-        name = DTYPE_NAMES[target] if target else None
-        return estimate_load(self.source, stored, name, config=self.config, held_whole=whole)
+        return estimate_with_base(
+            self.source,
+            stored,
+            target,
+            stem=self.stem,
+            config=self.config,
+            side_files=self.side_files,
+            held_whole=whole,
+            in_memory=not self.is_remote and self._is_in_memory(),
+        )
 
-    def _first_dtype(self) -> str | None:
-        """Return the dtype that transformers takes for all where the config says none."""
-        floats = (t.dtype for t in self.tensors.values() if t.dtype in FLOAT_DTYPES)
-        return next((DTYPE_NAMES[dtype] for dtype in floats), None)
+    def _auto_dtype(self) -> str | None:
+        """Return the dtype that transformers 5.23 chooses by itself: see its `modeling_utils._get_dtype`."""
+        if said := config_dtype(self.config) or self.index_dtype:
+            return said if said in LOAD_BITS else None
+        first = [t for t in self.tensors.values() if t.file == self.files[0] and t.dtype in FLOAT_DTYPES]
+        if self.format == "safetensors":  # whose reader lists names in order, not as they lie in the file
+            first.sort(key=attrgetter("name"))
+        return DTYPE_NAMES[first[0].dtype] if first else None
+
+    def _is_in_memory(self) -> bool:
+        """Whether its files are on tmpfs; of links, as the Hub's client makes them, where they lead."""
+        from shardkit.measure.environment import MEMORY_FILESYSTEMS, filesystem
+
+        folders = {os.path.dirname(os.path.realpath(self.path(file))) for file in self.files}
+        return any(filesystem(folder) in MEMORY_FILESYSTEMS for folder in folders)
 
     @property
     def is_remote(self) -> bool:
@@ -328,6 +354,40 @@ def by_kind(left_out: Mapping[str, str]) -> str:
     for file, kind in left_out.items():
         kinds.setdefault(kind, []).append(file)
     return "; ".join(f"{kind}: {plural(len(f), 'file')} ({listed(f)})" for kind, f in kinds.items())
+
+
+def estimate_with_base(
+    source: str,
+    tensors: Iterable[StoredTensor],
+    dtype: str | None,
+    *,
+    stem: str,
+    config: Mapping[str, Any] | None,
+    **beside: Any,
+) -> Estimate:
+    """Estimate a load; that of a peft adapter with its base model, where that is on this machine."""
+    tensors = tuple(tensors)
+    if not is_adapter(stem, config, (tensor.name for tensor in tensors)):
+        return estimate_load(source, tensors, dtype, config=config, **beside)
+    named = (config or {}).get("base_model_name_or_path")
+    base = _open_base(named) if isinstance(named, str) else None
+    return estimate_adapter(source, tensors, dtype, named, base.estimate(dtype) if base else None)
+
+
+def is_adapter(stem: str, config: Mapping[str, Any] | None, names: Iterable[str]) -> bool:
+    """Whether weights are an adapter's, of peft or diffusers, which needs a base model beside it."""
+    if stem == "adapter_model" or "peft_type" in (config or {}):
+        return True
+    return config is None and {"lora" in name for name in names} == {True}
+
+
+def _open_base(named: str) -> Checkpoint | None:
+    """Open the base model that an adapter names; None if it is not here, cannot be read, or is an adapter."""
+    with suppress(CheckpointError):
+        if os.path.exists(os.path.expanduser(named)):
+            base = Checkpoint.open(named)
+            return None if is_adapter(base.stem, base.config, base.tensors) else base
+    return None
 
 
 def _states(folder: Files, files: tuple[str, ...]) -> dict[str, tuple[int, ...]]:

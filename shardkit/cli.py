@@ -68,14 +68,15 @@ def _without(option: str, told: str) -> Any:
 
 @app.command()
 def inspect(source: Source, dtype: LoadDtype = None, as_json: Json = False) -> None:
-    """Say what a checkpoint holds, and what loading it takes, from its headers alone."""
+    """Show what a checkpoint contains, and what loading it takes, from its headers alone."""
     if left := leftovers(source):
         _say(
             f"an interrupted run left {listed(map(str, left))}: `shardkit clean {source}` removes it; "
             "the same `shardkit shard` as before goes on from there"
         )
     checkpoint = shardkit.Checkpoint.open(source)
-    _show(checkpoint, as_json, checkpoint.estimate(dtype))
+    estimate = checkpoint.estimate(dtype)
+    _show(checkpoint, as_json, estimate, estimate=estimate.to_dict())
 
 
 @app.command()
@@ -86,19 +87,22 @@ def plan(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Say which files sharding would write, and write none."""
+    """Dry run: show the files that would be written."""
     checkpoint = shardkit.Checkpoint.open(source)
     made = shardkit.plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
     free = shutil.disk_usage(".").free
     verdict = "enough" if free >= made.disk_bytes else "NOT enough"
     now = checkpoint.estimate(dtype)
-    then = made.estimate(now.dtype, config=checkpoint.config)
+    then = made.estimate(now.dtype, config=checkpoint.config, side_files=checkpoint.side_files)
     _show(
         made,
         as_json,
         f"  {format_size(free)} free on the disk of this folder: {verdict}\n"
-        f"  {then.needed} of memory must exist to load the shards as {now.dtype or 'stored'} "
-        f"({now.needed} as it is now)",
+        f"  {then.needed} of anonymous memory (cannot be evicted) to load the shards as "
+        f"{now.dtype or 'stored'}, {now.needed} to load the checkpoint as it is now",
+        disk_bytes=made.disk_bytes,
+        free_bytes=free,
+        estimate={"before": now.to_dict(), "after": then.to_dict()},
     )
 
 
@@ -272,8 +276,9 @@ def _progress_bar() -> ProgressBar:
     return ProgressBar(disable=not sys.stderr.isatty(), ncols=min(columns, 100), nrows=lines)
 
 
-def _show(record: Record, as_json: bool, *more: object) -> None:
-    print(json.dumps(record.to_dict()) if as_json else "\n\n".join(map(str, (record, *more))))
+def _show(record: Record, as_json: bool, *more: object, **fields: object) -> None:
+    """Print a record and more as text, or as JSON with the fields that stand for more."""
+    print(json.dumps(record.to_dict() | fields) if as_json else "\n\n".join(map(str, (record, *more))))
 
 
 def main() -> None:

@@ -91,7 +91,8 @@ class LocalFiles:
         """
         real, home = (self._path / name).resolve(), self._path.resolve()
         blobs, repository = real.parent, real.parent.parent
-        is_cached = blobs.name == "blobs" and _CACHED.match(repository.name) is not None
+        is_of_snapshot = home.parent.name == "snapshots" and repository == home.parent.parent
+        is_cached = blobs.name == "blobs" and (is_of_snapshot or _CACHED.match(repository.name) is not None)
         return None if real.is_relative_to(home) or is_cached else real
 
 

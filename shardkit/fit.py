@@ -147,7 +147,7 @@ def minimum_memory(
     patience = max(_LEAST_SECONDS, _PATIENCE * free_seconds)
     runs: list[LimitedRun] = []
     while (limit := _next_limit(runs, predicted, tolerance)) is not None and len(runs) < _MOST_RUNS:
-        if not _SMALLEST_LIMIT <= limit <= 2 * usable_memory():
+        if not _SMALLEST_LIMIT <= limit <= 2 * (usable_memory() or limit):
             raise MeasurementError(
                 f"no least memory for {source}: within {format_size(runs[-1].limit_bytes)} the load still "
                 f"ended as {runs[-1].end}"

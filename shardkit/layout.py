@@ -51,12 +51,15 @@ class Weights(NamedTuple):
         Which file holds which tensor, as the index says; empty without an index.
     notes
         What a person should be told.
+    dtype
+        What the index says its tensors have, which transformers believes; None where it does not say.
     """
 
     chosen: str
     files: tuple[str, ...]
     weight_map: dict[str, str]
     notes: tuple[str, ...] = ()
+    dtype: str | None = None
 
 
 def is_index(name: str) -> bool:
@@ -98,6 +101,8 @@ def config_dtype(config: Mapping[str, Any] | None) -> str | None:
     """Return the dtype that a config asks for ("bfloat16"), or None."""
     config = config or {}
     said = config.get("dtype") or config.get("torch_dtype")
+    if isinstance(said, dict):  # one for each part: that of the model itself, or torch's default
+        said = said.get("", "float32")
     return said.removeprefix("torch.") if isinstance(said, str) else None
 
 
@@ -278,7 +283,8 @@ def _by_index(files: Files, index: str) -> Weights:
         If the index is damaged, or names files that are missing or outside.
     """
     where = os.path.join(files.folder, index)
-    weight_map = _object(read_json(files, index)).get("weight_map")
+    document = _object(read_json(files, index))
+    weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError("has no weight_map of tensor names to file names", file=where)
     if not weight_map:
@@ -291,7 +297,8 @@ def _by_index(files: Files, index: str) -> Weights:
     kinds = {os.path.splitext(file)[1] for file in named}
     if len(kinds) > 1:
         raise CheckpointError(f"mixes formats: {', '.join(sorted(kinds))}", file=where)
-    return Weights(index, named, weight_map)
+    dtype = _object(document.get("metadata")).get("dtype")
+    return Weights(index, named, weight_map, dtype=dtype if isinstance(dtype, str) else None)
 
 
 def index_notes(weights: Weights, held: Mapping[str, str]) -> tuple[str, ...]:

@@ -102,11 +102,9 @@ def _loader(transformers: Any, architecture: str) -> Any:
 
 def prefetch_bytes(checkpoint: Checkpoint, dtype: object, memory_limit: int | None = None) -> int:
     """Return how many bytes of the files the page cache can keep beside what the load itself takes."""
-    import psutil
+    from shardkit.measure.environment import usable_memory
 
-    from shardkit.measure.limit import limit_in_force
-
-    free = min(filter(None, (psutil.virtual_memory().available, limit_in_force(), memory_limit)))
+    free = min((left for left in (usable_memory(), memory_limit) if left is not None), default=0)
     asked = str(dtype).removeprefix("torch.")
     needed = checkpoint.estimate(asked if asked in CAST_DTYPES else None).peak_anonymous_bytes
     return max(0, int(_CACHE_SHARE * (free - needed)))

@@ -13,9 +13,9 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any, Literal, get_args
 
-from shardkit.checkpoint import Checkpoint
+from shardkit.checkpoint import Checkpoint, estimate_with_base
 from shardkit.errors import PlanError
-from shardkit.estimate import Estimate, StoredTensor, estimate_load
+from shardkit.estimate import Estimate, StoredTensor, load_dtype
 from shardkit.kept import kept_tensors
 from shardkit.packing import Item, layout, pack_balanced, pack_by_layer, pack_by_size
 from shardkit.quantized import quantized
@@ -156,20 +156,27 @@ class ShardPlan(Record):
         index = len(self.index.encode()) if self.index else 0
         return sum(shard.nbytes for shard in self.shards) + index + self.side_bytes
 
-    def estimate(self, dtype: str | None, *, config: Mapping[str, Any] | None) -> Estimate:
+    def estimate(
+        self,
+        dtype: str | None,
+        *,
+        config: Mapping[str, Any] | None,
+        side_files: Mapping[str, int] | None = None,
+    ) -> Estimate:
         """Return how much memory loading the shards will take; see `Checkpoint.estimate`.
 
         Parameters
         ----------
         dtype
-            Asked of `from_pretrained`; None: each tensor as the shards hold it.
-        config
-            Of the model: see `Checkpoint.config`.
+            Requested of `from_pretrained`; None: each tensor as the shards hold it.
+        config, side_files
+            Of the model: see `Checkpoint`.
         """
-        target = parse_dtype(dtype)
         tensors = (t for shard in self.shards for t in shard.tensors)
         stored = (StoredTensor(t.source.name, t.source.elements, t.dtype, t.source.shape) for t in tensors)
-        return estimate_load(self.source, stored, DTYPE_NAMES[target] if target else None, config=config)
+        return estimate_with_base(
+            self.source, stored, load_dtype(dtype), stem=self.stem, config=config, side_files=side_files
+        )
 
     def header(self, shard: Shard) -> bytes:
         """Return what the file of one of the shards begins with."""

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import pytest
 
-from shardkit import Comparison
+from shardkit import Checkpoint, Comparison, plan_shards
 from shardkit.demo import make_demo_checkpoint
 from shardkit.measure.limit import why_unlimited
 
@@ -34,7 +34,10 @@ def test_the_whole_job_from_demo_to_verified_shards(tmp_path):
     assert "MistralForCausalLM" in run("inspect", source).stdout
     planned = run("plan", source, "--max-shard-size", "3MB", "--dtype", "float16").stdout
     assert "enough" in planned
-    assert "268 MB of memory must exist to load the shards as float16 (278 MB as it is now)" in planned
+    assert (
+        "271 MB of anonymous memory (cannot be evicted) to load the shards as float16, 281 MB to load the "
+        "checkpoint as it is now"
+    ) in planned
     done = run("shard", source, target, "--max-shard-size", "3MB", "--dtype", "float16")
     assert done.returncode == 0, done.stderr
     assert max(file.stat().st_size for file in target.glob("*.safetensors")) <= 3_000_000
@@ -50,6 +53,29 @@ def test_json_is_one_object_and_nothing_else(command, demo, tmp_path):
     done = run(command, demo, *arguments, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["schema"].startswith("shardkit/")
+
+
+def test_json_of_inspect_holds_the_estimate_in_the_dtype_to_load_in(demo):
+    shown, as_float32 = (
+        json.loads(run("inspect", demo, "--json", *more).stdout)["estimate"]
+        for more in ([], ["--dtype", "float32"])
+    )
+    expected = Checkpoint.open(demo).estimate("float32")
+    assert (as_float32["dtype"], as_float32["copied_bytes"]) == ("float32", expected.copied_bytes)
+    assert as_float32["peak_anonymous_bytes"] == expected.peak_anonymous_bytes
+    assert [host["name"] for host in as_float32["hosts"]] == ["this machine", "Colab", "Kaggle", "Binder"]
+    assert (shown["dtype"], shown["copied_bytes"]) == ("bfloat16", 0)
+
+
+def test_json_of_plan_holds_the_disk_and_both_estimates(demo):
+    planned = json.loads(run("plan", demo, "--dtype", "float16", "--json").stdout)
+    assert planned["disk_bytes"] == plan_shards(demo, dtype="float16").disk_bytes
+    assert planned["free_bytes"] > planned["disk_bytes"]
+    before, after = planned["estimate"]["before"], planned["estimate"]["after"]
+    assert before["dtype"] == after["dtype"] == "float16"
+    assert before["copied_bytes"] == after["mapped_bytes"] > 0
+    assert before["mapped_bytes"] == after["copied_bytes"] == 0
+    assert before["tokenizer_bytes"] == after["tokenizer_bytes"] > 0
 
 
 @pytest.mark.parametrize("option", ["--output", "--plot"])

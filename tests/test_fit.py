@@ -57,7 +57,7 @@ def test_search_stops_when_asked(demo):
 @pytest.mark.usefixtures("elsewhere")
 def test_without_limits_the_prediction_is_told(demo):
     assert limit.why_unlimited()
-    with pytest.raises(MeasurementError, match=r"no memory limit.*takes about 26\d MB"):
+    with pytest.raises(MeasurementError, match=r"no memory limit.*takes about 27\d MB"):
         minimum_memory(demo)
 
 

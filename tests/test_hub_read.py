@@ -41,6 +41,7 @@ from shardkit import (
     verify_checkpoint,
 )
 from shardkit.hub import access, remote
+from shardkit.hub.source import must_stream
 from tests.hub_store import Blob
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.support import read_checkpoint
@@ -648,6 +649,24 @@ class TestStreaming:
         shard_checkpoint(ID, tmp_path / "large")
         assert "model.safetensors" in in_cache()
         assert verify_checkpoint(tmp_path / "small", tmp_path / "large").equal
+
+    @pytest.mark.usefixtures("sha")
+    def test_disk_of_a_destination_in_the_home_folder_is_compared(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        (tmp_path / "home" / "disk").mkdir(parents=True)
+        asked: list[str] = []
+        real = os.stat
+
+        def stat(path: Any, **options: Any) -> os.stat_result:
+            asked.append(str(path))
+            return real(path, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "stat", stat)
+            must_stream(Checkpoint.open(ID).folder, 1000, "~/disk/out")
+        assert str(tmp_path / "home" / "disk") in asked
 
     @pytest.mark.usefixtures("sha")
     def test_twenty_runs_over_a_bad_connection_are_equal_or_errors(

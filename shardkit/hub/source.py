@@ -126,7 +126,7 @@ def must_stream(folder: str, written_bytes: int, destination: str | os.PathLike[
     repository, _ = repository_of(folder)
     snapshot = _snapshot(repository.repo_id, repository.sha)
     missing = [name for name in needed_files(repository) if not snapshot.is_file(name)]
-    cache, target = _existing(snapshot.folder), _existing(os.path.abspath(destination))
+    cache, target = _existing(snapshot.folder), _existing(os.path.abspath(os.path.expanduser(destination)))
     beside = written_bytes if os.stat(cache).st_dev == os.stat(target).st_dev else 0
     return sum(map(repository.size, missing)) + beside > shutil.disk_usage(cache).free
 

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shardkit.measure.limit import limit_in_force
+from shardkit.measure.limit import left_in_force, limit_in_force
 from shardkit.record import plural
 from shardkit.sizes import format_size
+
+# Where the pages of a file are memory that the kernel cannot drop.
+MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,29 @@ def describe_machine(folder: str, limit: int | None, **told: Any) -> Environment
         cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
         ram_bytes=psutil.virtual_memory().total,
         memory_limit_bytes=min(filter(None, (limit, limit_in_force())), default=None),
-        filesystem=_filesystem(folder),
+        filesystem=filesystem(folder),
         read_ahead_bytes=_read_ahead(folder),
         **told,
     )
 
 
-def usable_memory() -> int:
-    """Return how many bytes a process may use here: what is installed, or the control group's limit."""
+def usable_memory() -> int | None:
+    """Return how many bytes a load may still take here; None where the system does not tell.
+
+    Of the machine, and of its control group if that is limited: what others hold already is not left, file
+    pages that the kernel can drop are.
+    """
+    return min((left for left in (_available(), left_in_force()) if left is not None), default=None)
+
+
+def _available() -> int | None:
     import psutil
 
-    return min(filter(None, (psutil.virtual_memory().total, limit_in_force())))
+    with suppress(OSError, LookupError, ValueError):  # a container may lack /proc/meminfo
+        return psutil.virtual_memory().available
+    with suppress(OSError, ValueError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def _cpu_model() -> str:
@@ -83,11 +98,14 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _filesystem(folder: str) -> str | None:
-    """Return the type of the file system that holds `folder`: "ext4"."""
+def filesystem(folder: str) -> str | None:
+    """Return the type of the file system that holds `folder`: "ext4"; None where the system does not tell."""
     import psutil
 
-    path, mounts = os.path.realpath(folder), psutil.disk_partitions(all=True)
+    try:
+        path, mounts = os.path.realpath(folder), psutil.disk_partitions(all=True)
+    except (OSError, ValueError):  # a container may lack /proc/mounts
+        return None
     holding = [mount for mount in mounts if os.path.commonpath([path, mount.mountpoint]) == mount.mountpoint]
     # Of two at the same place, the later hides the earlier.
     nearest = max(reversed(holding), key=lambda mount: len(mount.mountpoint), default=None)

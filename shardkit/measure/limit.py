@@ -27,6 +27,12 @@ OWN_CGROUP = "/proc/self/cgroup"
 # cgroup v1 writes "no limit" as the largest page-aligned number.
 _NO_LIMIT = 2**60
 _LIMIT_FILE = {False: "memory.limit_in_bytes", True: "memory.max"}
+_USAGE_FILE = {False: "memory.usage_in_bytes", True: "memory.current"}
+# Descendants included. Pages of tmpfs are file pages only by name: the kernel counts them elsewhere.
+_DROPPABLE = {
+    False: ("total_inactive_file", "total_active_file"),
+    True: ("inactive_file", "active_file", "slab_reclaimable"),
+}
 _PROBE_BYTES = 64 << 20
 
 # The shell joins the group and becomes the command, so that all the command's memory counts.
@@ -164,6 +170,25 @@ def limit_in_force() -> int | None:
         with suppress(OSError, ValueError):  # "max" is no number
             limits.append(int((group / _LIMIT_FILE[is_v2]).read_text()))
     return min((limit for limit in limits if limit < _NO_LIMIT), default=None)
+
+
+def left_in_force() -> int | None:
+    """Return how many bytes the limits of our control group and its ancestors leave; None for no limit.
+
+    What is used counts without file pages, which the kernel drops first.
+    """
+    left = []
+    for group, is_v2 in _groups():
+        with suppress(OSError, ValueError):
+            if (limit := int((group / _LIMIT_FILE[is_v2]).read_text())) < _NO_LIMIT:
+                used = int((group / _USAGE_FILE[is_v2]).read_text())
+                left.append(max(0, limit - used + _droppable(group, is_v2)))
+    return min(left, default=None)
+
+
+def _droppable(group: Path, is_v2: bool) -> int:
+    lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return sum(int(line[1]) for line in lines if line[0] in _DROPPABLE[is_v2])
 
 
 def _set_limit(group: Path, nbytes: int, is_v2: bool) -> None:

@@ -116,7 +116,9 @@ class Choose(Step):
 def _fits(checkpoint: Checkpoint, plan: ShardPlan | None) -> Summary:
     """Return whether a load fits this machine and the free hosts, as it is and from planned shards."""
     now = checkpoint.estimate(plan.dtype if plan else None)
-    shards = plan.estimate(now.dtype, config=checkpoint.config) if plan else now
+    shards = (
+        plan.estimate(now.dtype, config=checkpoint.config, side_files=checkpoint.side_files) if plan else now
+    )
     rows = [
         ("memory needed", "", now.needed, shards.needed),
         ("mapped from files", "", *(format_size(e.mapped_bytes) for e in (now, shards))),

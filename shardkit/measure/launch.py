@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import os
 import re
+import reprlib
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +17,9 @@ from typing import Any
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import MeasurementError
-from shardkit.load import loaded_files, prefetch_bytes
+from shardkit.files import LocalFiles
+from shardkit.layout import read_config
+from shardkit.load import loaded_files, loader_names, prefetch_bytes
 from shardkit.measure import page_cache
 from shardkit.measure.child import ChildEnd, run_child
 from shardkit.measure.environment import describe_machine
@@ -86,7 +90,8 @@ def measure_load(
     timeout
         Seconds.
     options
-        Passed to `from_pretrained` as they are; JSON's types only. With ``trust_remote_code=True`` the
+        Passed to `from_pretrained` as they are: text, numbers, booleans, None, and lists, tuples and dicts
+        of them; what could not arrive so is refused. With ``trust_remote_code=True`` the
         checkpoint's own code runs.
     stop
         Asked a few times a second; True ends the load.
@@ -110,11 +115,13 @@ def measure_load(
         "device": device,
         "generate": generate,
         "options": given,
+        "loaders": loader_names(read_config(LocalFiles(folder)), bool(given.get("trust_remote_code"))),
         "prefetch": _prefetch_job(folder, files, dtype, limit) if prefetch else None,
     }
     command = [os.path.expanduser(python or sys.executable), str(WORKER)]
     state = page_cache.prepare(files, cache)
-    end = run_child(command, job, timeout=timeout, environment=_ENVIRONMENT, memory_limit=limit, stop=stop)
+    told = {**job, "options": repr(given)}  # JSON would make text of the numbers of GPUs
+    end = run_child(command, told, timeout=timeout, environment=_ENVIRONMENT, memory_limit=limit, stop=stop)
     state = page_cache.conclude(state, files, None if prefetch else _read_since_load(end))
     if chosen := [name for name in _FILE_OPTIONS if name in given]:
         state = page_cache.doubt(state, f"with {', '.join(chosen)} other files may have been loaded")
@@ -150,11 +157,21 @@ def check_load(
 
 
 def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        same: dict[str, Any] = json.loads(json.dumps(dict(options)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise MeasurementError(f"options go to another process as JSON: {error}") from None
-    return same
+    """Return options that reach another process just as they are; the first that would not is refused."""
+    if not isinstance(options, Mapping):
+        raise MeasurementError(f"options is {options!r:.200}: give arguments of from_pretrained by name")
+    for name, value in options.items():
+        try:
+            arrives = type(name) is str and ast.literal_eval(repr(value)) == value
+            json.dumps(value, allow_nan=False)  # as which results are kept
+        except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
+            arrives = False
+        if not arrives:
+            raise MeasurementError(
+                f"option {name!r} is {reprlib.repr(value)}: it goes to another process, so give text, "
+                "numbers, booleans or None, or lists, tuples and dicts of them"
+            )
+    return dict(options)
 
 
 def _prefetch_job(folder: str, files: list[str], dtype: str | None, limit: int | None) -> dict[str, Any]:
@@ -175,7 +192,7 @@ def _measurement(
     job: dict[str, Any], limit: int | None, cache: page_cache.CacheState, end: ChildEnd
 ) -> LoadMeasurement:
     last = {kind: events[-1] for kind, events in end.events.items() if events}
-    begun = [event for event in end.events["begin"] if event["name"] == LOAD]
+    begun = [event for event in end.events["begin"] if event["name"] == LOAD][-1:]
     # Where it never came to the load, what it held before says at least how far it came.
     load: dict[str, Any] = begun[0] if begun else {"at": end.started_at, "peak_reset": True}
     peaks = _peaks(end, load["at"], load["peak_reset"])

@@ -1,6 +1,7 @@
 """One load, measured: real processes, real kernels; most load nothing, to be quick."""
 
 import ast
+import ctypes
 import dataclasses
 import json
 import mmap
@@ -536,6 +537,33 @@ class TestPageCache:
         assert "100%" in state.why_not
         shown = str(fake_load(cache=state))
         assert "not proven" in shown
+
+    @pytest.mark.parametrize("answer", [0, 1, 254, None])
+    @pytest.mark.parametrize("asked", ["cold", "warm"])
+    def test_probe_that_gives_one_answer_to_everything_proves_nothing(
+        self, tmp_path, monkeypatch, answer, asked
+    ):
+        class Kernel:
+            @staticmethod
+            def mincore(_, length, flags):
+                if answer is None:
+                    return -1
+                ctypes.memset(flags, answer, -(-length // mmap.PAGESIZE))
+                return 0
+
+        monkeypatch.setattr(page_cache.ctypes, "CDLL", lambda *_, **__: Kernel)
+        (tmp_path / "weights").write_bytes(bytes(MB))
+        state = page_cache.prepare([str(tmp_path / "weights")], asked)
+        assert not state.proven
+        assert "does not report reliably" in state.why_not
+        assert state.resident_bytes_before is None
+
+    def test_weights_that_left_memory_before_the_load_are_not_proven_warm(self, tmp_path):
+        file = tmp_path / "weights"
+        file.write_bytes(bytes(MB))
+        state = dataclasses.replace(page_cache.prepare([str(file)], "warm"), total_bytes=1000 * MB)
+        assert page_cache.conclude(state, [str(file)], 200 * MB).proven
+        assert "300 MB came from the disk" in page_cache.conclude(state, [str(file)], 300 * MB).why_not
 
     def test_files_that_somebody_else_read_meanwhile_are_not_proven_cold(self, demo, tmp_path):
         script = f"""

@@ -46,7 +46,8 @@ class Environment:
     gpu: str | None = None
 
     def __str__(self) -> str:
-        words = [self.cpu, plural(self.cores, "core"), f"{format_size(self.ram_bytes or 0)} RAM", self.gpu]
+        ram = f"{format_size(self.ram_bytes)} RAM" if self.ram_bytes else None
+        words = [self.cpu, plural(self.cores, "core"), ram, self.gpu]
         words += [f"limit {format_size(self.memory_limit_bytes)}"] if self.memory_limit_bytes else []
         return ", ".join([*filter(None, words), self.filesystem or "unknown file system"])
 

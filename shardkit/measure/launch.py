@@ -41,7 +41,8 @@ _SIGNALS = {int(number): number.name for number in signal.Signals}
 _DEVICE = re.compile(r"cpu|auto|balanced(_low_0)?|sequential|(cuda|mps|xpu|npu|hpu)(:\d+)?")
 _NOT_STARTED = (126, 127)  # as a shell says it
 _AS_TOLD = (
-    "wall_seconds", "user_seconds", "system_seconds", "peak_total_bytes", "major_faults", "read_bytes"
+    "wall_seconds", "user_seconds", "system_seconds", "peak_total_bytes", "major_faults", "read_bytes",
+    "process_cpu_seconds",
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from shardkit.display.app import page
 from shardkit.display.app.plan import shard_sizes
 from shardkit.display.app.worker import Worker
 from shardkit.errors import CheckpointError, DestinationError, ShardkitError, SizeError
+from shardkit.measure.launch import UNTRUSTED
 from shardkit.tensor import TensorInfo
 from tests.fake_loads import fake_interpreter, fake_load
 from tests.support import Tensor, write_checkpoint
@@ -478,6 +479,23 @@ class TestCompare:
         assert held["comparison.png"].startswith(b"\x89PNG")
         assert b"<html" in held["comparison.html"]
 
+    @pytest.mark.parametrize("trusted", [True, False])
+    def test_code_of_the_checkpoint_runs_where_its_box_is_ticked(self, demo, instant_loads, trusted):
+        ShardApp(demo, repeats=1, trust_remote_code=trusted).run_all()
+        assert {str(how["options"]) for how in instant_loads} == {
+            "{'trust_remote_code': True}" if trusted else "{}"
+        }
+
+    def test_code_that_is_not_trusted_is_said_in_words_of_the_app(self, demo, monkeypatch):
+        monkeypatch.setattr(
+            compare, "measure_load", lambda *_, **__: fake_load(outcome="failed", reason=UNTRUSTED)
+        )
+        app = opened(demo, repeats=1)
+        app.run_all()
+        said = words(app)
+        assert said.count("tick &quot;Run the code that the checkpoint brings") >= 2
+        assert "trust_remote_code" not in said
+
     def test_another_model_is_refused_in_words_of_the_app(self, demo):
         shardkit.make_demo_checkpoint("other", size="5MB")
         app = opened(demo, destination="other")
@@ -577,6 +595,7 @@ class TestBatch:
             ({"cache": "hot"}, ShardkitError),
             *(({"repeats": wrong}, ShardkitError) for wrong in (0, "3", None, 2.5, True)),
             *(({name: 5}, ShardkitError) for name in ("source", "destination", "overwrite", "first_token")),
+            ({"trust_remote_code": "yes"}, ShardkitError),
             ({"unknown": 1}, TypeError),
         ],
     )

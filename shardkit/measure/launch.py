@@ -36,6 +36,11 @@ _FILE_OPTIONS = ("use_safetensors", "variant", "subfolder", "gguf_file", "revisi
 # A load from a folder has no business on the network, whose delays would count as the load's.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
+# transformers names what its own function would be given.
+UNTRUSTED = (
+    "it brings code of its own, which runs only if you trust it: "
+    'allow it with options={"trust_remote_code": True} (--trust-remote-code)'
+)
 _KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # as a wrapper's shell says it
 _SIGNALS = {int(number): number.name for number in signal.Signals}
 _DEVICE = re.compile(r"cpu|auto|balanced(_low_0)?|sequential|(cuda|mps|xpu|npu|hpu)(:\d+)?")
@@ -198,6 +203,8 @@ def _measurement(
     load: dict[str, Any] = begun[0] if begun else {"at": end.started_at, "peak_reset": True}
     peaks = _peaks(end, load["at"], load["peak_reset"])
     outcome, reason = _outcome(end, limit, peaks)
+    if outcome == "failed" and "trust_remote_code" in reason and not job["options"].get("trust_remote_code"):
+        reason = f"{UNTRUSTED}{_where(end)}"
     notes = [event["text"] for event in end.events["note"]]
     if not load["peak_reset"]:
         notes.append(

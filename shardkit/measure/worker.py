@@ -156,8 +156,9 @@ class Load:
         own = getattr(self.config, "auto_map", None) or {}
         if self.job["options"].get("trust_remote_code") and self.loader.__name__ in own:
             # Code of its own imports where it likes: whatever making the model takes is there afterwards.
+            options = {name: value for name, value in self.code_options().items() if name != "revision"}
             with self.torch.device("meta"):
-                self.loader.from_config(self.config, **self.code_options())
+                self.loader.from_config(self.config, **options)
 
     def gpus(self) -> list[int]:
         """Return the numbers of the GPUs that the load may use; the others are not so much as woken."""

@@ -43,7 +43,7 @@ class MemoryFloor(Record):
     Attributes
     ----------
     source, dtype
-        What was loaded, and the dtype asked for.
+        What was loaded, and the requested dtype.
     predicted_bytes
         Peak anonymous memory as `Checkpoint.estimate` has it, from the headers alone.
     load_bytes, first_token_bytes
@@ -57,7 +57,9 @@ class MemoryFloor(Record):
     stack
         What loaded.
     notes
-        What weakens the result, as the load without a limit told it.
+        What weakens the result, as the load without a limit reported it.
+    has_first_token
+        Whether the load without a limit came to a first token; else the limits for it are those of the load.
     """
 
     source: str
@@ -71,16 +73,20 @@ class MemoryFloor(Record):
     runs: tuple[LimitedRun, ...]
     stack: str
     notes: tuple[str, ...] = ()
+    has_first_token: bool = True
 
     def summary(self) -> Summary:
         """Return the floors beside the prediction, and every run."""
+        token, end = _between(self.first_token_bytes, self.first_token_failed_bytes), "first token"
+        if not self.has_first_token:
+            token, end = "not reached without a limit either", "its end"
         facts = (
             ("source", shown_path(self.source)),
-            ("asked for", self.dtype or "no dtype"),
+            ("requested", self.dtype or "no dtype"),
             ("predicted", f"{format_size(self.predicted_bytes)} (peak anonymous, from the headers)"),
             ("to load", _between(self.load_bytes, self.load_failed_bytes)),
-            ("to the first token", _between(self.first_token_bytes, self.first_token_failed_bytes)),
-            ("without a limit", f"{format_seconds(self.free_seconds)} from process start to first token"),
+            ("to the first token", token),
+            ("without a limit", f"{format_seconds(self.free_seconds)} from process start to {end}"),
             ("stack", self.stack),
         )
         rows = tuple(
@@ -93,7 +99,7 @@ class MemoryFloor(Record):
             for run in sorted(self.runs, key=lambda run: run.limit_bytes)
         )
         table = Table(("limit", "loaded", "first token", "after", "end"), rows)
-        return Summary("Least memory for a load", facts, (table,), self.notes)
+        return Summary("Smallest memory limit for a load", facts, (table,), self.notes)
 
 
 def _between(succeeded: int, failed: int) -> str:
@@ -146,7 +152,7 @@ def minimum_memory(
     asked: dict[str, Any] = {"dtype": dtype, "python": python, "options": options}
     free = measure_load(source, **asked)
     if not free.ok:
-        raise MeasurementError(f"{source} does not load without a limit either: {free.reason}")
+        raise MeasurementError(f"{source} does not load without a limit: {free.reason}")
     free_seconds = free.start_to_first_token_seconds or _seconds(free)
     patience = max(_LEAST_SECONDS, _PATIENCE * free_seconds)
     runs: list[LimitedRun] = []
@@ -176,6 +182,7 @@ def minimum_memory(
         runs=tuple(runs),
         stack=free.stack(),
         notes=free.warnings(),
+        has_first_token=free.phase(FIRST_TOKEN) is not None,
     )
 
 

@@ -1,5 +1,7 @@
 """The least memory for a load: the search by itself, and one for real."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -106,7 +108,7 @@ def test_without_limits_the_prediction_is_told(demo):
 
 @needs_groups
 def test_load_that_fails_anyway_is_refused(demo):
-    with pytest.raises(MeasurementError, match="does not load without a limit either"):
+    with pytest.raises(MeasurementError, match="does not load without a limit"):
         minimum_memory(demo, python="/bin/false")
 
 
@@ -148,3 +150,16 @@ def test_options_go_with_every_load(demo, monkeypatch):
     monkeypatch.setattr(fit, "measure_load", measure)
     floor = minimum_memory(demo, options={"trust_remote_code": True})
     assert seen == [{"trust_remote_code": True}] * (1 + len(floor.runs))
+
+
+def test_model_without_a_first_token_is_not_said_to_need_memory_for_it(demo, monkeypatch):
+    def measure(*_, memory_limit=10**9, **__):
+        run = fake_load(outcome="ok" if memory_limit > 300 * MB else "killed")
+        return dataclasses.replace(run, phases=run.phases[:2])
+
+    monkeypatch.setattr(fit, "why_unlimited", lambda: None)
+    monkeypatch.setattr(fit, "measure_load", measure)
+    floor = minimum_memory(demo)
+    assert not floor.has_first_token
+    assert dict(floor.summary().facts)["to the first token"] == "not reached without a limit either"
+    assert "from process start to its end" in str(floor)

@@ -88,7 +88,9 @@ def _filesystem(folder: str) -> str | None:
     """Return the type of the file system that holds `folder`: "ext4"."""
     import psutil
 
-    path, mounts = os.path.realpath(folder), psutil.disk_partitions(all=True)
+    path, mounts = os.path.realpath(folder), []
+    with suppress(OSError, RuntimeError):  # a sandbox may hide what is mounted
+        mounts = psutil.disk_partitions(all=True)
     holding = [mount for mount in mounts if os.path.commonpath([path, mount.mountpoint]) == mount.mountpoint]
     # Of two at the same place, the later hides the earlier.
     nearest = max(reversed(holding), key=lambda mount: len(mount.mountpoint), default=None)

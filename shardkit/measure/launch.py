@@ -206,10 +206,8 @@ def _measurement(
     if outcome == "failed" and "trust_remote_code" in reason and not job["options"].get("trust_remote_code"):
         reason = f"{UNTRUSTED}{_where(end)}"
     notes = [event["text"] for event in end.events["note"]]
-    if not load["peak_reset"]:
-        notes.append(
-            "the kernel's memory peak could not be reset: peaks are sampled, short ones may be missing"
-        )
+    if not peaks["peak_is_kernels"]:
+        notes.append("the kernel's own memory peak is unknown: peaks are sampled, short ones may be missing")
     if end.events["hello"] and not end.readings and not end.portable_readings:
         notes.append(
             "the process that loads could not be sampled (a wrapper must `exec` it): its peaks of anonymous "

@@ -24,6 +24,7 @@ _PEAKS = {
     "peak_file_bytes": "peak file-backed",
     "peak_total_bytes": "peak total",
 }
+_UNMEASURED_DEVICES = ("mps", "xpu", "npu", "hpu")
 _LONG_GAP_SECONDS = 0.1
 # A spike of this length is meant to be seen.
 _SPIKE_SECONDS = 0.02
@@ -250,6 +251,8 @@ class LoadMeasurement(Record):
         missing = {name: words for name, words in _PEAKS.items() if seen and getattr(self, name) is None}
         if (load := self.phase(LOAD)) and load.read_bytes is None:
             missing["read_bytes"] = "bytes read from the disk"
+        if self.peak_device_bytes is None and self.device.partition(":")[0] in _UNMEASURED_DEVICES:
+            missing["peak_device_bytes"] = "peak GPU"
         return missing
 
     def summary(self) -> Summary:

@@ -27,6 +27,7 @@ from typing import Any
 
 PROMPT = "The quick brown fox jumps over the lazy dog"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
+OTHER_DEVICES = ("mps", "xpu", "npu", "hpu")
 CODE_OPTIONS = ("trust_remote_code", "revision", "code_revision")
 
 
@@ -162,10 +163,12 @@ class Load:
 
     def gpus(self) -> list[int]:
         """Return the numbers of the GPUs that the load may use; the others are not so much as woken."""
-        cuda, device = self.torch.cuda, self.job["device"]
-        if device == "cpu" or not cuda.is_available():
+        cuda, options = self.torch.cuda, self.job["options"]
+        kind, _, number = self.job["device"].partition(":")
+        if kind == "cpu" and options.get("device_map") not in (None, "cpu"):
+            kind = "auto"  # by name or by an option of transformers
+        if kind in ("cpu", *OTHER_DEVICES) or not cuda.is_available():
             return []
-        kind, _, number = device.partition(":")
         return [int(number or 0)] if kind == "cuda" else list(range(cuda.device_count()))
 
     def stack(self) -> dict[str, Any]:
@@ -255,6 +258,9 @@ class Load:
         """Wait for the device, which works behind the clock's back."""
         for gpu in self.gpus():
             self.torch.cuda.synchronize(gpu)
+        kind = self.job["device"].partition(":")[0]
+        if kind in OTHER_DEVICES and hasattr(self.torch, kind):
+            getattr(self.torch, kind).synchronize()
 
     def tokens(self, ids: Any) -> list[int]:
         """Return the tokens that the model gives; where it gives fewer, or none, a note says why."""

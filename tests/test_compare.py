@@ -224,7 +224,9 @@ class TestWords:
         assert hint in comparison.explain("original")
         assert "no cast" not in comparison.explain("sharded")
         late = fake_comparison(arms=(fake_arm("original", "BF16", nbytes=300 * MB),))
-        assert "171 MB were touched only by the first token" in late.explain("original")
+        assert "171 MB of file pages, libraries among them, waited for the first token" in late.explain(
+            "original"
+        )
 
     def test_arm_that_is_not_there_is_named_with_those_that_are(self):
         with pytest.raises(MeasurementError, match="'shraded': there are original, sharded"):

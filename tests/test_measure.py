@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from shardkit.demo import make_demo_checkpoint
 from shardkit.errors import CheckpointError, MeasurementError
-from shardkit.measure import LoadMeasurement, launch, limit, measure_load, page_cache
+from shardkit.measure import LoadMeasurement, launch, limit, measure_load, page_cache, sampler
 from shardkit.measure.child import ChildEnd
 from shardkit.measure.launch import WORKER
 from shardkit.measure.sampler import PortableSampler, Reading, parse_status
@@ -295,6 +295,24 @@ class TestKnownPatterns:
         assert measurement.peak_is_kernels
         assert 120 * MB < measurement.peak_total_bytes < 160 * MB
         assert "could not be sampled" in str(measurement)
+
+    def test_system_without_a_split_of_memory_says_so_and_keeps_the_kernels_peak(
+        self, demo, tmp_path, monkeypatch
+    ):
+        script = """
+            with reporter.phase("load"):
+                held = bytearray(b"x") * 120_000_000
+                time.sleep(0.3)
+            reporter.send("done")
+        """
+        monkeypatch.setattr(sampler, "parse_status", lambda *_: None)
+        measurement = measure_load(demo, python=fake_interpreter(tmp_path, script))
+        assert measurement.peak_anonymous_bytes is None
+        assert measurement.peak_is_kernels
+        assert 120 * MB < measurement.peak_total_bytes < 160 * MB
+        facts = dict(measurement.summary().facts)
+        assert facts["peak anonymous"] == facts["peak file-backed"] == "not reported by this system"
+        assert "not reported by this system: peak anonymous, peak file-backed" in measurement.warnings()
 
     def test_phase_clocks_agree_with_an_outside_clock(self, demo, tmp_path):
         script = """

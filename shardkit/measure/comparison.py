@@ -295,7 +295,9 @@ class Comparison(Record):
                 words += f"; requested as {stored.dtype}, the stored dtype, they need no cast"
         touched = self._median_growth(arm, FIRST_TOKEN, "file_bytes")
         if touched is not None and touched > telling:
-            words += f"; {format_size(touched)} were touched only by the first token"
+            words += (
+                f"; {format_size(touched)} of file pages, libraries among them, waited for the first token"
+            )
         return words
 
     def _median_growth(self, arm: str, name: str, part: str) -> float | None:
@@ -323,7 +325,7 @@ class Comparison(Record):
             *((f"{arm.name} from", shown_path(arm.source)) for arm in self.arms),
             *((f"{arm} stored", self.explain(arm)) for arm in self.names),
             ("runs", f"{pairs} in ABBA order, one warm-up each, {told}"),
-            ("figures", "geometric means, whose ratio is the mean ratio of the pairs"),
+            ("figures", "geometric means, whose ratio is the geometric mean of the pairs' ratios"),
             ("stack", " | ".join(stacks) or "unknown"),
             ("machine", " | ".join(machines) or "unknown"),
         )  # fmt: skip

@@ -287,12 +287,12 @@ def _phase(event: Mapping[str, Any], end: ChildEnd) -> Phase:
 def _peaks(end: ChildEnd, load_at: float, was_reset: bool) -> dict[str, Any]:
     phases = [event for event in end.events["end"] if event["at"] >= load_at]
     readings = [reading for reading in end.readings if reading.at >= load_at]
-    is_kernels = was_reset and bool(readings or not end.portable_readings)
-    if is_kernels:
-        # A phase that was cut short reports nothing: its running peak, as last seen, stands in.
-        total = [reported["peak_total_bytes"] for reported in phases]
-        total += [reading.peak_total_bytes for reading in readings[-1:]]
-    else:
+    total = [reported["peak_total_bytes"] for reported in phases]
+    # A phase that was cut short reports nothing: its running peak, as last seen, stands in.
+    total += [reading.peak_total_bytes for reading in readings[-1:]]
+    is_whole = bool(readings or not end.portable_readings or (end.events["done"] and None not in total))
+    is_kernels = was_reset and is_whole
+    if not is_kernels:
         total = [size for at, size in end.portable_readings if at >= load_at]
         total += [reading.anonymous_bytes + reading.file_bytes for reading in readings]
     return {

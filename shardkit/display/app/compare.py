@@ -56,7 +56,7 @@ class Compare(Step):
         self._choose, self._shard = choose, shard
         self.comparison: Comparison | None = None
         dtypes = [("what the config says", ""), *((name, name) for name in CAST_DTYPES)]
-        self.dtype = field(widgets.Dropdown, "Load as", options=dtypes)
+        self.dtype = field(widgets.Dropdown, "Load dtype", options=dtypes)
         self.repeats = field(
             widgets.IntSlider, "Pairs of loads", min=1, max=max(repeats, _MOST_REPEATS), value=repeats
         )
@@ -89,7 +89,7 @@ class Compare(Step):
         """Forget what was found."""
         super().clear()
         self.comparison = None
-        self.stopped = "Nothing was found yet. Compare starts anew."
+        self.stopped = "Nothing was found yet. Compare starts over."
         self._verdict.clear()
         self._downloads.value = page.links()
         self._picture.value = page.no_picture("Times, peaks and memory over time are drawn here, run by run.")
@@ -124,7 +124,7 @@ class Compare(Step):
 
     def _draw(self, comparison: Comparison) -> None:
         self.comparison = comparison
-        self.stopped = "What was found until then stays below. Compare starts anew."
+        self.stopped = "What was found until then stays below. Compare starts over."
         self._verdict.fill(in_the_app(comparison.summary().html(), escaped))
         self._picture.value = page.picture(comparison_png(comparison), alternative(comparison))
 

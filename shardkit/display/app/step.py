@@ -15,7 +15,7 @@ TRUSTS = "Run the code that the checkpoint brings, which I trust"
 # Messages name what to write in Python or a shell; the app has controls for it.
 _IN_THE_APP = {
     "replace it (overwrite=True, --overwrite)": 'tick "Replace a checkpoint that is there"',
-    "leave out dtype": 'set "Write as" to "as it is stored" (step 2)',
+    "leave out dtype": 'set "Dtype of shards" to "as it is stored" (step 2)',
     "let it be (allow_overflow=True, --allow-overflow)": '"as it is stored" (step 2)',
     "lower max_shard_size": "take a smaller shard size (step 2)",
     'allow it with options={"trust_remote_code": True} (--trust-remote-code)': f'tick "{TRUSTS}"',

@@ -63,8 +63,9 @@ def compare_loads(
     progress
         Called with (runs done, runs in all, what comes next); returning False stops the experiment.
     others
-        More arms by name, each with arguments of `measure_load` that differ from the common ones; where
-        it names no source, it is that of the sharded: ``{"prefetched": {"prefetch": True}}``.
+        More variants by name, each with arguments of `measure_load` that differ from the common ones; where
+        it names no source, it is that of the sharded: ``{"prefetched": {"prefetch": True}}``. Where one
+        prefetches, and so works before its load, all times count from the start of the process.
     same_model
         Whether to refuse checkpoints that do not hold the same model: tensors that differ in name or
         shape, or, in a sample of them, in their values (up to a cast).

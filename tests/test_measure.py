@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,6 +186,16 @@ class TestRealLoad:
         assert len(measurement.token_ids) == 2
         assert [phase.name for phase in measurement.phases].count("load") == 1
         assert "whether all tensors fit is unknown: TypeError" in str(measurement)
+
+    def test_config_that_only_the_class_it_names_can_read_is_no_obstacle(self, tmp_path):
+        shutil.copytree(MINILM, tmp_path / "model")
+        config = json.loads((MINILM / "config.json").read_text())
+        del config["model_type"]
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        measurement = measure_load(tmp_path / "model", cache="warm")
+        assert measurement.ok, measurement
+        assert measurement.model_class == "BertModel"
+        assert measurement.phase("first token")
 
     def test_composite_of_two_language_models_loads(self, tmp_path):
         from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel

@@ -151,15 +151,18 @@ class Load:
 
     def import_model(self) -> None:
         """Import the modules of the model and of its parts, its own code where that is trusted."""
-        for config in _with_parts(self.config):
-            with suppress(ImportError):
-                importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
+        for module in {type(config).__module__ for config in _with_parts(self.config)}:
+            if module.startswith("transformers."):
+                with suppress(ImportError):
+                    importlib.import_module(module.replace("configuration_", "modeling_"))
         own = getattr(self.config, "auto_map", None) or {}
         if self.job["options"].get("trust_remote_code") and self.loader.__name__ in own:
-            # Code of its own imports where it likes: whatever making the model takes is there afterwards.
-            options = {name: value for name, value in self.code_options().items() if name != "revision"}
-            with self.torch.device("meta"):
-                self.loader.from_config(self.config, **options)
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+            reference = own[self.loader.__name__]
+            model = get_class_from_dynamic_module(reference, self.folder, **self.code_options())
+            with self.torch.device("meta"):  # what it imports only when it is made
+                model(self.config)
 
     def gpus(self) -> list[int]:
         """Return the numbers of the GPUs that the load may use; the others are not so much as woken."""

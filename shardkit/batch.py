@@ -113,6 +113,7 @@ _RULES: dict[str, Callable[[Any], object]] = {
     "cache": _one_of("cold", "warm"),
     "overwrite": _one_of(True, False),
     "first_token": _one_of(True, False),
+    "trust_remote_code": _one_of(True, False),
     "output_folder": _is_text,
     "results": _is_folder,
 }

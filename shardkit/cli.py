@@ -61,6 +61,18 @@ Public = Annotated[bool, typer.Option("--public", help="The repository on the Hu
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
 
 
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the code that the checkpoint brings: only if you trust it."
+    ),
+]
+
+
+def _load_options(trust_remote_code: bool) -> dict[str, Any] | None:
+    return {"trust_remote_code": True} if trust_remote_code else None
+
+
 def _without(option: str, told: str) -> Any:
     """Declare an option that only switches something off."""
     return typer.Option(f" /{option}", show_default=False, help=told)
@@ -191,14 +203,19 @@ def compare(
     cache: Annotated[str, typer.Option(help="cold: read from the disk; warm: from the page cache.")] = "cold",
     device: Annotated[str, typer.Option(help="Where both are loaded to: cpu, cuda, cuda:1, auto.")] = "cpu",
     memory_limit: Annotated[
-        str | None, typer.Option(help='Memory that each load may have: "12.7GB" to play Colab.')
+        str | None, typer.Option(help='Memory that each load may have: "12.7GB" to simulate Colab\'s limit.')
     ] = None,
     prefetch: Annotated[
-        bool, typer.Option("--prefetch", help="Load the sharded a third way: its files read ahead.")
+        bool,
+        typer.Option(
+            "--prefetch",
+            help="Load the sharded a third way, its files read ahead; times then count from process start.",
+        ),
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     same_model: Annotated[bool, _without("--no-same-model", "Compare different models all the same.")] = True,
     output: Annotated[
-        Path | None, typer.Option(help="Write everything here: .json, or .html to be mailed.")
+        Path | None, typer.Option(help="Write everything here: .json, or .html to share.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it here: .png or .svg.")] = None,
     as_json: Json = False,
@@ -227,6 +244,7 @@ def compare(
         memory_limit=memory_limit,
         same_model=same_model,
         others={"prefetched": {"prefetch": True}} if prefetch else None,
+        options=_load_options(trust_remote_code),
         progress=progress,
     )
     _show(found, as_json)
@@ -234,14 +252,19 @@ def compare(
         found.save(output)
     if plot is not None:
         found.plot(plot)
-    # That an arm dies under a limit is what was asked for; that it does not load at all is not.
+    # That a variant dies under a limit is what was asked for; that it does not load at all is not.
     if found.failures and (memory_limit is None or len(found.failures) == len(found.arms)):
         raise ShardkitError(found.verdict)
 
 
 @app.command()
-def fit(source: Source, dtype: LoadDtype = None, as_json: Json = False) -> None:
-    """Find the least memory in which it loads, by real loads under real limits: it takes minutes.
+def fit(
+    source: Source,
+    dtype: LoadDtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Find the smallest memory limit under which it loads, by real loads: it takes minutes.
 
     A load that takes five times as long as without a limit, and at least a minute, counts as failed.
     """
@@ -249,7 +272,8 @@ def fit(source: Source, dtype: LoadDtype = None, as_json: Json = False) -> None:
     def progress(run: LimitedRun) -> None:
         print(f"  {format_size(run.limit_bytes)}: {run.end}", file=sys.stderr)
 
-    _show(shardkit.minimum_memory(source, dtype=dtype, progress=progress), as_json)
+    options = _load_options(trust_remote_code)
+    _show(shardkit.minimum_memory(source, dtype=dtype, options=options, progress=progress), as_json)
 
 
 @app.command()

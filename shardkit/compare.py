@@ -64,8 +64,9 @@ def compare_loads(
     progress
         Called with (runs done, runs in all, what comes next); returning False stops the experiment.
     others
-        More arms by name, each with arguments of `measure_load` that differ from the common ones; where
-        it names no source, it is that of the sharded: ``{"prefetched": {"prefetch": True}}``.
+        More variants by name, each with arguments of `measure_load` that differ from the common ones; where
+        it names no source, it is that of the sharded: ``{"prefetched": {"prefetch": True}}``. Where one
+        prefetches, and so works before its load, all times count from the start of the process.
     same_model
         Whether to refuse checkpoints that do not hold the same model: tensors that differ in name or
         shape, or, in a sample of them, in their values (up to a cast).
@@ -103,7 +104,7 @@ def compare_loads(
         for name in [*opened][1:]:
             _require_same_model(opened[ORIGINAL], opened[name])
     arms = tuple(_arm(name, checkpoint, asked[name]) for name, checkpoint in opened.items())
-    notes = () if same_model else ("the arms were not required to hold the same model",)
+    notes = () if same_model else ("the variants were not required to hold the same model",)
     found = Comparison(arms, margin, seed, (), (), notes)
     # A model of the Hub is loaded from where it was downloaded to, and shown by its id.
     paths = {name: c.source if os.path.exists(c.source) else c.folder for name, c in opened.items()}
@@ -135,22 +136,24 @@ def _check_experiment(repeats: object, margin: object, seed: object, others: obj
     if type(seed) is not int or seed < 0:
         raise MeasurementError(f"seed is {seed!r}: give a whole number, 0 or above")
     if not isinstance(others, Mapping) or not all(isinstance(arm, Mapping) for arm in others.values()):
-        raise MeasurementError(f"others is {others!r}: give arguments by name, for each arm by its name")
+        raise MeasurementError(f"others is {others!r}: give arguments by name, for each variant by its name")
     for name in others:
         if not isinstance(name, str) or not name or name in (ORIGINAL, SHARDED):
-            raise MeasurementError(f"an arm of others is named {name!r}: give a text other than those two")
+            raise MeasurementError(
+                f"a variant of others is named {name!r}: give a text other than {ORIGINAL} and {SHARDED}"
+            )
 
 
 def _options(name: str, common: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of an arm's loads, checked before anything is opened."""
     own = {key: value for key, value in changes.items() if key != "source"}
     if unknown := sorted(map(str, own.keys() - common.keys())):
-        raise MeasurementError(f"arm {name!r}: {listed(unknown)} is no argument of measure_load")
+        raise MeasurementError(f"variant {name!r}: {listed(unknown)} is no argument of measure_load")
     options = {**common, **own}
     try:
         check_load(**{key: value for key, value in options.items() if key != "prefetch"})
     except ShardkitError as error:
-        raise MeasurementError(f"arm {name!r}: {error}") from None
+        raise MeasurementError(f"variant {name!r}: {error}") from None
     python = options["python"] and os.fspath(options["python"])
     return {**options, "python": python, "options": dict(options["options"] or {})}
 

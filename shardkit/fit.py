@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import Cancelled, MeasurementError
@@ -13,12 +14,13 @@ from shardkit.measure import measure_load
 from shardkit.measure.environment import usable_memory
 from shardkit.measure.limit import why_unlimited
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement, format_seconds
-from shardkit.record import Record, Summary, Table, shown_path
+from shardkit.record import Record, Summary, Table, plural, shown_path
 from shardkit.sizes import format_size
 
 TOLERANCE = 0.05
-_MOST_RUNS = 30
 _FINEST, _SMALLEST_LIMIT = 0.01, 1_000_000
+_FAR = 32  # times the prediction, where the system does not say what memory it has
+_WIDEST_STEP = 12
 _GOALS = ("loaded", "generated")
 # A load that lives only by reading the same pages again and again is no success.
 _PATIENCE, _LEAST_SECONDS = 5, 60.0
@@ -42,7 +44,7 @@ class MemoryFloor(Record):
     Attributes
     ----------
     source, dtype
-        What was loaded, and the dtype asked for.
+        What was loaded, and the requested dtype.
     predicted_bytes
         Peak anonymous memory as `Checkpoint.estimate` has it, from the headers alone.
     load_bytes, first_token_bytes
@@ -56,7 +58,9 @@ class MemoryFloor(Record):
     stack
         What loaded.
     notes
-        What weakens the result, as the load without a limit told it.
+        What weakens the result, as the load without a limit reported it.
+    has_first_token
+        Whether the load without a limit came to a first token; else the limits for it are those of the load.
     """
 
     source: str
@@ -70,16 +74,20 @@ class MemoryFloor(Record):
     runs: tuple[LimitedRun, ...]
     stack: str
     notes: tuple[str, ...] = ()
+    has_first_token: bool = True
 
     def summary(self) -> Summary:
         """Return the floors beside the prediction, and every run."""
+        token, end = _between(self.first_token_bytes, self.first_token_failed_bytes), "first token"
+        if not self.has_first_token:
+            token, end = "not reached without a limit either", "its end"
         facts = (
             ("source", shown_path(self.source)),
-            ("asked for", self.dtype or "no dtype"),
+            ("requested", self.dtype or "no dtype"),
             ("predicted", f"{format_size(self.predicted_bytes)} (peak anonymous, from the headers)"),
             ("to load", _between(self.load_bytes, self.load_failed_bytes)),
-            ("to the first token", _between(self.first_token_bytes, self.first_token_failed_bytes)),
-            ("without a limit", f"{format_seconds(self.free_seconds)} from process start to first token"),
+            ("to the first token", token),
+            ("without a limit", f"{format_seconds(self.free_seconds)} from process start to {end}"),
             ("stack", self.stack),
         )
         rows = tuple(
@@ -92,7 +100,7 @@ class MemoryFloor(Record):
             for run in sorted(self.runs, key=lambda run: run.limit_bytes)
         )
         table = Table(("limit", "loaded", "first token", "after", "end"), rows)
-        return Summary("Least memory for a load", facts, (table,), self.notes)
+        return Summary("Smallest memory limit for a load", facts, (table,), self.notes)
 
 
 def _between(succeeded: int, failed: int) -> str:
@@ -104,18 +112,20 @@ def minimum_memory(
     *,
     dtype: str | None = None,
     python: str | os.PathLike[str] | None = None,
+    options: Mapping[str, Any] | None = None,
     tolerance: float = TOLERANCE,
     progress: Callable[[LimitedRun], bool | None] | None = None,
 ) -> MemoryFloor:
     """Find the smallest memory limit under which a load succeeds, and one with a generated token.
 
-    Both are bisected together, from the prediction outwards, each time with a fresh process under the
-    limit and a cold page cache, until the last failure lies within `tolerance` of the last success. A
-    load that takes more than five times what it takes without a limit has not succeeded.
+    From the prediction outwards, then by bisection, each time with a fresh process under the limit and a
+    cold page cache, until the last failure lies within `tolerance` of the last success. At the usual
+    tolerance 20 loads are enough for a prediction that is wrong by ten times. A load that takes more than
+    five times what it takes without a limit has not succeeded.
 
     Parameters
     ----------
-    source, dtype, python
+    source, dtype, python, options
         As for `measure_load`.
     tolerance
         How near, as a share: 0.05 for 5 %.
@@ -140,22 +150,26 @@ def minimum_memory(
             f"no memory limit can be set here: {why}; from the headers, loading {source} takes about "
             f"{format_size(predicted)} of anonymous memory"
         )
-    free = measure_load(source, dtype=dtype, python=python)
+    asked: dict[str, Any] = {"dtype": dtype, "python": python, "options": options}
+    free = measure_load(source, **asked)
     if not free.ok:
-        raise MeasurementError(f"{source} does not load without a limit either: {free.reason}")
+        raise MeasurementError(f"{source} does not load without a limit: {free.reason}")
     free_seconds = free.start_to_first_token_seconds or _seconds(free)
     patience = max(_LEAST_SECONDS, _PATIENCE * free_seconds)
     runs: list[LimitedRun] = []
-    while (limit := _next_limit(runs, predicted, tolerance)) is not None and len(runs) < _MOST_RUNS:
-        if not _SMALLEST_LIMIT <= limit <= 2 * (usable_memory() or limit):
-            raise MeasurementError(
-                f"no least memory for {source}: within {format_size(runs[-1].limit_bytes)} the load still "
-                f"ended as {runs[-1].end}"
-            )
-        found = measure_load(source, dtype=dtype, python=python, memory_limit=limit, timeout=patience)
+
+    def run(limit: int) -> LimitedRun:
+        found = measure_load(source, memory_limit=limit, timeout=patience, **asked)
         runs.append(_limited_run(limit, found))
         if progress is not None and progress(runs[-1]) is False:
-            raise Cancelled(f"stopped as asked, after {len(runs)} limited loads")
+            raise Cancelled(f"stopped as asked, after {plural(len(runs), 'limited load')}")
+        return runs[-1]
+
+    if (odd := _search(run, predicted, tolerance, 2 * (usable_memory() or _FAR * predicted))) is not None:
+        raise MeasurementError(
+            f"no smallest memory limit for {source}: with a limit of {format_size(odd.limit_bytes)} "
+            f"the load still ended as {odd.end}"
+        )
     load, token = (_bracket(_tried(runs, goal)) for goal in _GOALS)
     return MemoryFloor(
         source=free.source,
@@ -169,6 +183,7 @@ def minimum_memory(
         runs=tuple(runs),
         stack=free.stack(),
         notes=free.warnings(),
+        has_first_token=free.phase(FIRST_TOKEN) is not None,
     )
 
 
@@ -183,29 +198,41 @@ def _seconds(found: LoadMeasurement) -> float:
     return max((*found.curve.seconds, *ends), default=0.0)
 
 
-def _next_limit(runs: Sequence[LimitedRun], guess: int, tolerance: float) -> int | None:
-    """Return the limit to try next; None when both floors are known closely enough."""
-    limits = (_step(_tried(runs, goal), guess, tolerance) for goal in _GOALS)
-    return next((limit for limit in limits if limit is not None), None)
+def _search(run: Callable[[int], LimitedRun], guess: int, tolerance: float, most: int) -> LimitedRun | None:
+    """Run under limits until both floors are known closely enough; return the run that rules a floor out.
+
+    What loads under no limit up to `most`, or under the smallest one, has no floor.
+    """
+    runs: list[LimitedRun] = []
+    for goal in _GOALS:  # the second begins with all that the first has seen: its floor is no lower
+        outwards = 0
+        while (limit := _step(_tried(runs, goal), guess, outwards, tolerance)) is not None:
+            limit = min(max(limit, _SMALLEST_LIMIT), most)
+            if seen := next((one for one in runs if one.limit_bytes == limit), None):
+                return seen
+            runs.append(run(limit))
+            outwards += len(runs) > 1  # the guess itself is no step
+    return None
 
 
 def _tried(runs: Sequence[LimitedRun], goal: str) -> list[tuple[int, bool]]:
     return [(run.limit_bytes, getattr(run, goal)) for run in runs]
 
 
-def _step(tried: Sequence[tuple[int, bool]], guess: int, tolerance: float) -> int | None:
-    """Step outwards from the guess, twice as far each time, until it is bracketed; then bisect."""
+def _step(tried: Sequence[tuple[int, bool]], guess: int, outwards: int, tolerance: float) -> int | None:
+    """Step outwards from what is known until it is a bracket, then bisect; None once it is close enough.
+
+    The first step is the tolerance, for a guess that is right; the third is wide enough for one that is
+    wrong by ten times, and the second lies between them.
+    """
     if not tried:
         return guess
     failed, succeeded = _bracket(tried)
-    stride = (1 + 0.9 * tolerance) ** (2 ** (len(tried) - 1))
-    if not failed:
-        return int(succeeded / stride)
-    if not succeeded:
-        return int(failed * stride)
-    if succeeded <= failed * (1 + tolerance):
-        return None
-    return math.isqrt(failed * succeeded)
+    if failed and succeeded:
+        return None if succeeded <= failed * (1 + tolerance) else math.isqrt(failed * succeeded)
+    near, far = math.log1p(0.9 * tolerance), math.log(_WIDEST_STEP)
+    stride = math.exp((near, math.sqrt(near * far), far)[min(outwards, 2)])
+    return int(failed * stride) or int(succeeded / stride)
 
 
 def _bracket(tried: Sequence[tuple[int, bool]]) -> tuple[int, int]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import CheckpointError
 from shardkit.files import LocalFiles, folder_here
-from shardkit.layout import find_weights, read_config
+from shardkit.layout import architecture, find_weights, read_config
 from shardkit.prefetch import Prefetch
 from shardkit.tensor import CAST_DTYPES, parse_dtype
 
 # Pages beyond this share of the memory that is free would push out others that were just read.
 _CACHE_SHARE = 0.9
+_CAUSAL = "AutoModelForCausalLM"
 
 
 def load_model(
@@ -45,7 +47,7 @@ def load_model(
     Returns
     -------
     The model: what ``AutoModelForCausalLM`` gives for a causal language model, else the class that the
-    config names, else what ``AutoModel`` gives.
+    config names, else what ``AutoModel`` gives; with ``trust_remote_code=True`` the checkpoint's own class.
 
     Raises
     ------
@@ -64,7 +66,8 @@ def load_model(
     try:
         import transformers
 
-        loader = _loader(transformers, checkpoint.architecture or "")
+        names = loader_names(checkpoint.config, bool(from_pretrained_options.get("trust_remote_code")))
+        loader = next(found for name in names if (found := getattr(transformers, name, None)))
         name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
         return loader.from_pretrained(folder, **{name: dtype}, **from_pretrained_options)
     except BaseException:
@@ -94,10 +97,16 @@ def loaded_files(source: str | os.PathLike[str]) -> tuple[str, list[str]]:
     return str(folder), [str(folder / name) for name in weights.files]
 
 
-def _loader(transformers: Any, architecture: str) -> Any:
-    if architecture.endswith("ForCausalLM"):
-        return transformers.AutoModelForCausalLM
-    return getattr(transformers, architecture, None) or transformers.AutoModel
+def loader_names(config: Mapping[str, Any] | None, trusted: bool) -> list[str]:
+    """Return names of classes of transformers, of which the first that is there loads a model."""
+    named, own = architecture(config) or "", (config or {}).get("auto_map")
+    if trusted and isinstance(own, dict):
+        # Its own code may offer one class for many tasks, or under another name than the config's.
+        classes = {auto: str(own[auto]).rpartition(".")[2] for auto in own if auto.startswith("AutoModel")}
+        autos = sorted(classes, key=lambda auto: (classes[auto] != named, auto != _CAUSAL, auto))
+    else:
+        autos = []
+    return [*autos, *([_CAUSAL] if named.endswith("ForCausalLM") else [named, "AutoModel"])]
 
 
 def prefetch_bytes(checkpoint: Checkpoint, dtype: object, memory_limit: int | None = None) -> int:

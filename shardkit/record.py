@@ -6,6 +6,8 @@ say different things.
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -21,6 +23,7 @@ from shardkit.errors import ShardkitError
 if TYPE_CHECKING:
     import cattrs
 
+_LITERAL = "python literal"
 _FIGURE = re.compile(r"([-+]?[\d.,]+(x| ?[A-Za-z%]{1,3})?( \d+ s)?|[-…]?)$")
 
 
@@ -180,7 +183,27 @@ def _converter() -> cattrs.Converter:
 
     converter = cattrs.preconf.json.make_converter()
     converter.register_unstructure_hook(PurePath, str)
+    # What was asked for by name may be what JSON would change: a tuple, or a dict whose keys are numbers.
+    converter.register_unstructure_hook_func(
+        _is_options, lambda asked: {name: _kept(value) for name, value in asked.items()}
+    )
+    converter.register_structure_hook_func(
+        _is_options, lambda kept, _: {str(name): _restored(value) for name, value in dict(kept).items()}
+    )
     return converter
+
+
+def _is_options(kind: object) -> bool:
+    return bool(kind == dict[str, Any])
+
+
+def _kept(value: Any) -> Any:
+    return value if json.loads(json.dumps(value)) == value else {_LITERAL: repr(value)}
+
+
+def _restored(value: Any) -> Any:
+    is_literal = isinstance(value, dict) and value.keys() == {_LITERAL}
+    return ast.literal_eval(value[_LITERAL]) if is_literal else value
 
 
 @cache

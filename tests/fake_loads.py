@@ -23,9 +23,10 @@ ARMS = (ORIGINAL, SHARDED)
 
 def fake_load(wall=2.0, anonymous=700 * MB, *, outcome="ok", **changes):
     """Return a measurement with the given load time and peak; a first token takes 1 s."""
-    load = Phase("load", 3.0, wall, 0.8 * wall, 0.1 * wall, 900 * MB, anonymous, 500 * MB, 3, 400 * MB)
-    imports = Phase("imports", 0.1, 2.9, 2.5, 0.4, 300 * MB, 200 * MB, 100 * MB, 0, 0)
-    first = Phase("first token", 3.0 + wall, 1.0, 2.0, 0.1, 950 * MB, anonymous, 600 * MB, 0, 0)
+    cpu = 3.0 + 0.9 * wall
+    load = Phase("load", 3.0, wall, 0.8 * wall, 0.1 * wall, 900 * MB, anonymous, 500 * MB, 3, 400 * MB, cpu)
+    imports = Phase("imports", 0.1, 2.9, 2.5, 0.4, 300 * MB, 200 * MB, 100 * MB, 0, 0, 3.0)
+    first = Phase("first token", 3.0 + wall, 1.0, 2.0, 0.1, 950 * MB, anonymous, 600 * MB, 0, 0, cpu + 2.1)
     seconds = tuple(float(s) for s in np.linspace(0, 4 + wall, 200))
     fields = {
         "source": "/models/original",

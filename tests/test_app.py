@@ -21,6 +21,7 @@ from shardkit.display.app import page
 from shardkit.display.app.plan import shard_sizes
 from shardkit.display.app.worker import Worker
 from shardkit.errors import CheckpointError, DestinationError, ShardkitError, SizeError
+from shardkit.measure.launch import UNTRUSTED
 from shardkit.tensor import TensorInfo
 from tests.fake_loads import fake_interpreter, fake_load
 from tests.support import Tensor, write_checkpoint
@@ -174,7 +175,7 @@ class TestChoose:
         typed.set()
         assert app.wait(PATIENCE)
         assert "demo is open" in words(app)
-        assert control(app, "Into the folder").value == "demo-sharded"
+        assert control(app, "Destination folder").value == "demo-sharded"
 
     @pytest.mark.parametrize(
         ("source", "folder"),
@@ -190,7 +191,7 @@ class TestChoose:
         if source.startswith("hf:"):
             monkeypatch.setattr(Checkpoint, "open", lambda _: mistral_7b())
         app = opened(source)
-        assert control(app, "Into the folder").value == folder
+        assert control(app, "Destination folder").value == folder
         button(app, "Shard").click()
         assert app.wait(PATIENCE)
         assert (app.report is None) == source.startswith("hf:")
@@ -273,8 +274,8 @@ class TestPlan:
         assert counts[-1] == 1
         control(app, "Strategy").value = "layer"
         assert app.plan.strategy == "layer"
-        control(app, "Write as").value = "float16"
-        assert app.plan.dtype == control(app, "Load as").value == "float16"
+        control(app, "Dtype of shards").value = "float16"
+        assert app.plan.dtype == control(app, "Load dtype").value == "float16"
 
     def test_size_to_begin_with_gives_several_files_and_leaves_no_tensor_too_large(self, demo):
         app = opened(demo)
@@ -309,14 +310,14 @@ class TestPlan:
         write_checkpoint(tmp_path / "q", [{"w": Tensor("F8_E4M3", (4,), b"1234")}])
         app = opened("q")
         assert works(button(app, "Shard"))
-        control(app, "Write as").value = "float16"
+        control(app, "Dtype of shards").value = "float16"
         button(app, "Shard").click()
         refused, missing = alerts(app)
         assert "quantized" in refused
         assert "&quot;as it is stored&quot;" in refused
         assert "cannot be made (step 2)" in missing
         assert not works(button(app, "Shard"))
-        control(app, "Write as").value = ""
+        control(app, "Dtype of shards").value = ""
         assert not alerts(app)
         assert works(button(app, "Shard"))
 
@@ -430,7 +431,7 @@ class TestShard:
     @pytest.mark.parametrize("wrong", ["a\0b", "a\ud800"])
     def test_folder_that_cannot_be_is_said_in_place(self, demo, wrong):
         app = opened(demo)
-        folder = control(app, "Into the folder")
+        folder = control(app, "Destination folder")
         folder.value = wrong
         assert "no folder can be called that" in alerts(app)[0]
         button(app, "Shard").click()
@@ -477,6 +478,23 @@ class TestCompare:
         assert shardkit.Comparison.load("saved.json") == comparison
         assert held["comparison.png"].startswith(b"\x89PNG")
         assert b"<html" in held["comparison.html"]
+
+    @pytest.mark.parametrize("trusted", [True, False])
+    def test_code_of_the_checkpoint_runs_where_its_box_is_ticked(self, demo, instant_loads, trusted):
+        ShardApp(demo, repeats=1, trust_remote_code=trusted).run_all()
+        assert {str(how["options"]) for how in instant_loads} == {
+            "{'trust_remote_code': True}" if trusted else "{}"
+        }
+
+    def test_code_that_is_not_trusted_is_said_in_words_of_the_app(self, demo, monkeypatch):
+        monkeypatch.setattr(
+            compare, "measure_load", lambda *_, **__: fake_load(outcome="failed", reason=UNTRUSTED)
+        )
+        app = opened(demo, repeats=1)
+        app.run_all()
+        said = words(app)
+        assert said.count("tick &quot;Run the code that the checkpoint brings") >= 2
+        assert "trust_remote_code" not in said
 
     def test_another_model_is_refused_in_words_of_the_app(self, demo):
         shardkit.make_demo_checkpoint("other", size="5MB")
@@ -547,7 +565,7 @@ class TestBatch:
     def test_what_was_set_in_the_page_stays(self, demo, instant_loads):
         app = opened(demo, dtype="bfloat16")
         size, folder, dtype = (
-            control(app, text) for text in ("Shard size up to", "Into the folder", "Load as")
+            control(app, text) for text in ("Shard size up to", "Destination folder", "Load dtype")
         )
         assert dtype.value == "bfloat16"
         size.index, folder.value, dtype.value = 1, "own", "float32"
@@ -577,6 +595,7 @@ class TestBatch:
             ({"cache": "hot"}, ShardkitError),
             *(({"repeats": wrong}, ShardkitError) for wrong in (0, "3", None, 2.5, True)),
             *(({name: 5}, ShardkitError) for name in ("source", "destination", "overwrite", "first_token")),
+            ({"trust_remote_code": "yes"}, ShardkitError),
             ({"unknown": 1}, TypeError),
         ],
     )

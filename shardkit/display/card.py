@@ -9,6 +9,7 @@ from html import escape
 from shardkit.display.plots import comparison_png, describe_memory
 from shardkit.measure.comparison import CARRIED_IN, Comparison
 from shardkit.measure.measurement import format_seconds
+from shardkit.measure.ratio import QUANTITIES
 from shardkit.record import Table
 from shardkit.sizes import format_size
 
@@ -54,7 +55,7 @@ def _runs(comparison: Comparison) -> Table:
     for sample in (*comparison.warm_ups, *comparison.samples):
         m = sample.measurement
         peaks = (m.peak_anonymous_bytes, m.peak_total_bytes)
-        times = (m.load_wall_seconds, m.time_to_first_token_seconds)
+        times = [getattr(m, quantity) for quantity in comparison.times]
         rows.append(
             (
                 sample.arm,
@@ -65,5 +66,6 @@ def _runs(comparison: Comparison) -> Table:
                 f"{m.outcome}: {m.reason}" if m.reason else m.outcome,
             )
         )
-    columns = ("arm", "pair", "load", "first token", "peak anonymous", "peak total", "page cache", "outcome")
+    load, token = (QUANTITIES[quantity][0] for quantity in comparison.times)
+    columns = ("variant", "pair", load, token, "peak anonymous", "peak total", "page cache", "outcome")
     return Table(columns, tuple(rows))

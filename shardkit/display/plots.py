@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from itertools import groupby
 from operator import itemgetter
-from statistics import median
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from shardkit.errors import MeasurementError
@@ -37,7 +38,6 @@ _HATCHES = ("", "///", "...", "xx", "--")  # one more than colours: twenty arms 
 _DASHES = ("--", ":", "-.")
 _SIDE_BY_SIDE = 3  # with more arms, what stands side by side stands one below the other
 _LONGEST_NAME = 20
-_TIMES = ("load_wall_seconds", "time_to_first_token_seconds")
 _PEAKS, _PEAK_GPU = ("peak_anonymous_bytes", "peak_total_bytes"), "peak_device_bytes"
 _GROUP_WIDTH = 0.88  # of all arms' bars for one quantity
 _TALLEST_INCHES = 200  # matplotlib draws no more than 65,535 pixels
@@ -47,21 +47,53 @@ _MARKERS = {LOAD: "o", FIRST_TOKEN: "D"}
 
 
 @contextmanager
-def _white() -> Iterator[Any]:
-    """Give pyplot with black on white, whatever theme the notebook has set."""
-    import matplotlib.pyplot as plt
+def _white() -> Iterator[None]:
+    """Draw black on white in here, whatever theme the notebook has set."""
+    _bare_figure()
+    import matplotlib as mpl
 
-    plt.draw_if_interactive()  # loads the backend, whose own settings must outlive the context
+    with suppress(Exception):  # `_figure` does without
+        import matplotlib.pyplot as plt
+
+        plt.draw_if_interactive()  # loads the backend, whose own settings must outlive the context
     black = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    with plt.rc_context(
+    with mpl.rc_context(
         {"figure.facecolor": "white", "axes.facecolor": "white", **dict.fromkeys(black, "black")}
     ):
-        yield plt
+        yield
+
+
+def _figure(**page: Any) -> Figure:
+    """Make a figure that pyplot shows; where its backend cannot be had, one for files alone.
+
+    MPLBACKEND is inherited, and may name a screen's backend that only the parent has.
+    """
+    bare = _bare_figure()
+    try:
+        import matplotlib.pyplot as plt
+
+        figure: Figure = plt.figure(**page)
+    except Exception:  # each backend fails in its own way
+        figure = bare(**page)
+    return figure
+
+
+def _bare_figure() -> type[Figure]:
+    """Return the class of figures; its first import fails for an MPLBACKEND that names no backend at all."""
+    if "matplotlib" not in sys.modules and (asked := os.environ.pop("MPLBACKEND", None)) is not None:
+        import matplotlib as mpl
+
+        os.environ["MPLBACKEND"] = asked
+        with suppress(ValueError):
+            mpl.rcParams["backend"] = asked
+    from matplotlib.figure import Figure
+
+    return Figure
 
 
 def _new_axes(rows: int = 1, columns: int = 1, height: float = 4) -> Any:
-    with _white() as plt:
-        return plt.subplots(rows, columns, figsize=(8, height), layout="constrained")[1]
+    with _white():
+        return _figure(figsize=(8, height), layout="constrained").subplots(rows, columns)
 
 
 def _is_crowded(comparison: Comparison) -> bool:
@@ -80,10 +112,22 @@ def _ink(ax: Axes) -> Any:
     return ax.xaxis.label.get_color()
 
 
+def _labels(names: Iterable[str]) -> list[str]:
+    """Return names short enough to be drawn; those that would look alike then are numbered."""
+    labels = [_plain(name) for name in names]
+    return [
+        label if labels.count(label) == 1 else f"{label} #{labels[:place].count(label) + 1}"
+        for place, label in enumerate(labels)
+    ]
+
+
 def _plain(text: str) -> str:
     """Keep a name from being read as mathematics, or, for its first letter, left out; and from being long."""
-    short = printable(text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…")
-    return f" {short}".replace("$", r"\$") if short.startswith("_") else short.replace("$", r"\$")
+    text = printable(text)
+    if len(text) > _LONGEST_NAME:  # long names differ at their ends
+        half = _LONGEST_NAME // 2
+        text = f"{text[: half - 1]}…{text[-half:]}"
+    return f" {text}".replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
 
 
 def _look(arm: int) -> dict[str, Any]:
@@ -98,7 +142,7 @@ def _tidy(ax: Axes, unit: str, title: str) -> None:
 
 
 def plot_bars(comparison: Comparison, ax: Sequence[Axes] | None = None) -> Sequence[Axes]:
-    """Draw wall time and peak memory side by side: a bar for the median, a dot for each run.
+    """Draw wall time and peak memory side by side: a bar for the geometric mean, a dot for each run.
 
     Parameters
     ----------
@@ -112,7 +156,7 @@ def plot_bars(comparison: Comparison, ax: Sequence[Axes] | None = None) -> Seque
     if ax is None:
         beside = not _is_crowded(comparison)
         ax = _new_axes(columns=2, height=3.6) if beside else _new_axes(rows=2, height=7.2)
-    _plot_quantities(comparison, ax[0], _TIMES, 1, "seconds", "Wall time")
+    _plot_quantities(comparison, ax[0], comparison.times, 1, "seconds", "Wall time")
     on_gpu = any(comparison.median(arm, _PEAK_GPU) is not None for arm in comparison.names)
     _plot_quantities(comparison, ax[1], (*_PEAKS, _PEAK_GPU) if on_gpu else _PEAKS, 1e9, "GB", "Peak memory")
     return ax
@@ -122,19 +166,20 @@ def _plot_quantities(
     comparison: Comparison, ax: Axes, quantities: Sequence[str], scale: float, unit: str, title: str
 ) -> None:
     ink, ticks = _ink(ax), {}
+    labels = dict(zip(comparison.names, _labels(comparison.names), strict=True))
     step = _GROUP_WIDTH / len(comparison.arms)
     for place, quantity in enumerate(quantities):
         for number, arm in enumerate(comparison.names):
             told = [getattr(measurement, quantity) for measurement in comparison.measurements(arm)]
-            if values := [value / scale for value in told if value is not None]:
+            if values := [value / scale for value in told if value]:
                 x = place + (number - (len(comparison.arms) - 1) / 2) * step
-                _bar(ax, x, 0.96 * step, values, arm, number)
-                ticks[x] = format_quantity(quantity, median(values) * scale)
-    # Medians stand under their bars, where neither a dot nor a neighbour can be in the way.
+                _bar(ax, x, 0.96 * step, values, labels.pop(arm, None), number)
+                ticks[x] = format_quantity(quantity, geometric_mean(values) * scale)
+    # Means stand under their bars, where neither a dot nor a neighbour can be in the way.
     upright = len(comparison.arms) > _SIDE_BY_SIDE + 1
     ax.set_xticks(list(ticks), list(ticks.values()), fontsize=9 if step / len(quantities) > 0.15 else 7)
     ax.tick_params(axis="x", which="major", rotation=90 if upright else 0)
-    names = [f"\n{QUANTITIES[quantity][0]}" for quantity in quantities]
+    names = [f"\n{_caption(comparison, quantity)}" for quantity in quantities]
     ax.xaxis.remove_overlapping_locs = False  # the name of three bars stands under the middle one
     ax.set_xticks(range(len(quantities)), names, minor=True)
     ax.tick_params(axis="x", which="both", length=0)
@@ -142,7 +187,7 @@ def _plot_quantities(
     ax.set_xlim(-0.6, len(quantities) - 0.4)
     ax.set_ylim(0, ax.get_ylim()[1] * 1.15)
     enough = any(len(comparison.measurements(arm)) > 2 for arm in comparison.names)
-    caption = "bar: median, dots: runs" + (", line: 95 % interval" if enough else "")
+    caption = "bar: geometric mean, dots: runs" + (", line: 95 % interval" if enough else "")
     ax.set_xlabel(caption, fontsize=8, color=ink)
     _tidy(ax, unit, title)
     if ticks:
@@ -152,10 +197,17 @@ def _plot_quantities(
         ax.text(0.5, 0.5, "nothing was measured", transform=ax.transAxes, ha="center", color=ink)
 
 
-def _bar(ax: Axes, x: float, width: float, values: list[float], arm: str, number: int) -> None:
-    name, middle = _plain(arm), median(values)
-    label = None if name in ax.get_legend_handles_labels()[1] else name
-    ax.bar(x, middle, width, edgecolor=_ink(ax), linewidth=0.8, label=label, **_look(number))
+def _caption(comparison: Comparison, quantity: str) -> str:
+    """Return the name of a quantity for its bars; where none has any, with the reason."""
+    missing = [comparison.missing(arm, quantity) for arm in comparison.names]
+    why = missing[0] if all(missing) else ""
+    # Two captions stand side by side.
+    name = QUANTITIES[quantity][0].replace(" from ", "\nfrom ")
+    return f"{name}\n({why})" if why else name
+
+
+def _bar(ax: Axes, x: float, width: float, values: list[float], label: str | None, number: int) -> None:
+    ax.bar(x, geometric_mean(values), width, edgecolor=_ink(ax), linewidth=0.8, label=label, **_look(number))
     spread = [x + width * 0.5 * ((run + 0.5) / len(values) - 0.5) for run in range(len(values))]
     ax.scatter(spread, values, s=16, color="white", edgecolor="black", linewidth=0.9, zorder=3)
     if (interval := mean_interval(values)) is not None:
@@ -165,7 +217,9 @@ def _bar(ax: Axes, x: float, width: float, values: list[float], arm: str, number
 def plot_memory(source: Comparison | Sequence[LoadMeasurement], ax: Axes | None = None) -> Axes:
     """Draw resident memory over time, all loads on one axis of time that starts with each load.
 
-    Filled: anonymous memory, which must exist. Broken, above it: all that is resident, with the file
+    Where a variant prefetches, and so works before its load, it starts with each process.
+
+    Filled: anonymous memory, which cannot be evicted. Broken, above it: all that is resident, with the file
     pages that the kernel may drop. Crosses: the same, as memory_profiler reads it.
 
     Parameters
@@ -178,12 +232,16 @@ def plot_memory(source: Comparison | Sequence[LoadMeasurement], ax: Axes | None 
     """
     ax = _new_axes() if ax is None else ax
     if isinstance(source, Comparison):
-        chosen = {_plain(arm): typical for arm in source.names if (typical := source.typical(arm, _TIMES[1]))}
+        runs = [source.typical(arm, source.times[1]) for arm in source.names]
+        chosen = [(label, run) for label, run in zip(_labels(source.names), runs, strict=True) if run]
+        ahead = source.reads_ahead
     else:
-        chosen = {f"run {number}": run for number, run in enumerate(source, 1)}
-    for number, (label, run) in enumerate(chosen.items()):
-        _plot_curve(ax, label, run, _DASHES[number % len(_DASHES)], **_look(number))
-    ax.set_xlabel("seconds since the start of the load", color=_ink(ax))
+        chosen = [(f"run {number}", run) for number, run in enumerate(source, 1)]
+        ahead = any(run.prefetch for run in source)
+    for number, (label, run) in enumerate(chosen):
+        start = 0.0 if ahead else run.load_start_seconds or 0.0
+        _plot_curve(ax, label, run, start, _DASHES[number % len(_DASHES)], **_look(number))
+    ax.set_xlabel(f"seconds since the start of the {'process' if ahead else 'load'}", color=_ink(ax))
     ax.set_ylim(0, ax.get_ylim()[1] * 1.05)
     _tidy(ax, "GB", "Memory over time")
     if chosen:
@@ -191,9 +249,10 @@ def plot_memory(source: Comparison | Sequence[LoadMeasurement], ax: Axes | None 
     return ax
 
 
-def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, dash: str, color: str, hatch: str) -> None:
+def _plot_curve(
+    ax: Axes, label: str, run: LoadMeasurement, start: float, dash: str, color: str, hatch: str
+) -> None:
     curve, ink = run.curve, _ink(ax)
-    start = run.load_start_seconds or 0.0
     first = start - _LEAD_SECONDS
     split = zip(curve.seconds, curve.anonymous_bytes, curve.file_bytes, strict=True)
     points = [(at - start, held / 1e9, (held + file) / 1e9) for at, held, file in split if at >= first]
@@ -205,7 +264,7 @@ def _plot_curve(ax: Axes, label: str, run: LoadMeasurement, dash: str, color: st
         ax.plot(seconds, total, dash, color=color, linewidth=1.4, label=f"{label}: with file pages")
         for phase in run.phases:
             if phase.name in _MARKERS:
-                end = phase.start_seconds + phase.wall_seconds - start
+                end = phase.end_seconds - start
                 nearest = min(points, key=lambda point: abs(point[0] - end))
                 ax.plot(end, nearest[2], _MARKERS[phase.name], color=color, markeredgecolor=ink, markersize=7)
         if not run.ok:
@@ -243,11 +302,15 @@ def describe_memory(comparison: Comparison) -> str:
     """Return in words what `plot_memory` draws."""
     words = []
     for arm in comparison.names:
-        if (run := comparison.typical(arm, _TIMES[1])) is None:
+        if (run := comparison.typical(arm, comparison.times[1])) is None:
             continue
-        anonymous, total = (format_size(p or 0) for p in (run.peak_anonymous_bytes, run.peak_total_bytes))
+        peaks = (run.peak_anonymous_bytes, run.peak_total_bytes)
+        anonymous, total = ("unknown" if peak is None else format_size(peak) for peak in peaks)
+        ahead = comparison.reads_ahead
         ends = [
-            f"{p.name} done after {format_seconds(p.wall_seconds)}" for p in run.phases if p.name in _MARKERS
+            f"{p.name} done after {format_seconds(p.end_seconds if ahead else p.wall_seconds)}"
+            for p in run.phases
+            if p.name in _MARKERS
         ]
         line = [f"{arm}: at most {anonymous} anonymous, {total} with file pages", *ends]
         words.append(", ".join(line if run.ok else [*line, f"{run.outcome}: {run.reason}"]))
@@ -268,9 +331,7 @@ def plot_comparison(
     MeasurementError
         If the picture cannot be written there.
     """
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(**_page(comparison))
+    figure = _figure(**_page(comparison))
     axes = _draw_comparison(comparison, figure)
     if path is not None:
         try:
@@ -292,19 +353,19 @@ def plot_medians(medians: pd.DataFrame, arms: Sequence[str]) -> Figure:
     """
     results, step = list(medians.index.unique(0)), _GROUP_WIDTH / len(arms)
     size = (11, min(1.3 + 0.7 * len(results), _TALLEST_INCHES))
-    with _white() as plt:
-        figure: Figure = plt.figure(figsize=size, layout="constrained")
+    with _white():
+        figure = _figure(figsize=size, layout="constrained")
         axes = figure.subplots(1, medians.shape[1], sharey=True)
     for ax, column in zip(axes, medians.columns, strict=True):
         ax.set_title(column, fontsize=11)
         values = medians[column].dropna()
-        for number, arm in enumerate(arms):
+        for number, (arm, name) in enumerate(zip(arms, _labels(arms), strict=True)):
             told = values[values.index.get_level_values(1) == arm]
             middle = (number - (len(arms) - 1) / 2) * step
             places = [results.index(result) + middle for result in told.index.get_level_values(0)]
-            label = None if told.empty else _plain(arm)
+            label = None if told.empty else name
             ax.barh(places, told, step, edgecolor="black", label=label, **_look(number))
-    axes[0].set_yticks(range(len(results)), map(_plain, results))
+    axes[0].set_yticks(range(len(results)), _labels(results))
     axes[0].invert_yaxis()
     if results:
         handles, labels = axes[0].get_legend_handles_labels()
@@ -316,9 +377,7 @@ def plot_medians(medians: pd.DataFrame, arms: Sequence[str]) -> Figure:
 
 def comparison_png(comparison: Comparison) -> bytes:
     """Return what `plot_comparison` draws, made without pyplot, whose state is the main thread's."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(**_page(comparison))
+    figure = _bare_figure()(**_page(comparison))
     _draw_comparison(comparison, figure)
     with BytesIO() as file:
         figure.savefig(file, format="png", dpi=110, facecolor="white")

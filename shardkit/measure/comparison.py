@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Any, Self
 
 from shardkit.errors import MeasurementError, ShardkitError
 from shardkit.measure.intervals import conclude, paired_interval, repeats_to_decide
-from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement
+from shardkit.measure.measurement import FIRST_TOKEN, LOAD, NOT_REPORTED, LoadMeasurement
 from shardkit.measure.ratio import QUANTITIES, Ratio, format_quantity
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.sizes import format_size
@@ -33,7 +34,14 @@ _ASKED = ("dtype", "device", "generate", "prefetch", "memory_limit_bytes")
 # How a card carries the result that it shows.
 CARRIED_IN = '<script type="application/json" id="shardkit-comparison">'
 _CARRIED = re.compile(re.escape(CARRIED_IN) + "(.*?)</script>", re.DOTALL)
-_MAIN = ("load_wall_seconds", "time_to_first_token_seconds", "peak_anonymous_bytes")
+_LOADED, _FIRST, _CPU = "load_wall_seconds", "time_to_first_token_seconds", "load_cpu_seconds"
+# The same of loads of which some began to read before the load did: nothing counts for one side alone.
+_FROM_START = {
+    _LOADED: "start_to_load_seconds",
+    _FIRST: "start_to_first_token_seconds",
+    _CPU: "process_cpu_seconds",
+}
+_OF_FIRST_TOKEN = (_FIRST, _FROM_START[_FIRST], _FROM_START[_CPU])
 # Growth below a quarter of the weights is not a copy of them, and below this size not telling.
 _TELLING_SHARE, _TELLING_BYTES = 0.25, 64_000_000
 
@@ -95,12 +103,12 @@ class Comparison(Record):
     def __post_init__(self) -> None:
         told = {sample.arm for sample in (*self.samples, *self.warm_ups)}
         if not told <= set(self.names) or not 0 < self.margin < math.inf or self.seed < 0:
-            raise MeasurementError("runs of arms that it does not have, or a margin or seed below zero")
+            raise MeasurementError("runs of variants that it does not have, or a margin or seed below zero")
 
     def arm(self, name: str) -> Arm:
         """Return an arm by its name, which `MeasurementError` asks for where there is none of that name."""
         if name not in self.names:
-            raise MeasurementError(f"no arm is called {name!r}: there are {listed(self.names)}")
+            raise MeasurementError(f"no variant is called {name!r}: there are {listed(self.names)}")
         return self.arms[self.names.index(name)]
 
     @property
@@ -116,6 +124,32 @@ class Comparison(Record):
         """Return the counted loads of one arm; where there is none, its warm-up."""
         counted = [s.measurement for s in self.samples if s.arm == arm]
         return counted or [s.measurement for s in self.warm_ups if s.arm == arm]
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether a variant prefetches: it works before the load does, so all count from process start."""
+        runs = (*self.samples, *self.warm_ups)
+        asked = any(arm.options.get("prefetch") for arm in self.arms)
+        return asked or any(sample.measurement.prefetch for sample in runs)
+
+    @property
+    def times(self) -> tuple[str, str]:
+        """The quantities by which loads are compared: time to the end of the load, and to the first token."""
+        return (_FROM_START[_LOADED], _FROM_START[_FIRST]) if self.reads_ahead else (_LOADED, _FIRST)
+
+    @property
+    def _quantities(self) -> tuple[str, ...]:
+        left_out = _FROM_START.keys() if self.reads_ahead else {_FROM_START[_LOADED], _FROM_START[_CPU]}
+        return tuple(quantity for quantity in QUANTITIES if quantity not in left_out)
+
+    @property
+    def _main(self) -> tuple[str, ...]:
+        return (*self.times, "peak_anonymous_bytes")
+
+    def mean(self, arm: str, quantity: str) -> float | None:
+        """Return the geometric mean of a `LoadMeasurement` property over one arm's loads; None if unknown."""
+        values = [getattr(measurement, quantity) for measurement in self.measurements(arm)]
+        return geometric_mean(known) if (known := [value for value in values if value]) else None
 
     def median(self, arm: str, quantity: str) -> float | None:
         """Return the median of a `LoadMeasurement` property over one arm's loads; None if never told."""
@@ -135,12 +169,27 @@ class Comparison(Record):
     def _all_ratios(self) -> dict[str, dict[str, Ratio]]:
         # Kept: verdict, tables and JSON all ask, and each interval takes 10,000 resamplings.
         others = [arm for arm in self.names if arm != self.reference]
-        return {arm: {q: ratio for q in QUANTITIES if (ratio := self._ratio(arm, q))} for arm in others}
+        asked = self._quantities
+        return {arm: {q: ratio for q in asked if (ratio := self._ratio(arm, q))} for arm in others}
 
     @property
     def reference(self) -> str:
         """Name of the arm that the others are compared with: the original, or the first that loads."""
         return next((name for name in self.names if self.measurements(name)), ORIGINAL)
+
+    def missing(self, arm: str, quantity: str) -> str:
+        """Say why loads that succeeded have no value of a quantity; "" if they have, or need none."""
+        for name in (self.reference, arm):
+            runs = self.measurements(name)
+            values = [getattr(run, quantity) for run in runs]
+            if runs and not any(values):
+                if any(quantity in run.unreported() for run in runs):
+                    return NOT_REPORTED
+                if 0 in values:
+                    return "too small to be measured"
+                if quantity in _OF_FIRST_TOKEN and any(run.generate for run in runs):
+                    return "not measured"
+        return ""
 
     def _ratio(self, arm: str, quantity: str) -> Ratio | None:
         told = {
@@ -155,8 +204,8 @@ class Comparison(Record):
         interval = paired_interval(first, second, self.seed)
         return Ratio(
             quantity=quantity,
-            original=median(first),
-            other=median(second),
+            original=geometric_mean(first),
+            other=geometric_mean(second),
             **vars(interval),
             conclusion=conclude(interval, self.margin),
             margin=self.margin,
@@ -193,8 +242,10 @@ class Comparison(Record):
         words += self._partial_failures()
         for name in self.names:
             ratios = self.ratios_of(name)
-            told = [f"{QUANTITIES[q][0]}: {ratios[q].words()}" for q in _MAIN if q in ratios]
-            if not told and name != self.reference and self.measurements(name):
+            told = [f"{QUANTITIES[q][0]}: {ratios[q].words()}" for q in self._main if q in ratios]
+            if told:
+                told += [f"{QUANTITIES[q][0]}: {why}" for q in self._main if (why := self.missing(name, q))]
+            elif name != self.reference and self.measurements(name):
                 told = ["there is no pair in which both loaded"]
             words += [f"{name}{self._against}, {line}" for line in told] if len(self.arms) > 2 else told
         return words or ["nothing was measured"]
@@ -209,7 +260,7 @@ class Comparison(Record):
     def findings(self) -> dict[str, dict[str, str]]:
         """Return the verdict on each main quantity by arm, in words; where there is none, why."""
         return {
-            f"{arm}{self._against}": {QUANTITIES[q][0]: self._finding(arm, q) for q in _MAIN}
+            f"{arm}{self._against}": {QUANTITIES[q][0]: self._finding(arm, q) for q in self._main}
             for arm in self.names
             if arm != self.reference
         }
@@ -217,18 +268,19 @@ class Comparison(Record):
     def _finding(self, arm: str, quantity: str) -> str:
         if ratio := self.ratios_of(arm).get(quantity):
             return ratio.words()
-        return "; ".join(self._dead((self.reference, arm))) or "not measured"
+        return "; ".join(self._dead((self.reference, arm))) or self.missing(arm, quantity) or "not measured"
 
-    def typical(self, arm: str, by: str = "load_wall_seconds") -> LoadMeasurement | None:
-        """Return an arm's run with the median of a quantity; if it never loads, its first failure."""
-        loads = sorted(self.measurements(arm), key=lambda m: getattr(m, by) or 0.0)
+    def typical(self, arm: str, by: str | None = None) -> LoadMeasurement | None:
+        """Return an arm's run with the median of a quantity (the load's time); else its first failure."""
+        quantity = by or self.times[0]
+        loads = sorted(self.measurements(arm), key=lambda m: getattr(m, quantity) or 0.0)
         return loads[len(loads) // 2] if loads else next(iter(self._runs(arm)), None)
 
     def explain(self, arm: str) -> str:
         """Say where an arm's figures come from, as far as they tell: copied or mapped, read late or not."""
         stored = self.arm(arm)
         run = self.typical(arm)
-        asked = f"asked for {run.asked_for()}" if run else "never run"
+        asked = f"requested {run.asked_for()}" if run else "never run"
         words = f"{stored.dtype or 'no plain floats'} in {plural(stored.files, 'file')}, {asked}"
         if stored.total_bytes < _TELLING_BYTES:
             return words
@@ -240,10 +292,12 @@ class Comparison(Record):
             fate = "weights copied into memory" if grown > telling else fate
             words += f": {fate} ({format_size(max(grown, 0))} of new anonymous memory for {weights})"
             if run and grown > telling and run.dtype and stored.dtype not in (None, run.dtype):
-                words += f"; asked for {stored.dtype}, as they are stored, they need no cast"
+                words += f"; requested as {stored.dtype}, the stored dtype, they need no cast"
         touched = self._median_growth(arm, FIRST_TOKEN, "file_bytes")
         if touched is not None and touched > telling:
-            words += f"; {format_size(touched)} were touched only by the first token"
+            words += (
+                f"; {format_size(touched)} of file pages, libraries among them, waited for the first token"
+            )
         return words
 
     def _median_growth(self, arm: str, name: str, part: str) -> float | None:
@@ -266,35 +320,42 @@ class Comparison(Record):
         machines = dict.fromkeys(str(s.measurement.environment) for s in counted)
         facts = (
             *(("verdict" if not line else "", words) for line, words in enumerate(self._verdicts())),
-            *((f"{arm}, a typical run", run.time_line()) for arm in self.names if (run := self.typical(arm))),
-            *((f"{arm}, medians", self._medians(arm)) for arm in self.names if self.failures),
+            *((f"{arm}, a typical run", self._line(run)) for arm in self.names if (run := self.typical(arm))),
+            *((f"{arm}, means", self._means(arm)) for arm in self.names if self.failures),
             *((f"{arm.name} from", shown_path(arm.source)) for arm in self.arms),
             *((f"{arm} stored", self.explain(arm)) for arm in self.names),
-            ("runs", f"{pairs} in ABBA order, one warm-up each, {told}; ratio: geometric mean of the pairs'"),
-            ("stack", " | ".join(stacks) or "not told"),
-            ("machine", " | ".join(machines) or "not told"),
+            ("runs", f"{pairs} in ABBA order, one warm-up each, {told}"),
+            ("figures", "geometric means, whose ratio is the geometric mean of the pairs' ratios"),
+            ("stack", " | ".join(stacks) or "unknown"),
+            ("machine", " | ".join(machines) or "unknown"),
         )  # fmt: skip
         tables = tuple(self._table(arm) for arm in self.names if self.ratios_of(arm))
         return Summary("Comparison of loads", facts, tables, tuple(self._warnings()))
 
-    def _medians(self, arm: str) -> str:
+    def _line(self, run: LoadMeasurement) -> str:
+        return run.start_line() if self.reads_ahead else run.time_line()
+
+    def _means(self, arm: str) -> str:
         """Return an arm's own figures, for when there is nothing to compare them with."""
-        medians = ((quantity, self.median(arm, quantity)) for quantity in _MAIN)
-        told = (
-            f"{QUANTITIES[q][0]} {format_quantity(q, value)}" for q, value in medians if value is not None
-        )
+        means = ((quantity, self.mean(arm, quantity)) for quantity in self._main)
+        told = (f"{QUANTITIES[q][0]} {format_quantity(q, value)}" for q, value in means if value is not None)
         return ", ".join(told) or "none"
 
     def _table(self, arm: str) -> Table:
         verdict = f"verdict (95 % interval, ±{100 * self.margin:.3g} %)"
-        rows = tuple(ratio.row() for ratio in self.ratios_of(arm).values())
-        return Table(("median", self.reference, arm, "ratio", verdict), rows)
+        ratios = self.ratios_of(arm)
+        rows = tuple(
+            ratios[q].row() if q in ratios else (QUANTITIES[q][0], "-", "-", "-", self.missing(arm, q))
+            for q in self._quantities
+            if q in ratios or self.missing(arm, q)
+        )
+        return Table(("geometric mean", self.reference, arm, "ratio", verdict), rows)
 
     def _warnings(self) -> Iterator[str]:
         yield from self.notes
         tokens = {s.measurement.token_ids for s in self.samples if s.measurement.ok}
-        if len({ids[: min(map(len, tokens))] for ids in tokens}) > 1:
-            yield "the arms did not give the same tokens for the fixed prompt"
+        if any(one != other for pair in combinations(tokens, 2) for one, other in zip(*pair, strict=False)):
+            yield "the variants did not give the same tokens for the fixed prompt"
         weak = Counter(warning for s in self.samples for warning in s.measurement.warnings())
         weak += Counter(f"{s.arm}: {s.measurement.outcome}" for s in self.samples if not s.measurement.ok)
         for what, count in weak.items():

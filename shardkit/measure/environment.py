@@ -49,7 +49,8 @@ class Environment:
     gpu: str | None = None
 
     def __str__(self) -> str:
-        words = [self.cpu, plural(self.cores, "core"), f"{format_size(self.ram_bytes or 0)} RAM", self.gpu]
+        ram = f"{format_size(self.ram_bytes)} RAM" if self.ram_bytes else None
+        words = [self.cpu, plural(self.cores, "core"), ram, self.gpu]
         words += [f"limit {format_size(self.memory_limit_bytes)}"] if self.memory_limit_bytes else []
         return ", ".join([*filter(None, words), self.filesystem or "unknown file system"])
 
@@ -102,10 +103,9 @@ def filesystem(folder: str) -> str | None:
     """Return the type of the file system that holds `folder`: "ext4"; None where the system does not tell."""
     import psutil
 
-    try:
-        path, mounts = os.path.realpath(folder), psutil.disk_partitions(all=True)
-    except (OSError, ValueError):  # a container may lack /proc/mounts
-        return None
+    path, mounts = os.path.realpath(folder), []
+    with suppress(OSError, RuntimeError, ValueError):  # a sandbox may hide what is mounted
+        mounts = psutil.disk_partitions(all=True)
     holding = [mount for mount in mounts if os.path.commonpath([path, mount.mountpoint]) == mount.mountpoint]
     # Of two at the same place, the later hides the earlier.
     nearest = max(reversed(holding), key=lambda mount: len(mount.mountpoint), default=None)

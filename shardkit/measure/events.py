@@ -20,6 +20,7 @@ _FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
         "name": (str,),
         **dict.fromkeys(_CLOCKED, _NUMBER),
         **dict.fromkeys(_COUNTED, _COUNT_OR_NONE),
+        "process_cpu_seconds": _NUMBER,
     },
     "stack": {"versions": (dict,), "threads": _COUNT_OR_NONE, "gpu": (str, type(None))},
     "model": {"name": (str,)},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import os
 import re
+import reprlib
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +17,9 @@ from typing import Any
 
 from shardkit.checkpoint import Checkpoint
 from shardkit.errors import MeasurementError
-from shardkit.load import loaded_files, prefetch_bytes
+from shardkit.files import LocalFiles
+from shardkit.layout import read_config
+from shardkit.load import loaded_files, loader_names, prefetch_bytes
 from shardkit.measure import page_cache
 from shardkit.measure.child import ChildEnd, run_child
 from shardkit.measure.environment import describe_machine
@@ -32,12 +36,18 @@ _FILE_OPTIONS = ("use_safetensors", "variant", "subfolder", "gguf_file", "revisi
 # A load from a folder has no business on the network, whose delays would count as the load's.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
+# transformers names what its own function would be given.
+UNTRUSTED = (
+    "it brings code of its own, which runs only if you trust it: "
+    'allow it with options={"trust_remote_code": True} (--trust-remote-code)'
+)
 _KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # as a wrapper's shell says it
 _SIGNALS = {int(number): number.name for number in signal.Signals}
 _DEVICE = re.compile(r"cpu|auto|balanced(_low_0)?|sequential|(cuda|mps|xpu|npu|hpu)(:\d+)?")
 _NOT_STARTED = (126, 127)  # as a shell says it
 _AS_TOLD = (
-    "wall_seconds", "user_seconds", "system_seconds", "peak_total_bytes", "major_faults", "read_bytes"
+    "wall_seconds", "user_seconds", "system_seconds", "peak_total_bytes", "major_faults", "read_bytes",
+    "process_cpu_seconds",
 )  # fmt: skip
 
 
@@ -86,7 +96,8 @@ def measure_load(
     timeout
         Seconds.
     options
-        Passed to `from_pretrained` as they are; JSON's types only. With ``trust_remote_code=True`` the
+        Passed to `from_pretrained` as they are: text, numbers, booleans, None, and lists, tuples and dicts
+        of them; what could not arrive so is refused. With ``trust_remote_code=True`` the
         checkpoint's own code runs.
     stop
         Asked a few times a second; True ends the load.
@@ -110,11 +121,13 @@ def measure_load(
         "device": device,
         "generate": generate,
         "options": given,
+        "loaders": loader_names(read_config(LocalFiles(folder)), bool(given.get("trust_remote_code"))),
         "prefetch": _prefetch_job(folder, files, dtype, limit) if prefetch else None,
     }
     command = [os.path.expanduser(python or sys.executable), str(WORKER)]
     state = page_cache.prepare(files, cache)
-    end = run_child(command, job, timeout=timeout, environment=_ENVIRONMENT, memory_limit=limit, stop=stop)
+    told = {**job, "options": repr(given)}  # JSON would make text of the numbers of GPUs
+    end = run_child(command, told, timeout=timeout, environment=_ENVIRONMENT, memory_limit=limit, stop=stop)
     state = page_cache.conclude(state, files, None if prefetch else _read_since_load(end))
     if chosen := [name for name in _FILE_OPTIONS if name in given]:
         state = page_cache.doubt(state, f"with {', '.join(chosen)} other files may have been loaded")
@@ -150,11 +163,21 @@ def check_load(
 
 
 def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        same: dict[str, Any] = json.loads(json.dumps(dict(options)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise MeasurementError(f"options go to another process as JSON: {error}") from None
-    return same
+    """Return options that reach another process just as they are; the first that would not is refused."""
+    if not isinstance(options, Mapping):
+        raise MeasurementError(f"options is {options!r:.200}: give arguments of from_pretrained by name")
+    for name, value in options.items():
+        try:
+            arrives = type(name) is str and ast.literal_eval(repr(value)) == value
+            json.dumps(value, allow_nan=False)  # as which results are kept
+        except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
+            arrives = False
+        if not arrives:
+            raise MeasurementError(
+                f"option {name!r} is {reprlib.repr(value)}: it goes to another process, so give text, "
+                "numbers, booleans or None, or lists, tuples and dicts of them"
+            )
+    return dict(options)
 
 
 def _prefetch_job(folder: str, files: list[str], dtype: str | None, limit: int | None) -> dict[str, Any]:
@@ -175,16 +198,16 @@ def _measurement(
     job: dict[str, Any], limit: int | None, cache: page_cache.CacheState, end: ChildEnd
 ) -> LoadMeasurement:
     last = {kind: events[-1] for kind, events in end.events.items() if events}
-    begun = [event for event in end.events["begin"] if event["name"] == LOAD]
+    begun = [event for event in end.events["begin"] if event["name"] == LOAD][-1:]
     # Where it never came to the load, what it held before says at least how far it came.
     load: dict[str, Any] = begun[0] if begun else {"at": end.started_at, "peak_reset": True}
     peaks = _peaks(end, load["at"], load["peak_reset"])
     outcome, reason = _outcome(end, limit, peaks)
+    if outcome == "failed" and "trust_remote_code" in reason and not job["options"].get("trust_remote_code"):
+        reason = f"{UNTRUSTED}{_where(end)}"
     notes = [event["text"] for event in end.events["note"]]
-    if not load["peak_reset"]:
-        notes.append(
-            "the kernel's memory peak could not be reset: peaks are sampled, short ones may be missing"
-        )
+    if not peaks["peak_is_kernels"]:
+        notes.append("the kernel's own memory peak is unknown: peaks are sampled, short ones may be missing")
     if end.events["hello"] and not end.readings and not end.portable_readings:
         notes.append(
             "the process that loads could not be sampled (a wrapper must `exec` it): its peaks of anonymous "
@@ -264,12 +287,12 @@ def _phase(event: Mapping[str, Any], end: ChildEnd) -> Phase:
 def _peaks(end: ChildEnd, load_at: float, was_reset: bool) -> dict[str, Any]:
     phases = [event for event in end.events["end"] if event["at"] >= load_at]
     readings = [reading for reading in end.readings if reading.at >= load_at]
-    is_kernels = was_reset and bool(readings or not end.portable_readings)
-    if is_kernels:
-        # A phase that was cut short reports nothing: its running peak, as last seen, stands in.
-        total = [reported["peak_total_bytes"] for reported in phases]
-        total += [reading.peak_total_bytes for reading in readings[-1:]]
-    else:
+    total = [reported["peak_total_bytes"] for reported in phases]
+    # A phase that was cut short reports nothing: its running peak, as last seen, stands in.
+    total += [reading.peak_total_bytes for reading in readings[-1:]]
+    is_whole = bool(readings or not end.portable_readings or (end.events["done"] and None not in total))
+    is_kernels = was_reset and is_whole
+    if not is_kernels:
         total = [size for at, size in end.portable_readings if at >= load_at]
         total += [reading.anonymous_bytes + reading.file_bytes for reading in readings]
     return {

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from shardkit.measure.environment import Environment
 from shardkit.measure.page_cache import CacheState
-from shardkit.record import Record, Summary, Table
+from shardkit.record import Record, Summary, Table, listed
 from shardkit.sizes import format_size
 
 Outcome = Literal["ok", "failed", "killed", "timeout"]
@@ -16,6 +16,15 @@ Outcome = Literal["ok", "failed", "killed", "timeout"]
 LOAD = "load"
 FIRST_TOKEN = "first token"  # noqa: S105 - a phase, not a password
 
+NOT_REPORTED = "not reported by this system"
+
+_AHEAD = " (files were read ahead before it: compare times from process start)"
+_PEAKS = {
+    "peak_anonymous_bytes": "peak anonymous",
+    "peak_file_bytes": "peak file-backed",
+    "peak_total_bytes": "peak total",
+}
+_UNMEASURED_DEVICES = ("mps", "xpu", "npu", "hpu")
 _LONG_GAP_SECONDS = 0.1
 # A spike of this length is meant to be seen.
 _SPIKE_SECONDS = 0.02
@@ -36,11 +45,13 @@ class Phase:
     peak_total_bytes
         The kernel's own peak of resident memory within the phase (VmHWM, reset before it).
     peak_anonymous_bytes, peak_file_bytes
-        Peaks of memory that must exist, and of file pages that the kernel may drop.
+        Peaks of anonymous memory, which cannot be evicted, and of file pages that the kernel may drop.
     major_faults, read_bytes
         Page faults that had to wait for the disk, and bytes that really came from it.
+    process_cpu_seconds
+        CPU time, user and system, from the start of the process to the end of the phase.
 
-    What the system did not tell is None.
+    What the system does not report is None.
     """
 
     name: str
@@ -53,6 +64,12 @@ class Phase:
     peak_file_bytes: int | None
     major_faults: int | None
     read_bytes: int | None
+    process_cpu_seconds: float | None = None
+
+    @property
+    def end_seconds(self) -> float:
+        """When it ended, since the process was started."""
+        return self.start_seconds + self.wall_seconds
 
     @property
     def cpu_seconds(self) -> float:
@@ -119,8 +136,8 @@ class LoadMeasurement(Record):
     load_start_seconds
         When the load began, completed or not, since the process was started; None if it never did.
     peak_total_bytes, peak_anonymous_bytes, peak_file_bytes
-        Largest from the start of the load to the end of the process: all resident memory, memory that
-        must exist, file pages that the kernel may drop. None where the system does not tell.
+        Largest from the start of the load to the end of the process: all resident memory, anonymous memory
+        (which cannot be evicted), file pages that the kernel may drop. None where it is not known.
     peak_is_kernels
         Whether the total is the kernel's own figure (VmHWM, reset before the load) or a sampler's.
     peak_device_bytes
@@ -193,8 +210,18 @@ class LoadMeasurement(Record):
     @property
     def start_to_first_token_seconds(self) -> float | None:
         """Wall time from the start of the process: imports, behind which prefetch works, and all."""
-        first = self.phase(FIRST_TOKEN)
-        return first.start_seconds + first.wall_seconds if first else None
+        return phase.end_seconds if (phase := self.phase(FIRST_TOKEN)) else None
+
+    @property
+    def start_to_load_seconds(self) -> float | None:
+        """Wall time from the start of the process to the end of the load."""
+        return phase.end_seconds if (phase := self.phase(LOAD)) else None
+
+    @property
+    def process_cpu_seconds(self) -> float | None:
+        """CPU time of all threads from process start to the first token, or of the load if none is wanted."""
+        phase = self.phase(FIRST_TOKEN if self.generate else LOAD)
+        return phase.process_cpu_seconds if phase else None
 
     def time_line(self) -> str:
         """Return the load's times in the words of IPython's ``%%time``."""
@@ -205,6 +232,29 @@ class LoadMeasurement(Record):
         )
         return f"CPU times: user {user}, sys: {system}, total: {both} / Wall time: {wall}"
 
+    def start_line(self) -> str:
+        """Return the load's times from the start of its process, which count what reads ahead of the load."""
+        if self.phase(LOAD) is None:
+            return "not completed"
+        load, token, cpu = map(
+            format_seconds,
+            (self.start_to_load_seconds, self.start_to_first_token_seconds, self.process_cpu_seconds),
+        )
+        return f"from process start: loaded after {load}, first token after {token}, CPU time {cpu}"
+
+    def unreported(self) -> dict[str, str]:
+        """Return what people call the quantities that this system does not report, by quantity."""
+        if not self.ok or self.load_start_seconds is None:
+            return {}
+        # Of a process that could not be sampled only the kernel's own peak is known, and a note says why.
+        seen = self.curve.profiler_seconds or self.curve.seconds
+        missing = {name: words for name, words in _PEAKS.items() if seen and getattr(self, name) is None}
+        if (load := self.phase(LOAD)) and load.read_bytes is None:
+            missing["read_bytes"] = "bytes read from the disk"
+        if self.peak_device_bytes is None and self.device.partition(":")[0] in _UNMEASURED_DEVICES:
+            missing["peak_device_bytes"] = "peak GPU"
+        return missing
+
     def summary(self) -> Summary:
         """Return outcome, times and peaks, phase by phase."""
         gap = self.sampler.longest_gap_seconds or 0.0
@@ -213,14 +263,14 @@ class LoadMeasurement(Record):
         total_by = "the kernel's own figure" if self.peak_is_kernels else "as sampled"
         facts = (
             ("source", self.source),
-            ("asked for", self.asked_for()),
+            ("requested", self.asked_for()),
             ("outcome", f"{self.outcome}: {self.reason}" if self.reason else self.outcome),
-            ("load", self.time_line()),
+            ("load", self.time_line() + (_AHEAD if self.prefetch else "")),
             ("time to first token", format_seconds(self.time_to_first_token_seconds)),
             ("from process start", format_seconds(self.start_to_first_token_seconds)),
-            ("peak anonymous", f"{_size(self.peak_anonymous_bytes)} (memory that must exist{unseen})"),
-            ("peak file-backed", f"{_size(self.peak_file_bytes)} (pages that the kernel may drop)"),
-            ("peak total", f"{_size(self.peak_total_bytes)} ({total_by})"),
+            ("peak anonymous", self._peak("peak_anonymous_bytes", f"cannot be evicted{unseen}")),
+            ("peak file-backed", self._peak("peak_file_bytes", "pages that the kernel may drop")),
+            ("peak total", self._peak("peak_total_bytes", total_by)),
             *((("peak GPU", on_gpu),) if self.peak_device_bytes is not None else ()),
             ("page cache", f"{self.cache.asked}, {'proven' if self.cache.proven else 'not proven'}"),
             ("stack", self.stack()),
@@ -240,6 +290,11 @@ class LoadMeasurement(Record):
         tables = (phases,) if self.phases else ()
         return Summary(f"Load of {PurePath(self.source).name}", facts, tables, self.warnings())
 
+    def _peak(self, name: str, meaning: str) -> str:
+        if name in self.unreported():
+            return NOT_REPORTED
+        return f"{_size(getattr(self, name))} ({meaning})"
+
     def asked_for(self) -> str:
         """Return what was asked for, in words: ``float16 on cpu, prefetch, within 12.7 GB``."""
         words = [f"{self.dtype or 'no dtype'} on {self.device}"]
@@ -252,19 +307,21 @@ class LoadMeasurement(Record):
         """Return what loaded, in short: ``transformers 5.23.0, torch 2.13.0``."""
         versions = self.environment.versions
         told = [f"{name} {versions[name]}" for name in ("transformers", "torch") if name in versions]
-        return ", ".join(told) or "not told"
+        return ", ".join(told) or "unknown"
 
     def warnings(self) -> tuple[str, ...]:
         """Return what makes the figures weaker than they look."""
         notes = list(self.notes)
+        if unreported := self.unreported():
+            notes.append(f"{NOT_REPORTED}: {listed(unreported.values())}")
         if not self.cache.proven:
-            notes.append(f"page cache: asked for {self.cache.asked}, not proven: {self.cache.why_not}")
+            notes.append(f"page cache: {self.cache.asked} was requested, not proven: {self.cache.why_not}")
         if self.memory_limit_bytes and self.cache.asked == "warm":
             notes.append("the memory limit does not count what was in the page cache before: use cold")
         if self.memory_limit_bytes and (self.peak_total_bytes or 0) > self.memory_limit_bytes:
             notes.append("peak total exceeds the limit: libraries that others use too do not count in it")
         gap = self.sampler.longest_gap_seconds
-        if self.load_start_seconds is not None and gap is None:
+        if self.load_start_seconds is not None and gap is None and "peak_anonymous_bytes" not in unreported:
             notes.append("memory was not seen from outside during the load: short peaks may be missing")
         if gap is not None and gap > _LONG_GAP_SECONDS:
             notes.append("memory was not seen for more than 100 ms at a time: a short peak may be missing")

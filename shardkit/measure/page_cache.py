@@ -5,15 +5,26 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from shardkit.sizes import format_size
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _WINDOW_BYTES = 2**30
 # Read-ahead around a page that somebody else touches must not spoil a proof.
 _TOLERANCE = 0.01
 # A file system that compresses reads less than it shows: only what goes well beyond was read by others.
 _UNREAD_SHARE = 0.25
+# What a load may read beside its weights, such as libraries.
+_OTHER_READS = 64_000_000
+# Of a new file, these bytes at its start are written, and as many at its end never touched.
+_PROBE_BYTES, _HOLE_BYTES = 16 * mmap.PAGESIZE, 4 << 20
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ def prepare(files: Iterable[str], asked: str) -> CacheState:
     total = sum(os.stat(file).st_size for file in files)
     resident = _resident_bytes(files)
     if resident is None:
-        why_not = why_not or "this system does not tell which pages of these files are in memory"
+        why_not = why_not or "this system does not report reliably which pages of files are in memory"
     elif abs(resident - (0 if asked == "cold" else total)) > _TOLERANCE * total:
         why_not = why_not or f"{resident / max(total, 1):.0%} was in memory before the load"
     return CacheState(asked, not why_not, why_not, total, resident, None)
@@ -74,6 +85,8 @@ def conclude(state: CacheState, files: Iterable[str], read_bytes: int | None) ->
         if unread > _UNREAD_SHARE * state.total_bytes:
             share = f"{unread / state.total_bytes:.0%}"
             return doubt(state, f"{share} came into memory without the load reading it, as the kernel counts")
+    if state.asked == "warm" and (read_bytes or 0) > max(_OTHER_READS, _UNREAD_SHARE * state.total_bytes):
+        return doubt(state, f"{format_size(read_bytes or 0)} came from the disk all the same")
     return state
 
 
@@ -103,9 +116,19 @@ def _resident_bytes(files: Iterable[str]) -> int | None:
     try:
         mincore = ctypes.CDLL(None, use_errno=True).mincore
         mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-        return sum(_resident_in(file, mincore) for file in files)
+        return sum(_resident_in(file, mincore) for file in files) if _is_reliable(mincore) else None
     except (OSError, AttributeError):
         return None
+
+
+def _is_reliable(mincore: Callable[[int, int, int], int]) -> bool:
+    """Whether the system knows pages just written from pages never touched: some call all resident."""
+    with tempfile.TemporaryFile(buffering=0) as file:
+        file.write(bytes(_PROBE_BYTES))
+        file.truncate(_HOLE_BYTES)
+        flags = _page_flags(file.fileno(), 0, _HOLE_BYTES, mincore)
+        pages = _PROBE_BYTES // mmap.PAGESIZE
+        return bool(flags[:pages].all() and not flags[-pages:].any())
 
 
 def _resident_in(file: str, mincore: Callable[[int, int, int], int]) -> int:
@@ -115,11 +138,15 @@ def _resident_in(file: str, mincore: Callable[[int, int, int], int]) -> int:
     with open(file, "rb") as handle:
         size = os.fstat(handle.fileno()).st_size
         starts = range(0, size, _WINDOW_BYTES)
-        pages = sum(_resident_pages(handle.fileno(), start, size, mincore) for start in starts)
+        windows = (_page_flags(handle.fileno(), start, size, mincore) for start in starts)
+        pages = sum(int(flags.sum(dtype=int)) for flags in windows)
     return min(size, pages * mmap.PAGESIZE)
 
 
-def _resident_pages(handle: int, start: int, size: int, mincore: Callable[[int, int, int], int]) -> int:
+def _page_flags(
+    handle: int, start: int, size: int, mincore: Callable[[int, int, int], int]
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return 1 for each page in memory of a window of a file, 0 for each other."""
     import numpy as np
 
     length = min(_WINDOW_BYTES, size - start)
@@ -127,4 +154,4 @@ def _resident_pages(handle: int, start: int, size: int, mincore: Callable[[int, 
         flags = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
         if mincore(np.frombuffer(window, np.uint8).ctypes.data, length, flags.ctypes.data):
             raise OSError(ctypes.get_errno(), "mincore failed")
-        return int(np.count_nonzero(flags))
+        return flags & np.uint8(1)  # the other bits mean nothing

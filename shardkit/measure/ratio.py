@@ -13,7 +13,9 @@ QUANTITIES = {
     "load_wall_seconds": ("load time", "faster", "slower"),
     "load_cpu_seconds": ("load CPU time", "less", "more"),
     "time_to_first_token_seconds": ("time to first token", "faster", "slower"),
-    "start_to_first_token_seconds": ("from process start", "faster", "slower"),
+    "start_to_load_seconds": ("load from process start", "faster", "slower"),
+    "start_to_first_token_seconds": ("first token from process start", "faster", "slower"),
+    "process_cpu_seconds": ("CPU time from process start", "less", "more"),
     "peak_anonymous_bytes": ("peak anonymous", "smaller", "larger"),
     "peak_total_bytes": ("peak total", "smaller", "larger"),
     "peak_device_bytes": ("peak GPU", "smaller", "larger"),
@@ -34,10 +36,10 @@ class Ratio:
     quantity
         The `LoadMeasurement` property: "load_wall_seconds".
     original, other
-        Medians, in seconds or bytes as the name of the quantity says.
+        Geometric means over the pairs, in seconds or bytes as the name of the quantity says.
     ratio, low, high
-        Geometric mean of the paired ratios ``other / original`` and its 95 % interval (None with
-        fewer than two pairs).
+        ``other / original``, which is the geometric mean of the pairs' ratios too, and its 95 % interval
+        (None with fewer than two pairs).
     conclusion
         "less", "more", "same" (within `margin`) or "undecided".
     repeats_to_decide
@@ -58,7 +60,7 @@ class Ratio:
         """Return the verdict: ``3.61x faster (3.1x to 4.2x)``."""
         _, less, more = QUANTITIES[self.quantity]
         if self.low is None or self.high is None:
-            return f"undecided: {self.ratio:.3g}x in a single pair"
+            return f"inconclusive: {self.ratio:.3g}x in a single pair"
         if self.conclusion == "same":
             return f"no difference within ±{100 * self.margin:.3g} %"
         if self.conclusion == "less":
@@ -67,9 +69,9 @@ class Ratio:
             return f"{self.ratio:.3g}x {more} ({self.low:.3g}x to {self.high:.3g}x)"
         count = self.repeats_to_decide
         enough = f"about {count} repeats would decide" if count else "more than 200 repeats would be needed"
-        return f"undecided ({self.low:.3g}x to {self.high:.3g}x): {enough}"
+        return f"inconclusive ({self.low:.3g}x to {self.high:.3g}x): {enough}"
 
     def row(self) -> tuple[str, ...]:
-        """Return what it is, both medians, ratio and verdict, as people read them."""
-        medians = (format_quantity(self.quantity, value) for value in (self.original, self.other))
-        return QUANTITIES[self.quantity][0], *medians, f"{self.ratio:.3g}x", self.words()
+        """Return what it is, both means, their ratio and the verdict, as people read them."""
+        means = (format_quantity(self.quantity, value) for value in (self.original, self.other))
+        return QUANTITIES[self.quantity][0], *means, f"{self.ratio:.3g}x", self.words()

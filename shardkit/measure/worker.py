@@ -10,6 +10,9 @@ event written is kept even if the next moment brings SIGKILL.
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import json
 import os
 import resource
@@ -17,13 +20,14 @@ import runpy
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 PROMPT = "The quick brown fox jumps over the lazy dog"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
+OTHER_DEVICES = ("mps", "xpu", "npu", "hpu")
 CODE_OPTIONS = ("trust_remote_code", "revision", "code_revision")
 
 
@@ -37,7 +41,7 @@ def reset_peak() -> bool:
 
 def _proc_numbers(path: str, *names: str) -> dict[str, int]:
     found = {}
-    with suppress(OSError), open(path) as file:
+    with suppress(OSError, ValueError, IndexError), open(path) as file:
         for line in file:
             name, _, value = line.partition(":")
             if name in names:
@@ -78,7 +82,8 @@ class Reporter:
         before, start = _counters(), time.monotonic()
         yield
         wall = time.monotonic() - start
-        used = {counter: count - before[counter] for counter, count in _counters().items()}
+        after = _counters()
+        used = {counter: count - before[counter] for counter, count in after.items() if counter in before}
         status = _proc_numbers("/proc/self/status", "VmHWM", "RssAnon", "RssShmem", "RssFile")
         self.send(
             "end",
@@ -86,6 +91,7 @@ class Reporter:
             at=start,
             wall_seconds=wall,
             **used,
+            process_cpu_seconds=after["user_seconds"] + after["system_seconds"],
             peak_total_bytes=_bytes(status, "VmHWM") if peak_reset else None,
             anonymous_bytes=_bytes(status, "RssAnon", "RssShmem"),
             file_bytes=_bytes(status, "RssFile"),
@@ -103,7 +109,7 @@ class Load:
         """Take all steps; what goes wrong is raised."""
         with self.reporter.phase("imports"):
             self.imports()
-        self.reporter.send("stack", **self.stack())
+        self.noted("versions unknown", lambda: self.reporter.send("stack", **self.stack()))
         if any(os.path.exists(os.path.join(self.folder, name)) for name in TOKENIZER_FILES):
             with self.reporter.phase("tokenizer"):
                 self.load_tokenizer()
@@ -113,8 +119,15 @@ class Load:
             if self.job["generate"]:
                 self.reporter.send("tokens", ids=self.tokens(ids))
         finally:  # how much a GPU held counts most where it was not enough
-            if gpus := self.gpus():
-                self.reporter.send("device", peak_bytes=sum(map(self.torch.cuda.max_memory_allocated, gpus)))
+            self.noted("peak of the GPU unknown", self.say_device_peak)
+
+    def noted(self, what: str, step: Callable[[], Any], otherwise: Any = None) -> Any:
+        """Take a step that only the report needs: one that fails is noted, and no failure of the load."""
+        try:
+            return step()
+        except Exception as error:
+            self.reporter.send("note", text=f"{what}: {_one_line(error)}")
+            return otherwise
 
     def imports(self) -> None:
         """Import all that the load will need: it costs seconds, once, and is none of the load's doing."""
@@ -125,24 +138,40 @@ class Load:
         with suppress(ImportError):
             import accelerate  # noqa: F401
         self.torch, self.transformers = torch, transformers
-        self.config = transformers.AutoConfig.from_pretrained(self.folder, **self.code_options())
-        names = getattr(self.config, "architectures", None) or []
-        self.causal = any(name.endswith("ForCausalLM") for name in names)
-        named = getattr(transformers, names[0], None) if names else None
-        auto = transformers.AutoModelForCausalLM if self.causal else transformers.AutoModel
-        self.loader = auto if self.causal or named is None else named
-        with suppress(KeyError):  # the look-up imports the model's module
-            auto._model_mapping[type(self.config)]
+        self.loader = next(
+            found for name in self.job["loaders"] if (found := getattr(transformers, name, None))
+        )
+        self.config: Any = None
+        with suppress(Exception):  # what cannot be read so, the load may not need, or it says why itself
+            self.config = transformers.AutoConfig.from_pretrained(self.folder, **self.code_options())
+        self.noted("what the model imports may count as load", self.import_model)
         _ = transformers.AutoTokenizer
         for gpu in self.gpus():
             torch.zeros(1, device=f"cuda:{gpu}")
 
+    def import_model(self) -> None:
+        """Import the modules of the model and of its parts, its own code where that is trusted."""
+        for module in {type(config).__module__ for config in _with_parts(self.config)}:
+            if module.startswith("transformers."):
+                with suppress(ImportError):
+                    importlib.import_module(module.replace("configuration_", "modeling_"))
+        own = getattr(self.config, "auto_map", None) or {}
+        if self.job["options"].get("trust_remote_code") and self.loader.__name__ in own:
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+            reference = own[self.loader.__name__]
+            model = get_class_from_dynamic_module(reference, self.folder, **self.code_options())
+            with self.torch.device("meta"):  # what it imports only when it is made
+                model(self.config)
+
     def gpus(self) -> list[int]:
         """Return the numbers of the GPUs that the load may use; the others are not so much as woken."""
-        cuda, device = self.torch.cuda, self.job["device"]
-        if device == "cpu" or not cuda.is_available():
+        cuda, options = self.torch.cuda, self.job["options"]
+        kind, _, number = self.job["device"].partition(":")
+        if kind == "cpu" and options.get("device_map") not in (None, "cpu"):
+            kind = "auto"  # by name or by an option of transformers
+        if kind in ("cpu", *OTHER_DEVICES) or not cuda.is_available():
             return []
-        kind, _, number = device.partition(":")
         return [int(number or 0)] if kind == "cuda" else list(range(cuda.device_count()))
 
     def stack(self) -> dict[str, Any]:
@@ -160,20 +189,21 @@ class Load:
         }
 
     def load_tokenizer(self) -> None:
-        """Load the tokenizer; one that does not load is said and does without."""
-        try:
-            self.tokenizer = self.transformers.AutoTokenizer.from_pretrained(
-                self.folder, **self.code_options()
-            )
-        except Exception as error:
-            self.reporter.send("note", text=f"tokenizer not loaded: {_one_line(error)}")
+        """Load the tokenizer; one that does not load is noted, and the load does without."""
+        load = self.transformers.AutoTokenizer.from_pretrained
+        self.tokenizer = self.noted("tokenizer not loaded", lambda: load(self.folder, **self.code_options()))
 
     def prompt_ids(self) -> Any:
         """Return the prompt's token ids; without a tokenizer the same count of fixed ids."""
-        ids = self.tokenizer(PROMPT)["input_ids"] if self.tokenizer is not None else list(range(1, 10))
-        text_config = getattr(self.config, "get_text_config", lambda: self.config)()
-        vocabulary = getattr(text_config, "vocab_size", None) or 2
-        return self.torch.tensor([[token % vocabulary for token in ids]])
+        ids: Any = None
+        if self.tokenizer is not None:
+            ids = self.noted(
+                "prompt not tokenized", lambda: [int(i) for i in self.tokenizer(PROMPT)["input_ids"]]
+            )
+        # A part of the model may know fewer tokens than another: the smallest suits all.
+        sizes = [getattr(config, "vocab_size", None) for config in _with_parts(self.config)]
+        vocabulary = min((size for size in sizes if isinstance(size, int) and size > 0), default=2)
+        return self.torch.tensor([[token % vocabulary for token in ids or range(1, 10)]])
 
     def code_options(self) -> dict[str, Any]:
         """Return the options that config and tokenizer need too, where the model brings its own code."""
@@ -181,8 +211,8 @@ class Load:
         return {name: options[name] for name in CODE_OPTIONS if name in options}
 
     def options(self) -> dict[str, Any]:
-        """Return what `from_pretrained` is given: what was asked for, in its version's words, and to tell."""
-        options: dict[str, Any] = {**self.job["options"], "output_loading_info": True}
+        """Return what `from_pretrained` is given: what was asked for, in its version's words."""
+        options: dict[str, Any] = {**self.job["options"]}
         if self.job["dtype"] is not None:
             name = "dtype" if int(self.transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
             options[name] = getattr(self.torch, self.job["dtype"], self.job["dtype"])
@@ -192,19 +222,34 @@ class Load:
 
     def load(self) -> None:
         """Load the model, until it is where it was asked to be."""
-        with self.reporter.phase("load"):
-            loaded = self.loader.from_pretrained(self.folder, **self.options())
-            self.synchronize()
-        # A model's own code may have no ear for the wish to be told.
+        options = self.options()
+        try:
+            loaded = self.clocked({**options, "output_loading_info": True})
+        except TypeError as error:  # a model's own code may have no ear for that
+            if "output_loading_info" not in str(error):
+                raise
+            loaded = self.clocked(options)
         self.model, told = loaded if isinstance(loaded, tuple) else (loaded, {})
         self.reporter.send("model", name=type(self.model).__name__)
-        self.say_what_did_not_fit(told)
+        self.noted("whether all tensors fit is unknown", lambda: self.say_what_did_not_fit(told))
+
+    def clocked(self, options: dict[str, Any]) -> Any:
+        """Return what `from_pretrained` gives for some options, once the device is done."""
+        with self.reporter.phase("load"):
+            loaded = self.loader.from_pretrained(self.folder, **options)
+            self.synchronize()
+        return loaded
+
+    def say_device_peak(self) -> None:
+        """Report how much torch has held on the GPUs."""
+        if gpus := self.gpus():
+            self.reporter.send("device", peak_bytes=sum(map(self.torch.cuda.max_memory_allocated, gpus)))
 
     def say_what_did_not_fit(self, told: dict[str, Any]) -> None:
         """Note tensors that the files lack, or hold in vain: transformers takes that for no failure."""
         for kind, words in (
-            ("missing_keys", "not in the files, so initialised at random: {} of the model's {} tensors"),
-            ("mismatched_keys", "of another shape, so initialised at random: {} of the model's {} tensors"),
+            ("missing_keys", "not in the files, so initialized at random: {} of the model's {} tensors"),
+            ("mismatched_keys", "of another shape, so initialized at random: {} of the model's {} tensors"),
             ("unexpected_keys", "not in the model, so not loaded: {} of the files' tensors"),
         ):
             # Of one that does not match, its shapes are told behind the name.
@@ -216,6 +261,9 @@ class Load:
         """Wait for the device, which works behind the clock's back."""
         for gpu in self.gpus():
             self.torch.cuda.synchronize(gpu)
+        kind = self.job["device"].partition(":")[0]
+        if kind in OTHER_DEVICES and hasattr(self.torch, kind):
+            getattr(self.torch, kind).synchronize()
 
     def tokens(self, ids: Any) -> list[int]:
         """Return the tokens that the model gives; where it gives fewer, or none, a note says why."""
@@ -226,44 +274,68 @@ class Load:
             if _lacks_memory(error):
                 raise
             # Which input it wants is the model's own affair: the load itself went well.
-            self.reporter.send("note", text=f"forward pass failed, the load did not: {_one_line(error)}")
+            wanted = getattr(self.model, "main_input_name", "input_ids")
+            why = "" if wanted == "input_ids" else f" (the model takes {wanted}, not text alone)"
+            self.reporter.send("note", text=f"forward pass failed, the load did not: {_one_line(error)}{why}")
         return tokens
 
     def first_and_further_tokens(self, ids: Any, tokens: list[int]) -> None:
         """Run the first forward pass, which pays for what the load put off, then greedy steps."""
         asked = self.job["generate"]
-        wanted = getattr(self.model, "main_input_name", "input_ids")
-        if wanted != "input_ids":
-            self.reporter.send("note", text=f"no first token: the model takes {wanted}, not text")
-            return
+        place = getattr(self.model, "device", None)
         # Weights offloaded to the disk are on no device until they are used, and inputs follow them.
-        device = "cpu" if self.model.device.type == "meta" else self.model.device
+        device = "cpu" if place is None or place.type == "meta" else place
+        generates = self.generates()
         inputs: dict[str, Any] = {"input_ids": ids.to(device)}
-        if getattr(self.config, "is_encoder_decoder", False):
-            start = getattr(self.config, "decoder_start_token_id", None) or 0
-            inputs["decoder_input_ids"] = self.torch.tensor([[start]], device=device)
-        if self.causal:
-            inputs["use_cache"] = True
+        prompt = "input_ids"
+        config = getattr(self.model, "config", self.config)
+        if getattr(config, "is_encoder_decoder", False):
+            prompt, start = "decoder_input_ids", getattr(config, "decoder_start_token_id", None) or 0
+            inputs[prompt] = self.torch.tensor([[start]], device=device)
+        cached = {"use_cache": True} if generates and self.takes("use_cache") else {}
         with self.torch.inference_mode():
             with self.reporter.phase("first token"):
-                output = self.model(**inputs)
-                self.collect(output, tokens)
-            if self.causal and asked > 1 and getattr(output, "past_key_values", None) is not None:
+                output = self.model(**inputs, **cached)
+                self.collect(output, tokens if generates else None)
+            if generates and asked > 1 and getattr(output, "past_key_values", None) is not None:
+                encoded = getattr(output, "encoder_last_hidden_state", None)
+                kept = {} if encoded is None else {"encoder_outputs": (encoded,)}
                 with self.reporter.phase("further tokens"):
                     while len(tokens) < asked:
                         last = self.torch.tensor([[tokens[-1]]], device=device)
                         cache = output.past_key_values
-                        output = self.model(input_ids=last, past_key_values=cache, use_cache=True)
+                        output = self.model(**{prompt: last}, past_key_values=cache, **cached, **kept)
                         self.collect(output, tokens)
         if asked > max(1, len(tokens)):
-            why = "only a causal language model that returns past_key_values can go on"
-            self.reporter.send("note", text=f"{len(tokens)} of {asked} tokens given: {why}")
+            why = "only a language model that returns past_key_values can continue"
+            self.reporter.send("note", text=f"{len(tokens)} of {asked} tokens generated: {why}")
 
-    def collect(self, output: Any, tokens: list[int]) -> None:
-        """Append the likeliest token; asking for it also waits for the device."""
-        if self.causal:
-            tokens.append(int(output.logits[0, -1].argmax()))
+    def generates(self) -> bool:
+        """Whether the model gives token after token: its class's name says so, or transformers does."""
+        name = type(self.model).__name__
+        if name.endswith("ForCausalLM"):
+            return True
+        # transformers before 4.45 says so of masked models too.
+        able = getattr(self.model, "can_generate", lambda: False)
+        return "Masked" not in name and bool(self.noted("whether it generates is unknown", able, False))
+
+    def takes(self, name: str) -> bool:
+        """Whether the model's forward pass has an argument of this name."""
+        return name in inspect.signature(self.model.forward).parameters
+
+    def collect(self, output: Any, tokens: list[int] | None) -> None:
+        """Append the likeliest token, if tokens are wanted; asking for it also waits for the device."""
+        if tokens is not None:
+            logits = output.logits if hasattr(output, "logits") else output[0]
+            tokens.append(int(logits[0, -1].argmax()))
         self.synchronize()
+
+
+def _with_parts(config: Any) -> list[Any]:
+    """Return a config and those of the parts of a composite model, such as its text and vision towers."""
+    if not hasattr(config, "model_type"):
+        return []
+    return [config, *(part for value in vars(config).values() for part in _with_parts(value))]
 
 
 def _one_line(error: BaseException) -> str:
@@ -281,6 +353,7 @@ def main() -> int:
     """Do the job; 0 when it was done, 1 when it failed and the events say why."""
     with open(sys.argv[-1], encoding="utf-8") as file:
         job = json.load(file)
+    job["options"] = ast.literal_eval(job["options"])
     # Run by path, Python puts this folder first: its file names must not shadow anybody's modules.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != here]

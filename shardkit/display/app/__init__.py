@@ -50,6 +50,8 @@ class ShardApp:
         As for `compare_loads`.
     first_token
         Whether a load is timed until its first token.
+    trust_remote_code
+        Whether loads run the code that the checkpoint brings.
 
     Raises
     ------
@@ -75,9 +77,15 @@ class ShardApp:
         cache: str = "cold",
         first_token: bool = True,
         memory_limit: int | str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         check_values({"strategy": strategy, "cache": cache, "repeats": repeats})
-        check_values({"overwrite": overwrite, "first_token": first_token})
+        switches = {
+            "overwrite": overwrite,
+            "first_token": first_token,
+            "trust_remote_code": trust_remote_code,
+        }
+        check_values(switches)
         if dtype is not None:
             check_values({"dtype": dtype})
         limit = None if memory_limit is None else parse_size(memory_limit)
@@ -85,7 +93,9 @@ class ShardApp:
         self._choose = Choose(_path("source", source))
         self._plan = Plan(self._choose, size, strategy, dtype)
         self._shard = Shard(self._plan, _path("destination", destination), bool(overwrite))
-        self._compare = Compare(self._choose, self._shard, repeats, cache, bool(first_token), limit)
+        self._compare = Compare(
+            self._choose, self._shard, repeats, cache, bool(first_token), bool(trust_remote_code), limit
+        )
         self._steps = (self._choose, self._plan, self._shard, self._compare)
         self._named = ""
         self._worker = Worker()

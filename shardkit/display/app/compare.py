@@ -13,7 +13,7 @@ from shardkit.compare import compare_loads
 from shardkit.display.app import page
 from shardkit.display.app.choose import Choose
 from shardkit.display.app.shard import Shard
-from shardkit.display.app.step import Area, Step, field
+from shardkit.display.app.step import TRUSTS, Area, Step, field, in_the_app
 from shardkit.display.app.worker import Worker
 from shardkit.display.card import alternative
 from shardkit.display.plots import comparison_png
@@ -21,6 +21,7 @@ from shardkit.estimate import HOSTS
 from shardkit.measure.comparison import Comparison
 from shardkit.measure.limit import why_unlimited
 from shardkit.measure.measurement import format_seconds
+from shardkit.record import escaped
 from shardkit.sizes import format_size
 from shardkit.tensor import CAST_DTYPES
 
@@ -42,21 +43,29 @@ class Compare(Step):
     hint = "Loads the original and the shards in turn, each time in a fresh process, and says what differs."
 
     def __init__(
-        self, choose: Choose, shard: Shard, repeats: int, cache: str, first_token: bool, limit: int | None
+        self,
+        choose: Choose,
+        shard: Shard,
+        repeats: int,
+        cache: str,
+        first_token: bool,
+        trust: bool,
+        limit: int | None,
     ) -> None:
         super().__init__()
         self._choose, self._shard = choose, shard
         self.comparison: Comparison | None = None
         dtypes = [("what the config says", ""), *((name, name) for name in CAST_DTYPES)]
-        self.dtype = field(widgets.Dropdown, "Load as", options=dtypes)
+        self.dtype = field(widgets.Dropdown, "Load dtype", options=dtypes)
         self.repeats = field(
             widgets.IntSlider, "Pairs of loads", min=1, max=max(repeats, _MOST_REPEATS), value=repeats
         )
         self.cache = field(widgets.Dropdown, "Page cache", options=_CACHES, value=cache)
         self.first_token = field(widgets.Checkbox, _GENERATES, value=first_token)
+        self.trust = field(widgets.Checkbox, TRUSTS, value=trust)
         limits, why = _limits(limit), why_unlimited()
         self.limit = field(widgets.Dropdown, "Memory limit", options=limits, value=limit or 0)
-        settings = [self.dtype, self.repeats, self.cache, self.first_token, self.limit]
+        settings = [self.dtype, self.repeats, self.cache, self.first_token, self.trust, self.limit]
         self.controls, self.limit.disabled = settings[:-1] if why else settings, bool(why)
         hint = page.hint(f"No memory limit can be set here: {why}.") if why else ""
         self._verdict = Area("verdict", "verdict", "The verdict and its figures stand here, run by run.")
@@ -80,7 +89,7 @@ class Compare(Step):
         """Forget what was found."""
         super().clear()
         self.comparison = None
-        self.stopped = "Nothing was found yet. Compare starts anew."
+        self.stopped = "Nothing was found yet. Compare starts over."
         self._verdict.clear()
         self._downloads.value = page.links()
         self._picture.value = page.no_picture("Times, peaks and memory over time are drawn here, run by run.")
@@ -97,12 +106,13 @@ class Compare(Step):
             repeats=self.repeats.value,
             generate=int(self.first_token.value),
             memory_limit=self.limit.value or None,
+            options={"trust_remote_code": True} if self.trust.value else None,
             progress=partial(self._progress, time.monotonic()),
             on_sample=self._draw,
             stop=Worker.stopping,
         )
         self._downloads.value = page.links(*_downloads(self.comparison))
-        self.say(page.done(self.comparison.verdict))
+        self.say(page.done(in_the_app(self.comparison.verdict)))
 
     def _progress(self, began: float, done: int, total: int, label: str) -> bool:
         line = f"Run {min(done + 1, total)} of {total}: {label}"
@@ -114,8 +124,8 @@ class Compare(Step):
 
     def _draw(self, comparison: Comparison) -> None:
         self.comparison = comparison
-        self.stopped = "What was found until then stays below. Compare starts anew."
-        self._verdict.fill(comparison.summary().html())
+        self.stopped = "What was found until then stays below. Compare starts over."
+        self._verdict.fill(in_the_app(comparison.summary().html(), escaped))
         self._picture.value = page.picture(comparison_png(comparison), alternative(comparison))
 
 

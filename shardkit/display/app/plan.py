@@ -50,7 +50,7 @@ class Plan(Step):
         self.size = field(widgets.SelectionSlider, "Shard size up to", options=[("-", 0)])
         self.strategy = field(widgets.Dropdown, "Strategy", options=STRATEGIES, value=strategy)
         dtypes = [("as it is stored (bytes are copied)", ""), *((name, name) for name in CAST_DTYPES)]
-        self.dtype = field(widgets.Dropdown, "Write as", options=dtypes, value=dtype or "")
+        self.dtype = field(widgets.Dropdown, "Dtype of shards", options=dtypes, value=dtype or "")
         self.controls = [self.size, self.strategy, self.dtype]
         self._map = Area("layout", "layout of the files", "The layout of the files is drawn here.")
         empty = "Number of files, disk and memory needed are shown here."

@@ -45,7 +45,9 @@ class Shard(Step):
         self._plan = plan
         self.report: ShardReport | None = None
         self.written: Callable[[], None] = lambda: None
-        self.destination = field(widgets.Text, "Into the folder", value=destination, continuous_update=False)
+        self.destination = field(
+            widgets.Text, "Destination folder", value=destination, continuous_update=False
+        )
         self.overwrite = field(widgets.Checkbox, "Replace a checkpoint that is there", value=overwrite)
         self.controls = [self.destination, self.overwrite]
         self.box.add_class("sk-runs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as widgets
@@ -10,12 +11,14 @@ from shardkit.display.app import page
 from shardkit.display.app.worker import Worker
 from shardkit.errors import Cancelled, ShardkitError
 
+TRUSTS = "Run the code that the checkpoint brings, which I trust"
 # Messages name what to write in Python or a shell; the app has controls for it.
 _IN_THE_APP = {
     "replace it (overwrite=True, --overwrite)": 'tick "Replace a checkpoint that is there"',
-    "leave out dtype": 'set "Write as" to "as it is stored" (step 2)',
+    "leave out dtype": 'set "Dtype of shards" to "as it is stored" (step 2)',
     ", or allow it with allow_overflow=True (--allow-overflow)": "",
     "lower max_shard_size": "take a smaller shard size (step 2)",
+    'allow it with options={"trust_remote_code": True} (--trust-remote-code)': f'tick "{TRUSTS}"',
     "same_model=False (--no-same-model) compares them anyway": "shard this one into another folder (step 3)",
 }
 _WIDE = {"width": "100%", "max_width": "46rem", "margin": "2px 0"}
@@ -110,10 +113,7 @@ class Step:
         """Return what the page says of an error; a stop is none."""
         if isinstance(error, Cancelled):
             return page.status(f"Stopped as asked. {self.stopped}")
-        told = _plain_words(error)
-        for words, here in _IN_THE_APP.items():
-            told = told.replace(words, here)
-        return page.error(told)
+        return page.error(in_the_app(_plain_words(error)))
 
     def say(self, html: str) -> None:
         """Show a line of HTML under the buttons."""
@@ -150,6 +150,13 @@ class Step:
             self.let_cancel(False)
             self.cancel.description = "Stopping…"
             Worker.stop()
+
+
+def in_the_app(text: str, form: Callable[[str], str] = str) -> str:
+    """Return a text that names the app's controls; `form` makes HTML of words where the text is HTML."""
+    for words, here in _IN_THE_APP.items():
+        text = text.replace(form(words), form(here))
+    return text
 
 
 def _dim(button: Any, dim: bool) -> None:

@@ -205,10 +205,8 @@ def run_task(task: Task) -> Outcome:
     target = os.open(task.path, os.O_WRONLY)
     try:
         for part in task.ranges:
-            if part.is_remote or part.is_cast:
+            if part.is_remote or part.is_cast or part.is_pickle:
                 outcome += _write_chunks(part, target)
-            elif part.is_pickle:
-                _write_all(target, part.target_offset, _pickled(part))
             else:
                 _copy_range(part, target)
         _start_writeback(target, task)
@@ -243,8 +241,10 @@ def read_chunks(part: Range) -> Iterator[memoryview]:
         yield from read_range(part.path, part.offset, part.nbytes)
         return
     if part.is_pickle:
-        data = _pickled(part)
-        yield from (data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES))
+        from shardkit.pickle_file import read_tensor
+
+        for data in read_tensor(part.path, part.tensor, part.offset, part.nbytes):
+            yield from (data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES))
         return
     buffer = memoryview(bytearray(min(CHUNK_BYTES, part.nbytes)))
     with reading(part.path, part.tensor or None), open(part.path, "rb") as source:
@@ -283,12 +283,6 @@ def _write_chunks(part: Range, target: int) -> Outcome:
     lost = Lost(part.tensor, overflowed, flushed)
     received = Received(part.target_offset, position - part.target_offset, digest.hexdigest())
     return Outcome((lost,) * bool(overflowed or flushed), (received,) * part.is_remote)
-
-
-def _pickled(part: Range) -> memoryview:
-    from shardkit.pickle_file import read_tensor
-
-    return read_tensor(part.path, part.tensor)[part.offset : part.offset + part.nbytes]
 
 
 def _write_all(target: int, position: int, data: memoryview) -> None:

@@ -125,7 +125,7 @@ def verify_checkpoint(
         Folders, files, models on the Hub (read whole, by ranges) or open checkpoints. Their order matters
         only after a cast, which is computed from `source`.
     workers, executor
-        Threads to read with (default: up to four), or an executor of your own.
+        Threads to read with (default: up to four), or an executor of your own, used to its full width.
     progress
         Called with a `Progress`; returning False stops.
 
@@ -134,7 +134,7 @@ def verify_checkpoint(
     CheckpointError
         If either side cannot be read. That they differ is a result, not an error.
     """
-    start, crew = time.perf_counter(), Crew(worker_count(workers), executor, progress)
+    start, crew = time.perf_counter(), Crew(worker_count(workers, executor), executor, progress)
     ours, theirs = (s if isinstance(s, Checkpoint) else Checkpoint.open(s) for s in (source, destination))
     pairs = _pairs(ours, theirs)
     comparable = [pair for pair in pairs if pair.obstacle is None]

@@ -136,7 +136,7 @@ def shard_checkpoint(
     max_shard_size, strategy, dtype
         As in `plan_shards`.
     workers
-        How many files are written at once (default: up to four).
+        How many files are written at once (default: up to four, or as many as the executor has workers).
     executor
         A `concurrent.futures` executor to use instead of threads of our own.
     overwrite
@@ -169,7 +169,7 @@ def shard_checkpoint(
     Cancelled
         If `progress` returned False.
     """
-    start, crew = time.perf_counter(), Crew(worker_count(workers), executor, progress)
+    start, crew = time.perf_counter(), Crew(worker_count(workers, executor), executor, progress)
     planned = partial(plan_shards, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
     checkpoint = _open(opened, planned, destination, overwrite, stream)

@@ -13,7 +13,7 @@ import threading
 import time
 import types
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,11 +37,13 @@ from shardkit import (
     shard_checkpoint,
     staging,
     transfer,
+    verify,
     verify_checkpoint,
     write,
 )
 from tests.support import (
     FreshFolder,
+    Tensor,
     Tensors,
     bits,
     checkpoints,
@@ -332,6 +334,64 @@ def test_processes_can_do_the_work(source: Path, out: Path) -> None:
         assert executor.submit(os.getpid).result() != os.getpid()  # the pool is the caller's, and still open
     assert report.verification is not None
     assert verify_checkpoint(source, out).cast == COUNT
+
+
+class Cluster(Executor):
+    """An executor of 64 workers elsewhere; each waits with its first task until `expected` are under way."""
+
+    def __init__(self, expected: int, **known: object) -> None:
+        self._pool, self._expected, self._lock = ThreadPoolExecutor(64), expected, threading.Lock()
+        self._reached, self._running, self.most = threading.Event(), 0, 0
+        vars(self).update(known)
+
+    def submit(self, function: Callable[..., object], /, *args: object) -> Future[object]:  # type: ignore[override]
+        return self._pool.submit(self._run, function, *args)
+
+    def _run(self, function: Callable[..., object], *args: object) -> object:
+        with self._lock:
+            self._running += 1
+            self.most = max(self.most, self._running)
+        if self._running >= self._expected:
+            self._reached.set()
+        self._reached.wait(2)
+        result = function(*args)
+        with self._lock:
+            self._running -= 1
+        return result
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._pool.shutdown(wait, cancel_futures=cancel_futures)
+
+
+WIDTHS: dict[str, dict[str, object]] = {
+    "pool": {"_max_workers": 64},
+    "mpi": {"num_workers": 64},
+    "dask": {"_client": types.SimpleNamespace(ncores=lambda: {"tcp://a": 32, "tcp://b": 32})},
+    "dask without workers yet": {"_client": types.SimpleNamespace(ncores=dict)},
+    "unknown": {},
+}
+
+
+@pytest.mark.parametrize("known", WIDTHS.values(), ids=WIDTHS)
+def test_executor_is_used_to_its_full_width(
+    known: dict[str, object], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(verify, "_BATCH_TENSORS", 1)
+    many = {f"t{i}": Tensor("U8", (100,), bytes([i] * 100)) for i in range(70)}
+    source = write_checkpoint(tmp_path / "source", [many])
+    with Cluster(64, **known) as copying:
+        shard(source, out, executor=copying, workers=None, max_shard_size=250, verify=False)
+    assert copying.most == 64
+    with Cluster(64, **known) as checking:
+        assert verify_checkpoint(source, out, executor=checking).equal
+    assert checking.most == 64
+
+
+def test_workers_bound_how_many_tasks_an_executor_gets(source: Path, out: Path) -> None:
+    with Cluster(1, _max_workers=64) as executor:
+        shard(source, out, executor=executor, workers=1)
+    assert executor.most <= 2  # one is under way, one is waiting for it
 
 
 def test_failure_in_a_process_is_the_same_clear_error(out: Path, tmp_path: Path) -> None:

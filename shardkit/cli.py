@@ -286,7 +286,7 @@ def main() -> None:
     try:
         app()  # which ends in an exit of its own
     except ShardkitError as error:
-        _say(str(error))
+        _say("; ".join((str(error), *getattr(error, "__notes__", ()))))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -2,7 +2,8 @@
 
 The journal is bound to source and plan by a fingerprint. It tells which shards were finished; before one is
 used again, it is compared with the source (one made from ranged reads, with the digests journaled of what
-was received), so neither a torn journal nor lost writes can do harm.
+was received), so neither a torn journal nor lost writes can do harm. So no error needs to discard what is
+finished: it is forgotten where the fingerprint is another, or a digest does not match.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ from shardkit.destination import (
     staging_folder,
     sync,
 )
-from shardkit.errors import Cancelled, CheckpointError, DestinationError, ShardkitError, SpaceError, reading
+from shardkit.errors import CheckpointError, DestinationError, ShardkitError, SpaceError, reading
 from shardkit.pickle_file import close_pickles
 from shardkit.plan import ShardPlan
+from shardkit.record import plural
 from shardkit.sizes import format_size
 from shardkit.transfer import Lost, Outcome, Received
 
@@ -146,9 +148,24 @@ class Staging:
         self._syncing.shutdown(wait=False, cancel_futures=True)
         close_pickles()
 
-    def is_of_use_after(self, error: ShardkitError) -> bool:
-        """Whether running again, after an error, would find something finished in the folder."""
-        return bool(self.finished) and isinstance(error, (Cancelled, SpaceError, DestinationError))
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keep what is finished, whatever happens, and say so; what is not finished is of no use."""
+        try:
+            yield
+        except BaseException as error:
+            failure = self.explained(error) if isinstance(error, OSError) else error
+            if self.finished:
+                failure.add_note(
+                    f"{plural(len(self.finished), 'finished shard')} kept in {self.folder}: the same call "
+                    f"resumes from there; `shardkit clean {self.destination}` removes them"
+                )
+            else:
+                with suppress(OSError):
+                    discard_unfinished(self.destination)
+            if failure is error:
+                raise
+            raise failure from error
 
     def explained(self, error: OSError) -> ShardkitError:
         """Return what a failed system call means to whoever started the job."""
@@ -214,11 +231,12 @@ class Staging:
         return kept
 
     def _journal_lines(self) -> list[Any]:
-        try:
-            lines = self._journal.read_text(encoding="utf-8").splitlines()
-            return [json.loads(line) for line in lines if line.endswith("}")]  # others were torn by a kill
-        except (OSError, ValueError):
-            return []
+        lines = []
+        with suppress(FileNotFoundError):
+            for line in self._journal.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError):  # torn by a kill, or garbled
+                    lines.append(json.loads(line))
+        return lines
 
 
 @contextmanager
@@ -229,7 +247,7 @@ def staging(
     overwrite: bool,
     resume: bool,
 ) -> Iterator[Staging]:
-    """Hold the staging folder of a destination; keep it for a resume if the job is cut short.
+    """Hold the staging folder of a destination; what is finished in it is kept for a resume if the job fails.
 
     Raises
     ------
@@ -247,15 +265,10 @@ def staging(
             raise
         held.destination.parent.mkdir(parents=True, exist_ok=True)
         with locked(held.destination):
-            try:
-                held.check_destination()  # another run may just have published it
-                held.open(resume)
+            held.check_destination()  # another run may just have published it
+            held.open(resume)
+            with held.keeping():
                 yield held
-            except ShardkitError as error:
-                if not held.is_of_use_after(error):
-                    with suppress(OSError):
-                        discard_unfinished(held.destination)
-                raise
     except OSError as error:
         raise held.explained(error) from error
     finally:

@@ -1,6 +1,7 @@
 """A destination is absent or whole; what is in it is what every reader finds in the source."""
 
 import errno
+import io
 import itertools
 import json
 import multiprocessing
@@ -14,7 +15,9 @@ import time
 import types
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
@@ -25,6 +28,7 @@ from safetensors.torch import save_file
 
 from shardkit import (
     Cancelled,
+    CastError,
     Checkpoint,
     CheckpointError,
     DestinationError,
@@ -34,6 +38,7 @@ from shardkit import (
     VerificationError,
     destination,
     plan_shards,
+    run,
     shard_checkpoint,
     staging,
     transfer,
@@ -41,6 +46,7 @@ from shardkit import (
     verify_checkpoint,
     write,
 )
+from shardkit.hub.access import UnreachableError
 from tests.support import (
     FreshFolder,
     Tensor,
@@ -782,7 +788,10 @@ def test_copy_that_does_not_verify_is_not_published(
         shard(source, out)
     assert str(out) in str(caught.value)
     assert not out.exists()
-    assert beside(out) == set()
+    monkeypatch.undo()
+    report, nbytes = copied(source, out)
+    assert report.reused == tuple(file for file in report.files if "00004" not in file)  # the one with t3
+    assert nbytes == 1600
 
 
 @pytest.mark.parametrize("dtype", [None, "float16"])
@@ -1077,6 +1086,174 @@ def test_finished_work_survives_a_failure_to_put_it_in_place(
             shard(source, out)
     report, nbytes = copied(source, out)
     assert (len(report.reused), nbytes) == (COUNT, 0)
+
+
+ERRORS: list[BaseException] = [
+    CheckpointError("damaged"),
+    UnreachableError("gave up after 6 tries"),
+    CastError("makes finite values infinite"),
+    VerificationError("not as in the source"),
+    SpaceError("the disk is full"),
+    DestinationError("cannot be written"),
+    Cancelled("stopped"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    BrokenProcessPool("a process ended abruptly"),
+    KeyboardInterrupt(),
+    MemoryError(),
+    ZeroDivisionError("a bug"),
+]
+NAMED = {"ids": lambda error: " ".join(map(str, (type(error).__name__, *error.args[:1])))}
+
+
+def assert_reused(source: Path, out: Path, shards: int) -> None:
+    """The second run finds so many shards, and `shardkit clean` would have found what the first has left."""
+    assert not out.exists()
+    assert len(destination.leftovers(out)) == 2
+    report, nbytes = copied(source, out)
+    assert (len(report.reused), nbytes) == (shards, (COUNT - shards) * 1600)
+
+
+@pytest.mark.parametrize("error", ERRORS, **NAMED)
+def test_no_error_of_a_task_discards_what_is_finished(
+    error: BaseException, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(task: transfer.Task) -> transfer.Outcome:
+        if Path(task.path).name > "model-00004":
+            raise error
+        return transfer.run_task(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "run_task", run)
+        with pytest.raises(BaseException) as caught:  # noqa: PT011  which it is, other tests say
+            shard(source, out)
+    if not isinstance(error, KeyboardInterrupt):
+        assert f"3 finished shards kept in {staging.staging_folder(out)}" in caught.value.__notes__[-1]
+    assert_reused(source, out, 3)
+
+
+@pytest.mark.parametrize("error", ERRORS, **NAMED)
+@pytest.mark.parametrize("stage", ["copy", "verify"])
+def test_no_error_of_a_callback_discards_what_is_finished(
+    stage: str, error: BaseException, source: Path, out: Path
+) -> None:
+    def fail(progress: Progress) -> None:
+        if progress.stage == stage and progress.done_bytes >= 3 * 1600:
+            raise error
+
+    with pytest.raises(BaseException):  # noqa: B017, PT011
+        shard(source, out, progress=fail)
+    assert_reused(source, out, 3 if stage == "copy" else COUNT)
+
+
+@pytest.mark.parametrize("error", ERRORS, **NAMED)
+@pytest.mark.parametrize("place", [*STAGES, "check"])
+def test_no_error_at_any_stage_discards_what_is_finished(
+    place: str, error: BaseException, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    interrupt(source, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(*STAGES.get(place, (verify, "_digest_pairs")), fail)
+        with pytest.raises(BaseException):  # noqa: B017, PT011
+            shard(source, out)
+    report, _ = copied(source, out)
+    assert len(report.reused) >= 3
+
+
+def test_stale_source_during_a_cast_discards_nothing(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stale(io.FileIO):
+        def readinto(self, _: object) -> int:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    opened = iter(range(4))
+
+    def on_a_network_disk(path: str, mode: str) -> io.RawIOBase | io.BufferedIOBase:
+        return Stale(path) if next(opened, None) is None else open(path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "open", on_a_network_disk, raising=False)
+        with pytest.raises(CheckpointError, match="cannot be read: Stale file handle") as caught:
+            shard(source, out, dtype="float16", max_shard_size=1000)
+    assert caught.value.file == str(source / "model.safetensors")
+    report, nbytes = copied(source, out, dtype="float16", max_shard_size=1000)
+    assert (len(report.reused), nbytes) == (4, 2 * 1600)
+
+
+def test_cast_refused_for_an_overflow_is_reused_once_that_is_allowed(source: Path, out: Path) -> None:
+    save_file({f"t{i}": torch.full((400,), 1e30) for i in range(COUNT)}, source / "model.safetensors")
+    with pytest.raises(CastError):
+        shard(source, out, dtype="float16", max_shard_size=1000)
+    report, nbytes = copied(source, out, dtype="float16", max_shard_size=1000, allow_overflow=True)
+    assert (len(report.reused), nbytes) == (COUNT, 0)
+
+
+def test_executor_that_breaks_loses_nothing_that_is_finished(source: Path, out: Path) -> None:
+    class Breaking(Cluster):
+        left = iter(range(4))
+
+        def submit(self, function: Callable[..., object], /, *args: object) -> Future[object]:  # type: ignore[override]
+            if next(self.left, None) is None:
+                raise BrokenProcessPool("a process ended abruptly")
+            return super().submit(function, *args)
+
+    with Breaking(1) as executor, pytest.raises(BrokenProcessPool):
+        shard(source, out, executor=executor, workers=1)
+    report, _ = copied(source, out)
+    assert len(report.reused) >= 2
+
+
+def test_what_ends_along_with_a_failure_is_not_lost() -> None:
+    class AtOnce(Cluster):
+        """Carries a task out before it returns: all that were given are done at the same time."""
+
+        def submit(self, function: Callable[..., object], /, *args: object) -> Future[object]:  # type: ignore[override]
+            future = super().submit(function, *args)
+            future.exception()
+            return future
+
+    seen: list[int] = []
+    with (
+        AtOnce(1) as pool,
+        pytest.raises(ZeroDivisionError),
+        run.run_all(lambda task: 1 // task, [0, 1, 2], 2, pool) as results,
+    ):
+        seen.extend(task for task, _ in results)
+    assert sorted(seen) == [1, 2]
+
+
+def test_journal_that_cannot_be_read_forgets_nothing(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = interrupt(source, out)
+    real = Path.read_text
+
+    def read(path: Path, *args: Any, **options: Any) -> str:
+        if path == journal(out):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", read)
+        with pytest.raises(DestinationError, match="Input/output error"):
+            shard(source, out)
+    assert sorted(copied(source, out)[0].reused) == finished
+
+
+@pytest.mark.parametrize("garbled", [b"\xff\xfe\x00", b"\n", b"}", b'"}\n{"'])
+def test_garbled_line_of_the_journal_loses_its_own_shard_alone(
+    garbled: bytes, source: Path, out: Path
+) -> None:
+    interrupt(source, out)
+    lines = journal(out).read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2][:12] + garbled + lines[2][12 + len(garbled) :]
+    journal(out).write_bytes(b"".join(lines))
+    assert len(copied(source, out)[0].reused) == 2
 
 
 def test_nothing_but_finished_shards_is_taken_over(source: Path, out: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -245,10 +246,16 @@ class _Job:
         try:
             with run_all(lambda s: self._one(s, count), todo, at_once) as results, ExitStack() as first:
                 first.callback(self._stop.set)  # before what is under way is waited for
-                self.finished.update((shard.file, finished) for shard, finished in results)
-        except (CastError, VerificationError):
-            with suppress(DestinationError):
-                self._target.drop(self.name)  # nothing of it will ever be of use
+                deque(results, maxlen=0)
+        except (CastError, VerificationError) as error:
+            if self.finished:
+                error.add_note(
+                    f"{plural(len(self.finished), 'finished shard')} kept on the branch {self.name} of "
+                    f"{self._target.repo_id}: the same call resumes from there"
+                )
+            else:
+                with suppress(DestinationError):
+                    self._target.drop(self.name)
             raise
 
     def _room(self, todo: list[Shard], wanted: int) -> int:
@@ -263,7 +270,7 @@ class _Job:
             )
         return min(wanted, free // largest)
 
-    def _one(self, shard: Shard, count: ProgressCount) -> _Finished:
+    def _one(self, shard: Shard, count: ProgressCount) -> None:
         """Make a shard, check it, send it, note it on the draft, drop it."""
         path = self._folder / shard.file
         try:
@@ -276,7 +283,6 @@ class _Job:
             count.add(shard.nbytes)
         finally:
             path.unlink(missing_ok=True)
-        return finished
 
     def _make(self, shard: Shard, path: Path, count: ProgressCount) -> Outcome:
         outcome = Outcome()
@@ -317,6 +323,7 @@ class _Job:
                 self._draft_head,
                 self.name,
             )
+            self.finished[file] = finished
 
     def _shown(self) -> tuple[Repository, str | None]:
         """Return the target's head, and its card."""

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from shardkit import pages
 from shardkit.checkpoint import Checkpoint
 from shardkit.pickle_file import close_pickles
 from shardkit.plan import PlannedTensor, Shard, ShardPlan
@@ -62,6 +63,9 @@ class Verification(Record):
     received
         Whether the source was read once only, from the Hub, and the destination was held against the digests
         that were taken of its bytes as they arrived.
+    files, files_in_memory
+        How many files were read on this machine, and how many of them were in memory, so that what the disk
+        holds was not proven; None where the system does not show that.
     """
 
     source: str
@@ -75,6 +79,8 @@ class Verification(Record):
     digests: dict[str, str] = field(repr=False)
     seconds: float
     received: bool = False
+    files: int = 0
+    files_in_memory: int | None = None
 
     @property
     def equal(self) -> bool:
@@ -88,6 +94,11 @@ class Verification(Record):
             return "equal to what was received" + ", after its cast" * bool(self.cast)
         return "equal to the cast of the source" if self.cast else "equal"
 
+    @property
+    def is_from_disk(self) -> bool:
+        """Whether every file on this machine was seen to be read from its disk."""
+        return bool(self.files) and self.files_in_memory == 0
+
     def summary(self) -> Summary:
         """Return the finding as a person reads it."""
         facts: tuple[tuple[str, str], ...] = (
@@ -98,6 +109,7 @@ class Verification(Record):
         )
         if self.cast:
             facts += (("cast", f"{plural(self.cast, 'tensor')} compared with the cast computed again"),)
+        facts += (("read", read_from(self.files, self.files_in_memory)),) * bool(self.files)
         facts += (("missing", listed(self.missing)),) * bool(self.missing)
         facts += (("extra", listed(self.extra)),) * bool(self.extra)
         rows = tuple((m.tensor, m.reason) for m in self.mismatches[:_SHOWN])
@@ -107,6 +119,15 @@ class Verification(Record):
         if self.cast and self.mismatches:
             notes += ("if the second is what the first was cast from, give them the other way round",)
         return Summary("Verification", facts, tables, notes)
+
+
+def read_from(files: int, in_memory: int | None) -> str:
+    """Say where files were read from: as `Verification.files` and `files_in_memory`."""
+    if in_memory == 0:
+        return "from the disk"
+    known = f"{in_memory} of {plural(files, 'file')} in memory"
+    unknown = "this system does not show whether files were in memory"
+    return f"{unknown if in_memory is None else known}: what the disk holds was not proven"
 
 
 def verify_checkpoint(
@@ -142,6 +163,8 @@ def verify_checkpoint(
         (tensor_range(ours.folder, left, right.dtype), tensor_range(theirs.folder, right, right.dtype))
         for left, right in comparable
     ]
+    here = [side.path(file) for side in (ours, theirs) if not side.is_remote for file in side.files]
+    in_memory = pages.mostly_resident(here)
     try:
         digests = _digest_pairs(ranges, crew, "verify")
     finally:
@@ -153,7 +176,8 @@ def verify_checkpoint(
         if a != b
     ]
     found = {pair.ours.name: digest for pair, (_, digest) in zip(comparable, digests, strict=True)}
-    return _verification(ours, theirs, mismatches, found, start)
+    finding = _verification(ours, theirs, mismatches, found, start)
+    return replace(finding, files=len(here), files_in_memory=in_memory)
 
 
 def _verification(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from shardkit import pages
 from shardkit.checkpoint import Checkpoint
 from shardkit.destination import check_free, resolve
 from shardkit.errors import CastError, DownloadNeededError, VerificationError
@@ -25,7 +26,14 @@ from shardkit.run import Crew, ProgressCallback, ProgressCount, resumable, run_a
 from shardkit.sizes import format_size
 from shardkit.staging import Staging, staging
 from shardkit.transfer import Lost, Outcome, Task, file_tasks, run_task, shard_tasks
-from shardkit.verify import Verification, altered_parts, damaged_shards, verify_checkpoint, verify_received
+from shardkit.verify import (
+    Verification,
+    altered_parts,
+    damaged_shards,
+    read_from,
+    verify_checkpoint,
+    verify_received,
+)
 
 _SHOWN_LOSSES = 3
 _STREAMED = "made from ranged reads of the Hub: the source was not downloaded"
@@ -78,7 +86,8 @@ class ShardReport(Record):
         if (check := self.verification) is None:
             return "no"
         to_what = " to what was received" if check.received else ""
-        return f"equal{to_what}, {check.tensors:,} tensors in {check.seconds:.2f} s"
+        where = ", read back from the disk" if check.is_from_disk else ""
+        return f"equal{to_what}, {check.tensors:,} tensors in {check.seconds:.2f} s{where}"
 
     def summary(self) -> Summary:
         """Return the report as a person reads it."""
@@ -101,6 +110,8 @@ class ShardReport(Record):
         rows = tuple((x.tensor, f"{x.overflowed:,}", f"{x.flushed:,}") for x in worst)
         lost = (Table(("most was lost in", "became infinite", "became zero"), rows),) if rows else ()
         notes = self.notes
+        if (check := self.verification) and check.files and not check.is_from_disk:
+            notes += (f"when read back: {read_from(check.files, check.files_in_memory)}",)
         if self.left_out:
             notes += (f"weights in other formats stay behind: {listed(self.left_out)}",)
         return Summary("Sharded checkpoint", facts, lost, notes)
@@ -145,7 +156,8 @@ def shard_checkpoint(
         Use the shards that an earlier, interrupted run of the same job has finished.
     verify
         Read both sides again and compare every tensor before the destination appears; of a model that is
-        streamed, read the destination back and compare it with what was received.
+        streamed, read the destination back and compare it with what was received. The shards are dropped from
+        memory first, so that it is the disk that is read; the report says where that was not possible.
     allow_overflow
         Let a cast turn finite values into infinities.
     stream
@@ -232,6 +244,10 @@ def _reuse(stage: Staging, crew: Crew) -> tuple[str, ...]:
     """Check what an earlier run left, byte by byte, against the source; forget what is not right."""
     checkpoint, plan = stage.checkpoint, stage.plan
     shards = [shard for shard in plan.shards if shard.file in stage.finished]
+    stage.wait()  # for the disk: only what it has can be dropped
+    in_memory = pages.drop(stage.folder / shard.file for shard in shards)
+    if shards and in_memory != 0:
+        stage.notes.append(f"when reused shards were checked: {read_from(len(shards), in_memory)}")
     if checkpoint.is_remote:
         received = {shard.file: stage.finished[shard.file].received for shard in shards}
         damaged = list(altered_parts(plan, received, stage.folder, crew, "check"))
@@ -324,7 +340,8 @@ def _here(checkpoint: Checkpoint, file: str) -> str | Path:
 
 
 def _verify(stage: Staging, crew: Crew) -> Verification:
-    checkpoint, folder = stage.checkpoint, stage.folder
+    checkpoint, folder, files = stage.checkpoint, stage.folder, len(stage.plan.shards)
+    in_memory = pages.drop(folder / shard.file for shard in stage.plan.shards)
     if checkpoint.is_remote:
         received = {file: outcome.received for file, outcome in stage.finished.items()}
         found = verify_received(checkpoint, stage.plan, received, folder, crew)
@@ -338,4 +355,4 @@ def _verify(stage: Staging, crew: Crew) -> Verification:
             f"{stage.destination}: not published: {plural(len(wrong), 'tensor')} not as in the source "
             f"({listed(wrong)}); the source or the disk changed meanwhile"
         )
-    return replace(found, destination=str(stage.destination))
+    return replace(found, destination=str(stage.destination), files=files, files_in_memory=in_memory)

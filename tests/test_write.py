@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -37,6 +37,7 @@ from shardkit import (
     SpaceError,
     VerificationError,
     destination,
+    pages,
     plan_shards,
     run,
     shard_checkpoint,
@@ -952,6 +953,131 @@ def test_every_file_is_synced_before_the_folder_is_renamed(
     assert {path.relative_to(staging.staging_folder(out)) for path in synced} == {
         path.relative_to(out) for path in (out, *out.rglob("*"))
     }
+
+
+# What the disk holds ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """A disk of its own, and the image that it really is."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(24 << 20))
+    try:
+        subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+        with mounted(tmp_path / "disk", "-o", "loop", str(image)) as folder:
+            (folder / "work").mkdir()  # beside what the disk has for itself
+            yield folder / "work", image
+    except (OSError, Skip) as reason:
+        pytest.skip(str(reason))
+
+
+def garble(image: Path, data: bytes) -> None:
+    """Let a disk hold something else than it was given: the kernel is not told."""
+    place = image.read_bytes().find(data)
+    assert place > 0
+    with image.open("r+b") as file:
+        file.seek(place)
+        file.write(bytes([data[0] ^ 1]))
+        os.fsync(file)
+
+
+def data_of(source: Path, name: str) -> bytes:
+    return read_file(source / "model.safetensors")[name].data
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_disk_that_garbles_what_it_is_given_is_found_out(
+    dtype: str | None, source: Path, disk: tuple[Path, Path]
+) -> None:
+    folder, image = disk
+    worn: list[str] = []
+
+    def wear_out(_: Progress) -> None:
+        if staged(folder / "out", "1_Pooling/config.json").exists() and not worn:  # all shards are synced
+            garble(image, data_of(source, "t3"))
+            worn.append("t3")
+
+    with pytest.raises(VerificationError, match=r"1 tensor .*\(t3\)"):
+        shard(source, folder / "out", progress=wear_out, dtype=dtype)
+    report, _ = copied(source, folder / "out", dtype=dtype)
+    assert len(report.reused) == COUNT - 1
+    assert report.verification is not None
+    assert report.verification.is_from_disk
+    assert "read back from the disk" in str(report)
+
+
+def test_resume_trusts_the_disk_alone(source: Path, disk: tuple[Path, Path]) -> None:
+    folder, image = disk
+    interrupt(source, folder / "out")
+    for path in staging.staging_folder(folder / "out").iterdir():
+        destination.sync(path)
+    garble(image, data_of(source, "t1"))
+    report, nbytes = copied(source, folder / "out", verify=False)
+    assert (len(report.reused), nbytes) == (2, 4 * 1600)
+
+
+def test_what_stays_in_memory_was_not_proven_and_the_report_says_so(source: Path, tmp_path: Path) -> None:
+    try:
+        with mounted(tmp_path / "memory", "-t", "tmpfs", "-o", "size=4m", "none") as memory:
+            interrupt(source, memory / "out")
+            report = shard(source, memory / "out")
+    except Skip as reason:
+        pytest.skip(str(reason))
+    assert report.verification is not None
+    assert (report.verification.files, report.verification.files_in_memory) == (COUNT, COUNT)
+    assert f"{COUNT} of {COUNT} files in memory: what the disk holds was not proven" in str(report)
+    assert "3 of 3 files in memory: what the disk holds was not proven" in str(
+        report
+    )  # when they were reused
+    assert "from the disk" not in str(report)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "said"),
+    [
+        ((os, "posix_fadvise"), f"{COUNT} of {COUNT} files in memory"),
+        ((os, "geteuid"), "this system does not show whether files were in memory"),
+    ],
+)
+def test_system_that_cannot_drop_or_show_pages_is_no_obstacle(
+    lacking: tuple[object, str], said: str, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(*lacking)
+    report = shard(source, out)
+    assert said in str(report)
+    assert not report.verification.is_from_disk  # type: ignore[union-attr]
+    assert write.ShardReport.from_dict(report.to_dict()) == report
+
+
+def test_kernel_that_calls_all_pages_resident_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch, out: Path
+) -> None:
+    def all_resident(_: object, __: object, flags: Any) -> int:
+        flags[:] = [1] * len(flags)
+        return 0
+
+    out.write_bytes(bytes(100))
+    monkeypatch.setattr(pages.ctypes, "CDLL", lambda *_, **__: types.SimpleNamespace(mincore=all_resident))
+    pages._mincore.cache_clear()
+    try:
+        assert pages.drop([out]) is None
+    finally:
+        pages._mincore.cache_clear()
+
+
+def test_verification_alone_leaves_the_cache_as_it_is_and_says_what_was_in_it(
+    source: Path, disk: tuple[Path, Path]
+) -> None:
+    out = disk[0] / "out"
+    shard(source, out, max_shard_size="1GB")
+    files = [source / "model.safetensors", out / "model.safetensors"]
+    for file in files:
+        file.read_bytes()
+    found = verify_checkpoint(source, out)
+    assert (found.files, found.files_in_memory) == (2, 2)
+    assert "2 of 2 files in memory: what the disk holds was not proven" in str(found)
+    assert pages.mostly_resident(files) == 2
 
 
 # Resume ----------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from typing import Any
 import xxhash
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy
 
+from shardkit import pages
 from shardkit.checkpoint import Checkpoint
-from shardkit.destination import locked, remove_leftovers, staging_folder
+from shardkit.destination import locked, remove_leftovers, staging_folder, sync
 from shardkit.errors import (
     Cancelled,
     CastError,
@@ -214,6 +215,7 @@ class _Job:
         self._stop, self._committing = Event(), Lock()
         self._readme = own_readme(checkpoint)
         self._checking_seconds = 0.0
+        self._in_memory: list[int | None] = []  # of each shard that was read back, whether it was in memory
 
     def begin(self, folder: Path) -> None:
         """Find the draft branch, or make it, and see which shards it has."""
@@ -300,6 +302,8 @@ class _Job:
     def _check(self, shard: Shard, outcome: Outcome) -> dict[str, str]:
         """Read a shard back, hold it against what was received, and digest its tensors."""
         start = time.perf_counter()
+        sync(self._folder / shard.file)
+        self._in_memory.append(pages.drop([self._folder / shard.file]))
         if self._checkpoint.is_remote:
             wrong = [*altered_parts(self._plan, {shard.file: outcome.received}, self._folder, Crew(1))]
         else:
@@ -382,6 +386,8 @@ class _Job:
             digests=self._digests(),
             seconds=self._checking_seconds,
             received=checkpoint.is_remote,
+            files=len(self._in_memory),
+            files_in_memory=None if None in self._in_memory else sum(filter(None, self._in_memory)),
         )
         outcomes = [Outcome(finished.lost) for finished in self.finished.values()]
         return ShardReport(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import shardkit
-from shardkit.destination import leftovers, remove_leftovers
+from shardkit.destination import free_bytes, leftovers, remove_leftovers
 from shardkit.display.progress import ProgressBar
 from shardkit.errors import ShardkitError
 from shardkit.files import is_remote
@@ -89,14 +89,16 @@ def plan(
     """Say which files sharding would write, and write none."""
     checkpoint = shardkit.Checkpoint.open(source)
     made = shardkit.plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
-    free = shutil.disk_usage(".").free
+    free = free_bytes(".")
     verdict = "enough" if free >= made.disk_bytes else "NOT enough"
+    room = f"{format_size(free)} free on the disk of this folder: {verdict}"
+    room = room if free < sys.maxsize else "how much is free on the disk of this folder is unknown"
     now = checkpoint.estimate(dtype)
     then = made.estimate(now.dtype, config=checkpoint.config)
     _show(
         made,
         as_json,
-        f"  {format_size(free)} free on the disk of this folder: {verdict}\n"
+        f"  {room}\n"
         f"  {then.needed} of memory must exist to load the shards as {now.dtype or 'stored'} "
         f"({now.needed} as it is now)",
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from shardkit.destination import (
     clear_after_end,
     discard,
     discard_unfinished,
+    free_bytes,
     journal_path,
     locked,
     put_in_place,
@@ -44,6 +44,7 @@ from shardkit.transfer import Lost, Outcome, Received
 
 _CHANGED = "changed while it was copied; nothing was published"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_USUAL_BLOCK = 4096
 
 
 class Staging:
@@ -185,7 +186,7 @@ class Staging:
     def _space(self) -> tuple[int, int]:
         """Return how many bytes are still to be written, in whole blocks, and how many are free."""
         disk = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
-        block = os.statvfs(disk).f_frsize
+        block = os.statvfs(disk).f_frsize if hasattr(os, "statvfs") else _USUAL_BLOCK
         sizes = {self.folder / shard.file: shard.nbytes for shard in self.plan.shards}
         sizes |= {self.folder / file: size for file, size in self.checkpoint.side_files.items()}
         if self.plan.index is not None and self.plan.index_file is not None:
@@ -194,7 +195,7 @@ class Staging:
         sizes[self._journal] = sum(shard.header_bytes for shard in self.plan.shards)
         needed = sum(max(0, -(-size // block) * block - _held(path)) for path, size in sizes.items())
         others = {path.parent for path in sizes} | {"lock", "config"}  # a cast may make the config longer
-        return needed + block * len(others), shutil.disk_usage(disk).free
+        return needed + block * len(others), free_bytes(disk)
 
     def _check_unchanged(self) -> None:
         if _fingerprint(self.checkpoint, self.plan) != self._fingerprint:
@@ -306,5 +307,8 @@ def _state_of(path: Path) -> tuple[int, ...] | None:
 
 
 def _held(path: Path) -> int:
-    """Bytes that the disk has given to a file."""
-    return path.stat().st_blocks * 512 if path.is_file() else 0
+    """Bytes that the disk has given to a file: on Windows, all of it at once."""
+    if not path.is_file():
+        return 0
+    status = path.stat()
+    return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size

@@ -137,7 +137,7 @@ def shard_ranges(shard: Shard, folder: str) -> list[Range]:
 def tensor_range(folder: str, tensor: TensorInfo, target: str, target_offset: int = 0) -> Range:
     """Return the bytes of one whole tensor, to be written as dtype `target` at `target_offset`."""
     return Range(
-        os.path.join(folder, tensor.file),
+        f"{folder}/{tensor.file}" if is_remote(folder) else os.path.join(folder, tensor.file),
         tensor.offset or 0,
         tensor.nbytes,
         target_offset,
@@ -202,7 +202,7 @@ def run_task(task: Task) -> Outcome:
         If the disk is full or fails.
     """
     outcome = Outcome()
-    target = os.open(task.path, os.O_WRONLY)
+    target = os.open(task.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))  # or Windows changes ends of lines
     try:
         for part in task.ranges:
             if part.is_remote or part.is_cast or part.is_pickle:
@@ -288,7 +288,14 @@ def _write_chunks(part: Range, target: int) -> Outcome:
 def _write_all(target: int, position: int, data: memoryview) -> None:
     written = 0
     while written < len(data):
-        written += os.pwrite(target, data[written:], position + written)
+        written += _write_at(target, data[written:], position + written)
+
+
+def _write_at(target: int, data: memoryview, position: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(target, data, position)
+    os.lseek(target, position, os.SEEK_SET)  # as good: each task has opened the file for itself
+    return os.write(target, data)
 
 
 def _copy_range(part: Range, target: int) -> None:

@@ -318,7 +318,7 @@ def write_beside(
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
         if file == checkpoint.config_file and (text := adapted_config(checkpoint.config or {}, plan.dtype)):
-            target.write_text(text, encoding="utf-8")
+            target.write_bytes(text.encode())  # as text, Windows would end its lines otherwise
         else:
             source = os.fspath(_here(checkpoint, file))
             target.touch()
@@ -326,7 +326,7 @@ def write_beside(
                 run_task(task)
                 hear()
     if plan.index is not None and plan.index_file is not None:
-        (folder / plan.index_file).write_text(plan.index, encoding="utf-8")
+        (folder / plan.index_file).write_bytes(plan.index.encode())
     return [*checkpoint.side_files, *filter(None, [plan.index_file])]
 
 

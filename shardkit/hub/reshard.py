@@ -26,7 +26,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy
 
 from shardkit import pages
 from shardkit.checkpoint import Checkpoint
-from shardkit.destination import locked, remove_leftovers, staging_folder, sync
+from shardkit.destination import free_bytes, locked, remove_leftovers, staging_folder, sync
 from shardkit.errors import (
     Cancelled,
     CastError,
@@ -263,7 +263,7 @@ class _Job:
     def _room(self, todo: list[Shard], wanted: int) -> int:
         """Return how many shards may lie on the disk at once."""
         largest = max(shard.nbytes for shard in todo)
-        free = shutil.disk_usage(self._folder).free
+        free = free_bytes(self._folder)
         if free < largest:
             raise SpaceError(
                 f"{self._base}: a shard takes up to {largest:,} bytes ({format_size(largest)}), its "

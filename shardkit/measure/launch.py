@@ -32,7 +32,8 @@ _FILE_OPTIONS = ("use_safetensors", "variant", "subfolder", "gguf_file", "revisi
 # A load from a folder has no business on the network, whose delays would count as the load's.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
-_KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # as a wrapper's shell says it
+_SIGKILL = getattr(signal, "SIGKILL", 9)  # which Windows does not have
+_KILLED = (-_SIGKILL, 128 + _SIGKILL)  # as a wrapper's shell says it
 _SIGNALS = {int(number): number.name for number in signal.Signals}
 _DEVICE = re.compile(r"cpu|auto|balanced(_low_0)?|sequential|(cuda|mps|xpu|npu|hpu)(:\d+)?")
 _NOT_STARTED = (126, 127)  # as a shell says it

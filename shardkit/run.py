@@ -107,10 +107,16 @@ def run_all(
     waiting = iter(tasks)
 
     def results() -> Iterator[tuple[TaskT, ResultT]]:
+        failure: Exception | None = None
         while True:
-            for task in islice(waiting, count * _AHEAD - len(running)):
-                running[pool.submit(function, task)] = task
+            try:
+                for task in islice(waiting, 0 if failure else count * _AHEAD - len(running)):
+                    running[pool.submit(function, task)] = task
+            except Exception as error:  # of a task that could not be made, or a broken executor
+                failure = error
             if not running:
+                if failure:
+                    raise failure
                 return
             done = wait(running, return_when=FIRST_COMPLETED).done
             # A failure comes last, or what ended along with it would be lost.

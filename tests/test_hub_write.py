@@ -589,6 +589,7 @@ def test_from_hub_to_hub_is_what_sharding_makes(
     assert report.files == here.files
     assert report.verification.digests == here.verification.digests
     assert report.verification.received
+    assert report.verification.files == len(report.files)
     assert report.lost == here.lost
     assert drafts(hub) == []
     assert hub.half_heads(REPO) == []

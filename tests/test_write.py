@@ -1331,7 +1331,24 @@ def test_executor_that_breaks_loses_nothing_that_is_finished(source: Path, out: 
     with Breaking(1) as executor, pytest.raises(BrokenProcessPool):
         shard(source, out, executor=executor, workers=1)
     report, _ = copied(source, out)
-    assert len(report.reused) >= 2
+    assert len(report.reused) == 4  # all that it was given
+
+
+def test_disk_that_is_full_for_the_next_shard_loses_none_that_is_under_way(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.truncate
+
+    def full(path: Path, size: int) -> None:
+        if "00004-of" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "truncate", full)
+        with pytest.raises(SpaceError):
+            shard(source, out)
+    assert_reused(source, out, 3)
 
 
 def test_what_ends_along_with_a_failure_is_not_lost() -> None:

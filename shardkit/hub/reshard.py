@@ -249,13 +249,13 @@ class _Job:
             with run_all(lambda s: self._one(s, count), todo, at_once) as results, ExitStack() as first:
                 first.callback(self._stop.set)  # before what is under way is waited for
                 deque(results, maxlen=0)
-        except (CastError, VerificationError) as error:
+        except Exception as error:
             if self.finished:
                 error.add_note(
                     f"{plural(len(self.finished), 'finished shard')} kept on the branch {self.name} of "
                     f"{self._target.repo_id}: the same call resumes from there"
                 )
-            else:
+            elif isinstance(error, (CastError, VerificationError)):
                 with suppress(DestinationError):
                     self._target.drop(self.name)
             raise

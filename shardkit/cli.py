@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import shardkit
-from shardkit.destination import leftovers, remove_leftovers
+from shardkit.destination import free_bytes, leftovers, remove_leftovers
 from shardkit.display.progress import ProgressBar
 from shardkit.errors import ShardkitError
 from shardkit.files import is_remote
@@ -102,18 +102,20 @@ def plan(
     """Dry run: show the files that would be written."""
     checkpoint = shardkit.Checkpoint.open(source)
     made = shardkit.plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
-    free = shutil.disk_usage(".").free
+    free = free_bytes(".")
     verdict = "enough" if free >= made.disk_bytes else "NOT enough"
+    room = f"{format_size(free)} free on the disk of this folder: {verdict}"
+    room = room if free < sys.maxsize else "how much is free on the disk of this folder is unknown"
     now = checkpoint.estimate(dtype)
     then = made.estimate(now.dtype, config=checkpoint.config, side_files=checkpoint.side_files)
     _show(
         made,
         as_json,
-        f"  {format_size(free)} free on the disk of this folder: {verdict}\n"
+        f"  {room}\n"
         f"  {then.needed} of anonymous memory (cannot be evicted) to load the shards as "
         f"{now.dtype or 'stored'}, {now.needed} to load the checkpoint as it is now",
         disk_bytes=made.disk_bytes,
-        free_bytes=free,
+        free_bytes=free if free < sys.maxsize else None,
         estimate={"before": now.to_dict(), "after": then.to_dict()},
     )
 
@@ -315,7 +317,7 @@ def main() -> None:
     try:
         app()  # which ends in an exit of its own
     except ShardkitError as error:
-        _say(str(error))
+        _say("; ".join((str(error), *getattr(error, "__notes__", ()))))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -11,6 +11,7 @@ import ctypes
 import os
 import shutil
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -143,12 +144,14 @@ def locked(target: Path) -> Iterator[None]:
     is_soft = isinstance(lock, filelock.SoftFileLock)
     try:
         if not is_soft:
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            with suppress(PermissionError):  # Windows lets nobody else write a file that is locked
+                path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         recover(target)
         yield
     finally:
         if not is_soft:
-            path.unlink(missing_ok=True)  # while held: whoever waits sees that it is gone, and retries
+            with suppress(PermissionError):  # nor remove it: there the lock itself does, when it is released
+                path.unlink(missing_ok=True)  # while held: whoever waits sees that it is gone, and retries
         lock.release()
 
 
@@ -231,13 +234,33 @@ def put_in_place(new: Path, target: Path, overwrite: bool) -> None:
     if overwrite and target.is_dir() and any(target.iterdir()):
         _exchange(new, target)
     else:
-        new.rename(target)
+        try:
+            new.rename(target)
+        except FileExistsError:  # on Windows, an empty folder is no place for another
+            target.rmdir()
+            new.rename(target)
     sync(target.parent)
 
 
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """Return how many bytes are free on the disk of a path; no end of them where the system does not say."""
+    try:
+        return shutil.disk_usage(path).free
+    except AttributeError:
+        return sys.maxsize
+
+
 def sync(path: Path) -> None:
-    """Return when a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Return when a file, or a folder's list of names, is on the disk; Windows opens no folder."""
+    is_folder = path.is_dir()
+    try:
+        handle = os.open(
+            path, os.O_RDONLY if is_folder else os.O_RDWR
+        )  # what is read only is not synced there
+    except PermissionError:
+        if is_folder:
+            return
+        raise
     try:
         os.fsync(handle)
     finally:
@@ -256,7 +279,9 @@ def recover(target: Path) -> None:
 
 def _exchange(new: Path, old: Path) -> None:
     """Swap two folders in one step where the system can; otherwise by way of a third name."""
-    renameat2: Callable[..., int] | None = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    renameat2: Callable[..., int] | None = None
+    with suppress(TypeError):  # Windows has no library without a name
+        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     names = os.fsencode(new), os.fsencode(old)
     if renameat2 and not renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
         return

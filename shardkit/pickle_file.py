@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shardkit.errors import CheckpointError, reading
 from shardkit.pickle_guard import check_pickle
@@ -21,6 +21,9 @@ from shardkit.tensor import DTYPE_NAMES, TensorInfo
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
+
+PIECE_BYTES = 1 << 20  # what a core has close at hand
 
 Scan = tuple[dict[str, TensorInfo], dict[str, str], tuple[str, ...]]
 
@@ -69,15 +72,64 @@ def twice_note(name: str, first: str, last: str) -> str:
     return f"{name} is in {first} and in {last}: that of {last} is taken, as transformers does"
 
 
-def read_tensor(path: str, name: str) -> memoryview:
-    """Return the bytes of one tensor of the pickle at `path`, mapped where the format allows."""
+def read_tensor(path: str, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """Yield bytes of one tensor of the pickle at `path`: as they lie there, or gathered piece by piece.
+
+    Pieces of a tensor that is not contiguous have at most `PIECE_BYTES`, or one element; their buffer is used
+    again.
+    """
+    import numpy as np
     import torch
 
-    tensor = _OPEN.get(path)[name].detach().resolve_conj().resolve_neg().contiguous()
-    if not tensor.numel():
-        return memoryview(b"")
-    flat = tensor.reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy()).toreadonly()
+    tensor = _OPEN.get(path)[name].detach()
+    if tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+        # One element counts as contiguous whatever its stride, with which it could not be viewed as bytes.
+        flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8) if tensor.numel() else tensor
+        yield memoryview(flat.numpy()).toreadonly()[offset : offset + nbytes]
+        return
+    size = tensor.element_size()
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    first, end = offset // size, -(-(offset + nbytes) // size)
+    most, position = max(1, PIECE_BYTES // size), first * size
+    buffers = np.empty((2, min(most, end - first)), f"i{size}")
+    for piece in _pieces(tensor, first, end, most):
+        # Copied by numpy: torch would wait for a thread of its own on each core, which are busy.
+        data = _gathered(piece.resolve_conj().resolve_neg().view(whole).numpy(), buffers)
+        yield data[max(0, offset - position) : offset + nbytes - position]
+        position += len(data)
+
+
+def _pieces(tensor: torch.Tensor, first: int, end: int, most: int) -> Iterator[torch.Tensor]:
+    """Cut elements `first` to `end`, in row-major order, into views of at most `most` elements each."""
+    if end - first <= 0:
+        return
+    if tensor.dim() == 0:
+        yield tensor
+        return
+    row = tensor.numel() // len(tensor)
+    at = first
+    while at < end:
+        number, inside = divmod(at, row)
+        rows = min(most, end - at) // row
+        if inside or not rows:  # part of a row, or one that is too long
+            stop = min(end, (number + 1) * row)
+            yield from _pieces(tensor[number], inside, stop - number * row, most)
+        else:
+            stop = at + rows * row
+            yield tensor[number : number + rows]
+        at = stop
+
+
+def _gathered(piece: NDArray[Any], buffers: NDArray[Any]) -> memoryview:
+    """Copy a piece into a buffer; first in the order in which it lies, so that each page is read once."""
+    order = sorted(range(piece.ndim), key=piece.strides.__getitem__, reverse=True)
+    for buffer in buffers[:, : piece.size]:
+        lying = buffer.reshape([piece.shape[axis] for axis in order])
+        lying[...] = piece.transpose(order)
+        piece, order = lying.transpose(sorted(order, key=order.__getitem__)), sorted(order)
+        if piece.flags.c_contiguous:
+            break
+    return piece.reshape(-1).view("u1").data.toreadonly()
 
 
 def _shape(tensor: torch.Tensor, dtype: str) -> tuple[int, ...]:

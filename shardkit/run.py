@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
 
 _AHEAD = 2  # tasks under way for each worker: enough to keep it busy, few enough to stop soon
+_WIDTH_UNKNOWN = 64  # for an executor that does not say: idle machines cost more than a longer queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,11 @@ class Crew:
     progress: ProgressCallback | None = None
 
 
-def worker_count(workers: int | None) -> int:
-    """Return how many workers are meant; None: four, which keep a disk busy, or as many as there are cores.
+def worker_count(workers: int | None, executor: Executor | None = None) -> int:
+    """Return how many tasks are carried out at once.
+
+    None means as many as the executor has workers, whichever machines they are on. Threads of our own are
+    four, which keep a disk busy, or fewer where there are fewer cores.
 
     Raises
     ------
@@ -61,9 +65,20 @@ def worker_count(workers: int | None) -> int:
         If it is less than one.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usual = min(4, cores) if executor is None else _width(executor)
     if workers is not None and workers < 1:
-        raise ShardkitError(f"workers is {workers}: give 1 or more, or None for {min(4, cores)}")
-    return workers or min(4, cores)
+        raise ShardkitError(f"workers is {workers}: give 1 or more, or None for {usual}")
+    return workers or usual
+
+
+def _width(executor: Executor) -> int:
+    """Return how many workers an executor has: a pool of Python, joblib or MPI, or a cluster of Dask."""
+    for name in ("_max_workers", "max_workers", "num_workers"):
+        if isinstance(width := getattr(executor, name, None), int) and width > 0:
+            return width
+    ncores = getattr(getattr(executor, "_client", executor), "ncores", None)
+    cores = ncores() if callable(ncores) else None
+    return (sum(cores.values()) if isinstance(cores, Mapping) else 0) or _WIDTH_UNKNOWN
 
 
 @contextmanager
@@ -86,18 +101,26 @@ def run_all(
 
     Leaving the block cancels what has not begun and waits for what has: nothing runs on behind it.
     """
-    count = worker_count(workers)
+    count = worker_count(workers, executor)
     pool = executor or ThreadPoolExecutor(count, thread_name_prefix="shardkit")
     running: dict[Future[ResultT], TaskT] = {}
     waiting = iter(tasks)
 
     def results() -> Iterator[tuple[TaskT, ResultT]]:
+        failure: Exception | None = None
         while True:
-            for task in islice(waiting, count * _AHEAD - len(running)):
-                running[pool.submit(function, task)] = task
+            try:
+                for task in islice(waiting, 0 if failure else count * _AHEAD - len(running)):
+                    running[pool.submit(function, task)] = task
+            except Exception as error:  # of a task that could not be made, or a broken executor
+                failure = error
             if not running:
+                if failure:
+                    raise failure
                 return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            done = wait(running, return_when=FIRST_COMPLETED).done
+            # A failure comes last, or what ended along with it would be lost.
+            for future in sorted(done, key=lambda future: future.cancelled() or bool(future.exception())):
                 yield running.pop(future), future.result()
 
     try:

@@ -2,7 +2,8 @@
 
 The journal is bound to source and plan by a fingerprint. It tells which shards were finished; before one is
 used again, it is compared with the source (one made from ranged reads, with the digests journaled of what
-was received), so neither a torn journal nor lost writes can do harm.
+was received), so neither a torn journal nor lost writes can do harm. So no error needs to discard what is
+finished: it is forgotten where the fingerprint is another, or a digest does not match.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -26,6 +26,7 @@ from shardkit.destination import (
     clear_after_end,
     discard,
     discard_unfinished,
+    free_bytes,
     journal_path,
     locked,
     put_in_place,
@@ -34,14 +35,16 @@ from shardkit.destination import (
     staging_folder,
     sync,
 )
-from shardkit.errors import Cancelled, CheckpointError, DestinationError, ShardkitError, SpaceError, reading
+from shardkit.errors import CheckpointError, DestinationError, ShardkitError, SpaceError, reading
 from shardkit.pickle_file import close_pickles
 from shardkit.plan import ShardPlan
+from shardkit.record import plural
 from shardkit.sizes import format_size
 from shardkit.transfer import Lost, Outcome, Received
 
 _CHANGED = "changed while it was copied; nothing was published"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_USUAL_BLOCK = 4096
 
 
 class Staging:
@@ -146,9 +149,24 @@ class Staging:
         self._syncing.shutdown(wait=False, cancel_futures=True)
         close_pickles()
 
-    def is_of_use_after(self, error: ShardkitError) -> bool:
-        """Whether running again, after an error, would find something finished in the folder."""
-        return bool(self.finished) and isinstance(error, (Cancelled, SpaceError, DestinationError))
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keep what is finished, whatever happens, and say so; what is not finished is of no use."""
+        try:
+            yield
+        except BaseException as error:
+            failure = self.explained(error) if isinstance(error, OSError) else error
+            if self.finished:
+                failure.add_note(
+                    f"{plural(len(self.finished), 'finished shard')} kept in {self.folder}: the same call "
+                    f"resumes from there; `shardkit clean {self.destination}` removes them"
+                )
+            else:
+                with suppress(OSError):
+                    discard_unfinished(self.destination)
+            if failure is error:
+                raise
+            raise failure from error
 
     def explained(self, error: OSError) -> ShardkitError:
         """Return what a failed system call means to whoever started the job."""
@@ -168,7 +186,7 @@ class Staging:
     def _space(self) -> tuple[int, int]:
         """Return how many bytes are still to be written, in whole blocks, and how many are free."""
         disk = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
-        block = os.statvfs(disk).f_frsize
+        block = os.statvfs(disk).f_frsize if hasattr(os, "statvfs") else _USUAL_BLOCK
         sizes = {self.folder / shard.file: shard.nbytes for shard in self.plan.shards}
         sizes |= {self.folder / file: size for file, size in self.checkpoint.side_files.items()}
         if self.plan.index is not None and self.plan.index_file is not None:
@@ -177,7 +195,7 @@ class Staging:
         sizes[self._journal] = sum(shard.header_bytes for shard in self.plan.shards)
         needed = sum(max(0, -(-size // block) * block - _held(path)) for path, size in sizes.items())
         others = {path.parent for path in sizes} | {"lock", "config"}  # a cast may make the config longer
-        return needed + block * len(others), shutil.disk_usage(disk).free
+        return needed + block * len(others), free_bytes(disk)
 
     def _check_unchanged(self) -> None:
         if _fingerprint(self.checkpoint, self.plan) != self._fingerprint:
@@ -214,11 +232,12 @@ class Staging:
         return kept
 
     def _journal_lines(self) -> list[Any]:
-        try:
-            lines = self._journal.read_text(encoding="utf-8").splitlines()
-            return [json.loads(line) for line in lines if line.endswith("}")]  # others were torn by a kill
-        except (OSError, ValueError):
-            return []
+        lines = []
+        with suppress(FileNotFoundError):
+            for line in self._journal.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError):  # torn by a kill, or garbled
+                    lines.append(json.loads(line))
+        return lines
 
 
 @contextmanager
@@ -229,7 +248,7 @@ def staging(
     overwrite: bool,
     resume: bool,
 ) -> Iterator[Staging]:
-    """Hold the staging folder of a destination; keep it for a resume if the job is cut short.
+    """Hold the staging folder of a destination; what is finished in it is kept for a resume if the job fails.
 
     Raises
     ------
@@ -247,15 +266,10 @@ def staging(
             raise
         held.destination.parent.mkdir(parents=True, exist_ok=True)
         with locked(held.destination):
-            try:
-                held.check_destination()  # another run may just have published it
-                held.open(resume)
+            held.check_destination()  # another run may just have published it
+            held.open(resume)
+            with held.keeping():
                 yield held
-            except ShardkitError as error:
-                if not held.is_of_use_after(error):
-                    with suppress(OSError):
-                        discard_unfinished(held.destination)
-                raise
     except OSError as error:
         raise held.explained(error) from error
     finally:
@@ -293,5 +307,8 @@ def _state_of(path: Path) -> tuple[int, ...] | None:
 
 
 def _held(path: Path) -> int:
-    """Bytes that the disk has given to a file."""
-    return path.stat().st_blocks * 512 if path.is_file() else 0
+    """Bytes that the disk has given to a file: on Windows, all of it at once."""
+    if not path.is_file():
+        return 0
+    status = path.stat()
+    return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size

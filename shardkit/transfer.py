@@ -137,7 +137,7 @@ def shard_ranges(shard: Shard, folder: str) -> list[Range]:
 def tensor_range(folder: str, tensor: TensorInfo, target: str, target_offset: int = 0) -> Range:
     """Return the bytes of one whole tensor, to be written as dtype `target` at `target_offset`."""
     return Range(
-        os.path.join(folder, tensor.file),
+        f"{folder}/{tensor.file}" if is_remote(folder) else os.path.join(folder, tensor.file),
         tensor.offset or 0,
         tensor.nbytes,
         target_offset,
@@ -186,9 +186,14 @@ def shard_tasks(shard: Shard, folder: str, path: str) -> list[Task]:
 
 def file_tasks(source: str, path: str, nbytes: int) -> Iterator[Task]:
     """Cut the copy of a whole file, which is no weights, into tasks."""
-    whole = Range(source, 0, nbytes, 0, "", "U8", "U8")
+    whole = whole_file(source, nbytes)
     for start in range(0, nbytes, TASK_BYTES):
         yield Task(path, (_part(whole, start, min(TASK_BYTES, nbytes - start)),))
+
+
+def whole_file(path: str, nbytes: int) -> Range:
+    """Return all bytes of a file, which is no weights."""
+    return Range(path, 0, nbytes, 0, "", "U8", "U8")
 
 
 def run_task(task: Task) -> Outcome:
@@ -202,13 +207,11 @@ def run_task(task: Task) -> Outcome:
         If the disk is full or fails.
     """
     outcome = Outcome()
-    target = os.open(task.path, os.O_WRONLY)
+    target = os.open(task.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))  # or Windows changes ends of lines
     try:
         for part in task.ranges:
-            if part.is_remote or part.is_cast:
+            if part.is_remote or part.is_cast or part.is_pickle:
                 outcome += _write_chunks(part, target)
-            elif part.is_pickle:
-                _write_all(target, part.target_offset, _pickled(part))
             else:
                 _copy_range(part, target)
         _start_writeback(target, task)
@@ -243,8 +246,10 @@ def read_chunks(part: Range) -> Iterator[memoryview]:
         yield from read_range(part.path, part.offset, part.nbytes)
         return
     if part.is_pickle:
-        data = _pickled(part)
-        yield from (data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES))
+        from shardkit.pickle_file import read_tensor
+
+        for data in read_tensor(part.path, part.tensor, part.offset, part.nbytes):
+            yield from (data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES))
         return
     buffer = memoryview(bytearray(min(CHUNK_BYTES, part.nbytes)))
     with reading(part.path, part.tensor or None), open(part.path, "rb") as source:
@@ -285,16 +290,17 @@ def _write_chunks(part: Range, target: int) -> Outcome:
     return Outcome((lost,) * bool(overflowed or flushed), (received,) * part.is_remote)
 
 
-def _pickled(part: Range) -> memoryview:
-    from shardkit.pickle_file import read_tensor
-
-    return read_tensor(part.path, part.tensor)[part.offset : part.offset + part.nbytes]
-
-
 def _write_all(target: int, position: int, data: memoryview) -> None:
     written = 0
     while written < len(data):
-        written += os.pwrite(target, data[written:], position + written)
+        written += _write_at(target, data[written:], position + written)
+
+
+def _write_at(target: int, data: memoryview, position: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(target, data, position)
+    os.lseek(target, position, os.SEEK_SET)  # as good: each task has opened the file for itself
+    return os.write(target, data)
 
 
 def _copy_range(part: Range, target: int) -> None:

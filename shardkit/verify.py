@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from shardkit import pages
 from shardkit.belonging import named_files, path_parts
 from shardkit.checkpoint import Checkpoint
 from shardkit.pickle_file import close_pickles
@@ -68,6 +69,9 @@ class Verification(Record):
         What a model gets from either side, by transformers' own account.
     missing_files
         Files of the source that its config, tokenizer, processor or modules name, and the destination lacks.
+    files, files_in_memory
+        How many files were read on this machine, and how many of them were in memory, so that what the disk
+        holds was not proven; None where the system does not show that.
     """
 
     source: str
@@ -83,6 +87,8 @@ class Verification(Record):
     received: bool = False
     model: ModelKeys | None = None
     missing_files: tuple[str, ...] = ()
+    files: int = 0
+    files_in_memory: int | None = None
 
     @property
     def equal(self) -> bool:
@@ -97,6 +103,11 @@ class Verification(Record):
             return "equal to what was received" + ", after its cast" * bool(self.cast)
         return "equal to the cast of the source" if self.cast else "equal"
 
+    @property
+    def is_from_disk(self) -> bool:
+        """Whether every file on this machine was seen to be read from its disk."""
+        return bool(self.files) and self.files_in_memory == 0
+
     def summary(self) -> Summary:
         """Return the finding as a person reads it."""
         facts: tuple[tuple[str, str], ...] = (
@@ -110,6 +121,7 @@ class Verification(Record):
         if self.model is not None:
             facts += (("model", str(self.model)),)
         facts += (("missing files", listed(self.missing_files)),) * bool(self.missing_files)
+        facts += (("read", read_from(self.files, self.files_in_memory)),) * bool(self.files)
         facts += (("missing", listed(self.missing)),) * bool(self.missing)
         facts += (("extra", listed(self.extra)),) * bool(self.extra)
         rows = tuple((m.tensor, m.reason) for m in self.mismatches[:_SHOWN])
@@ -119,6 +131,15 @@ class Verification(Record):
         if self.cast and self.mismatches:
             notes += ("if the second is what the first was cast from, give them the other way round",)
         return Summary("Verification", facts, tables, notes)
+
+
+def read_from(files: int, in_memory: int | None) -> str:
+    """Say where files were read from: as `Verification.files` and `files_in_memory`."""
+    if in_memory == 0:
+        return "from the disk"
+    known = f"{in_memory} of {plural(files, 'file')} in memory"
+    unknown = "this system does not show whether files were in memory"
+    return f"{unknown if in_memory is None else known}: what the disk holds was not proven"
 
 
 def verify_checkpoint(
@@ -137,7 +158,7 @@ def verify_checkpoint(
         Folders, files, models on the Hub (read whole, by ranges) or open checkpoints. Their order matters
         only after a cast, which is computed from `source`.
     workers, executor
-        Threads to read with (default: up to four), or an executor of your own.
+        Threads to read with (default: up to four), or an executor of your own, used to its full width.
     progress
         Called with a `Progress`; returning False stops.
 
@@ -146,7 +167,7 @@ def verify_checkpoint(
     CheckpointError
         If either side cannot be read. That they differ is a result, not an error.
     """
-    crew = Crew(worker_count(workers), executor, progress)
+    crew = Crew(worker_count(workers, executor), executor, progress)
     ours, theirs = (s if isinstance(s, Checkpoint) else Checkpoint.open(s) for s in (source, destination))
     with model_keys(ours, theirs) as answer:
         return replace(compare_tensors(ours, theirs, crew), model=answer())
@@ -161,8 +182,10 @@ def compare_tensors(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verific
         (tensor_range(ours.folder, left, right.dtype), tensor_range(theirs.folder, right, right.dtype))
         for left, right in comparable
     ]
+    here = [side.path(file) for side in (ours, theirs) if not side.is_remote for file in side.files]
+    in_memory = pages.mostly_resident(here)
     try:
-        digests = _digest_pairs(ranges, crew, "verify")
+        digests = digest_pairs(ranges, crew, "verify")
     finally:
         close_pickles()
     mismatches = [Mismatch(pair.ours.name, pair.obstacle) for pair in pairs if pair.obstacle]
@@ -172,7 +195,8 @@ def compare_tensors(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verific
         if a != b
     ]
     found = {pair.ours.name: digest for pair, (_, digest) in zip(comparable, digests, strict=True)}
-    return _verification(ours, theirs, mismatches, found, start)
+    finding = _verification(ours, theirs, mismatches, found, start)
+    return replace(finding, files=len(here), files_in_memory=in_memory)
 
 
 def _verification(
@@ -218,7 +242,7 @@ def damaged_shards(
         (tensor_range(checkpoint.folder, tensor.source, tensor.dtype), staged_range(folder, shard, tensor))
         for shard, tensor in planned
     ]
-    digests = _digest_pairs(ranges, crew, "check")
+    digests = digest_pairs(ranges, crew, "check")
     damaged |= {shard.file for (shard, _), (a, b) in zip(planned, digests, strict=True) if a != b}
     return sorted(damaged)
 
@@ -330,7 +354,8 @@ def _batches(ranges: Sequence[Range]) -> Iterator[Sequence[Range]]:
             first, size = end, 0
 
 
-def _digest_pairs(pairs: Sequence[tuple[Range, Range]], crew: Crew, stage: str) -> list[tuple[str, str]]:
+def digest_pairs(pairs: Sequence[tuple[Range, Range]], crew: Crew, stage: str) -> list[tuple[str, str]]:
+    """Return the digests of ranges of both sides."""
     digests = _digest_all([first for first, _ in pairs] + [second for _, second in pairs], crew, stage)
     return list(zip(digests[: len(pairs)], digests[len(pairs) :], strict=True))
 

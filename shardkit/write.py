@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from shardkit import pages
 from shardkit.checkpoint import Checkpoint
 from shardkit.destination import check_free, resolve
 from shardkit.errors import CastError, DownloadNeededError, VerificationError
@@ -24,8 +25,16 @@ from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import Crew, ProgressCallback, ProgressCount, resumable, run_all, take_turns, worker_count
 from shardkit.sizes import format_size
 from shardkit.staging import Staging, staging
-from shardkit.transfer import Lost, Outcome, Task, file_tasks, run_task, shard_tasks
-from shardkit.verify import Verification, altered_parts, damaged_shards, verify_checkpoint, verify_received
+from shardkit.transfer import Lost, Outcome, Task, file_tasks, run_task, shard_tasks, whole_file
+from shardkit.verify import (
+    Verification,
+    altered_parts,
+    damaged_shards,
+    digest_pairs,
+    read_from,
+    verify_checkpoint,
+    verify_received,
+)
 
 _SHOWN_LOSSES = 3
 _STREAMED = "made from ranged reads of the Hub: the source was not downloaded"
@@ -83,7 +92,8 @@ class ShardReport(Record):
         if (check := self.verification) is None:
             return "no"
         to_what = " to what was received" if check.received else ""
-        return f"equal{to_what}, {check.tensors:,} tensors in {check.seconds:.2f} s"
+        where = ", read back from the disk" if check.is_from_disk else ""
+        return f"equal{to_what}, {check.tensors:,} tensors in {check.seconds:.2f} s{where}"
 
     def summary(self) -> Summary:
         """Return the report as a person reads it."""
@@ -107,7 +117,10 @@ class ShardReport(Record):
         worst = sorted(self.lost, key=lambda x: (-x.overflowed, -x.flushed))[:_SHOWN_LOSSES]
         rows = tuple((x.tensor, f"{x.overflowed:,}", f"{x.flushed:,}") for x in worst)
         lost = (Table(("most was lost in", "became infinite", "became zero"), rows),) if rows else ()
-        return Summary("Sharded checkpoint", facts, lost, self.notes)
+        notes = self.notes
+        if (check := self.verification) and check.files and not check.is_from_disk:
+            notes += (f"when read back: {read_from(check.files, check.files_in_memory)}",)
+        return Summary("Sharded checkpoint", facts, lost, notes)
 
     def _also_copied(self) -> str:
         weights = [file for file in self.side_files if is_weights(os.path.basename(file))]
@@ -147,7 +160,7 @@ def shard_checkpoint(
     max_shard_size, strategy, dtype
         As in `plan_shards`.
     workers
-        How many files are written at once (default: up to four).
+        How many files are written at once (default: up to four, or as many as the executor has workers).
     executor
         A `concurrent.futures` executor to use instead of threads of our own.
     overwrite
@@ -156,7 +169,8 @@ def shard_checkpoint(
         Use the shards that an earlier, interrupted run of the same job has finished.
     verify
         Read both sides again and compare every tensor before the destination appears; of a model that is
-        streamed, read the destination back and compare it with what was received.
+        streamed, read the destination back and compare it with what was received. The shards are dropped from
+        memory first, so that it is the disk that is read; the report says where that was not possible.
     allow_overflow
         Let a cast turn finite values into infinities.
     stream
@@ -180,7 +194,7 @@ def shard_checkpoint(
     Cancelled
         If `progress` returned False.
     """
-    start, crew = time.perf_counter(), Crew(worker_count(workers), executor, progress)
+    start, crew = time.perf_counter(), Crew(worker_count(workers, executor), executor, progress)
     planned = partial(plan_shards, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
     checkpoint = _open(opened, planned, destination, overwrite, stream)
@@ -249,6 +263,10 @@ def _reuse(stage: Staging, crew: Crew) -> tuple[str, ...]:
     """Check what an earlier run left, byte by byte, against the source; forget what is not right."""
     checkpoint, plan = stage.checkpoint, stage.plan
     shards = [shard for shard in plan.shards if shard.file in stage.finished]
+    stage.wait()  # for the disk: only what it has can be dropped
+    in_memory = pages.drop(stage.folder / shard.file for shard in shards)
+    if shards and in_memory != 0:
+        stage.notes.append(f"when reused shards were checked: {read_from(len(shards), in_memory)}")
     if checkpoint.is_remote:
         received = {shard.file: stage.finished[shard.file].received for shard in shards}
         damaged = list(altered_parts(plan, received, stage.folder, crew, "check"))
@@ -330,7 +348,7 @@ def write_beside(
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
         if file == checkpoint.config_file and (text := adapted_config(checkpoint.config or {}, plan.dtype)):
-            target.write_text(text, encoding="utf-8")
+            target.write_bytes(text.encode())  # as text, Windows would end its lines otherwise
         else:
             source = os.fspath(_here(checkpoint, file))
             target.touch()
@@ -338,7 +356,7 @@ def write_beside(
                 run_task(task)
                 hear()
     if plan.index is not None and plan.index_file is not None:
-        (folder / plan.index_file).write_text(plan.index, encoding="utf-8")
+        (folder / plan.index_file).write_bytes(plan.index.encode())
     return [*checkpoint.side_files, *filter(None, [plan.index_file])]
 
 
@@ -352,7 +370,8 @@ def _here(checkpoint: Checkpoint, file: str) -> str | Path:
 
 
 def _verify(stage: Staging, crew: Crew) -> Verification:
-    checkpoint, folder = stage.checkpoint, stage.folder
+    checkpoint, folder, files = stage.checkpoint, stage.folder, len(stage.plan.shards)
+    in_memory = pages.drop(folder / shard.file for shard in stage.plan.shards)
     if checkpoint.is_remote:
         received = {file: outcome.received for file, outcome in stage.finished.items()}
         found = verify_received(checkpoint, stage.plan, received, folder, crew)
@@ -362,7 +381,23 @@ def _verify(stage: Staging, crew: Crew) -> Verification:
         )
     if not found.equal:
         raise VerificationError(f"{stage.destination}: not published: {_why_unequal(found)}")
-    return replace(found, destination=str(stage.destination))
+    if altered := _altered_files(checkpoint, stage.plan, folder, crew):
+        raise VerificationError(
+            f"{stage.destination}: not published: not as in the source: {listed(altered)}"
+        )
+    return replace(found, destination=str(stage.destination), files=files, files_in_memory=in_memory)
+
+
+def _altered_files(checkpoint: Checkpoint, plan: ShardPlan, folder: Path, crew: Crew) -> list[str]:
+    """Return which of the files that are copied as they are do not hold what the source does."""
+    adapted = checkpoint.config_file if adapted_config(checkpoint.config or {}, plan.dtype) else None
+    sizes = {file: size for file, size in checkpoint.side_files.items() if file != adapted}
+    pairs = [
+        (whole_file(os.fspath(_here(checkpoint, file)), size), whole_file(str(folder / file), size))
+        for file, size in sizes.items()
+    ]
+    digests = digest_pairs(pairs, replace(crew, progress=None), "verify")
+    return [file for file, (ours, theirs) in zip(sizes, digests, strict=True) if ours != theirs]
 
 
 def _why_unequal(found: Verification) -> str:

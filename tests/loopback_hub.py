@@ -141,6 +141,11 @@ class LoopbackHub:
         with self._lock:
             self._faults.append(Fault(kind, where, **options))
 
+    def heal(self) -> None:
+        """Forget the faults that were planned."""
+        with self._lock:
+            self._faults.clear()
+
     def chaos(self, dice: random.Random, rate: float, where: str = ".*") -> None:
         """Let a share of all requests fail in ways that a network and a busy Hub do."""
         self._chaos = (dice, rate, where) if rate else None

@@ -11,6 +11,8 @@ import time
 from contextlib import suppress
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import shardkit
@@ -200,6 +202,18 @@ def test_inspect_tells_of_leftovers_in_one_line(tmp_path):
         (tmp_path / f".out.shardkit-{role}").mkdir()
     told = run("inspect", tmp_path / "out").stderr.splitlines()
     assert [line.count(".out.shardkit-") for line in told if "interrupted run" in line] == [2]
+
+
+def test_error_says_in_its_line_what_is_kept_and_how_to_remove_it(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file({"w": torch.full((9,), 1e30)}, source / "model.safetensors")
+    done = run("shard", source, tmp_path / "out", "--dtype", "float16")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert f"1 finished shard kept in {tmp_path / '.out.shardkit-staging'}" in done.stderr
+    assert str(tmp_path / ".out.shardkit-staging") in run("clean", tmp_path / "out").stdout
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_error_moves_no_cursor_and_makes_no_second_line(tmp_path):

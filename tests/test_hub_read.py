@@ -640,6 +640,26 @@ class TestStreaming:
         assert verify_checkpoint(folder, out).equal
 
     @pytest.mark.usefixtures("sha")
+    def test_hub_that_fails_for_good_discards_nothing_of_what_was_received(
+        self, hub: LoopbackHub, folder: Path, tmp_path: Path
+    ) -> None:
+        options = {"max_shard_size": "600KB", "stream": True, "workers": 2}
+
+        def fail(progress: Progress) -> None:
+            if progress.done_bytes >= 0.75 * progress.total_bytes:
+                hub.fail("status", ".*", status=503, times=1000)
+
+        with pytest.raises(access.UnreachableError, match="status 503") as caught:
+            shard_checkpoint(ID, tmp_path / "out", progress=fail, **options)
+        assert "finished shards kept" in caught.value.__notes__[0]
+        hub.heal()
+        before = hub.sent(STORAGE)
+        report = shard_checkpoint(ID, tmp_path / "out", **options)
+        assert len(report.reused) >= COUNT * 3 // 4
+        assert hub.sent(STORAGE) - before < (COUNT - len(report.reused)) * 500_000 + 200_000
+        assert verify_checkpoint(folder, tmp_path / "out").equal
+
+    @pytest.mark.usefixtures("sha")
     def test_disk_decides_where_nobody_does(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         free = {"bytes": 6_000_000}
         monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free["bytes"]))

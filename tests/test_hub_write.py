@@ -18,6 +18,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 import shardkit
 from shardkit.errors import Cancelled, CheckpointError, DestinationError
+from shardkit.hub import reshard
 from shardkit.hub.push import push_checkpoint
 from shardkit.hub.reshard import shard_on_hub
 from tests.loopback_hub import LoopbackHub
@@ -588,6 +589,7 @@ def test_from_hub_to_hub_is_what_sharding_makes(
     assert report.files == here.files
     assert report.verification.digests == here.verification.digests
     assert report.verification.received
+    assert report.verification.files == len(report.files)
     assert report.lost == here.lost
     assert drafts(hub) == []
     assert hub.half_heads(REPO) == []
@@ -743,6 +745,47 @@ def test_cast_that_overflows_is_refused_before_anything_is_sent(hub: LoopbackHub
     assert hub.received(SENT) == 0
     report = shard_on_hub(SOURCE, REPO, dtype="float16", allow_overflow=True)
     assert [loss.overflowed for loss in report.lost] == [1]
+
+
+def test_refused_overflow_keeps_the_shards_that_were_sent(hub: LoopbackHub, tmp_path: Path) -> None:
+    tensors = {
+        f"w{i}": Tensor("F32", (100,), struct.pack("<f", 1e30 if i == 3 else i) * 100) for i in range(4)
+    }
+    folder = write_checkpoint(tmp_path / "large", [tensors])
+    (folder / "config.json").write_text("{}")
+    hub.add_model(SOURCE, folder)
+    options = {"dtype": "float16", "max_shard_size": 350, "workers": 1}
+    with pytest.raises(shardkit.CastError, match="w3") as caught:
+        shard_on_hub(SOURCE, REPO, **options)
+    (draft,) = drafts(hub)
+    assert f"branch {draft}" in caught.value.__notes__[0]
+    report = shard_on_hub(SOURCE, REPO, **options, allow_overflow=True)
+    assert len(report.reused) >= 2
+    assert shardkit.verify_checkpoint(SOURCE, REPO).equal
+
+
+@pytest.mark.parametrize("where", ["altered_parts", "digest_file"])
+def test_disk_that_fails_keeps_the_shards_that_were_sent(
+    where: str, hub: LoopbackHub, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = getattr(reshard, where), iter(range(4))
+
+    def fail(*args: object) -> object:
+        if next(calls, None) is None:
+            if where == "altered_parts":
+                return {"model": []}
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*args)
+
+    options = {"max_shard_size": "300KB", "workers": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(reshard, where, fail)
+        with pytest.raises((shardkit.VerificationError, DestinationError)):
+            shard_on_hub(SOURCE, REPO, **options)
+    assert len(shard_on_hub(SOURCE, REPO, **options).reused) >= 3
+    assert drafts(hub) == []
+    assert shardkit.verify_checkpoint(SOURCE, REPO).equal
+    assert source
 
 
 def test_what_cannot_be_resharded_on_the_hub_is_said_at_once(

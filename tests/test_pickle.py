@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import subprocess
+import sys
+import types
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -15,9 +17,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from shardkit import Checkpoint, CheckpointError, shard_checkpoint, verify_checkpoint
+from shardkit import (
+    Checkpoint,
+    CheckpointError,
+    pickle_file,
+    shard_checkpoint,
+    transfer,
+    verify_checkpoint,
+)
 from shardkit.tensor import DTYPE_NAMES
 
 ZIP, LEGACY = True, False
@@ -47,7 +58,9 @@ def sharded(source: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    raw = [t.contiguous().reshape(-1).view(torch.uint8) for t in (ours, theirs)]
+    raw = [
+        t.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8) for t in (ours, theirs)
+    ]
     return ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(*raw)
 
 
@@ -164,6 +177,113 @@ def test_view_that_is_resolved_when_read_is_written_resolved(
 ) -> None:
     found = sharded(save({"w": value}, tmp_path / "a" / "pytorch_model.bin"), tmp_path / "out")
     assert same(found["w"], expected)
+
+
+def views(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Tensors whose elements do not lie one after the other, of every kind that can be saved."""
+    base = torch.randn(2, 9, 10, 7, generator=torch.Generator().manual_seed(seed))
+    wave = torch.view_as_complex(base[..., :2].contiguous())
+    return {
+        "transposed": base[0, 0].t(),
+        "permuted": base.permute(3, 1, 0, 2),
+        "experts": base[0].transpose(1, 2),
+        "every third column": base[..., 1::3],
+        "every other row from the second on": base[:, 1::2],
+        "a column": base[1, :, 3, 5],
+        "expanded": base[0, 0, :, :1].expand(10, 33),
+        "expanded in front": base[0, 0].t().expand(3, 7, 10),
+        "expanded scalar": base[0, 0, 0, 0].expand(5, 5),
+        "windows": base[0, 0, :, 0].unfold(0, 4, 1),
+        "one element of a column": base[0, :, 3, 5][4:5],
+        "conjugate": wave.conj(),
+        "conjugate transposed": wave[0].mH,
+        "negative": wave.clone().conj().imag,
+        "float16": base.half().mT,
+        "bool": (base > 0).mT,
+        "float8": base.to(torch.float8_e4m3fn).mT,
+        "float4": torch.arange(24, dtype=torch.uint8).view(torch.float4_e2m1fn_x2).view(4, 6).t(),
+    }
+
+
+def resolved(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 24, 100, 4 << 20])
+def test_tensor_that_is_not_contiguous_is_gathered_in_pieces_of_any_size(
+    piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pickle_file, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(transfer, "TASK_BYTES", 80)
+    state = views()
+    source = save(state, tmp_path / "source" / "pytorch_model.bin")
+    found = sharded(source, tmp_path / "out", max_shard_size=8000)
+    assert found.keys() == state.keys()
+    assert [name for name in state if not same(found[name], resolved(state[name]))] == []
+    source = save({"permuted": state["permuted"]}, tmp_path / "floats" / "pytorch_model.bin")
+    cast = sharded(source, tmp_path / "cast", dtype="bfloat16", max_shard_size=8000)
+    assert same(cast["permuted"], state["permuted"].contiguous().bfloat16())
+
+
+@settings(max_examples=150)
+@given(data=st.data(), piece_bytes=st.integers(1, 300))
+def test_any_bytes_of_any_view_are_those_of_its_contiguous_copy(
+    data: st.DataObject, piece_bytes: int
+) -> None:
+    base = torch.arange(360, dtype=data.draw(st.sampled_from([torch.uint8, torch.int16, torch.float64])))
+    shape = data.draw(st.sampled_from([(360,), (18, 20), (5, 8, 9), (3, 4, 5, 6), (2, 1, 3, 10, 6)]))
+    view = base.view(shape).permute(data.draw(st.permutations(range(len(shape)))))
+    for axis in range(view.dim()):
+        start, step = data.draw(st.integers(0, 2)), data.draw(st.integers(1, 3))
+        view = view.movedim(axis, 0)[start::step].movedim(0, axis)
+    axis = data.draw(st.integers(0, view.dim()))
+    view = (
+        view.unsqueeze(axis)
+        .movedim(axis, 0)
+        .expand(data.draw(st.integers(1, 3)), *view.shape)
+        .movedim(0, axis)
+    )
+    expected = (
+        bytes(memoryview(resolved(view).reshape(-1).view(torch.uint8).numpy())) if view.numel() else b""
+    )
+    offset = data.draw(st.integers(0, len(expected)))
+    nbytes = data.draw(st.integers(0, len(expected) - offset))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pickle_file, "PIECE_BYTES", piece_bytes)
+        patch.setattr(pickle_file, "_OPEN", types.SimpleNamespace(get=lambda _: {"view": view}))
+        pieces = [bytes(piece) for piece in pickle_file.read_tensor("", "view", offset, nbytes)]
+    assert b"".join(pieces) == expected[offset : offset + nbytes]
+    assert view.is_contiguous() or all(len(piece) <= max(piece_bytes, view.itemsize) for piece in pieces)
+
+
+GATHER = """
+import sys, threading, torch
+from shardkit import Checkpoint, shard_checkpoint
+def anonymous():
+    status = open("/proc/self/status").read()
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+shard_checkpoint(sys.argv[1] + "/small", sys.argv[1] + "/first")  # what torch takes for its first tensor
+before, peak, done = anonymous(), [0], threading.Event()
+def watch():
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], anonymous())
+watching = threading.Thread(target=watch)
+watching.start()
+shard_checkpoint(sys.argv[1] + "/large", sys.argv[1] + "/out", workers=4)
+done.set()
+watching.join()
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.slow
+def test_transposed_tensor_of_any_size_takes_less_than_64_mb(tmp_path: Path) -> None:
+    for name, rows in (("small", 1000), ("large", 8000)):
+        save({"w": torch.ones(4000, rows).t()}, tmp_path / name / "pytorch_model.bin")
+    done = subprocess.run(
+        [sys.executable, "-c", GATHER, tmp_path], check=True, capture_output=True, text=True
+    )
+    assert int(done.stdout) < 64_000_000
 
 
 # Tied weights ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A destination is absent or whole; what is in it is what every reader finds in the source."""
 
 import errno
+import io
 import itertools
 import json
 import multiprocessing
@@ -12,9 +13,11 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
@@ -25,6 +28,7 @@ from safetensors.torch import save_file
 
 from shardkit import (
     Cancelled,
+    CastError,
     Checkpoint,
     CheckpointError,
     DestinationError,
@@ -33,15 +37,20 @@ from shardkit import (
     SpaceError,
     VerificationError,
     destination,
+    pages,
     plan_shards,
+    run,
     shard_checkpoint,
     staging,
     transfer,
+    verify,
     verify_checkpoint,
     write,
 )
+from shardkit.hub.access import UnreachableError
 from tests.support import (
     FreshFolder,
+    Tensor,
     Tensors,
     bits,
     checkpoints,
@@ -332,6 +341,64 @@ def test_processes_can_do_the_work(source: Path, out: Path) -> None:
         assert executor.submit(os.getpid).result() != os.getpid()  # the pool is the caller's, and still open
     assert report.verification is not None
     assert verify_checkpoint(source, out).cast == COUNT
+
+
+class Cluster(Executor):
+    """An executor of 64 workers elsewhere; each waits with its first task until `expected` are under way."""
+
+    def __init__(self, expected: int, **known: object) -> None:
+        self._pool, self._expected, self._lock = ThreadPoolExecutor(64), expected, threading.Lock()
+        self._reached, self._running, self.most = threading.Event(), 0, 0
+        vars(self).update(known)
+
+    def submit(self, function: Callable[..., object], /, *args: object) -> Future[object]:  # type: ignore[override]
+        return self._pool.submit(self._run, function, *args)
+
+    def _run(self, function: Callable[..., object], *args: object) -> object:
+        with self._lock:
+            self._running += 1
+            self.most = max(self.most, self._running)
+        if self._running >= self._expected:
+            self._reached.set()
+        self._reached.wait(2)
+        result = function(*args)
+        with self._lock:
+            self._running -= 1
+        return result
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._pool.shutdown(wait, cancel_futures=cancel_futures)
+
+
+WIDTHS: dict[str, dict[str, object]] = {
+    "pool": {"_max_workers": 64},
+    "mpi": {"num_workers": 64},
+    "dask": {"_client": types.SimpleNamespace(ncores=lambda: {"tcp://a": 32, "tcp://b": 32})},
+    "dask without workers yet": {"_client": types.SimpleNamespace(ncores=dict)},
+    "unknown": {},
+}
+
+
+@pytest.mark.parametrize("known", WIDTHS.values(), ids=WIDTHS)
+def test_executor_is_used_to_its_full_width(
+    known: dict[str, object], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(verify, "_BATCH_TENSORS", 1)
+    many = {f"t{i}": Tensor("U8", (100,), bytes([i] * 100)) for i in range(70)}
+    source = write_checkpoint(tmp_path / "source", [many])
+    with Cluster(64, **known) as copying:
+        shard(source, out, executor=copying, workers=None, max_shard_size=250, verify=False)
+    assert copying.most == 64
+    with Cluster(64, **known) as checking:
+        assert verify_checkpoint(source, out, executor=checking).equal
+    assert checking.most == 64
+
+
+def test_workers_bound_how_many_tasks_an_executor_gets(source: Path, out: Path) -> None:
+    with Cluster(1, _max_workers=64) as executor:
+        shard(source, out, executor=executor, workers=1)
+    assert executor.most <= 2  # one is under way, one is waiting for it
 
 
 def test_failure_in_a_process_is_the_same_clear_error(out: Path, tmp_path: Path) -> None:
@@ -722,7 +789,10 @@ def test_copy_that_does_not_verify_is_not_published(
         shard(source, out)
     assert str(out) in str(caught.value)
     assert not out.exists()
-    assert beside(out) == set()
+    monkeypatch.undo()
+    report, nbytes = copied(source, out)
+    assert report.reused == tuple(file for file in report.files if "00004" not in file)  # the one with t3
+    assert nbytes == 1600
 
 
 @pytest.mark.parametrize("dtype", [None, "float16"])
@@ -885,6 +955,131 @@ def test_every_file_is_synced_before_the_folder_is_renamed(
     }
 
 
+# What the disk holds ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """A disk of its own, and the image that it really is."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(24 << 20))
+    try:
+        subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+        with mounted(tmp_path / "disk", "-o", "loop", str(image)) as folder:
+            (folder / "work").mkdir()  # beside what the disk has for itself
+            yield folder / "work", image
+    except (OSError, Skip) as reason:
+        pytest.skip(str(reason))
+
+
+def garble(image: Path, data: bytes) -> None:
+    """Let a disk hold something else than it was given: the kernel is not told."""
+    place = image.read_bytes().find(data)
+    assert place > 0
+    with image.open("r+b") as file:
+        file.seek(place)
+        file.write(bytes([data[0] ^ 1]))
+        os.fsync(file)
+
+
+def data_of(source: Path, name: str) -> bytes:
+    return read_file(source / "model.safetensors")[name].data
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_disk_that_garbles_what_it_is_given_is_found_out(
+    dtype: str | None, source: Path, disk: tuple[Path, Path]
+) -> None:
+    folder, image = disk
+    worn: list[str] = []
+
+    def wear_out(_: Progress) -> None:
+        if staged(folder / "out", "1_Pooling/config.json").exists() and not worn:  # all shards are synced
+            garble(image, data_of(source, "t3"))
+            worn.append("t3")
+
+    with pytest.raises(VerificationError, match=r"1 tensor .*\(t3\)"):
+        shard(source, folder / "out", progress=wear_out, dtype=dtype)
+    report, _ = copied(source, folder / "out", dtype=dtype)
+    assert len(report.reused) == COUNT - 1
+    assert report.verification is not None
+    assert report.verification.is_from_disk
+    assert "read back from the disk" in str(report)
+
+
+def test_resume_trusts_the_disk_alone(source: Path, disk: tuple[Path, Path]) -> None:
+    folder, image = disk
+    interrupt(source, folder / "out")
+    for path in staging.staging_folder(folder / "out").iterdir():
+        destination.sync(path)
+    garble(image, data_of(source, "t1"))
+    report, nbytes = copied(source, folder / "out", verify=False)
+    assert (len(report.reused), nbytes) == (2, 4 * 1600)
+
+
+def test_what_stays_in_memory_was_not_proven_and_the_report_says_so(source: Path, tmp_path: Path) -> None:
+    try:
+        with mounted(tmp_path / "memory", "-t", "tmpfs", "-o", "size=4m", "none") as memory:
+            interrupt(source, memory / "out")
+            report = shard(source, memory / "out")
+    except Skip as reason:
+        pytest.skip(str(reason))
+    assert report.verification is not None
+    assert (report.verification.files, report.verification.files_in_memory) == (COUNT, COUNT)
+    assert f"{COUNT} of {COUNT} files in memory: what the disk holds was not proven" in str(report)
+    assert "3 of 3 files in memory: what the disk holds was not proven" in str(
+        report
+    )  # when they were reused
+    assert "from the disk" not in str(report)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "said"),
+    [
+        ((os, "posix_fadvise"), f"{COUNT} of {COUNT} files in memory"),
+        ((os, "geteuid"), "this system does not show whether files were in memory"),
+    ],
+)
+def test_system_that_cannot_drop_or_show_pages_is_no_obstacle(
+    lacking: tuple[object, str], said: str, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(*lacking)
+    report = shard(source, out)
+    assert said in str(report)
+    assert not report.verification.is_from_disk  # type: ignore[union-attr]
+    assert write.ShardReport.from_dict(report.to_dict()) == report
+
+
+def test_kernel_that_calls_all_pages_resident_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch, out: Path
+) -> None:
+    def all_resident(_: object, __: object, flags: Any) -> int:
+        flags[:] = [1] * len(flags)
+        return 0
+
+    out.write_bytes(bytes(100))
+    monkeypatch.setattr(pages.ctypes, "CDLL", lambda *_, **__: types.SimpleNamespace(mincore=all_resident))
+    pages._mincore.cache_clear()
+    try:
+        assert pages.drop([out]) is None
+    finally:
+        pages._mincore.cache_clear()
+
+
+def test_verification_alone_leaves_the_cache_as_it_is_and_says_what_was_in_it(
+    source: Path, disk: tuple[Path, Path]
+) -> None:
+    out = disk[0] / "out"
+    shard(source, out, max_shard_size="1GB")
+    files = [source / "model.safetensors", out / "model.safetensors"]
+    for file in files:
+        file.read_bytes()
+    found = verify_checkpoint(source, out)
+    assert (found.files, found.files_in_memory) == (2, 2)
+    assert "2 of 2 files in memory: what the disk holds was not proven" in str(found)
+    assert pages.mostly_resident(files) == 2
+
+
 # Resume ----------------------------------------------------------------------------------------------
 
 
@@ -1017,6 +1212,191 @@ def test_finished_work_survives_a_failure_to_put_it_in_place(
             shard(source, out)
     report, nbytes = copied(source, out)
     assert (len(report.reused), nbytes) == (COUNT, 0)
+
+
+ERRORS: list[BaseException] = [
+    CheckpointError("damaged"),
+    UnreachableError("gave up after 6 tries"),
+    CastError("makes finite values infinite"),
+    VerificationError("not as in the source"),
+    SpaceError("the disk is full"),
+    DestinationError("cannot be written"),
+    Cancelled("stopped"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    BrokenProcessPool("a process ended abruptly"),
+    KeyboardInterrupt(),
+    MemoryError(),
+    ZeroDivisionError("a bug"),
+]
+NAMED = {"ids": lambda error: " ".join(map(str, (type(error).__name__, *error.args[:1])))}
+
+
+def assert_reused(source: Path, out: Path, shards: int) -> None:
+    """The second run finds so many shards, and `shardkit clean` would have found what the first has left."""
+    assert not out.exists()
+    assert len(destination.leftovers(out)) == 2
+    report, nbytes = copied(source, out)
+    assert (len(report.reused), nbytes) == (shards, (COUNT - shards) * 1600)
+
+
+@pytest.mark.parametrize("error", ERRORS, **NAMED)
+def test_no_error_of_a_task_discards_what_is_finished(
+    error: BaseException, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(task: transfer.Task) -> transfer.Outcome:
+        if Path(task.path).name > "model-00004":
+            raise error
+        return transfer.run_task(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "run_task", run)
+        with pytest.raises(BaseException) as caught:  # noqa: PT011  which it is, other tests say
+            shard(source, out)
+    if not isinstance(error, KeyboardInterrupt):
+        assert f"3 finished shards kept in {staging.staging_folder(out)}" in caught.value.__notes__[-1]
+    assert_reused(source, out, 3)
+
+
+@pytest.mark.parametrize("error", ERRORS, **NAMED)
+@pytest.mark.parametrize("stage", ["copy", "verify"])
+def test_no_error_of_a_callback_discards_what_is_finished(
+    stage: str, error: BaseException, source: Path, out: Path
+) -> None:
+    def fail(progress: Progress) -> None:
+        if progress.stage == stage and progress.done_bytes >= 3 * 1600:
+            raise error
+
+    with pytest.raises(BaseException):  # noqa: B017, PT011
+        shard(source, out, progress=fail)
+    assert_reused(source, out, 3 if stage == "copy" else COUNT)
+
+
+@pytest.mark.parametrize("error", ERRORS, **NAMED)
+@pytest.mark.parametrize("place", [*STAGES, "check"])
+def test_no_error_at_any_stage_discards_what_is_finished(
+    place: str, error: BaseException, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    interrupt(source, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(*STAGES.get(place, (verify, "_digest_pairs")), fail)
+        with pytest.raises(BaseException):  # noqa: B017, PT011
+            shard(source, out)
+    report, _ = copied(source, out)
+    assert len(report.reused) >= 3
+
+
+def test_stale_source_during_a_cast_discards_nothing(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stale(io.FileIO):
+        def readinto(self, _: object) -> int:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    opened = iter(range(4))
+
+    def on_a_network_disk(path: str, mode: str) -> io.RawIOBase | io.BufferedIOBase:
+        return Stale(path) if next(opened, None) is None else open(path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "open", on_a_network_disk, raising=False)
+        with pytest.raises(CheckpointError, match="cannot be read: Stale file handle") as caught:
+            shard(source, out, dtype="float16", max_shard_size=1000)
+    assert caught.value.file == str(source / "model.safetensors")
+    report, nbytes = copied(source, out, dtype="float16", max_shard_size=1000)
+    assert (len(report.reused), nbytes) == (4, 2 * 1600)
+
+
+def test_cast_refused_for_an_overflow_is_reused_once_that_is_allowed(source: Path, out: Path) -> None:
+    save_file({f"t{i}": torch.full((400,), 1e30) for i in range(COUNT)}, source / "model.safetensors")
+    with pytest.raises(CastError):
+        shard(source, out, dtype="float16", max_shard_size=1000)
+    report, nbytes = copied(source, out, dtype="float16", max_shard_size=1000, allow_overflow=True)
+    assert (len(report.reused), nbytes) == (COUNT, 0)
+
+
+def test_executor_that_breaks_loses_nothing_that_is_finished(source: Path, out: Path) -> None:
+    class Breaking(Cluster):
+        left = iter(range(4))
+
+        def submit(self, function: Callable[..., object], /, *args: object) -> Future[object]:  # type: ignore[override]
+            if next(self.left, None) is None:
+                raise BrokenProcessPool("a process ended abruptly")
+            return super().submit(function, *args)
+
+    with Breaking(1) as executor, pytest.raises(BrokenProcessPool):
+        shard(source, out, executor=executor, workers=1)
+    report, _ = copied(source, out)
+    assert len(report.reused) == 4  # all that it was given
+
+
+def test_disk_that_is_full_for_the_next_shard_loses_none_that_is_under_way(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.truncate
+
+    def full(path: Path, size: int) -> None:
+        if "00004-of" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "truncate", full)
+        with pytest.raises(SpaceError):
+            shard(source, out)
+    assert_reused(source, out, 3)
+
+
+def test_what_ends_along_with_a_failure_is_not_lost() -> None:
+    class AtOnce(Cluster):
+        """Carries a task out before it returns: all that were given are done at the same time."""
+
+        def submit(self, function: Callable[..., object], /, *args: object) -> Future[object]:  # type: ignore[override]
+            future = super().submit(function, *args)
+            future.exception()
+            return future
+
+    seen: list[int] = []
+    with (
+        AtOnce(1) as pool,
+        pytest.raises(ZeroDivisionError),
+        run.run_all(lambda task: 1 // task, [0, 1, 2], 2, pool) as results,
+    ):
+        seen.extend(task for task, _ in results)
+    assert sorted(seen) == [1, 2]
+
+
+def test_journal_that_cannot_be_read_forgets_nothing(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = interrupt(source, out)
+    real = Path.read_text
+
+    def read(path: Path, *args: Any, **options: Any) -> str:
+        if path == journal(out):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", read)
+        with pytest.raises(DestinationError, match="Input/output error"):
+            shard(source, out)
+    assert sorted(copied(source, out)[0].reused) == finished
+
+
+@pytest.mark.parametrize("garbled", [b"\xff\xfe\x00", b"\n", b"}", b'"}\n{"'])
+def test_garbled_line_of_the_journal_loses_its_own_shard_alone(
+    garbled: bytes, source: Path, out: Path
+) -> None:
+    interrupt(source, out)
+    lines = journal(out).read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2][:12] + garbled + lines[2][12 + len(garbled) :]
+    journal(out).write_bytes(b"".join(lines))
+    assert len(copied(source, out)[0].reused) == 2
 
 
 def test_nothing_but_finished_shards_is_taken_over(source: Path, out: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -23,8 +24,9 @@ from typing import Any
 import xxhash
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy
 
+from shardkit import pages
 from shardkit.checkpoint import Checkpoint
-from shardkit.destination import locked, remove_leftovers, staging_folder
+from shardkit.destination import free_bytes, locked, remove_leftovers, staging_folder, sync
 from shardkit.errors import (
     Cancelled,
     CastError,
@@ -214,6 +216,7 @@ class _Job:
         self._stop, self._committing = Event(), Lock()
         self._readme = own_readme(checkpoint)
         self._checking_seconds = 0.0
+        self._in_memory: list[int | None] = []  # of each shard that was read back, whether it was in memory
 
     def begin(self, folder: Path) -> None:
         """Find the draft branch, or make it, and see which shards it has."""
@@ -246,16 +249,22 @@ class _Job:
         try:
             with run_all(lambda s: self._one(s, count), todo, at_once) as results, ExitStack() as first:
                 first.callback(self._stop.set)  # before what is under way is waited for
-                self.finished.update((shard.file, finished) for shard, finished in results)
-        except (CastError, VerificationError):
-            with suppress(DestinationError):
-                self._target.drop(self.name)  # nothing of it will ever be of use
+                deque(results, maxlen=0)
+        except Exception as error:
+            if self.finished:
+                error.add_note(
+                    f"{plural(len(self.finished), 'finished shard')} kept on the branch {self.name} of "
+                    f"{self._target.repo_id}: the same call resumes from there"
+                )
+            elif isinstance(error, (CastError, VerificationError)):
+                with suppress(DestinationError):
+                    self._target.drop(self.name)
             raise
 
     def _room(self, todo: list[Shard], wanted: int) -> int:
         """Return how many shards may lie on the disk at once."""
         largest = max(shard.nbytes for shard in todo)
-        free = shutil.disk_usage(self._folder).free
+        free = free_bytes(self._folder)
         if free < largest:
             raise SpaceError(
                 f"{self._base}: a shard takes up to {largest:,} bytes ({format_size(largest)}), its "
@@ -264,7 +273,7 @@ class _Job:
             )
         return min(wanted, free // largest)
 
-    def _one(self, shard: Shard, count: ProgressCount) -> _Finished:
+    def _one(self, shard: Shard, count: ProgressCount) -> None:
         """Make a shard, check it, send it, note it on the draft, drop it."""
         path = self._folder / shard.file
         try:
@@ -277,7 +286,6 @@ class _Job:
             count.add(shard.nbytes)
         finally:
             path.unlink(missing_ok=True)
-        return finished
 
     def _make(self, shard: Shard, path: Path, count: ProgressCount) -> Outcome:
         outcome = Outcome()
@@ -295,6 +303,8 @@ class _Job:
     def _check(self, shard: Shard, outcome: Outcome) -> dict[str, str]:
         """Read a shard back, hold it against what was received, and digest its tensors."""
         start = time.perf_counter()
+        sync(self._folder / shard.file)
+        self._in_memory.append(pages.drop([self._folder / shard.file]))
         if self._checkpoint.is_remote:
             wrong = [*altered_parts(self._plan, {shard.file: outcome.received}, self._folder, Crew(1))]
         else:
@@ -318,6 +328,7 @@ class _Job:
                 self._draft_head,
                 self.name,
             )
+            self.finished[file] = finished
 
     def _shown(self) -> tuple[Repository, str | None]:
         """Return the target's head, and its card."""
@@ -377,6 +388,8 @@ class _Job:
             seconds=self._checking_seconds,
             received=checkpoint.is_remote,
             model=ModelKeys(why_unchecked="the copy lies on the Hub"),
+            files=len(self._in_memory),
+            files_in_memory=None if None in self._in_memory else sum(filter(None, self._in_memory)),
         )
         outcomes = [Outcome(finished.lost) for finished in self.finished.values()]
         return ShardReport(

@@ -41,7 +41,8 @@ UNTRUSTED = (
     "it brings code of its own, which runs only if you trust it: "
     'allow it with options={"trust_remote_code": True} (--trust-remote-code)'
 )
-_KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # as a wrapper's shell says it
+_SIGKILL = getattr(signal, "SIGKILL", 9)  # which Windows does not have
+_KILLED = (-_SIGKILL, 128 + _SIGKILL)  # as a wrapper's shell says it
 _SIGNALS = {int(number): number.name for number in signal.Signals}
 _DEVICE = re.compile(r"cpu|auto|balanced(_low_0)?|sequential|(cuda|mps|xpu|npu|hpu)(:\d+)?")
 _NOT_STARTED = (126, 127)  # as a shell says it

@@ -43,6 +43,19 @@ TOLERANCE = 0.05
 # BPE of 32,000 to 256,000 tokens; where that matters, it is too rough for a promise.
 _TOKENIZERS = {"tokenizer.json": 10, "tokenizer.model": 60, "vocab.json": 60, "vocab.txt": 40}
 _TOKENIZER_MATTERS = 0.03
+# Their tokenizers are Unigram models, which were measured to take three times as much.
+_UNIGRAM = (
+    "albert",
+    "camembert",
+    "deberta-v2",
+    "mbart",
+    "mt5",
+    "pegasus",
+    "t5",
+    "umt5",
+    "xlm-roberta",
+    "xlnet",
+)
 
 # While it stacks experts, transformers holds some of them twice, for a moment: this share of their bytes,
 # as measured with Mixtral's, Qwen3-MoE's and DeepSeek-V3's shapes, with a cast and without.
@@ -233,7 +246,7 @@ def estimate_load(
         copied,
         stacking,
         0 if in_memory else mapped,
-        tokenizer_bytes=_tokenizer_bytes(side_files or {}),
+        tokenizer_bytes=_tokenizer_bytes(side_files or {}, config.get("model_type")),
         buffer_bytes=buffers or 0,
         resident_bytes=read if in_memory else 0,
     )
@@ -290,8 +303,9 @@ def _buffer_bytes(config: Mapping[str, Any]) -> int | None:
     return count(*numbers) if all(type(number) is int for number in numbers) else None
 
 
-def _tokenizer_bytes(side_files: Mapping[str, int]) -> int:
-    return next((share * side_files[name] for name, share in _TOKENIZERS.items() if name in side_files), 0)
+def _tokenizer_bytes(side_files: Mapping[str, int], model_type: object) -> int:
+    sizes = (share * side_files[name] for name, share in _TOKENIZERS.items() if name in side_files)
+    return next(sizes, 0) * (3 if model_type in _UNIGRAM else 1)
 
 
 def _why_rough(made: Estimate, model_type: object, buffers: int | None) -> str | None:

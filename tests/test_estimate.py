@@ -370,17 +370,18 @@ def test_masks_of_older_files_are_not_read():
 
 
 @pytest.mark.parametrize(
-    ("files", "nbytes"),
+    ("kind", "files", "nbytes"),
     [
-        ({"tokenizer.json": 17_000_000, "tokenizer.model": 500_000, "vocab.json": 1}, 170_000_000),
-        ({"tokenizer.model": 500_000}, 30_000_000),
-        ({"config.json": 700}, 0),
+        ("llama", {"tokenizer.json": 17_000_000, "tokenizer.model": 500_000, "vocab.json": 1}, 170_000_000),
+        ("llama", {"tokenizer.model": 500_000}, 30_000_000),
+        ("xlm-roberta", {"tokenizer.json": 9_000_000}, 270_000_000),
+        ("llama", {"config.json": 700}, 0),
     ],
 )
-def test_a_large_tokenizer_counts_and_makes_a_small_estimate_rough(files, nbytes):
+def test_a_large_tokenizer_counts_and_makes_a_small_estimate_rough(kind, files, nbytes):
     stored = [StoredTensor("w", 10**10, "BF16")]
     found, cast = (
-        estimate_load("m", stored, dtype, config={"model_type": "llama"}, side_files=files)
+        estimate_load("m", stored, dtype, config={"model_type": kind}, side_files=files)
         for dtype in (None, "float16")
     )
     assert found.tokenizer_bytes == nbytes

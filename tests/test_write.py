@@ -1283,7 +1283,7 @@ def test_no_error_at_any_stage_discards_what_is_finished(
 
     interrupt(source, out)
     with monkeypatch.context() as patch:
-        patch.setattr(*STAGES.get(place, (verify, "_digest_pairs")), fail)
+        patch.setattr(*STAGES.get(place, (verify, "digest_pairs")), fail)
         with pytest.raises(BaseException):  # noqa: B017, PT011
             shard(source, out)
     report, _ = copied(source, out)

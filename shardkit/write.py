@@ -372,6 +372,8 @@ def _here(checkpoint: Checkpoint, file: str) -> str | Path:
 def _verify(stage: Staging, crew: Crew) -> Verification:
     checkpoint, folder, files = stage.checkpoint, stage.folder, len(stage.plan.shards)
     in_memory = pages.drop(folder / shard.file for shard in stage.plan.shards)
+    if altered := _altered_files(checkpoint, stage.plan, folder, crew):
+        raise VerificationError(f"{stage.destination}: not published: {listed(altered)} not as in the source")
     if checkpoint.is_remote:
         received = {file: outcome.received for file, outcome in stage.finished.items()}
         found = verify_received(checkpoint, stage.plan, received, folder, crew)
@@ -381,10 +383,6 @@ def _verify(stage: Staging, crew: Crew) -> Verification:
         )
     if not found.equal:
         raise VerificationError(f"{stage.destination}: not published: {_why_unequal(found)}")
-    if altered := _altered_files(checkpoint, stage.plan, folder, crew):
-        raise VerificationError(
-            f"{stage.destination}: not published: not as in the source: {listed(altered)}"
-        )
     return replace(found, destination=str(stage.destination), files=files, files_in_memory=in_memory)
 
 

@@ -902,6 +902,23 @@ def test_change_after_the_proof_is_not_published(file: str, source: Path, out: P
     assert not out.exists()
 
 
+def test_file_that_is_not_copied_as_it_is_is_not_published(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = write.run_task
+
+    def run(task: transfer.Task) -> transfer.Outcome:
+        outcome = real(task)
+        if task.path.endswith(os.path.join("1_Pooling", "config.json")):
+            flip(Path(task.path), -1)
+        return outcome
+
+    monkeypatch.setattr(write, "run_task", run)
+    with pytest.raises(VerificationError, match=r"not published: 1_Pooling/config.json not as in the source"):
+        shard(source, out)
+    assert not out.exists()
+
+
 def test_shard_that_changes_while_it_waits_for_the_disk_is_not_published(
     source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -253,10 +253,9 @@ def free_bytes(path: str | os.PathLike[str]) -> int:
 def sync(path: Path) -> None:
     """Return when a file, or a folder's list of names, is on the disk; Windows opens no folder."""
     is_folder = path.is_dir()
+    flags = os.O_RDONLY if is_folder else os.O_RDWR  # nor does it sync what is open for reading only
     try:
-        handle = os.open(
-            path, os.O_RDONLY if is_folder else os.O_RDWR
-        )  # what is read only is not synced there
+        handle = os.open(path, flags)
     except PermissionError:
         if is_folder:
             return

@@ -156,14 +156,14 @@ class Staging:
             yield
         except BaseException as error:
             failure = self.explained(error) if isinstance(error, OSError) else error
-            if self.finished:
+            if not self.finished:
+                with suppress(OSError):
+                    discard_unfinished(self.destination)
+            elif self.folder.is_dir():  # or it is in place already
                 failure.add_note(
                     f"{plural(len(self.finished), 'finished shard')} kept in {self.folder}: the same call "
                     f"resumes from there; `shardkit clean {self.destination}` removes them"
                 )
-            else:
-                with suppress(OSError):
-                    discard_unfinished(self.destination)
             if failure is error:
                 raise
             raise failure from error

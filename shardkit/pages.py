@@ -37,6 +37,14 @@ def mostly_resident(files: Iterable[str | os.PathLike[str]]) -> int | None:
     return _count(files, _MOSTLY)
 
 
+def resident_bytes(files: Iterable[str | os.PathLike[str]]) -> int | None:
+    """Return how many bytes of the files are in memory; None where the system does not show it."""
+    try:
+        return sum(map(_resident_bytes, files))
+    except (OSError, AttributeError):
+        return None
+
+
 def _count(files: Iterable[str | os.PathLike[str]], share: float) -> int | None:
     try:
         return sum(_resident_bytes(file) > share * os.stat(file).st_size for file in files)
@@ -50,10 +58,11 @@ def _resident_bytes(file: str | os.PathLike[str]) -> int:
         raise PermissionError(file)
     with open(file, "rb") as handle:
         size = os.fstat(handle.fileno()).st_size
-        return mmap.PAGESIZE * sum(
+        pages = sum(
             sum(_resident_pages(handle.fileno(), start, min(_WINDOW_BYTES, size - start), _mincore()))
             for start in range(0, size, _WINDOW_BYTES)
         )
+    return min(size, pages * mmap.PAGESIZE)
 
 
 @cache

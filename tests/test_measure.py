@@ -580,7 +580,8 @@ class TestPageCache:
                 ctypes.memset(flags, answer, -(-length // mmap.PAGESIZE))
                 return 0
 
-        monkeypatch.setattr(page_cache.ctypes, "CDLL", lambda *_, **__: Kernel)
+        monkeypatch.setattr(pages.ctypes, "CDLL", lambda *_, **__: Kernel)
+        monkeypatch.setattr(pages, "_mincore", pages._mincore.__wrapped__)
         (tmp_path / "weights").write_bytes(bytes(MB))
         state = page_cache.prepare([str(tmp_path / "weights")], asked)
         assert not state.proven

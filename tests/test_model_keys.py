@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from shardkit import Checkpoint, VerificationError, seen, shard_checkpoint, verify_checkpoint
-from shardkit.measure.page_cache import _resident_bytes
+from shardkit.pages import resident_bytes
 from shardkit.seen import ModelKeys
 from tests.loopback_hub import LoopbackHub
 from tests.support import file_bytes
@@ -171,7 +171,7 @@ def test_no_weights_are_read_for_the_answer(gigabytes: int, tmp_path: Path) -> N
     keys = asked(tmp_path, tmp_path)
     assert keys.why_unchecked == ""
     assert "transformer.h.0.ln_1.weight" in keys.missing
-    assert (_resident_bytes([str(file)]) or 0) < 50_000_000
+    assert (resident_bytes([str(file)]) or 0) < 50_000_000
 
 
 def test_streamed_copy_is_asked_about_with_the_tensors_that_the_hub_lists(

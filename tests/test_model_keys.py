@@ -109,7 +109,7 @@ UNCHECKED: dict[str, tuple[dict[str, object], str]] = {
     "no config": (MODEL, "no config.json"),
     "adapter": ({"adapter_model.safetensors": WEIGHTS, "adapter_config.json": {}}, "an adapter alone is no"),
     "code of its own": ({**MODEL, "config.json": {"architectures": ["Own"]}}, "Own is not a class of"),
-    "no class": ({**MODEL, "config.json": {"a": 1}}, "the model is not a class of"),
+    "no class": ({**MODEL, "config.json": {"a": 1}}, "config.json names no model class"),
     "damaged config": ({**MODEL, "config.json": {**CONFIG, "hidden_size": "x"}}, "does not load the source"),
 }
 

@@ -19,6 +19,8 @@ from typing import NamedTuple, Self
 
 import xxhash
 
+from shardkit import kept, seen
+
 
 class Fault(str):
     """What went wrong, in words."""
@@ -50,6 +52,12 @@ class Place(NamedTuple):
 
 Finding = Fault | Seen | Most
 Trial = Callable[[Place], Iterator[Finding]]
+
+
+def ask_no_models() -> None:
+    """Leave transformers out of this process and those that it starts: no trial is about what a model gets."""
+    seen._why_not = lambda *_: "no trial is about that"
+    kept._asked = lambda *_: None
 
 
 class Kind(NamedTuple):
@@ -121,7 +129,7 @@ class Bench:
         context.set_forkserver_preload(["torch", "shardkit.write", "shardkit.cast"])
         step = max(1, min(100, len(numbers) // (8 * self._workers)))
         one = partial(_one, kind, f"{seed}/{name}", shared)
-        with ProcessPoolExecutor(kind.workers or self._workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(kind.workers or self._workers, context, ask_no_models) as pool:
             results = pool.map(one, numbers, chunksize=step)
             for number in numbers:
                 again = f"python -m tests.torture {name} --seed {seed} --trial {number}"

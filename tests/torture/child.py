@@ -21,6 +21,7 @@ from typing import Any
 import shardkit.cast  # noqa: F401  before ctypes is wrapped: numpy uses it
 from shardkit.errors import ShardkitError
 from shardkit.write import shard_checkpoint
+from tests.torture.bench import ask_no_models
 
 ROOT = Path(__file__).parents[2]
 CALLS = ("rename", "unlink", "rmdir", "mkdir", "fsync", "truncate", "pwrite", "copy_file_range", "sendfile")
@@ -97,6 +98,7 @@ def _watch(spec: Spec, counts: Counter[str]) -> None:
 def main() -> None:
     """Do what the command line says."""
     spec, counts = json.loads(sys.argv[1]), Counter()
+    ask_no_models()
     _watch(spec, counts)
     print("ready", flush=True)
     if spec.get("wait"):

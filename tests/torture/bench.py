@@ -55,7 +55,7 @@ Trial = Callable[[Place], Iterator[Finding]]
 
 
 def ask_no_models() -> None:
-    """Leave transformers out of this process and those that it starts: no trial is about what a model gets."""
+    """Leave transformers out of this process and what it starts: no trial is about what a model gets."""
     seen._why_not = lambda *_: "no trial is about that"
     kept._asked = lambda *_: None
 

@@ -14,21 +14,22 @@ from typing import Any, NamedTuple
 
 from shardkit.errors import CheckpointError
 from shardkit.files import Files, is_remote
-from shardkit.layout import family, read_json
+from shardkit.layout import family, is_weights, read_json, shard_set
 
 OTHER_FORMAT = "the same weights in another format"
+UNREAD = "shards that the index does not name"
 OTHER_RUNTIME = "weights for other runtimes"
 TRAINING = "training state"
 PARTIAL = "partial downloads and backups"
 
 _ENDINGS = r"(?:safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf)"
-_RUNTIME_FOLDERS = re.compile(r"original|onnx|openvino|coreml|metal|.*\.mlpackage", re.IGNORECASE)
+_RUNTIME_FOLDERS = re.compile(r"original|onnx|openvino|coreml|metal|.*\.mlpackage")
 _RUNTIMES = re.compile(
     r".*\.(?:gguf|ggml|onnx|onnx[_.]data(?:_\d+)?|ot|tflite|nemo|mlmodel|pdparams|pdmodel|pdiparams|pte)"
     r"|(?:.*_)?model(?:-\d+-of-\d+)?\.(?:h5|keras|msgpack)(?:\.index\.json)?"
     r"|.*\.ckpt\.(?:index|meta|data-\d+-of-\d+)|saved_model\.pb|openvino_.*\.(?:bin|xml)"
 )
-_TRAINING_FOLDERS = re.compile(r"global_step\d+|optimizer_\d+|pytorch_model_fsdp_\d+")
+_TRAINING_FOLDERS = re.compile(r"checkpoint-\d+|global_step\d+|optimizer_\d+|pytorch_model_fsdp_\d+")
 _TRAINING = re.compile(
     r".*\.distcp|(?:.*_)?(?:optim_states|model_states)\.pt"
     r"|(?:optimizer|(?:lr_)?scheduler|rng_state|random_states|training_args)[\w-]*"
@@ -43,6 +44,10 @@ _CONSOLIDATED = re.compile(
 )  # Mistral's own format, and Meta's
 # What tells a model, a tokenizer or a processor which files it is made of.
 _NAMING = ("modules.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+_LOOKED_FOR = re.compile(
+    r".*config\.json|modules\.json|tokenizer\.(?:json|model)|special_tokens_map\.json|added_tokens\.json"
+    r"|vocab\.(?:json|txt)|merges\.txt|.*\.jinja|chat_template\.json|.*\.py"
+)
 _POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 
 
@@ -66,12 +71,13 @@ def sort_out(
     """
     weights = set(weights)
     others = [file for file in files.belonging() if file not in weights]
-    stays = _rule(others, {stem, *map(family, weights)})
+    stays = _rule(others, weights, {stem, *map(family, weights)})
     named = named_files(files, config, ["modules.json"])
     left_out = {
         file: why
         for file in others
-        if (why := stays(file)) and (why in (PARTIAL, OTHER_FORMAT) or named.isdisjoint(path_parts(file)))
+        if (why := stays(file))
+        and (why in (PARTIAL, OTHER_FORMAT, UNREAD) or named.isdisjoint(path_parts(file)))
     }
     side_files = {file: _size(files, file) for file in others if file not in left_out}
     pointers = [file for file, size in side_files.items() if _is_pointer(files, file, size)]
@@ -79,11 +85,13 @@ def sort_out(
     return Beside(side_files, left_out, notes)
 
 
-def _rule(others: Iterable[str], stems: set[str]) -> Callable[[str], str | None]:
+def _rule(others: Iterable[str], weights: set[str], stems: set[str]) -> Callable[[str], str | None]:
     original = {file for file in others if _CONSOLIDATED.fullmatch(file) and "consolidated" not in stems}
     original |= {"params.json"} if original else set()  # a config stays with its weights
     if "model" in stems:
         stems = {*stems, "pytorch_model"}
+    runtimes = {folder for file in others for folder in _runtime_folders(file)}
+    sets = set(filter(None, map(shard_set, weights)))
     same = re.compile(rf".*\.{_ENDINGS}(?:\.index(?:\.[^.]+)?\.json)?")
 
     def stays(file: str) -> str | None:
@@ -92,13 +100,24 @@ def _rule(others: Iterable[str], stems: set[str]) -> Callable[[str], str | None]
             return PARTIAL
         if _TRAINING.fullmatch(name) or any(map(_TRAINING_FOLDERS.fullmatch, folders)):
             return TRAINING
-        if _RUNTIMES.fullmatch(name) or any(map(_RUNTIME_FOLDERS.fullmatch, folders)):
+        if _RUNTIMES.fullmatch(name) or not runtimes.isdisjoint(path_parts(file)):
             return OTHER_RUNTIME
+        if shard_set(file) in sets:
+            return UNREAD
         if file in original or (not folders and same.fullmatch(name) and family(name) in stems):
             return OTHER_FORMAT
         return None
 
     return stays
+
+
+def _runtime_folders(file: str) -> Iterable[str]:
+    """Yield the folders of other runtimes that a file of weights lies in."""
+    *folders, name = file.split("/")
+    if is_weights(name) or _RUNTIMES.fullmatch(name):
+        for place, folder in enumerate(folders, start=1):
+            if _RUNTIME_FOLDERS.fullmatch(folder):
+                yield "/".join(folders[:place])
 
 
 def named_files(
@@ -108,6 +127,12 @@ def named_files(
     values = [dict(config or {}), *(read_json(files, name) for name in documents if files.is_file(name))]
     texts = {os.path.normpath(text) for text in _texts(values) if text} - {"."}
     return texts | {f"{text.partition('.')[0]}.py" for text in texts if "." in text and "/" not in text}
+
+
+def is_needed(file: str, named: set[str]) -> bool:
+    """Whether a load needs a file beside the weights: it is named, or of a kind that loads look for."""
+    name = os.path.basename(file)
+    return bool(_LOOKED_FOR.fullmatch(name)) or is_weights(name) or not named.isdisjoint(path_parts(file))
 
 
 def _texts(value: Any) -> Iterable[str]:

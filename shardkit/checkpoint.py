@@ -238,7 +238,7 @@ class Checkpoint(Record):
         """
         target = None if dtype in (None, "auto") else load_dtype(dtype)
         if target is None and not is_adapter(self.stem, self.config, self.tensors):
-            target = self._auto_dtype()
+            target = self.auto_dtype
         stored = (
             StoredTensor(name, t.elements, t.dtype, t.shape, is_alias=name in self.aliases)
             for name, t in self.tensors.items()
@@ -255,8 +255,9 @@ class Checkpoint(Record):
             in_memory=not self.is_remote and self._is_in_memory(),
         )
 
-    def _auto_dtype(self) -> str | None:
-        """Return the dtype that transformers 5.23 chooses by itself: see its `modeling_utils._get_dtype`."""
+    @cached_property
+    def auto_dtype(self) -> str | None:
+        """The dtype that transformers 5.23 chooses by itself: see its `modeling_utils._get_dtype`."""
         if said := config_dtype(self.config) or self.index_dtype:
             return said if said in LOAD_BITS else None
         first = [t for t in self.tensors.values() if t.file == self.files[0] and t.dtype in FLOAT_DTYPES]

@@ -14,10 +14,8 @@ from shardkit.safetensors_file import Header, read_header
 if TYPE_CHECKING:
     from shardkit.hub.remote import Repository
 
-# Of the tools that made the copy (`.git` may be a file), and a trainer's earlier states: not of the model.
-NOT_OURS = re.compile(
-    r"\.git|\.cache|\.huggingface|__pycache__|\.ipynb_checkpoints|checkpoint-\d+|\..*\.shardkit-.*"
-)
+# Of the tools that made the copy (`.git` may be a file): not of the model.
+NOT_OURS = re.compile(r"\.git|\.cache|\.huggingface|__pycache__|\.ipynb_checkpoints|\..*\.shardkit-.*")
 
 _CACHED = re.compile(r"(models|datasets|spaces)--")
 

@@ -61,7 +61,7 @@ def _in_a_process(*job: object) -> list[str]:
         raise ImportError("transformers is not installed")
     answer: list[str] = json.loads(
         subprocess.run(  # noqa: S603
-            [sys.executable, "-c", _PROCESS],
+            [sys.executable, "-P", "-c", _PROCESS],
             input=json.dumps([sys.path, *job]),
             capture_output=True,
             check=True,

@@ -35,7 +35,7 @@ _MAX_MISSING = 100_000  # shards to look for that are not there: a name may clai
 _INDEX = re.compile(r".*\.(safetensors|bin)\.index(\.[^.]+)?\.json")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|ot|tflite)")
 _SHARD = re.compile(r"(.+?)[-_.](\d+)[-_]of[-_](\d+)(\.[^.]+)?\.(safetensors|bin)")
-_VARIANT = re.compile(r"\.(?:(?:fp|bf|int|nf)\d+|(?:non_)?ema|\d+bit)")
+_VARIANT = re.compile(r"\.(?:(?:fp|bf|int|nf)\d+|\d+bit)")
 
 
 class Weights(NamedTuple):
@@ -80,6 +80,12 @@ def family(name: str) -> str:
     return _VARIANT.sub("", stem.rpartition(".")[0])
 
 
+def shard_set(name: str) -> tuple[str | None, ...] | None:
+    """Return what names of shards that belong together have in common; None for other names."""
+    shard = _SHARD.fullmatch(name)
+    return shard and shard.group(1, 3, 4, 5)
+
+
 def output_stem(files: Files, chosen: str, config: Mapping[str, Any] | None) -> str:
     """Return what files made from `chosen` are called, so that whoever loads the source finds them."""
     found = family(chosen)
@@ -121,6 +127,10 @@ def read_json(files: Files, name: str) -> Any:
                 f"has {format_size(size)}, at most {format_size(_MAX_JSON_BYTES)} are read", file=path
             )
         raw = files.read(name)
+    if raw.startswith(b"\xef\xbb\xbf"):
+        raise CheckpointError(
+            "begins with a byte order mark, which no loader reads: save it without", file=path
+        )
     with reading_json(raw, path, _JSON_BOUNDS):
         document = json.loads(raw.decode("utf-8"))
     level = [document]
@@ -149,8 +159,10 @@ def read_config(files: Files) -> dict[str, Any] | None:
     return None
 
 
-def adapted_config(config: Mapping[str, Any], dtype: str | None) -> str | None:
+def adapted_config(config: Mapping[str, Any], dtype: str | None, auto: str | None = None) -> str | None:
     """Return the JSON of a config that fits the new files; None where it fits as it is.
+
+    `auto` is what a load chooses for the source and would not for the new files: then the config says it.
 
     A cast is followed by every dtype that the config names, those of its parts included; and a file name
     of weights (`transformers_weights`) would name one that is gone.
@@ -160,6 +172,8 @@ def adapted_config(config: Mapping[str, Any], dtype: str | None) -> str | None:
         adapted = _with_dtype(adapted, dtype)
         if config_dtype(adapted) is None and adapted.keys() & {"architectures", "model_type"}:
             adapted["dtype"] = dtype
+    elif auto is not None:
+        adapted["dtype"] = auto
     # A number that is not a number equals no other, nor itself.
     return json.dumps(adapted, indent=2) + "\n" if repr(adapted) != repr(config) else None
 
@@ -176,14 +190,16 @@ def plain_json(value: Any) -> Any:
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    return {
-        key: dtype
-        if key in ("dtype", "torch_dtype") and isinstance(value, str)
-        else _with_dtype(value, dtype)
-        if isinstance(value, dict)
-        else value
-        for key, value in config.items()
-    }
+    return {key: _cast_value(key, value, dtype) for key, value in config.items()}
+
+
+def _cast_value(key: str, value: Any, dtype: str) -> Any:
+    is_dtype = key in ("dtype", "torch_dtype")
+    if is_dtype and isinstance(value, str):
+        return dtype
+    if isinstance(value, dict):  # a dtype may be one for each part
+        return {name: _cast_value(key if is_dtype else name, part, dtype) for name, part in value.items()}
+    return [_cast_value("", part, dtype) for part in value] if isinstance(value, list) else value
 
 
 def find_weights(files: Files, config: Mapping[str, Any] | None, chosen: str | None = None) -> Weights:

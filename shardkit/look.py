@@ -12,6 +12,10 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+# The dtype is said by the cast; the rest says who wrote the config, and where the files lay.
+_MAY_DIFFER = {"dtype", "torch_dtype", "transformers_version", "_diffusers_version", "_name_or_path"}
+_MAY_DIFFER |= {"transformers_weights"}
+
 
 def look(job: dict[str, Any]) -> dict[str, Any]:
     """Return what the model class of a config gets from source and copy, and where the two differ.
@@ -67,7 +71,9 @@ def _keys(
     options[name] = side["dtype"] or "auto"
     if side["folder"]:
         with suppress(*(() if must_load else (Exception,))):
-            return _told(*kind.from_pretrained(side["folder"], **options)), True
+            found = _told(*kind.from_pretrained(side["folder"], **options))
+            if must_load or found["missing"] < found["keys"].keys():
+                return found, True
     import torch
 
     config = kind.config_class.from_dict(side["config"])
@@ -82,7 +88,23 @@ def _keys(
 def _told(model: Any, info: dict[str, Any]) -> dict[str, Any]:
     keys = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = {kind: set(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
-    return {"keys": keys, **problems}
+    return {"keys": keys, "config": _comparable(model.config.to_dict()), **problems}
+
+
+def _comparable(value: Any) -> Any:
+    """Return a config without what may differ between copies of a model."""
+    if isinstance(value, dict):
+        return {key: _comparable(part) for key, part in value.items() if key not in _MAY_DIFFER}
+    return [_comparable(part) for part in value] if isinstance(value, list) else value
+
+
+def config_differences(source: dict[str, Any], copy: dict[str, Any]) -> list[str]:
+    """Return which entries of two configs differ, but for dtype, version and where they lie."""
+    ours, theirs = _comparable(source), _comparable(copy)
+    differ = (key for key in sorted({*ours, *theirs}) if repr(ours.get(key)) != repr(theirs.get(key)))
+    return [
+        f"{key} of the config is {ours.get(key)!r:.80}, {theirs.get(key)!r:.80} in the copy" for key in differ
+    ]
 
 
 def _differences(source: dict[str, Any], copy: dict[str, Any]) -> list[str]:
@@ -96,7 +118,8 @@ def _differences(source: dict[str, Any], copy: dict[str, Any]) -> list[str]:
     ours, theirs = source["keys"], copy["keys"]
     differ = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     shapes = ((key, ours.get(key), theirs.get(key)) for key in differ)
-    return found + [f"{key} is {left} from the source, {right} from the copy" for key, left, right in shapes]
+    found += [f"{key} is {left} from the source, {right} from the copy" for key, left, right in shapes]
+    return found + config_differences(source["config"], copy["config"])
 
 
 def _one_line(error: BaseException) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+_MOST_EXPANDED = 1 << 30  # of a tensor that repeats what its file holds
 PIECE_BYTES = 1 << 20  # what a core has close at hand
 
 Scan = tuple[dict[str, TensorInfo], dict[str, str], tuple[str, ...]]
@@ -157,7 +158,7 @@ def _load(path: str) -> tuple[Mapping[str, torch.Tensor], bool, tuple[str, ...]]
             f"not a pickle of tensors alone, refused: {_reason(error)}", file=path
         ) from error
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]  # as trainers save it; transformers looks there, too
+        loaded = loaded["state_dict"]  # as trainers save it; transformers itself loads none of that
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"holds a {type(loaded).__name__}, not a map of tensors", file=path)
     tensors = {n: v for n, v in loaded.items() if isinstance(n, str) and isinstance(v, torch.Tensor)}
@@ -174,9 +175,10 @@ def _load(path: str) -> tuple[Mapping[str, torch.Tensor], bool, tuple[str, ...]]
             raise CheckpointError(
                 "is sparse, quantised, nested or without data, not a plain tensor", file=path, tensor=name
             )
-        if max(value.nbytes, value.untyped_storage().nbytes()) > os.path.getsize(path):
+        held, size = value.untyped_storage().nbytes(), os.path.getsize(path)
+        if held > size or value.nbytes > max(size, _MOST_EXPANDED):
             raise CheckpointError(
-                f"claims {value.nbytes} bytes, on a storage of {value.untyped_storage().nbytes()}",
+                f"claims {value.nbytes} bytes, on a storage of {held} in {size}: save it contiguous",
                 file=path,
                 tensor=name,
             )

@@ -129,6 +129,13 @@ class ShardPlan(Record):
         return max(self.shards, key=attrgetter("nbytes"))
 
     @property
+    def auto_dtype(self) -> str | None:
+        """The dtype that transformers chooses for the shards where neither config nor index says one."""
+        floats = (t for t in self.shards[0].tensors if t.dtype in FLOAT_DTYPES)
+        first = min(floats, key=lambda tensor: tensor.source.name, default=None)
+        return DTYPE_NAMES[first.dtype] if first else None
+
+    @property
     def index_file(self) -> str | None:
         """Name of the index; None where there is one file, which needs none."""
         return f"{self.stem}.safetensors.index.json" if len(self.shards) > 1 else None

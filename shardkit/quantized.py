@@ -16,8 +16,8 @@ from shardkit.tensor import DTYPE_NAMES, QUANTISED_DTYPES, TensorInfo
 # transformers, MLX ("quantization"), AutoAWQ, compressed-tensors; of codecs, a vector quantizer is a layer.
 _SETTINGS = re.compile(r"(?!.*vector).*quant(ization|ize)?_config|quantization|compression_config")
 _BITSANDBYTES = re.compile(r"\.quant_(map$|state\.)")
-_WEIGHT = re.compile(r"q?weight|weight_packed|dense_weights|trellis|Qidxs")
-_SCALE = re.compile(r"(?<!logit_)scale|absmax|^s$")
+_WEIGHT = re.compile(r"q?weight|weight_(packed|q)|W_q|codes|dense_weights|trellis|Qidxs")
+_SCALE = re.compile(r"(?<!logit_)(?<!layer_)scale|absmax|^s$|codebooks")
 # What ordinary modules keep as integers: position_ids, relative_position_index, masks ("bias" in GPT-2).
 _BUFFER = re.compile(r"(^|_)(ids?|idx|index|mask|bias|tracked|positions?|map|table|shape)$|scale")
 _PACKED_DTYPES = ("I8", "U8", "I16", "U16", "I32", "U32")
@@ -75,6 +75,7 @@ def _packed_in(module: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo
     for leaf in integers:
         tensor = module[leaf]
         looks_packed = tensor.dtype in _PACKED_DTYPES and len(tensor.shape) > 1 and not _BUFFER.search(leaf)
-        if _WEIGHT.fullmatch(leaf) or (looks_packed and scales and not has_weight):
+        is_weight = _WEIGHT.fullmatch(leaf) and (leaf != "weight" or len(tensor.shape) > 1)
+        if is_weight or (looks_packed and scales and not has_weight):
             return tensor, module[scales[0]] if scales else None
     return None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.checkpoint import Checkpoint
+from shardkit.look import config_differences
 from shardkit.record import listed, plural
 from shardkit.tensor import DTYPE_NAMES, FLOAT_DTYPES
 
@@ -59,7 +60,8 @@ class ModelKeys:
 
     def __str__(self) -> str:
         if self.why_unchecked:
-            return f"not checked: {self.why_unchecked}"
+            differs = f"; DIFFERENT: {listed(self.differences)}" * bool(self.differences)
+            return f"not checked: {self.why_unchecked}{differs}"
         if self.differences:
             return f"DIFFERENT for {self.model} ({self.stack}): {listed(self.differences)}"
         neither = f"; {len(self.missing)} in neither ({listed(self.missing)})" * bool(self.missing)
@@ -70,12 +72,12 @@ class ModelKeys:
 def model_keys(source: Checkpoint, copy: Checkpoint) -> Iterator[Any]:
     """Begin to ask, and give a function that waits for the answer: a `ModelKeys`."""
     if why := _why_not(source, copy):
-        yield lambda: ModelKeys(why_unchecked=why)
+        yield lambda: _unchecked(why, source, copy)
         return
     job: dict[str, Any] = {"source": _side(source), "copy": _side(copy)}
     job["memory_bytes"] = _MEMORY_BYTES + source.total_bytes + copy.total_bytes
     with asked(job) as answer:
-        yield lambda: _model_keys(answer())
+        yield lambda: _model_keys(answer(), source, copy)
 
 
 def _why_not(source: Checkpoint, copy: Checkpoint) -> str:
@@ -138,8 +140,16 @@ def asked(job: dict[str, Any]) -> Iterator[Any]:
                 pipe.close()
 
 
-def _model_keys(found: dict[str, Any]) -> ModelKeys:
+def _unchecked(why: str, source: Checkpoint, copy: Checkpoint) -> ModelKeys:
+    """Say why nobody was asked; entries of the configs can be compared all the same."""
+    if source.config is None or copy.config is None:
+        return ModelKeys(why_unchecked=why)
+    differences = tuple(config_differences(source.config, copy.config))
+    return ModelKeys(why_unchecked=why, differences=differences)
+
+
+def _model_keys(found: dict[str, Any], source: Checkpoint, copy: Checkpoint) -> ModelKeys:
     if "why" in found:
-        return ModelKeys(why_unchecked=found["why"])
+        return _unchecked(found["why"], source, copy)
     missing, differences = (tuple(found[name]) for name in ("missing", "differences"))
     return ModelKeys(found["model"], found["stack"], found["keys"], missing, differences)

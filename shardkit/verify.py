@@ -19,8 +19,10 @@ from typing import NamedTuple
 import xxhash
 
 from shardkit import pages
-from shardkit.belonging import named_files, path_parts
+from shardkit.belonging import is_needed, named_files
 from shardkit.checkpoint import Checkpoint
+from shardkit.layout import read_json
+from shardkit.look import config_differences
 from shardkit.pickle_file import close_pickles
 from shardkit.plan import PlannedTensor, Shard, ShardPlan
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
@@ -28,7 +30,7 @@ from shardkit.run import Crew, ProgressCallback, ProgressCount, run_all, worker_
 from shardkit.seen import ModelKeys, model_keys
 from shardkit.sizes import format_size
 from shardkit.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
-from shardkit.transfer import Range, Received, cast_chunks, tensor_range
+from shardkit.transfer import Range, Received, cast_chunks, tensor_range, whole_file
 
 _BATCH_BYTES = 32 << 20
 _BATCH_TENSORS = 512
@@ -67,8 +69,9 @@ class Verification(Record):
         that were taken of its bytes as they arrived.
     model
         What a model gets from either side, by transformers' own account.
-    missing_files
-        Files of the source that its config, tokenizer, processor or modules name, and the destination lacks.
+    missing_files, changed_files
+        Files of the source that a load needs (config, tokenizer, code, further weights, what these name), and
+        that the destination lacks, or has with another content.
     files, files_in_memory
         How many files were read on this machine, and how many of them were in memory, so that what the disk
         holds was not proven; None where the system does not show that.
@@ -87,6 +90,7 @@ class Verification(Record):
     received: bool = False
     model: ModelKeys | None = None
     missing_files: tuple[str, ...] = ()
+    changed_files: tuple[str, ...] = ()
     files: int = 0
     files_in_memory: int | None = None
 
@@ -94,7 +98,11 @@ class Verification(Record):
     def equal(self) -> bool:
         """Whether the destination holds the source's tensors and nothing else, and a model gets the same."""
         differs = self.model is not None and self.model.differences
-        return not (self.mismatches or self.missing or self.extra or differs or self.missing_files)
+        return not (self.mismatches or self.missing or self.extra or differs or self._files_apart)
+
+    @property
+    def _files_apart(self) -> tuple[str, ...]:
+        return self.missing_files + self.changed_files
 
     def _result(self) -> str:
         if not self.equal:
@@ -121,6 +129,7 @@ class Verification(Record):
         if self.model is not None:
             facts += (("model", str(self.model)),)
         facts += (("missing files", listed(self.missing_files)),) * bool(self.missing_files)
+        facts += (("changed files", listed(self.changed_files)),) * bool(self.changed_files)
         facts += (("read", read_from(self.files, self.files_in_memory)),) * bool(self.files)
         facts += (("missing", listed(self.missing)),) * bool(self.missing)
         facts += (("extra", listed(self.extra)),) * bool(self.extra)
@@ -169,8 +178,22 @@ def verify_checkpoint(
     """
     crew = Crew(worker_count(workers, executor), executor, progress)
     ours, theirs = (s if isinstance(s, Checkpoint) else Checkpoint.open(s) for s in (source, destination))
+    found = verify_weights(ours, theirs, crew)
+    if any(side.config is None and os.path.isfile(side.source) for side in (ours, theirs)):
+        return found  # of a file alone, what lies beside it is none of its business
+    missing, both = _files_of_both(ours, theirs)
+    changed = tuple(file for file in both if _is_changed(file, ours, theirs, crew))
+    return replace(found, missing_files=missing, changed_files=changed)
+
+
+def verify_weights(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verification:
+    """Compare the tensors of two checkpoints, and what a model gets from them; no other files."""
     with model_keys(ours, theirs) as answer:
-        return replace(compare_tensors(ours, theirs, crew), model=answer())
+        found = replace(compare_tensors(ours, theirs, crew), model=answer())
+    if not found.cast and ours.auto_dtype != theirs.auto_dtype and ours.config is not None:
+        dtypes = Mismatch("dtype", f"a load chooses {ours.auto_dtype}, and {theirs.auto_dtype} for the copy")
+        return replace(found, mismatches=(*found.mismatches, dtypes))
+    return found
 
 
 def compare_tensors(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verification:
@@ -218,14 +241,28 @@ def _verification(
         extra=tuple(name for name in theirs.tensors if name not in ours.tensors),
         digests=digests,
         seconds=time.perf_counter() - start,
-        missing_files=_missing_files(ours, theirs),
     )
 
 
-def _missing_files(ours: Checkpoint, theirs: Checkpoint) -> tuple[str, ...]:
-    lacking = [file for file in ours.side_files if file not in theirs.side_files]
-    named = named_files(ours.place, ours.config) if lacking else set()
-    return tuple(file for file in lacking if not named.isdisjoint(path_parts(file)))
+def _files_of_both(ours: Checkpoint, theirs: Checkpoint) -> tuple[tuple[str, ...], list[str]]:
+    """Return which files that a load needs the destination lacks, and which both sides have."""
+    named = named_files(ours.place, ours.config)
+    needed = [file for file in ours.side_files if is_needed(file, named)]
+    missing = tuple(file for file in needed if file not in theirs.side_files)
+    return missing, [file for file in needed if file in theirs.side_files and file != ours.config_file]
+
+
+def _is_changed(file: str, ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> bool:
+    sides = ours, theirs
+    if file.endswith(".json"):  # which tools write in ways of their own
+        documents = [{"": read_json(side.place, file)} for side in sides]
+        return bool(config_differences(documents[0], documents[1]))
+    sizes = [side.side_files[file] for side in sides]
+    if sizes[0] != sizes[1]:
+        return True
+    first, second = (whole_file(side.path(file), size) for side, size in zip(sides, sizes, strict=True))
+    ((ours_digest, theirs_digest),) = digest_pairs([(first, second)], replace(crew, progress=None), "verify")
+    return ours_digest != theirs_digest
 
 
 def damaged_shards(
@@ -302,8 +339,8 @@ def verify_received(
     """
     start = time.perf_counter()
     altered = altered_parts(plan, received, folder, crew)
-    written = Checkpoint.open(folder)
-    ranges = [tensor_range(written.folder, tensor, tensor.dtype) for tensor in written.tensors.values()]
+    copy = written(folder, plan)
+    ranges = [tensor_range(copy.folder, tensor, tensor.dtype) for tensor in copy.tensors.values()]
     digests = _digest_all(ranges, crew, "verify")
     mismatches = [
         Mismatch(planned.source.name, "bytes: not as they were received")
@@ -311,10 +348,18 @@ def verify_received(
         for planned in shard.tensors
         if any(_overlaps(shard, planned, part) for part in altered.get(shard.file, ()))
     ]
-    found = dict(zip(written.tensors, digests, strict=True))
-    verified = replace(_verification(checkpoint, written, mismatches, found, start), received=True)
-    with model_keys(checkpoint, written) as answer:
+    found = dict(zip(copy.tensors, digests, strict=True))
+    verified = replace(_verification(checkpoint, copy, mismatches, found, start), received=True)
+    with model_keys(checkpoint, copy) as answer:
         return replace(verified, model=answer())
+
+
+def written(folder: Path, plan: ShardPlan) -> Checkpoint:
+    """Open what a plan has written, also where a load of the folder would choose weights that came along."""
+    copy = Checkpoint.open(folder)
+    if set(copy.files) == {shard.file for shard in plan.shards}:
+        return copy
+    return Checkpoint.open(folder / (plan.index_file or plan.shards[0].file))
 
 
 def _overlaps(shard: Shard, planned: PlannedTensor, part: Received) -> bool:

@@ -19,7 +19,7 @@ from shardkit import pages
 from shardkit.checkpoint import Checkpoint
 from shardkit.destination import check_free, resolve
 from shardkit.errors import CastError, DownloadNeededError, VerificationError
-from shardkit.layout import adapted_config, is_weights
+from shardkit.layout import adapted_config, config_dtype, is_weights
 from shardkit.plan import Shard, ShardPlan, Strategy, plan_shards
 from shardkit.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.run import Crew, ProgressCallback, ProgressCount, resumable, run_all, take_turns, worker_count
@@ -32,8 +32,9 @@ from shardkit.verify import (
     damaged_shards,
     digest_pairs,
     read_from,
-    verify_checkpoint,
     verify_received,
+    verify_weights,
+    written,
 )
 
 _SHOWN_LOSSES = 3
@@ -347,7 +348,7 @@ def write_beside(
     for file in checkpoint.side_files:
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
-        if file == checkpoint.config_file and (text := adapted_config(checkpoint.config or {}, plan.dtype)):
+        if file == checkpoint.config_file and (text := _new_config(checkpoint, plan)):
             target.write_bytes(text.encode())  # as text, Windows would end its lines otherwise
         else:
             source = os.fspath(_here(checkpoint, file))
@@ -358,6 +359,14 @@ def write_beside(
     if plan.index is not None and plan.index_file is not None:
         (folder / plan.index_file).write_bytes(plan.index.encode())
     return [*checkpoint.side_files, *filter(None, [plan.index_file])]
+
+
+def _new_config(checkpoint: Checkpoint, plan: ShardPlan) -> str | None:
+    """Return the config that the shards need in place of the source's; None where that fits as it is."""
+    config = checkpoint.config or {}
+    is_unsaid = config_dtype(config) is None and bool(config.keys() & {"architectures", "model_type"})
+    auto = checkpoint.auto_dtype if is_unsaid and checkpoint.auto_dtype != plan.auto_dtype else None
+    return adapted_config(config, plan.dtype, auto)
 
 
 def _here(checkpoint: Checkpoint, file: str) -> str | Path:
@@ -378,9 +387,8 @@ def _verify(stage: Staging, crew: Crew) -> Verification:
         received = {file: outcome.received for file, outcome in stage.finished.items()}
         found = verify_received(checkpoint, stage.plan, received, folder, crew)
     else:
-        found = verify_checkpoint(
-            checkpoint, folder, workers=crew.workers, executor=crew.executor, progress=crew.progress
-        )
+        copy = written(folder, stage.plan)
+        found = verify_weights(checkpoint, copy, crew)
     if not found.equal:
         raise VerificationError(f"{stage.destination}: not published: {_why_unequal(found)}")
     return replace(found, destination=str(stage.destination), files=files, files_in_memory=in_memory)
@@ -388,7 +396,7 @@ def _verify(stage: Staging, crew: Crew) -> Verification:
 
 def _altered_files(checkpoint: Checkpoint, plan: ShardPlan, folder: Path, crew: Crew) -> list[str]:
     """Return which of the files that are copied as they are do not hold what the source does."""
-    adapted = checkpoint.config_file if adapted_config(checkpoint.config or {}, plan.dtype) else None
+    adapted = checkpoint.config_file if _new_config(checkpoint, plan) else None
     sizes = {file: size for file, size in checkpoint.side_files.items() if file != adapted}
     pairs = [
         (whole_file(os.fspath(_here(checkpoint, file)), size), whole_file(str(folder / file), size))

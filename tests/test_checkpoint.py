@@ -209,13 +209,13 @@ def test_all_that_is_not_weights_comes_along(tmp_path: Path) -> None:
         "onnx/model.onnx": b"",
         "original/consolidated.00.pth": b"",
         "optimizer.pt": b"",
+        "checkpoint-500/config.json": {},
+        "checkpoint-500/model.safetensors": WEIGHTS,
     }
     ours: dict[str, object] = {
         ".git/HEAD": "ref",
         "assets/.git": "gitdir: ../../.git/modules/assets",
         ".cache/huggingface/download.lock": "",
-        "checkpoint-500/config.json": {},
-        "checkpoint-500/model.safetensors": WEIGHTS,
         ".out.shardkit-staging/model.safetensors": WEIGHTS,
     }
     put(tmp_path, {"model.safetensors": WEIGHTS, **beside, **module, **other, **ours})
@@ -224,7 +224,7 @@ def test_all_that_is_not_weights_comes_along(tmp_path: Path) -> None:
     assert set(checkpoint.left_out) == set(other)
     assert "pytorch_model.bin" not in str(checkpoint.files)
     assert "weights for other runtimes: 6 files (flax_model.msgpack" in str(checkpoint)
-    assert "training state: 1 file (optimizer.pt)" in str(checkpoint)
+    assert "training state: 3 files (optimizer.pt, checkpoint-500/config.json" in str(checkpoint)
 
 
 def test_sharded_weights_of_a_module_come_along(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shardkit import Checkpoint, CheckpointError, shard_checkpoint, verify_checkpoint
+from shardkit.plan import Strategy
 from tests.test_checkpoint import CONFIG, WEIGHTS, index, numbers, put
 
 MODEL: dict[str, object] = {"model.safetensors": WEIGHTS, "config.json": CONFIG}
@@ -57,7 +58,7 @@ STAYS = {
         "tf_model.h5", "flax_model.msgpack", "flax_model-00001-of-00002.msgpack", "rust_model.ot",
         "64.tflite",
         "m.Q4_K_M.gguf", "model.onnx_data", "onnx/model.onnx.data", "onnx/config.json",
-        "original/params.json",
+        "original/params.json", "original/consolidated.00.pth",
         "openvino_model.bin", "openvino_model.xml", "openvino/openvino_model.xml", "coreml/a.mlpackage/b.bin",
         "metal/model.bin", "model_state.pdparams", "model.nemo", "model.ckpt.data-00000-of-00001",
     ],
@@ -240,3 +241,84 @@ def test_git_lfs_pointer_beside_the_weights_is_told(tmp_path: Path) -> None:
 def test_config_that_names_a_key_twice_is_read_as_python_reads_it(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(put(tmp_path, {**MODEL, "config.json": '{"a": 1, "a": 2}'}))
     assert checkpoint.config == {"a": 2}
+
+
+@pytest.mark.parametrize("layout", ["index", "mixed"])
+@pytest.mark.parametrize("strategy", ["size", "layer", "balanced"])
+def test_load_chooses_the_same_dtype_for_the_copy_where_the_config_says_none(
+    layout: str, strategy: Strategy, tmp_path: Path
+) -> None:
+    from tests.architectures import make_model
+
+    source, model = tmp_path / "source", make_model("LlamaForCausalLM")
+    model.save_pretrained(source, max_shard_size="20KB" if layout == "index" else "1GB")
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps(config))
+    if layout == "index":
+        path = source / "model.safetensors.index.json"
+        document = json.loads(path.read_text())
+        path.write_text(json.dumps({**document, "metadata": {"dtype": "float16"}}))
+    else:
+        tensors = load_file(source / "model.safetensors")
+        mixed = {
+            name: tensor.half() if "embed" in name or "lm_head" in name else tensor
+            for name, tensor in tensors.items()
+        }
+        save_file(mixed, source / "model.safetensors", {"format": "pt"})
+    shard_checkpoint(source, tmp_path / "out", max_shard_size="15KB", strategy=strategy)
+    ours, theirs = (type(model).from_pretrained(folder).state_dict() for folder in (tmp_path / "out", source))
+    assert {name: t.dtype for name, t in ours.items()} == {name: t.dtype for name, t in theirs.items()}
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_shards_of_another_stem_are_verified_beside_a_model_that_came_along(tmp_path: Path) -> None:
+    put(tmp_path / "source", {**MODEL, "adapter_model.safetensors": {"lora": numbers(1, 2, 3)}})
+    report = shard_checkpoint(tmp_path / "source" / "adapter_model.safetensors", tmp_path / "out")
+    assert report.verification is not None
+    assert (report.verification.tensors, list(report.files)) == (1, ["adapter_model.safetensors"])
+    assert "model.safetensors" in report.side_files
+
+
+def test_shards_that_the_index_does_not_name_stay_behind_under_their_own_reason(tmp_path: Path) -> None:
+    names = shards(tmp_path, 3)
+    put(tmp_path, {"config.json": CONFIG, "model.safetensors.index.json": index(t0=names[0])})
+    put(tmp_path, {"model.ema.safetensors": WEIGHTS, "checkpoint-7/model.safetensors": WEIGHTS})
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.left_out == {
+        **dict.fromkeys(names[1:], "shards that the index does not name"),
+        "checkpoint-7/model.safetensors": "training state",
+    }
+    assert "model.ema.safetensors" in checkpoint.side_files
+    put(tmp_path, {"config.json": {**CONFIG, "speaker_encoder": "checkpoint-7"}})
+    assert "checkpoint-7/model.safetensors" in Checkpoint.open(tmp_path).side_files
+
+
+def test_folder_called_like_that_of_another_runtime_comes_along_if_it_holds_no_weights(
+    tmp_path: Path,
+) -> None:
+    put(tmp_path, {**MODEL, "original/notes.txt": "mine", "onnx/config.json": {}, "onnx/model.onnx": b""})
+    checkpoint = Checkpoint.open(tmp_path)
+    assert set(checkpoint.side_files) == {"config.json", "original/notes.txt"}
+    assert set(checkpoint.left_out) == {"onnx/config.json", "onnx/model.onnx"}
+
+
+def test_cast_is_followed_by_dtypes_of_parts_wherever_a_config_names_them(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["X"],
+        "dtype": {"": "float32", "vision": "float32"},
+        "parts": [{"dtype": "float32"}],
+    }
+    put(tmp_path / "source", {**MODEL, "config.json": config})
+    shard_checkpoint(tmp_path / "source", tmp_path / "out", dtype="float16")
+    adapted = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert adapted["dtype"] == {"": "float16", "vision": "float16"}
+    assert adapted["parts"] == [{"dtype": "float16"}]
+
+
+def test_byte_order_mark_before_a_config_is_named(tmp_path: Path) -> None:
+    put(tmp_path, {**MODEL, "config.json": b"\xef\xbb\xbf{}"})
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: begins with a byte order mark.*save it without"
+    ):
+        Checkpoint.open(tmp_path)

@@ -654,3 +654,20 @@ def test_every_dtype_of_torch_that_safetensors_knows_is_listed_under_its_name(tm
         (tensor,) = Checkpoint.open(save(state, tmp_path / name / "pytorch_model.bin")).tensors.values()
         assert DTYPE_NAMES[tensor.dtype] == name
         assert tensor.nbytes == 16
+
+
+def test_expanded_tensor_larger_than_its_file_is_written_in_full(tmp_path: Path) -> None:
+    source = save({"w": torch.zeros(1).expand(300, 400)}, tmp_path / "a" / "pytorch_model.bin")
+    assert same(sharded(source, tmp_path / "out", max_shard_size="1GB")["w"], torch.zeros(300, 400))
+
+
+def test_state_dict_in_a_wrapper_that_transformers_does_not_look_into_is_sharded(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny_model("gpt2", tie_word_embeddings=False)
+    source = saved_model(model, tmp_path / "source")
+    save({"state_dict": model.state_dict(), "epoch": 1}, source / "pytorch_model.bin")
+    report = shard_checkpoint(source, tmp_path / "out")
+    assert report.verification is not None
+    assert report.verification.model is not None
+    assert report.verification.model.missing == ()

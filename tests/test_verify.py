@@ -1,6 +1,7 @@
 """Verification finds whatever differs, and nothing else; it does not care how the two sides are laid out."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -254,3 +255,66 @@ def test_file_that_the_source_names_and_the_copy_lacks_is_missing(tmp_path: Path
     found = verify_checkpoint(source, copy)
     assert (found.equal, sorted(found.missing_files)) == (False, sorted(needed))
     assert "missing files" in str(found)
+
+
+CHANGES = {
+    "heads": ({"num_attention_heads": 8}, "num_attention_heads of the config is 4, 8 in the copy"),
+    "epsilon": ({"rms_norm_eps": 1e-3}, "rms_norm_eps of the config"),
+    "tying": ({"tie_word_embeddings": True}, "tie_word_embeddings of the config"),
+}
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    from tests.architectures import make_model
+
+    make_model("LlamaForCausalLM").save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_config_of_another_model_is_not_equal_though_all_shapes_are(
+    kind: str, llama: Path, tmp_path: Path
+) -> None:
+    changes, words = CHANGES[kind]
+    shutil.copytree(llama, tmp_path / "copy")
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({**config, **changes, "_name_or_path": "x"}))
+    found = verify_checkpoint(llama, tmp_path / "copy")
+    assert not found.equal
+    assert found.model is not None
+    assert [text for text in found.model.differences if words in text]
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({**config, "transformers_version": "4.0"}))
+    assert verify_checkpoint(llama, tmp_path / "copy").equal
+
+
+def test_files_that_a_load_looks_for_are_compared(llama: Path, tmp_path: Path) -> None:
+    (llama / "modeling_own.py").write_text("a = 1")
+    (llama / "2_Dense").mkdir()
+    save_file({"w": torch.ones(2)}, llama / "2_Dense" / "model.safetensors")
+    copy = Path(shutil.copytree(llama, tmp_path / "copy"))
+    (copy / "README.md").write_text("another card")
+    generation = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps({**generation, "transformers_version": "4"}))
+    assert verify_checkpoint(llama, copy).equal
+    (copy / "modeling_own.py").write_text("a = 2")
+    save_file({"w": torch.zeros(2)}, copy / "2_Dense" / "model.safetensors")
+    (copy / "generation_config.json").write_text('{"do_sample": true}')
+    found = verify_checkpoint(llama, copy)
+    assert sorted(found.changed_files) == [
+        "2_Dense/model.safetensors",
+        "generation_config.json",
+        "modeling_own.py",
+    ]
+    (copy / "config.json").unlink()
+    found = verify_checkpoint(llama, copy)
+    assert (found.equal, found.missing_files) == (False, ("config.json",))
+
+
+def test_copy_that_a_load_would_take_in_another_dtype_is_not_equal(llama: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(llama, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    found = verify_checkpoint(llama, copy)
+    assert not found.equal
+    assert "a load chooses float32, and float16 for the copy" in str(found)

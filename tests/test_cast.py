@@ -179,7 +179,7 @@ def test_overflow_names_the_tensor_and_how_many_values(tmp_path: Path) -> None:
     assert "layers.3.up (3 values)" in message
     assert "fits" not in message
     assert "bfloat16" in message  # what to do
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert not (tmp_path / "out").exists()  # what is finished waits for a run that allows it
 
 
 @pytest.mark.parametrize(

@@ -344,9 +344,9 @@ class Checkpoint(Record):
 def shared_note(checkpoint: Checkpoint) -> str:
     """Say what names of a pickle share storage, and what writing each of them takes."""
     more = format_size(sum(checkpoint.tensors[name].nbytes for name in checkpoint.aliases))
-    count = plural(len(checkpoint.aliases), "tensor")
-    shared = f"{count} share another's storage in the source: {listed(checkpoint.aliases)}"
-    return f"{shared}. Each is written by its own name, which takes {more}"
+    count = plural(len(checkpoint.aliases), "name")
+    shared = f"{count} of tensors that share another's storage in the source: {listed(checkpoint.aliases)}"
+    return f"{shared}. Each is written by itself, {more} as stored"
 
 
 def by_kind(left_out: Mapping[str, str]) -> str:

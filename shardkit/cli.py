@@ -186,7 +186,7 @@ def verify(source: Source, destination: Source, workers: Workers = None, as_json
         found = shardkit.verify_checkpoint(source, destination, workers=workers, progress=bar)
     _show(found, as_json)
     if not found.equal:
-        raise ShardkitError(f"{destination} does not hold just what {source} holds")
+        raise ShardkitError(f"{destination} is not what {source} is: {found.why_unequal}")
 
 
 @app.command()

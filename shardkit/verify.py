@@ -101,6 +101,15 @@ class Verification(Record):
         return not (self.mismatches or self.missing or self.extra or differs or self._files_apart)
 
     @property
+    def why_unequal(self) -> str:
+        """What differs, in a line: tensors, or else files or what a model gets; empty if nothing does."""
+        if wrong := [m.tensor for m in self.mismatches] + [*self.missing, *self.extra]:
+            return f"{plural(len(wrong), 'tensor')} differ ({listed(wrong)})"
+        if self._files_apart:
+            return f"all tensors are equal, but files are missing or changed: {listed(self._files_apart)}"
+        return f"all tensors are equal, but {self.model}" if not self.equal else ""
+
+    @property
     def _files_apart(self) -> tuple[str, ...]:
         return self.missing_files + self.changed_files
 

@@ -360,8 +360,8 @@ def test_what_shares_storage_is_told_with_what_it_takes(
 ) -> None:
     source = saved_model(tiny_model("gpt2", tie_word_embeddings=True), tmp_path / "source")
     report = shard_checkpoint(source, tmp_path / "out")
-    assert "1 tensor share another's storage in the source: lm_head.weight" in str(report)
-    assert "takes 12.3 KB" in str(report)  # 96 by 32 float32
+    assert "1 name of tensors that share another's storage in the source: lm_head.weight" in str(report)
+    assert "written by itself, 12.3 KB as stored" in str(report)  # 96 by 32 float32
     assert report.nbytes == Checkpoint.open(source).total_bytes
 
 

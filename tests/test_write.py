@@ -721,7 +721,7 @@ STAGES = {
     "syncing": (staging, "sync"),
     "writing config and index": (write, "write_beside"),
     "copying a side file": (write, "file_tasks"),
-    "verifying": (write, "verify_checkpoint"),
+    "verifying": (write, "verify_weights"),
     "publishing": (staging.Staging, "publish"),
 }
 FAILURES = [

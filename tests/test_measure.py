@@ -537,7 +537,7 @@ class TestBadEnds:
                 assert Path(folder, "results").exists()
             finally:
                 parent.kill()
-        assert all(gone(int(pid)) for pid in pids)
+        assert all(gone(int(pid), 60) for pid in pids)
         assert happens(lambda: not Path(folder).exists(), 10)
 
     def test_wrapper_that_hands_no_stdin_on_loads_all_the_same(self, demo, tmp_path):

@@ -39,9 +39,8 @@ _PARTIAL = re.compile(
     r".*\.(?:part|partial|incomplete|crdownload|aria2|opdownload)"
     rf"|.*\.{_ENDINGS}(?:\.(?:bak|backup|old|orig|tmp|temp|download|lock)|~)"
 )
-_CONSOLIDATED = re.compile(
-    r"consolidated[^/]*\.(?:safetensors|pth)(?:\.index\.json)?"
-)  # Mistral's own format, and Meta's
+# Mistral's own format, and Meta's.
+_CONSOLIDATED = re.compile(r"consolidated[^/]*\.(?:safetensors|pth)(?:\.index\.json)?")
 # What tells a model, a tokenizer or a processor which files it is made of.
 _NAMING = ("modules.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _LOOKED_FOR = re.compile(

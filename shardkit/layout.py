@@ -263,18 +263,17 @@ def _choose_only_candidate(files: Files) -> str:
 
 def _by_checkpoint(names: Iterable[str]) -> list[str]:
     """Return the first file of each checkpoint among files of weights: shards of one count together."""
-    first: dict[tuple[str, ...], str] = {}
+    first: dict[object, str] = {}
     for name in names:
-        shard = _SHARD.fullmatch(name)
-        first.setdefault((shard[1], shard[3], shard[4] or "") if shard else (name,), name)
+        first.setdefault(shard_set(name) or name, name)
     return list(first.values())
 
 
 def _by_number(files: Files, chosen: str) -> Weights:
     """Return all shards that the name of one of them says there are: no index lists them."""
-    stem, _, count, variant, ending = _SHARD.fullmatch(chosen).groups()  # type: ignore[union-attr]
-    shards = filter(None, (_SHARD.fullmatch(name) for name in files.names()))
-    found = {int(s[2]): s[0] for s in shards if (s[1], s[3], s[4], s[5]) == (stem, count, variant, ending)}
+    count = _SHARD.fullmatch(chosen)[3]  # type: ignore[index]
+    shards = filter(None, map(_SHARD.fullmatch, files.names()))
+    found = {int(shard[2]): shard[0] for shard in shards if shard_set(shard[0]) == shard_set(chosen)}
     first = 0 if 0 in found and int(count) not in found else 1
     expected = range(first, first + int(count)) if int(count) <= len(found) + _MAX_MISSING else ()
     missing = [number for number in expected if number not in found]

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import shardkit
-from shardkit.destination import free_bytes, leftovers, remove_leftovers
-from shardkit.display.progress import ProgressBar
-from shardkit.errors import ShardkitError
-from shardkit.files import is_remote
-from shardkit.plan import Strategy
-from shardkit.record import Record, listed, printable
-from shardkit.sizes import format_size
+from shardkit.base.errors import ShardkitError
+from shardkit.base.record import Record, listed, printable
+from shardkit.base.sizes import format_size
+from shardkit.plan.plan import Strategy
+from shardkit.shard.destination import free_bytes, leftovers, remove_leftovers
+from shardkit.show.progress import ProgressBar
+from shardkit.sources.local import is_remote
 
 if TYPE_CHECKING:
-    from shardkit.fit import LimitedRun
+    from shardkit.compare.fit import LimitedRun
 
 app = typer.Typer(
     no_args_is_help=True,

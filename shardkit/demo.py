@@ -30,12 +30,12 @@ from uuid import uuid4
 import ml_dtypes
 import numpy as np
 
-from shardkit.checkpoint import Checkpoint
-from shardkit.destination import put_in_place, resolve, sync
-from shardkit.errors import CheckpointError, DestinationError, PlanError, SizeError, SpaceError
-from shardkit.safetensors_file import Entry, build_header, tensor_bytes
-from shardkit.sizes import format_size, parse_size
-from shardkit.tensor import CAST_DTYPES
+from shardkit.base.errors import CheckpointError, DestinationError, PlanError, SizeError, SpaceError
+from shardkit.base.sizes import format_size, parse_size
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.formats.safetensors import Entry, build_header, tensor_bytes
+from shardkit.formats.tensor import CAST_DTYPES
+from shardkit.shard.destination import put_in_place, resolve, sync
 
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 _SMALLEST_BYTES = 5_000_000

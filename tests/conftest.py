@@ -16,9 +16,9 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck
 
-from shardkit import seen
 from shardkit.demo import make_demo_checkpoint
-from shardkit.look import look
+from shardkit.load import seen
+from shardkit.load.look import look
 from tests.loopback_hub import LoopbackHub
 from tests.support import FreshFolder
 

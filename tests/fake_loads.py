@@ -10,8 +10,8 @@ from textwrap import dedent
 
 import numpy as np
 
+from shardkit.compare.comparison import ORIGINAL, SHARDED, Arm, Comparison, Sample
 from shardkit.measure import CacheState, Environment, LoadMeasurement, MemoryCurve, Phase
-from shardkit.measure.comparison import ORIGINAL, SHARDED, Arm, Comparison, Sample
 from shardkit.measure.launch import WORKER
 from shardkit.measure.measurement import SamplerCost
 

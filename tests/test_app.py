@@ -14,15 +14,17 @@ import psutil
 import pytest
 
 import shardkit
-from shardkit import ShardApp, compare, write
-from shardkit.checkpoint import Checkpoint
+from shardkit import ShardApp
+from shardkit.app import page
+from shardkit.app.job_thread import Worker
+from shardkit.app.plan_step import shard_sizes
+from shardkit.base.errors import CheckpointError, DestinationError, ShardkitError, SizeError
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.compare import experiment as compare
 from shardkit.demo import demo_shape
-from shardkit.display.app import page
-from shardkit.display.app.plan import shard_sizes
-from shardkit.display.app.worker import Worker
-from shardkit.errors import CheckpointError, DestinationError, ShardkitError, SizeError
+from shardkit.formats.tensor import TensorInfo
 from shardkit.measure.launch import UNTRUSTED
-from shardkit.tensor import TensorInfo
+from shardkit.shard import engine as write
 from tests.fake_loads import fake_interpreter, fake_load
 from tests.support import Tensor, write_checkpoint
 

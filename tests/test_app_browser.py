@@ -201,7 +201,7 @@ def code(**settings: object) -> str:
 
 SLOW_DISK = """\
 import time
-from shardkit import write
+from shardkit.shard import engine as write
 
 real = write.run_task
 write.run_task = lambda task: (time.sleep(0.25), real(task))[1]

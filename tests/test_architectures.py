@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shardkit import shard_checkpoint
-from shardkit.plan import Strategy
+from shardkit.plan.plan import Strategy
 from tests.architectures import NAMES, make_model
 
 LAYOUTS: dict[str, Strategy] = {"one file": "balanced", "sharded": "layer", "pickle": "size"}

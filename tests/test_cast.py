@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from shardkit import CastError, PlanError, shard_checkpoint, transfer
-from shardkit.cast import cast
+from shardkit import CastError, PlanError, shard_checkpoint
+from shardkit.formats.cast import cast
+from shardkit.shard import copy as transfer
 from tests.support import FreshFolder
 
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from shardkit import Checkpoint, CheckpointError, shard_checkpoint
-from shardkit.tensor import DTYPE_NAMES
+from shardkit.formats.tensor import DTYPE_NAMES
 from tests.support import (
     DTYPES,
     FreshFolder,

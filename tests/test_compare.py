@@ -11,12 +11,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shardkit import compare
-from shardkit.checkpoint import Checkpoint
-from shardkit.compare import Comparison, compare_loads
+from shardkit.base.errors import Cancelled, CheckpointError, MeasurementError, ShardkitError
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.compare import experiment as compare
+from shardkit.compare.comparison import CARRIED_IN, Sample, merge_comparisons
+from shardkit.compare.experiment import Comparison, compare_loads
 from shardkit.demo import make_demo_checkpoint
-from shardkit.errors import Cancelled, CheckpointError, MeasurementError, ShardkitError
-from shardkit.measure.comparison import CARRIED_IN, Sample, merge_comparisons
 from shardkit.measure.intervals import (
     Interval,
     conclude,
@@ -24,7 +24,7 @@ from shardkit.measure.intervals import (
     repeats_to_decide,
     student_quantile,
 )
-from shardkit.write import shard_checkpoint
+from shardkit.shard.engine import shard_checkpoint
 from tests.fake_loads import MB, fake_arm, fake_comparison, fake_interpreter, fake_load
 
 

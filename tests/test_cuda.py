@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shardkit import Checkpoint, compare_loads, measure_load, shard_checkpoint
-from shardkit.display.plots import plot_bars
+from shardkit.show.plots import plot_bars
 from tests.fake_loads import MB, fake_comparison, fake_interpreter
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")

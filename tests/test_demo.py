@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkit import demo
-from shardkit.checkpoint import Checkpoint
+from shardkit.base.errors import DestinationError, PlanError, SizeError, SpaceError
+from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.demo import DemoShape, demo_shape, make_demo_checkpoint
-from shardkit.errors import DestinationError, PlanError, SizeError, SpaceError
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 TRUE_SHAPE = DemoShape(hidden=4096, intermediate=14336, layers=32, vocab=32000)

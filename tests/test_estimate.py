@@ -26,11 +26,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from shardkit import Checkpoint, PlanError, estimate, make_demo_checkpoint, measure_load, plan_shards
-from shardkit.estimate import StoredTensor, estimate_load, fit
+from shardkit import Checkpoint, PlanError, make_demo_checkpoint, measure_load, plan_shards
+from shardkit.base.sizes import format_size
+from shardkit.checkpoint import estimate
+from shardkit.checkpoint.estimate import StoredTensor, estimate_load, fit
 from shardkit.measure import environment
 from shardkit.measure.environment import filesystem
-from shardkit.sizes import format_size
 
 
 @pytest.fixture(scope="module")

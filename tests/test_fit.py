@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardkit import Cancelled, MeasurementError, fit, measure_load, minimum_memory
-from shardkit.fit import LimitedRun, _bracket, _search, _tried
+from shardkit import Cancelled, MeasurementError, measure_load, minimum_memory
+from shardkit.compare import fit
+from shardkit.compare.fit import LimitedRun, _bracket, _search, _tried
 from shardkit.measure import limit
 from shardkit.measure.limit import why_unlimited
 from tests.fake_loads import MB, fake_load

@@ -40,8 +40,9 @@ from shardkit import (
     shard_checkpoint,
     verify_checkpoint,
 )
-from shardkit.hub import access, remote
-from shardkit.hub.source import must_stream
+from shardkit.sources import hub as remote
+from shardkit.sources import hub_client as access
+from shardkit.sources.resolve import must_stream
 from tests.hub_store import Blob
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.support import read_checkpoint
@@ -515,7 +516,7 @@ class TestDownload:
             kept.write_bytes(right[kept][:-1] + bytes([right[kept][-1] ^ 1]))
         again = partial(Checkpoint.open, f"org/shards@{commit}", download=True)
         with monkeypatch.context() as patched:
-            patched.setattr("shardkit.hub.source.snapshot_download", downloaded_then_stopped)
+            patched.setattr("shardkit.sources.resolve.snapshot_download", downloaded_then_stopped)
             with pytest.raises(KeyboardInterrupt):
                 again()
         assert Checkpoint.open("org/shards").is_remote
@@ -829,7 +830,7 @@ class TestTokens:
         given = "token=sys.stdin.readline().strip() or None"
         code = f"""
 import json, os, sys, traceback, shardkit
-from shardkit.hub import remote
+from shardkit.sources import hub as remote
 given = dict({given})
 opened = shardkit.Checkpoint.open("org/own", **given)
 print(opened, repr(opened), json.dumps(opened.to_dict()), vars(opened), remote._OPEN)

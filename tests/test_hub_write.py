@@ -17,10 +17,10 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
 import shardkit
-from shardkit.errors import Cancelled, CheckpointError, DestinationError
-from shardkit.hub import reshard
-from shardkit.hub.push import push_checkpoint
-from shardkit.hub.reshard import shard_on_hub
+from shardkit.base.errors import Cancelled, CheckpointError, DestinationError
+from shardkit.shard import reshard
+from shardkit.shard.push import push_checkpoint
+from shardkit.shard.reshard import shard_on_hub
 from tests.loopback_hub import LoopbackHub
 from tests.support import Tensor, read_checkpoint, write_checkpoint
 
@@ -151,7 +151,7 @@ def test_gitignore_keeps_nothing_out(
     put = (
         (lambda: push_checkpoint(source, REPO)) if how == "push" else lambda: shard_on_hub("org/model", REPO)
     )
-    monkeypatch.setattr("shardkit.hub.target._NONE_IGNORED", f"{pattern}\n")
+    monkeypatch.setattr("shardkit.shard.hub_target._NONE_IGNORED", f"{pattern}\n")
     with pytest.raises(DestinationError, match=r"\.gitignore keeps out"):
         put()
     assert set(hub.files(REPO)) == {".gitattributes", ".gitignore"}
@@ -447,7 +447,7 @@ def test_passing_faults_are_borne(
 def test_expired_upload_urls_are_asked_for_again(
     hub: LoopbackHub, sharded: shardkit.ShardReport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardkit.hub.access._LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr("shardkit.sources.hub_client._LONGEST_PAUSE", 0.1)
     hub.url_seconds = -1
 
     def later(progress: shardkit.Progress) -> None:
@@ -823,14 +823,14 @@ def test_full_disk_under_side_files_is_told(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("shardkit.hub.reshard.write_beside", full)
+    monkeypatch.setattr("shardkit.shard.reshard.write_beside", full)
     with pytest.raises(shardkit.SpaceError, match=rf"{tmp_path}: No space left .* work_folder"):
         shard_on_hub(SOURCE, REPO, work_folder=tmp_path)
 
 
 @pytest.mark.parametrize(
     ("raised", "seen"),
-    [(KeyboardInterrupt, shardkit.errors.Interrupted), (ConnectionResetError, ConnectionResetError)],
+    [(KeyboardInterrupt, shardkit.base.errors.Interrupted), (ConnectionResetError, ConnectionResetError)],
 )
 @pytest.mark.parametrize("put", [push_checkpoint, shard_on_hub])
 @pytest.mark.usefixtures("source")
@@ -872,7 +872,7 @@ def test_digest_on_the_card_is_of_all_tensors_or_not_there(hub: LoopbackHub, sou
 def test_what_killed_runs_left_is_cleaned_up_and_what_lives_is_left_alone(
     source: str, tmp_path: Path
 ) -> None:
-    from shardkit.destination import locked
+    from shardkit.shard.destination import locked
 
     dead, alive = tmp_path / "shardkit-0123456789abcdef", tmp_path / "shardkit-fedcba9876543210"
     for job in (dead, alive):

@@ -14,7 +14,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from shardkit import kept, plan_shards, shard_checkpoint, verify_checkpoint
+from shardkit import plan_shards, shard_checkpoint, verify_checkpoint
+from shardkit.checkpoint import kept
 from tests.support import data_offsets
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

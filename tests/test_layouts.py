@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shardkit import Checkpoint, CheckpointError, shard_checkpoint, verify_checkpoint
-from shardkit.plan import Strategy
+from shardkit.plan.plan import Strategy
 from tests.test_checkpoint import CONFIG, WEIGHTS, index, numbers, put
 
 MODEL: dict[str, object] = {"model.safetensors": WEIGHTS, "config.json": CONFIG}

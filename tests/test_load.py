@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from shardkit import CheckpointError, PlanError, load_model, make_demo_checkpoint, measure_load
-from shardkit.load import loader_names
+from shardkit.load.load_model import loader_names
 
 
 @pytest.fixture(scope="module")

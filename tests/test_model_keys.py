@@ -12,9 +12,10 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from shardkit import Checkpoint, VerificationError, seen, shard_checkpoint, verify_checkpoint
-from shardkit.pages import resident_bytes
-from shardkit.seen import ModelKeys
+from shardkit import Checkpoint, VerificationError, shard_checkpoint, verify_checkpoint
+from shardkit.base.pages import resident_bytes
+from shardkit.load import seen
+from shardkit.load.seen import ModelKeys
 from tests.loopback_hub import LoopbackHub
 from tests.support import file_bytes
 from tests.test_checkpoint import CONFIG, WEIGHTS, put

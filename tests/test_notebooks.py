@@ -16,8 +16,8 @@ from nbclient import NotebookClient
 from papermill import inspect_notebook
 
 from shardkit import Comparison
-from shardkit.batch import ParameterError, check_parameters
-from shardkit.measure.comparison import SHARDED, Sample
+from shardkit.compare.comparison import SHARDED, Sample
+from shardkit.notebook import ParameterError, check_parameters
 from tests.fake_loads import ARMS, fake_arm, fake_comparison, fake_load
 
 ROOT = Path(__file__).parent.parent
@@ -243,7 +243,7 @@ def test_running_again_after_the_kernel_died_in_the_middle_of_sharding_goes_on_t
 def test_every_picture_appears_under_its_cell(tmp_path):
     """The first plot of a kernel loads the backend of notebooks, and must not spoil it for the next."""
     fake_comparison().save(tmp_path / "comparison.json")
-    cells = ["import shardkit; from shardkit.display.plots import plot_bars, plot_memory"]
+    cells = ["import shardkit; from shardkit.show.plots import plot_bars, plot_memory"]
     cells += ["found = shardkit.Comparison.load('comparison.json')"]
     cells += ["plot_bars(found);", "plot_memory(found);", "found.plot();"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])

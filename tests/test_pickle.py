@@ -24,12 +24,12 @@ from safetensors.torch import load_file, save_file
 from shardkit import (
     Checkpoint,
     CheckpointError,
-    pickle_file,
     shard_checkpoint,
-    transfer,
     verify_checkpoint,
 )
-from shardkit.tensor import DTYPE_NAMES
+from shardkit.formats import pickle_file
+from shardkit.formats.tensor import DTYPE_NAMES
+from shardkit.shard import copy as transfer
 
 ZIP, LEGACY = True, False
 FORMATS = pytest.mark.parametrize("zipped", [ZIP, LEGACY], ids=["zip", "legacy"])

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shardkit import Checkpoint, PlanError, ShardPlan, SizeError, TensorInfo, plan_shards
-from shardkit.safetensors_file import MAX_HEADER_BYTES
+from shardkit.formats.safetensors import MAX_HEADER_BYTES
 from tests.support import bits, checkpoints, limits, union
 
 STRATEGIES = ("size", "layer", "balanced")

@@ -15,7 +15,9 @@ import matplotlib.pyplot as plt
 from matplotlib.collections import PathCollection
 
 from shardkit import plan_shards
-from shardkit.display.plots import (
+from shardkit.base.errors import MeasurementError
+from shardkit.compare.comparison import Sample
+from shardkit.show.plots import (
     GREEN,
     comparison_png,
     describe_memory,
@@ -26,8 +28,6 @@ from shardkit.display.plots import (
     plot_memory,
     plot_shards,
 )
-from shardkit.errors import MeasurementError
-from shardkit.measure.comparison import Sample
 from tests.fake_loads import ARMS, MB, fake_arm, fake_comparison, fake_load
 
 
@@ -192,7 +192,7 @@ def test_bars_that_a_system_does_not_report_are_missed_aloud():
 def test_pictures_need_no_backend_of_a_screen(tmp_path, backend):
     fake_comparison().save(tmp_path / "c.json")
     script = (
-        "import sys; from shardkit import Comparison; from shardkit.display.plots import plot_bars\n"
+        "import sys; from shardkit import Comparison; from shardkit.show.plots import plot_bars\n"
         "found = Comparison.load(sys.argv[1] + '/c.json')\n"
         "found.plot(sys.argv[1] + '/a.png'); found.save(sys.argv[1] + '/a.html')\n"
         "plot_bars(found)[0].figure.savefig(sys.argv[1] + '/b.png')"

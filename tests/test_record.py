@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkit import Checkpoint, ShardkitError, plan_shards, shard_checkpoint, verify_checkpoint
-from shardkit.record import Record, Summary, Table
+from shardkit.base.record import Record, Summary, Table
 from tests.support import Tensor, write_checkpoint
 
 EVIL = '<script>alert("x")</script>&amp;<img src=x onerror=alert(1)>'

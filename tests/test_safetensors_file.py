@@ -10,8 +10,8 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardkit.errors import CheckpointError
-from shardkit.safetensors_file import (
+from shardkit.base.errors import CheckpointError
+from shardkit.formats.safetensors import (
     DTYPE_BITS,
     MAX_HEADER_BYTES,
     Entry,
@@ -19,7 +19,7 @@ from shardkit.safetensors_file import (
     read_header,
     tensor_bytes,
 )
-from shardkit.tensor import DTYPE_NAMES
+from shardkit.formats.tensor import DTYPE_NAMES
 from tests.support import (
     DTYPES,
     FreshFolder,

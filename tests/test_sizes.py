@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardkit.errors import SizeError
-from shardkit.sizes import format_size, parse_size
+from shardkit.base.errors import SizeError
+from shardkit.base.sizes import format_size, parse_size
 
 
 @pytest.mark.parametrize(

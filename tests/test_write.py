@@ -36,18 +36,16 @@ from shardkit import (
     ShardkitError,
     SpaceError,
     VerificationError,
-    destination,
-    pages,
     plan_shards,
-    run,
     shard_checkpoint,
-    staging,
-    transfer,
-    verify,
     verify_checkpoint,
-    write,
 )
-from shardkit.hub.access import UnreachableError
+from shardkit.base import jobs as run
+from shardkit.base import pages
+from shardkit.shard import copy as transfer
+from shardkit.shard import destination, staging, verify
+from shardkit.shard import engine as write
+from shardkit.sources.hub_client import UnreachableError
 from tests.support import (
     FreshFolder,
     Tensor,

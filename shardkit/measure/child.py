@@ -17,7 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from shardkit.errors import Cancelled
+from shardkit.base.errors import Cancelled
 from shardkit.measure.events import read_events
 from shardkit.measure.limit import Limited, limited
 from shardkit.measure.sampler import PortableSampler, Reading, StatusSampler

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shardkit.base.record import plural
+from shardkit.base.sizes import format_size
 from shardkit.measure.limit import left_in_force, limit_in_force
-from shardkit.record import plural
-from shardkit.sizes import format_size
 
 # Where the pages of a file are memory that the kernel cannot drop.
 MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")

@@ -15,22 +15,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from shardkit.checkpoint import Checkpoint
-from shardkit.errors import MeasurementError
-from shardkit.files import LocalFiles
-from shardkit.layout import read_config
-from shardkit.load import loaded_files, loader_names, prefetch_bytes
+from shardkit.base.errors import MeasurementError
+from shardkit.base.sizes import format_size, parse_size
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.layout import read_config
+from shardkit.formats.tensor import CAST_DTYPES
+from shardkit.load.load_model import loaded_files, loader_names, prefetch_bytes
 from shardkit.measure import page_cache
 from shardkit.measure.child import ChildEnd, run_child
 from shardkit.measure.environment import describe_machine
 from shardkit.measure.limit import limited
 from shardkit.measure.measurement import LOAD, LoadMeasurement, MemoryCurve, Outcome, Phase, SamplerCost
 from shardkit.measure.sampler import Reading
-from shardkit.sizes import format_size, parse_size
-from shardkit.tensor import CAST_DTYPES
+from shardkit.sources.local import LocalFiles
 
 WORKER = Path(__file__).with_name("worker.py")
-_PREFETCH = Path(__file__).parents[1] / "prefetch.py"
+_PREFETCH = Path(__file__).parents[1] / "load" / "prefetch.py"
 _CURVE_POINTS = 500
 _FILE_OPTIONS = ("use_safetensors", "variant", "subfolder", "gguf_file", "revision")
 # A load from a folder has no business on the network, whose delays would count as the load's.

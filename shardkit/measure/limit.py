@@ -20,7 +20,7 @@ from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
-from shardkit.errors import MeasurementError
+from shardkit.base.errors import MeasurementError
 
 CGROUP_ROOT = "/sys/fs/cgroup"
 OWN_CGROUP = "/proc/self/cgroup"

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
+from shardkit.base.record import Record, Summary, Table, listed
+from shardkit.base.sizes import format_size
 from shardkit.measure.environment import Environment
 from shardkit.measure.page_cache import CacheState
-from shardkit.record import Record, Summary, Table, listed
-from shardkit.sizes import format_size
 
 Outcome = Literal["ok", "failed", "killed", "timeout"]
 

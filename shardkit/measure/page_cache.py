@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from shardkit.pages import resident_bytes
-from shardkit.sizes import format_size
+from shardkit.base.pages import resident_bytes
+from shardkit.base.sizes import format_size
 
 # Read-ahead around a page that somebody else touches must not spoil a proof.
 _TOLERANCE = 0.01

@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
+from shardkit.base.sizes import format_size, parse_size
 from shardkit.demo import make_demo_checkpoint
-from shardkit.sizes import format_size, parse_size
-from shardkit.write import shard_checkpoint
+from shardkit.shard.engine import shard_checkpoint
 from tests.support import disk_watched
 
 ROOT = Path(__file__).parents[2]

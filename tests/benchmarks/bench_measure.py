@@ -24,10 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
+from shardkit.base.sizes import format_size
 from shardkit.demo import make_demo_checkpoint
 from shardkit.measure import measure_load
 from shardkit.measure.intervals import Interval, paired_interval
-from shardkit.sizes import format_size
 from tests.fake_loads import fake_interpreter
 
 _PREPARED = """

@@ -21,10 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from shardkit.checkpoint import Checkpoint
+from shardkit.base.sizes import format_size
+from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.demo import make_demo_checkpoint
-from shardkit.safetensors_file import PREFIX_BYTES, Entry, build_header
-from shardkit.sizes import format_size
+from shardkit.formats.safetensors import PREFIX_BYTES, Entry, build_header
 
 WORKERS = 4
 CAST = "shardkit to float16"

@@ -19,7 +19,8 @@ from typing import NamedTuple, Self
 
 import xxhash
 
-from shardkit import kept, seen
+from shardkit.checkpoint import kept
+from shardkit.load import seen
 
 
 class Fault(str):
@@ -126,7 +127,7 @@ class Bench:
         """Run trials by number, a few at once."""
         outcome, shared = Outcome(kind.what, tolerated=kind.tolerated), self._prepared(kind.prepare)
         context = get_context("forkserver")
-        context.set_forkserver_preload(["torch", "shardkit.write", "shardkit.cast"])
+        context.set_forkserver_preload(["torch", "shardkit.shard.engine", "shardkit.formats.cast"])
         step = max(1, min(100, len(numbers) // (8 * self._workers)))
         one = partial(_one, kind, f"{seed}/{name}", shared)
         with ProcessPoolExecutor(kind.workers or self._workers, context, ask_no_models) as pool:

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import shardkit.cast  # noqa: F401  before ctypes is wrapped: numpy uses it
-from shardkit.errors import ShardkitError
-from shardkit.write import shard_checkpoint
+import shardkit.formats.cast  # noqa: F401  before ctypes is wrapped: numpy uses it
+from shardkit.base.errors import ShardkitError
+from shardkit.shard.engine import shard_checkpoint
 from tests.torture.bench import ask_no_models
 
 ROOT = Path(__file__).parents[2]

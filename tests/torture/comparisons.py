@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shardkit.compare import Comparison, compare_loads
+from shardkit.compare.experiment import Comparison, compare_loads
 from shardkit.demo import make_demo_checkpoint
 from shardkit.measure.launch import WORKER
 from tests.torture.bench import Fault, Finding, Kind, Most, Place, Seen

@@ -5,10 +5,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardkit.checkpoint import Checkpoint
+from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.demo import make_demo_checkpoint
-from shardkit.verify import verify_checkpoint
-from shardkit.write import shard_checkpoint
+from shardkit.shard.engine import shard_checkpoint
+from shardkit.shard.verify import verify_checkpoint
 from tests.torture.bench import Fault, Finding, Kind, Place, Seen
 
 # What is compared with the source, and which of both rots. What a cast drops is no loss, so the source of a

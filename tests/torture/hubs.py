@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from shardkit.base.errors import ShardkitError
 from shardkit.demo import make_demo_checkpoint
-from shardkit.errors import ShardkitError
-from shardkit.hub.push import push_checkpoint
-from shardkit.hub.reshard import shard_on_hub
-from shardkit.write import ShardReport, shard_checkpoint
+from shardkit.shard.engine import ShardReport, shard_checkpoint
+from shardkit.shard.push import push_checkpoint
+from shardkit.shard.reshard import shard_on_hub
 from tests.loopback_hub import LoopbackHub
 from tests.support import disk_watched
 from tests.torture.bench import Fault, Finding, Kind, Most, Place, Seen, told

@@ -11,9 +11,9 @@ from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
+from shardkit.base.errors import Cancelled
 from shardkit.demo import make_demo_checkpoint
-from shardkit.errors import Cancelled
-from shardkit.write import shard_checkpoint
+from shardkit.shard.engine import shard_checkpoint
 from tests.torture.bench import Fault, Finding, Kind, Place, Seen, beside, digests, told
 from tests.torture.child import Ending, Spec, end, perform, start_child
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import safetensors
 
-from shardkit.checkpoint import Checkpoint
-from shardkit.errors import CheckpointError, ShardkitError
-from shardkit.plan import plan_shards
-from shardkit.safetensors_file import MAX_HEADER_BYTES
+from shardkit.base.errors import CheckpointError, ShardkitError
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.formats.safetensors import MAX_HEADER_BYTES
+from shardkit.plan.plan import plan_shards
 from tests.support import Tensors, header_of, make_tensor
 from tests.torture.bench import Fault, Finding, Kind, Most, Place, Seen, peak, told
 

@@ -19,9 +19,9 @@ from random import Random
 from struct import pack
 from typing import NamedTuple
 
-from shardkit.checkpoint import Checkpoint
-from shardkit.errors import CheckpointError, ShardkitError
-from shardkit.write import shard_checkpoint
+from shardkit.base.errors import CheckpointError, ShardkitError
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.shard.engine import shard_checkpoint
 from tests.torture.bench import Fault, Finding, Kind, Most, Place, Seen, peak
 
 _SECONDS, _MEGABYTES, _SPARE_BYTES = 20.0, 300.0, 6 << 30

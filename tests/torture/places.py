@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardkit.errors import Cancelled, DestinationError
-from shardkit.write import shard_checkpoint
+from shardkit.base.errors import Cancelled, DestinationError
+from shardkit.shard.engine import shard_checkpoint
 from tests.support import file_bytes
 from tests.torture.bench import Fault, Finding, Kind, Most, Place, Seen, Skip, beside, digests, mounted, told
 from tests.torture.child import end, start, start_child

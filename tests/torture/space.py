@@ -7,8 +7,8 @@ from functools import partial
 from itertools import accumulate, count
 from pathlib import Path
 
-from shardkit.errors import SpaceError
-from shardkit.write import shard_checkpoint
+from shardkit.base.errors import SpaceError
+from shardkit.shard.engine import shard_checkpoint
 from tests.torture.bench import Fault, Finding, Kind, Place, Seen, digests, mounted, told
 from tests.torture.child import Spec, end, start_child
 from tests.torture.kills import DTYPES, go_on, make_model, spec_of, whole

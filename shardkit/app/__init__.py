@@ -1,0 +1,220 @@
+"""One widget that takes a newcomer through the whole job: choose, plan, shard, compare.
+
+    shardkit.ShardApp()                           # in a notebook cell
+    shardkit.ShardApp("path/to/model", dtype="float16").run_all()   # the same without anybody clicking
+
+Jobs run in a thread of their own and tell the page what happens by widget traits alone.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import ipywidgets as widgets
+
+from shardkit.app import page
+from shardkit.app.choose_step import Choose
+from shardkit.app.compare_step import Compare
+from shardkit.app.job_thread import Worker
+from shardkit.app.plan_step import Plan
+from shardkit.app.shard_step import Shard
+from shardkit.app.step import Step
+from shardkit.base.errors import ShardkitError
+from shardkit.base.sizes import parse_size
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.compare.comparison import Comparison
+from shardkit.notebook import check_values
+from shardkit.plan.plan import ShardPlan, Strategy
+from shardkit.shard.engine import ShardReport
+
+__all__ = ["ShardApp"]
+
+_PATIENCE_SECONDS = 60.0
+_BUSY = "Another app of this notebook is at work. Cancel stops it; then start again."
+
+
+class ShardApp:
+    """Choose, plan, shard and compare, in a notebook.
+
+    Parameters
+    ----------
+    source
+        A folder, a weights file or a Hub id to begin with; it is opened at once.
+    destination
+        Where the shards go; None for a folder beside this notebook, called after the source.
+    max_shard_size, strategy, dtype, overwrite
+        As for `shard_checkpoint`; a `max_shard_size` of None suits the size of the model.
+    repeats, cache, memory_limit
+        As for `compare_loads`.
+    first_token
+        Whether a load is timed until its first token.
+    trust_remote_code
+        Whether loads run the code that the checkpoint brings.
+
+    Raises
+    ------
+    ShardkitError
+        If a setting is not understood; says what is.
+
+    Attributes
+    ----------
+    widget
+        What is displayed, to be put into a layout of your own.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        destination: str | os.PathLike[str] | None = None,
+        max_shard_size: int | str | None = None,
+        strategy: Strategy = "size",
+        dtype: str | None = None,
+        overwrite: bool = False,
+        repeats: int = 5,
+        cache: str = "cold",
+        first_token: bool = True,
+        memory_limit: int | str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        check_values({"strategy": strategy, "cache": cache, "repeats": repeats})
+        switches = {
+            "overwrite": overwrite,
+            "first_token": first_token,
+            "trust_remote_code": trust_remote_code,
+        }
+        check_values(switches)
+        if dtype is not None:
+            check_values({"dtype": dtype})
+        limit = None if memory_limit is None else parse_size(memory_limit)
+        size = None if max_shard_size is None else parse_size(max_shard_size)
+        self._choose = Choose(_path("source", source))
+        self._plan = Plan(self._choose, size, strategy, dtype)
+        self._shard = Shard(self._plan, _path("destination", destination), bool(overwrite))
+        self._compare = Compare(
+            self._choose, self._shard, repeats, cache, bool(first_token), bool(trust_remote_code), limit
+        )
+        self._steps = (self._choose, self._plan, self._shard, self._compare)
+        self._named = ""
+        self._worker = Worker()
+        self._working: Step | None = None
+        self.widget = widgets.VBox([widgets.HTML(page.stylesheet()), *(step.box for step in self._steps)])
+        self.widget.add_class("sk-app")
+        self._connect()
+        self._refresh()
+        if source is not None:
+            self._begin(self._choose)
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """What was opened."""
+        return self._choose.checkpoint
+
+    @property
+    def plan(self) -> ShardPlan | None:
+        """What the controls of step 2 say."""
+        return self._plan.plan
+
+    @property
+    def report(self) -> ShardReport | None:
+        """What step 3 has written."""
+        return self._shard.report
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """What step 4 has found; while it runs or when it was stopped, what it has found so far."""
+        return self._compare.comparison
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Return whether nothing is running any more, after `timeout` seconds at most."""
+        try:
+            return self._worker.wait(timeout)
+        except KeyboardInterrupt:
+            Worker.stop()
+            raise
+
+    def run_all(self) -> Comparison:
+        """Do all four steps as they are set, for runs where nobody clicks, and return the comparison.
+
+        Raises
+        ------
+        ShardkitError
+            If a step fails, or another app of this process is at work.
+        """
+        for step in self._steps:
+            self.wait()
+            if step is self._choose and self._choose.is_open:
+                continue
+            Worker.until_free(_PATIENCE_SECONDS)  # another app may just be opening its source
+            if not self._begin(step):
+                raise ShardkitError(step.missing or _BUSY)
+            self.wait()
+            if step.error is not None:
+                raise step.error
+        assert self._compare.comparison is not None  # noqa: S101 - or its step would have raised
+        return self._compare.comparison
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self.widget)  # type: ignore[no-untyped-call]
+
+    def _connect(self) -> None:
+        for step in (self._choose, self._shard, self._compare):
+            step.start.on_click(partial(self._begin, step))
+        self._plan.changed = self._planned
+        widgets.dlink((self._plan.dtype, "value"), (self._compare.dtype, "value"))
+        self._shard.destination.observe(lambda _: self._refresh(), "value")
+        self._shard.destination.observe(self._shard.look, "value")  # after what takes old refusals away
+        self._choose.opened, self._shard.written = self._opened, self._compare.clear
+        # Enter opens what was typed; a suggestion is only a suggestion until it is opened.
+        self._choose.entered = partial(self._begin, self._choose)
+
+    def _begin(self, step: Step, _: Any = None) -> bool:
+        """Start a step's job, or say why not; a second click on a step that works is overlooked."""
+        if self._working is not None:
+            if self._working is not step:
+                step.refuse(page.status("Not now: another step is at work. Wait for it, or cancel it."))
+            return False
+        if step.missing:
+            step.refuse(page.error(step.missing))
+            return False
+        self._working = step
+        self._refresh()
+        if self._worker.start(step.attempt, self._ended):
+            return True
+        self._ended()
+        step.refuse(page.error(_BUSY))
+        for other in self._steps:
+            other.let_cancel(True)
+        Worker.when_free(self._refresh)
+        return False
+
+    def _ended(self) -> None:
+        self._working = None
+        self._refresh()
+
+    def _opened(self) -> None:
+        if self.checkpoint is not None and self._shard.folder in ("", self._named):
+            self._named = self._shard.destination.value = self._choose.beside
+        self._compare.clear()
+        self._shard.clear()
+        self._plan.open()
+
+    def _planned(self) -> None:
+        self._choose.tell(self.plan)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Let every button say what can be done now."""
+        for step in self._steps:
+            step.show(working=step is self._working, busy=self._working is not None)
+
+
+def _path(setting: str, value: str | os.PathLike[str] | None) -> str:
+    try:
+        return "" if value is None else os.fsdecode(value)
+    except TypeError:
+        raise ShardkitError(f"{setting} is {value!r}: give a path") from None

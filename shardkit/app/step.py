@@ -1,0 +1,175 @@
+"""What every step of the app has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets as widgets
+
+from shardkit.app import page
+from shardkit.app.job_thread import Worker
+from shardkit.base.errors import Cancelled, ShardkitError
+
+TRUSTS = "Run the code that the checkpoint brings, which I trust"
+# Messages name what to write in Python or a shell; the app has controls for it.
+_IN_THE_APP = {
+    "replace it (overwrite=True, --overwrite)": 'tick "Replace a checkpoint that is there"',
+    "leave out dtype": 'set "Dtype of shards" to "as it is stored" (step 2)',
+    ", or allow it with allow_overflow=True (--allow-overflow)": "",
+    "lower max_shard_size": "take a smaller shard size (step 2)",
+    'allow it with options={"trust_remote_code": True} (--trust-remote-code)': f'tick "{TRUSTS}"',
+    "same_model=False (--no-same-model) compares them anyway": "shard this one into another folder (step 3)",
+}
+_WIDE = {"width": "100%", "max_width": "46rem", "margin": "2px 0"}
+
+
+def field(kind: Any, label: str, **options: Any) -> Any:
+    """Return a control whose label a screen reader finds, as wide as there is room for."""
+    return kind(description=label, style={"description_width": "9rem"}, layout=_WIDE, **options)
+
+
+class Area(widgets.HTML):  # type: ignore[misc]
+    """A place of fixed height that says what will be shown there, until it is."""
+
+    def __init__(self, name: str, label: str, empty: str) -> None:
+        super().__init__()
+        self._name, self._label, self._empty = name, label, empty
+        self.fill(empty)
+
+    def fill(self, html: str) -> None:
+        """Show some HTML."""
+        self.value = page.region(self._label, html, name=self._name)
+
+    def clear(self) -> None:
+        """Say again what will be shown."""
+        self.fill(self._empty)
+
+
+class Step:
+    """A heading, controls, a button that starts, and a line that says how it went.
+
+    Attributes
+    ----------
+    box
+        The widget that shows it.
+    controls
+        What a person sets; not while a job runs.
+    start
+        The button.
+    error
+        What the last attempt raised; None if it went well.
+    """
+
+    title = hint = ""
+    button = working = ""  # what the button says, and what it says while the job runs
+    stopped = ""  # what is left of a job that was asked to stop
+
+    def __init__(self) -> None:
+        self.controls: list[Any] = []
+        self.error: Exception | None = None
+        self.start = widgets.Button(
+            description=self.button, button_style="primary", layout={"width": "11rem"}
+        )
+        self.cancel = widgets.Button(description="Cancel", layout={"width": "9rem"})
+        self.cancel.on_click(self._cancel)
+        self._may_cancel, self._refusal = False, ""
+        self._bar = widgets.FloatProgress(max=1.0, layout=_WIDE)
+        self._message = widgets.HTML()
+        self._message.add_class("sk-message")
+        self.box = widgets.VBox()
+        self.box.add_class("sk-step")
+
+    def place(self, *rows: Any) -> None:
+        """Put the step together: the heading, then `rows`."""
+        self.box.children = (widgets.HTML(page.heading(self.title, self.hint)), *rows)
+
+    def run(self) -> None:
+        """Do the step's job; raises what fails."""
+        raise NotImplementedError
+
+    @property
+    def missing(self) -> str:
+        """What has to be done first; empty if nothing."""
+        return ""
+
+    def clear(self) -> None:
+        """Forget how the last attempt ended."""
+        self.error, self._bar.value, self._bar.bar_style = None, 0.0, ""
+        self.refuse("")
+
+    def attempt(self) -> None:
+        """Do the step's job and show how it ended."""
+        Step.clear(self)
+        try:
+            self.run()
+        except Exception as error:
+            self.error, self._bar.bar_style = error, "danger"
+            self.say(self.in_words(error))
+        else:
+            self._bar.value, self._bar.bar_style = self._bar.max, "success"
+
+    def in_words(self, error: Exception) -> str:
+        """Return what the page says of an error; a stop is none."""
+        if isinstance(error, Cancelled):
+            return page.status(f"Stopped as asked. {self.stopped}")
+        return page.error(in_the_app(_plain_words(error)))
+
+    def say(self, html: str) -> None:
+        """Show a line of HTML under the buttons."""
+        self._message.value = html
+
+    def show_progress(self, done: float, line: str) -> None:
+        """Show how far a job is: the share of it that is done, and in words."""
+        self._bar.value = done
+        self.say(page.status(line))
+
+    def refuse(self, html: str) -> None:
+        """Say why not now; it goes as soon as anything changes."""
+        self._refusal = html
+        self.say(html)
+
+    def show(self, *, working: bool, busy: bool) -> None:
+        """Let the buttons and controls say what can be done now."""
+        if self._message.value == self._refusal:
+            self.say("")
+        self.start.description = self.working if working else self.button
+        _dim(self.start, busy or bool(self.missing))
+        self.let_cancel(working)
+        for control in self.controls:
+            control.disabled = busy
+
+    def let_cancel(self, allowed: bool) -> None:
+        """Let the cancel button stop what runs, or nothing."""
+        self._may_cancel = allowed
+        self.cancel.description = "Cancel"
+        _dim(self.cancel, not allowed)
+
+    def _cancel(self, _: Any) -> None:
+        if self._may_cancel:
+            self.let_cancel(False)
+            self.cancel.description = "Stopping…"
+            Worker.stop()
+
+
+def in_the_app(text: str, form: Callable[[str], str] = str) -> str:
+    """Return a text that names the app's controls; `form` makes HTML of words where the text is HTML."""
+    for words, here in _IN_THE_APP.items():
+        text = text.replace(form(words), form(here))
+    return text
+
+
+def _dim(button: Any, dim: bool) -> None:
+    """Show that a button does nothing now. A disabled one would lose the focus, and with it the keyboard."""
+    (button.add_class if dim else button.remove_class)("sk-dim")
+
+
+def _plain_words(error: Exception) -> str:
+    """Say what went wrong as a person would, whatever was raised."""
+    if isinstance(error, ShardkitError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'system'}: {error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return "this machine's memory ran out: restart the kernel, or take a smaller model"
+    return f"unexpected {type(error).__name__}: {error}. This is a fault in shardkit: please report it"

@@ -1,0 +1,168 @@
+"""Carrying out many small tasks: a few at a time, counting bytes, stopping when asked."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from threading import Lock
+from typing import TypeVar
+
+from shardkit.base.errors import Cancelled, Interrupted, ShardkitError
+
+TaskT = TypeVar("TaskT")
+ResultT = TypeVar("ResultT")
+
+_AHEAD = 2  # tasks under way for each worker: enough to keep it busy, few enough to stop soon
+_WIDTH_UNKNOWN = 64  # for an executor that does not say: idle machines cost more than a longer queue
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a job stands: what it is doing ("check", "copy", "verify"), bytes done, bytes in all."""
+
+    stage: str
+    done_bytes: int
+    total_bytes: int
+
+
+# Returning False asks the job to stop; None and True let it go on.
+ProgressCallback = Callable[[Progress], bool | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """Who does the work of a job, and who hears of it.
+
+    Attributes
+    ----------
+    workers
+        How many tasks are carried out at once.
+    executor
+        The caller's own, to be used instead of threads of ours.
+    progress
+        Called with a `Progress`; returning False stops the job.
+    """
+
+    workers: int
+    executor: Executor | None = None
+    progress: ProgressCallback | None = None
+
+
+def worker_count(workers: int | None, executor: Executor | None = None) -> int:
+    """Return how many tasks are carried out at once.
+
+    None means as many as the executor has workers, whichever machines they are on. Threads of our own are
+    four, which keep a disk busy, or fewer where there are fewer cores.
+
+    Raises
+    ------
+    ShardkitError
+        If it is less than one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usual = min(4, cores) if executor is None else _width(executor)
+    if workers is not None and workers < 1:
+        raise ShardkitError(f"workers is {workers}: give 1 or more, or None for {usual}")
+    return workers or usual
+
+
+def _width(executor: Executor) -> int:
+    """Return how many workers an executor has: a pool of Python, joblib or MPI, or a cluster of Dask."""
+    for name in ("_max_workers", "max_workers", "num_workers"):
+        if isinstance(width := getattr(executor, name, None), int) and width > 0:
+            return width
+    ncores = getattr(getattr(executor, "_client", executor), "ncores", None)
+    cores = ncores() if callable(ncores) else None
+    return (sum(cores.values()) if isinstance(cores, Mapping) else 0) or _WIDTH_UNKNOWN
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Say of an interrupt that the job can be taken up again."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted("stopped; the same call goes on from here") from error
+
+
+@contextmanager
+def run_all(
+    function: Callable[[TaskT], ResultT],
+    tasks: Iterable[TaskT],
+    workers: int | None = None,
+    executor: Executor | None = None,
+) -> Iterator[Iterator[tuple[TaskT, ResultT]]]:
+    """Give an iterator of tasks with their results, as they finish.
+
+    Leaving the block cancels what has not begun and waits for what has: nothing runs on behind it.
+    """
+    count = worker_count(workers, executor)
+    pool = executor or ThreadPoolExecutor(count, thread_name_prefix="shardkit")
+    running: dict[Future[ResultT], TaskT] = {}
+    waiting = iter(tasks)
+
+    def results() -> Iterator[tuple[TaskT, ResultT]]:
+        failure: Exception | None = None
+        while True:
+            try:
+                for task in islice(waiting, 0 if failure else count * _AHEAD - len(running)):
+                    running[pool.submit(function, task)] = task
+            except Exception as error:  # of a task that could not be made, or a broken executor
+                failure = error
+            if not running:
+                if failure:
+                    raise failure
+                return
+            done = wait(running, return_when=FIRST_COMPLETED).done
+            # A failure comes last, or what ended along with it would be lost.
+            for future in sorted(done, key=lambda future: future.cancelled() or bool(future.exception())):
+                yield running.pop(future), future.result()
+
+    try:
+        yield results()
+    finally:
+        for future in running:
+            future.cancel()
+        wait(running)
+        if pool is not executor:
+            pool.shutdown()
+
+
+def take_turns(streams: Iterable[Iterator[TaskT]], width: int) -> Iterator[TaskT]:
+    """Yield from `width` streams in turn; one that ends makes place for the next."""
+    coming = iter(streams)
+    active = deque(islice(coming, width))
+    while active:
+        stream = active.popleft()
+        try:
+            yield next(stream)
+        except StopIteration:
+            active.extend(islice(coming, 1))
+        else:
+            active.append(stream)
+
+
+class ProgressCount:
+    """Adds up bytes, from any thread, and reports them; raises `Cancelled` when the callback says stop."""
+
+    def __init__(self, callback: ProgressCallback | None, stage: str, total_bytes: int) -> None:
+        self._callback, self._stage, self._total = callback, stage, total_bytes
+        self._done = 0
+        self._lock = Lock()
+        self.add(0)
+
+    def add(self, nbytes: int) -> None:
+        """Count bytes as done."""
+        with self._lock:
+            self._done += nbytes
+            if self._callback is None:
+                return
+            if self._callback(Progress(self._stage, self._done, self._total)) is False:
+                raise Cancelled(
+                    f"stopped as asked, after {self._done} of {self._total} bytes ({self._stage})"
+                )

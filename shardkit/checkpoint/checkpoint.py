@@ -1,0 +1,445 @@
+"""What is there: every tensor of a checkpoint, its file and its byte range, without loading any."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal, Self
+from zipfile import is_zipfile
+
+from shardkit.base.errors import CheckpointError, DownloadNeededError, reading
+from shardkit.base.jobs import run_all
+from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
+from shardkit.base.sizes import format_size
+from shardkit.checkpoint.belonging import Beside, sort_out
+from shardkit.checkpoint.estimate import (
+    LOAD_BITS,
+    Estimate,
+    StoredTensor,
+    estimate_adapter,
+    estimate_load,
+    load_dtype,
+)
+from shardkit.checkpoint.layout import (
+    CONFIG_FILES,
+    architecture,
+    config_dtype,
+    find_weights,
+    index_notes,
+    is_index,
+    naming_notes,
+    output_stem,
+    plain_json,
+    read_config,
+)
+from shardkit.checkpoint.metadata import of_checkpoint
+from shardkit.formats.pickle_file import Scan, scan_pickles, twice_note
+from shardkit.formats.safetensors import Header
+from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused
+from shardkit.sources.local import Files, LocalFiles, is_remote
+
+_HEADERS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Checkpoint(Record):
+    """A checkpoint on disk or on the Hub: its tensors, files, config, and all else that belongs to it.
+
+    Attributes
+    ----------
+    source
+        What was opened: an absolute path, or ``hf://org/name@commit`` for a model of the Hub.
+    folder
+        The folder that holds its files: a path, or ``hf://org/name@commit`` where they are on the Hub.
+    format
+        "safetensors" or "pickle".
+    stem
+        What files written from it are called: "model" for ``model-00001-of-00008.safetensors``.
+    files
+        Names of the weight files, in order of their tensors.
+    tensors
+        By name, in order of file and offset.
+    metadata
+        ``__metadata__`` of its files, as far as it holds for the checkpoint.
+    config
+        ``config.json`` (or ``adapter_config.json``); None where there is none.
+    side_files
+        All else that belongs to the model, with sizes in bytes.
+    left_out
+        Files that stay behind, and why: "the same weights in another format", "training state".
+    aliases
+        Tensors of a pickle that share another's storage, by name, and the name of that other.
+    notes
+        What a person should be told.
+    file_metadata
+        Names of entries of ``__metadata__`` that describe single files.
+    index_dtype
+        The dtype that the index says its tensors have, where the config says none; None where neither does.
+    seen
+        State of the weight files just before their headers were read; on this disk alone, so not in JSON.
+    """
+
+    source: str
+    folder: str
+    format: Literal["safetensors", "pickle"]
+    stem: str
+    files: tuple[str, ...]
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+    side_files: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    file_metadata: tuple[str, ...] = ()
+    index_dtype: str | None = None
+    seen: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def open(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        download: bool = False,
+    ) -> Self:
+        """Open a checkpoint: read and validate its headers, none of its weights.
+
+        Parameters
+        ----------
+        source
+            A folder, a weights file, an index file, or a snapshot folder of the Hub's cache; or a model on
+            the Hub, of which only headers and small files are read: "org/name", "org/name@revision",
+            "hf://org/name". A folder here of the same name comes first, and so does the client's cache.
+        revision
+            Branch, tag or commit on the Hub (default: its main branch); what it is now is kept to.
+        token
+            For the Hub; found by itself in the environment, the client's store, Colab's or Kaggle's secrets.
+        download
+            Download what is on the Hub, and check it against the Hub's hashes.
+
+        Raises
+        ------
+        CheckpointError
+            If there is no checkpoint, access is refused, or a file is damaged or hostile; names file,
+            tensor, numbers.
+        DownloadNeededError
+            If the Hub has it as pickles only, which cannot be read in part.
+        """
+        text = os.fspath(source)
+        path = Path(os.path.abspath(os.path.expanduser(text)))
+        if revision is not None and os.path.exists(path):
+            raise CheckpointError(
+                "is here, and has no revisions: give none, or hf://org/name", file=str(path)
+            )
+        if os.path.isdir(path):  # which, unlike Path, takes any text for an answer
+            return cls._read(LocalFiles(path), str(path))
+        if os.path.isfile(path):
+            if path.suffix in (".json", ".py", ".txt", ".md") and not is_index(path.name):
+                raise CheckpointError("is no weights file: give the folder it lies in", file=str(path))
+            return cls._read(LocalFiles(path.parent), str(path), path.name)
+        from shardkit.sources.resolve import find_model
+
+        found = find_model(text, revision=revision, token=token, download=download)
+        return cls._read(found.files, found.source, notes=found.notes)
+
+    @classmethod
+    def _read(
+        cls, folder: Files, source: str, chosen: str | None = None, notes: tuple[str, ...] = ()
+    ) -> Self:
+        config = read_config(folder)
+        # A file that lies beside no config is alone: what surrounds it is none of its business.
+        is_alone = chosen is not None and config is None
+        weights = find_weights(folder, config, chosen)
+        seen = _states(folder, weights.files)
+        is_pickle = not weights.files[0].endswith(".safetensors")
+        aliases: dict[str, str] = {}
+        if is_pickle:
+            tensors, aliases, said = _scan_pickles(folder, weights.files)
+            found: list[dict[str, str]] = []
+        else:
+            with collector_paused():
+                tensors, found, said = _scan_safetensors(folder, weights.files)
+        metadata, file_metadata = of_checkpoint(found, tensors)
+        held = {name: tensor.file for name, tensor in tensors.items()}
+        stem = output_stem(folder, weights.chosen, config)
+        ours = {weights.chosen, *weights.files}
+        beside = Beside({}, {}) if is_alone else sort_out(folder, ours, stem, config)
+        told = (*weights.notes, *said, *index_notes(weights, held), *naming_notes(weights.chosen, stem))
+        checkpoint = cls(
+            source=source,
+            folder=folder.folder,
+            format="pickle" if is_pickle else "safetensors",
+            stem=stem,
+            files=weights.files,
+            tensors=tensors,
+            metadata=metadata,
+            config=config,
+            side_files=beside.side_files,
+            left_out=beside.left_out,
+            aliases=aliases,
+            notes=(*notes, *told, *beside.notes),
+            file_metadata=file_metadata,
+            index_dtype=weights.dtype if config_dtype(config) is None else None,
+        )
+        checkpoint.seen.update(seen)
+        return checkpoint
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the checkpoint as JSON-ready data; as `Record.to_dict`."""
+        return {**super().to_dict(), "config": plain_json(self.config)}
+
+    @cached_property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @cached_property
+    def dtypes(self) -> dict[str, int]:
+        """Bytes by dtype, largest first."""
+        count: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            count[tensor.dtype] += tensor.nbytes
+        return dict(count.most_common())
+
+    @cached_property
+    def largest(self) -> TensorInfo | None:
+        """The largest tensor; None in an empty checkpoint."""
+        return max(self.tensors.values(), key=lambda tensor: tensor.nbytes, default=None)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of elements in all tensors (buffers included, tied weights as often as stored)."""
+        return sum(tensor.elements for tensor in self.tensors.values())
+
+    @property
+    def config_file(self) -> str | None:
+        """Name of the file that `config` comes from."""
+        return next((name for name in CONFIG_FILES if name in self.side_files), None)
+
+    @property
+    def architecture(self) -> str | None:
+        """The model class that the config names."""
+        return architecture(self.config)
+
+    def estimate(self, dtype: str | None = None) -> Estimate:
+        """Return how much memory `from_pretrained` will take, and on which hosts it fits.
+
+        Parameters
+        ----------
+        dtype
+            Requested of `from_pretrained`: "float16"; None and "auto" leave it to transformers 5, which takes
+            the config's, the index's, or that of the first file's first floating-point tensor.
+
+        Raises
+        ------
+        PlanError
+            If the dtype is unknown.
+        """
+        target = None if dtype in (None, "auto") else load_dtype(dtype)
+        if target is None and not is_adapter(self.stem, self.config, self.tensors):
+            target = self.auto_dtype
+        stored = (
+            StoredTensor(name, t.elements, t.dtype, t.shape, is_alias=name in self.aliases)
+            for name, t in self.tensors.items()
+        )
+        whole = self.format == "pickle" and not all(is_zipfile(self.path(file)) for file in self.files)
+        return estimate_with_base(
+            self.source,
+            stored,
+            target,
+            stem=self.stem,
+            config=self.config,
+            side_files=self.side_files,
+            held_whole=whole,
+            in_memory=not self.is_remote and self._is_in_memory(),
+        )
+
+    @cached_property
+    def auto_dtype(self) -> str | None:
+        """The dtype that transformers 5.23 chooses by itself: see its `modeling_utils._get_dtype`."""
+        if said := config_dtype(self.config) or self.index_dtype:
+            return said if said in LOAD_BITS else None
+        first = [t for t in self.tensors.values() if t.file == self.files[0] and t.dtype in FLOAT_DTYPES]
+        if self.format == "safetensors":  # whose reader lists names in order, not as they lie in the file
+            first.sort(key=attrgetter("name"))
+        return DTYPE_NAMES[first[0].dtype] if first else None
+
+    def _is_in_memory(self) -> bool:
+        """Whether its files are on tmpfs; of links, as the Hub's client makes them, where they lead."""
+        from shardkit.measure.environment import MEMORY_FILESYSTEMS, filesystem
+
+        folders = {os.path.dirname(os.path.realpath(self.path(file))) for file in self.files}
+        return any(filesystem(folder) in MEMORY_FILESYSTEMS for folder in folders)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its files are on the Hub, and not on this machine."""
+        return is_remote(self.folder)
+
+    @property
+    def place(self) -> Files:
+        """Where its files are: a folder here, or a commit on the Hub."""
+        if not self.is_remote:
+            return LocalFiles(self.folder)
+        from shardkit.sources.hub import repository_of
+
+        return repository_of(self.folder)[0]
+
+    def has_changed(self) -> bool:
+        """Whether a file of weights here is gone, or no longer the one that was opened."""
+        try:
+            return not self.is_remote and _states(LocalFiles(self.folder), self.files) != self.seen
+        except CheckpointError:
+            return True
+
+    def path(self, file: str) -> str:
+        """Return the path of one of the checkpoint's files."""
+        return os.path.join(self.folder, file)
+
+    def summary(self) -> Summary:
+        """Return what a person wants to know before sharding it."""
+        beside = sum(self.side_files.values())
+        facts = (
+            ("source", shown_path(self.source)),
+            ("architecture", self.architecture or "not said (no config.json)"),
+            ("parameters", f"{self.parameters:,} in {plural(len(self.tensors), 'tensor')}"),
+            (
+                "weights",
+                f"{format_size(self.total_bytes)} in {plural(len(self.files), 'file')} ({self.format})",
+            ),
+            ("largest tensor", str(self.largest or "none")),
+            ("config says", self._config_against_files()),
+            ("other files", f"{plural(len(self.side_files), 'file')}, {format_size(beside)}"),
+        )
+        dtypes = Table(
+            ("dtype", "bytes", "share"),
+            tuple(
+                (DTYPE_NAMES[dtype], format_size(size), f"{size / max(self.total_bytes, 1):.1%}")
+                for dtype, size in self.dtypes.items()
+            ),
+        )
+        return Summary("Checkpoint", facts, (dtypes,), self._notes())
+
+    def _config_against_files(self) -> str:
+        said = config_dtype(self.config)
+        held = [DTYPE_NAMES[dtype] for dtype in self.dtypes if dtype in FLOAT_DTYPES]
+        if said is None:
+            return "no dtype"
+        if not held:
+            return f"{said}; the files hold no plain floating-point tensors"
+        if held[0] == said:
+            return f"{said}, as the files hold"
+        return f"{said}, but the files hold mostly {held[0]}"
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = list(self.notes)
+        if self.aliases:
+            notes.append(shared_note(self))
+        if self.left_out:
+            notes.append(f"stays behind: {by_kind(self.left_out)}")
+        return tuple(notes)
+
+
+def shared_note(checkpoint: Checkpoint) -> str:
+    """Say what names of a pickle share storage, and what writing each of them takes."""
+    more = format_size(sum(checkpoint.tensors[name].nbytes for name in checkpoint.aliases))
+    count = plural(len(checkpoint.aliases), "name")
+    shared = f"{count} of tensors that share another's storage in the source: {listed(checkpoint.aliases)}"
+    return f"{shared}. Each is written by itself, {more} as stored"
+
+
+def by_kind(left_out: Mapping[str, str]) -> str:
+    """Return how many files of each kind there are, and the first of them by name."""
+    kinds: dict[str, list[str]] = {}
+    for file, kind in left_out.items():
+        kinds.setdefault(kind, []).append(file)
+    return "; ".join(f"{kind}: {plural(len(f), 'file')} ({listed(f)})" for kind, f in kinds.items())
+
+
+def estimate_with_base(
+    source: str,
+    tensors: Iterable[StoredTensor],
+    dtype: str | None,
+    *,
+    stem: str,
+    config: Mapping[str, Any] | None,
+    **beside: Any,
+) -> Estimate:
+    """Estimate a load; that of a peft adapter with its base model, where that is on this machine."""
+    tensors = tuple(tensors)
+    if not is_adapter(stem, config, (tensor.name for tensor in tensors)):
+        return estimate_load(source, tensors, dtype, config=config, **beside)
+    named = (config or {}).get("base_model_name_or_path")
+    base = _open_base(named) if isinstance(named, str) else None
+    return estimate_adapter(source, tensors, dtype, named, base.estimate(dtype) if base else None)
+
+
+def is_adapter(stem: str, config: Mapping[str, Any] | None, names: Iterable[str]) -> bool:
+    """Whether weights are an adapter's, of peft or diffusers, which needs a base model beside it."""
+    if stem == "adapter_model" or "peft_type" in (config or {}):
+        return True
+    return config is None and {"lora" in name for name in names} == {True}
+
+
+def _open_base(named: str) -> Checkpoint | None:
+    """Open the base model that an adapter names; None if it is not here, cannot be read, or is an adapter."""
+    with suppress(CheckpointError):
+        if os.path.exists(os.path.expanduser(named)):
+            base = Checkpoint.open(named)
+            return None if is_adapter(base.stem, base.config, base.tensors) else base
+    return None
+
+
+def _states(folder: Files, files: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    if is_remote(folder.folder):
+        return {}  # the commit is in its name
+    with reading():
+        return {file: file_state(os.stat(os.path.join(folder.folder, file))) for file in files}
+
+
+def file_state(status: os.stat_result) -> tuple[int, ...]:
+    """Return what tells one state of a file from another."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _scan_pickles(folder: Files, files: tuple[str, ...]) -> Scan:
+    if is_remote(folder.folder):
+        raise DownloadNeededError(
+            f"has its weights as pickles only ({listed(files)}), which cannot be read in part: download them "
+            "(download=True; sharding does by itself)",
+            file=folder.folder,
+        )
+    return scan_pickles(Path(folder.folder), files)
+
+
+def _scan_safetensors(
+    folder: Files, files: tuple[str, ...]
+) -> tuple[dict[str, TensorInfo], list[dict[str, str]], tuple[str, ...]]:
+    tensors: dict[str, TensorInfo] = {}
+    metadata = []
+    notes = []
+    for file, (entries, found, start) in _headers(folder, files):
+        metadata.append(found)
+        for name, dtype, shape, begin, end in entries:
+            if (other := tensors.pop(name, None)) is not None:
+                notes.append(twice_note(name, other.file, file))
+            tensors[name] = TensorInfo(name, dtype, shape, file, start + begin, end - begin)
+    return tensors, metadata, tuple(notes)
+
+
+def _headers(folder: Files, files: tuple[str, ...]) -> Iterator[tuple[str, Header]]:
+    """Read headers one by one; on the Hub, where each costs a round trip, some at a time."""
+    if not is_remote(folder.folder):
+        yield from ((file, folder.header(file)) for file in files)
+        return
+    with run_all(folder.header, files, _HEADERS_AT_ONCE) as results:
+        read = dict(results)
+    yield from ((file, read.pop(file)) for file in files)

@@ -1,0 +1,217 @@
+"""Which tensors a cast leaves as they are: those that transformers loads in another dtype, mostly float32.
+
+A cast that rounded them would not be the model that `from_pretrained(source, dtype=...)` makes: the router's
+bias of DeepSeek-V3 is a large offset with a small spread, of which bfloat16 leaves little. transformers lists
+some by pattern and creates others in float32. Where it is installed, it builds the model on the meta device
+(no weights, no download, no code but its own) and is asked; where it is not, a table holds its lists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+from shardkit.formats.tensor import DTYPE_NAMES
+
+if TYPE_CHECKING:
+    import torch
+
+# A config is a stranger's: these keys would run code of the Hub, or make loops as long as it likes.
+_CODE = re.compile(r"auto_map|.*implementation(_internal)?|_?fusion_config|use_pretrained_backbone")
+_MOST_LAYERS, _MODULES_PER_TENSOR, _MODULES_AT_LEAST = 10_000, 20, 20_000
+_PROCESS = (
+    "import json, sys; path, *job = json.load(sys.stdin); sys.path[:] = path; "
+    "from shardkit.checkpoint.kept import not_loaded_in; print(json.dumps(not_loaded_in(*job)))"
+)
+_SECONDS = 120
+_BUILDING = RLock()  # while a model is built, torch's default dtype is another, for the whole process
+
+
+def kept_tensors(names: Iterable[str], config: Mapping[str, Any] | None, target: str) -> frozenset[str]:
+    """Return which tensors transformers does not load in dtype `target` ("F16") when that is requested."""
+    names, dtype = tuple(names), DTYPE_NAMES[target]
+    if target == "F32" or not names or not config or not isinstance(config.get("model_type"), str):
+        return frozenset()  # float32 rounds nothing that a load would not
+    with _BUILDING:
+        found = _asked(json.dumps(config), names, dtype)
+    return _looked_up(config, names, dtype) if found is None else found
+
+
+@lru_cache(maxsize=8)  # the app plans again with every move of a slider
+def _asked(config: str, names: tuple[str, ...], dtype: str) -> frozenset[str] | None:
+    """Ask transformers; None where it is not installed, or knows no such model."""
+    ask = not_loaded_in if "transformers" in sys.modules else _in_a_process
+    try:
+        return frozenset(ask(dtype, names, json.loads(config)))
+    except Exception:  # ImportError, or whatever a class raises that cannot make sense of its config
+        return None
+
+
+def _in_a_process(*job: object) -> list[str]:
+    """Ask in a process of its own, offline: torch and transformers would leave 300 MB in this one."""
+    if find_spec("transformers") is None:
+        raise ImportError("transformers is not installed")
+    answer: list[str] = json.loads(
+        subprocess.run(  # noqa: S603
+            [sys.executable, "-P", "-c", _PROCESS],
+            input=json.dumps([sys.path, *job]),
+            capture_output=True,
+            check=True,
+            text=True,
+            timeout=_SECONDS,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        ).stdout.splitlines()[-1]
+    )
+    return answer
+
+
+def not_loaded_in(dtype: str, names: Sequence[str], config: dict[str, Any]) -> list[str]:
+    """Do, without data, as transformers 5 does in `convert_and_load_state_dict_in_model`."""
+    import torch
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        build_glob_alternation,
+        rename_source_key,
+    )
+
+    wanted = getattr(torch, dtype)
+    model = _empty_model(config, wanted, max(_MODULES_AT_LEAST, _MODULES_PER_TENSOR * len(names)))
+    plan, state = model._get_dtype_plan(wanted), model.state_dict()
+    pattern = build_glob_alternation(list(plan))[0] if plan else re.compile(r"(?!)")
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    others = {name for name, value in state.items() if value.dtype != wanted or pattern.search(name)}
+
+    def key_of(name: str) -> str:
+        key: str = rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0]
+        if key not in state and name in state:
+            key = rename_source_key(name, [], [], model.base_model_prefix, state)[0]
+        return key
+
+    return [name for name in names if key_of(name) in others] if others else []
+
+
+def _empty_model(config: dict[str, Any], dtype: torch.dtype, most_modules: int) -> Any:
+    import transformers
+    from torch.nn.modules.module import register_module_module_registration_hook
+    from transformers.utils import ContextManagers, logging
+
+    created = iter(range(most_modules))
+
+    def count(*_: object) -> None:
+        if next(created, None) is None:
+            raise ValueError("the config is of a model with more modules than its tensors can fill")
+
+    made = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(_harmless(config))
+    model_class = _model_class(config, type(made))
+    made.dtype = dtype
+    for part in filter(None, (getattr(made, key, None) for key in made.sub_configs)):
+        part.dtype = dtype
+    shown = logging.get_verbosity()
+    hook = register_module_module_registration_hook(count)
+    try:
+        logging.set_verbosity_error()
+        with ContextManagers(model_class.get_init_context(dtype, False, False, None)):
+            return model_class(made)
+    finally:
+        logging.set_verbosity(shown)
+        hook.remove()
+
+
+def _model_class(config: Mapping[str, Any], config_class: type) -> Any:
+    import transformers
+
+    if named := config.get("architectures"):
+        found = getattr(transformers, named[0])
+    else:
+        found = transformers.MODEL_MAPPING[config_class]
+    if not issubclass(found, transformers.PreTrainedModel):
+        raise TypeError(f"{found} is no model")
+    return found
+
+
+def _harmless(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_harmless(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if any(isinstance(v, int) and "layer" in key and v > _MOST_LAYERS for key, v in value.items()):
+        raise ValueError("has too many layers")
+    return {key: _harmless(item) for key, item in value.items() if not _CODE.fullmatch(key)}
+
+
+def _looked_up(config: Mapping[str, Any], names: Iterable[str], dtype: str) -> frozenset[str]:
+    patterns = "|".join(p for model in _families(config) for p in listed_patterns(model, dtype))
+    return frozenset(name for name in names if patterns and re.search(patterns, name))
+
+
+def _families(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the model's family and those of its parts, whose lists transformers unites."""
+    yield family(str(config.get("model_type")))
+    for part in config.values():
+        if isinstance(part, dict):
+            yield from _families(part)
+
+
+def family(model_type: str) -> str:
+    """Return what the types of a model and its parts have in common, as they have their lists."""
+    return re.sub(r"(?<!_to)_(text|audio|vision|vision_encoder|encoder|ctc|mm_model)$", "", model_type)
+
+
+def listed_patterns(model: str, dtype: str) -> set[str]:
+    """Return what transformers searches for in names, to keep tensors of a family in float32 in a dtype."""
+    tables = {"float16": (_IN_FLOAT16, _IN_16_BITS), "bfloat16": (_IN_16_BITS,)}.get(dtype, ())
+    rows = (row for table in tables for row in table.items())
+    return {pattern for patterns, models in rows if model in models.split() for pattern in patterns.split()}
+
+
+# `_keep_in_fp32_modules` and `_keep_in_fp32_modules_strict` of all models of transformers 5.23.
+_IN_FLOAT16 = {
+    "wo": "mt5 pop2piano t5 udop umt5",
+    "indexer.weights_proj": "axk2 deepseek_v32 glm_moe_dsa mistral_large4",
+    "query_tokens": "blip-2 instructblip instructblipvideo",
+    "qformer": "blip-2",
+    "input_layernorm post_attention_layernorm norm": "afmoe gpt_oss",
+    "expert_bias k_norm post_mlp_layernorm pre_mlp_layernorm q_norm": "afmoe",
+    "self_attn.compressor.gate_proj self_attn.compressor.kv_proj self_attn.compressor.indexer.gate_proj "
+    "self_attn.compressor.indexer.kv_proj self_attn.compressor.indexer.scorer.weights_proj": "deepseek_v4",
+    "classifier.weight": "longcat_flash",
+    "time_decay time_first": "rwkv",
+}
+_IN_16_BITS = {
+    "e_score_correction_bias": "axk1 axk2 bailing_hybrid beam deepseek_v3 deepseek_v32 deepseek_v4 dots1 "
+    "dots3_note exaone_moe glm4_moe glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa hy_v3 hy_v4 inkling "
+    "inkling2 kolibri1 mimo_v2_flash muse_spark nemotron_h solar_open",
+    "mlp.gate.weight": "beam inkling2 mistral_large4 muse_spark",
+    "gate.weight": "ernie4_5_moe ernie4_5_vl_moe flint",
+    "moe_statics": "ernie4_5_moe ernie4_5_vl_moe",
+    "A_log conv1d dt_bias": "bailing_hybrid glm5_next",
+    "attn_hc.base attn_hc.scale ffn_hc.base ffn_hc.scale": "glm5_next",
+    "attn_sconv gate.global_scale k_sconv mlp_sconv v_sconv": "inkling",
+    "attention_input final_input k_sconv.conv1d mlp_input post_attention_convolution post_mlp_convolution "
+    "v_sconv.conv1d": "inkling2",
+    "post_attention_residual_gate post_feedforward_residual_gate": "muse_spark",
+    "freqs latent_mean latent_std": "gradium_phonon_tts pocket_tts",
+    "conv.norm": "granite_speech5",
+    "rotary_emb": "mistral_large4",
+    "structure_attention_cell structure_generator": "slanext",
+    "sinks": "deepseek_v4 flint hy_v4 openai_privacy_filter",
+    "attn_hc ffn_hc hc_head input_layernorm kv_norm norm position_bias post_attention_layernorm "
+    "q_a_norm": "deepseek_v4",
+    "boundaries distogram_head fourier norm.bias norm.weight norm_mix norm_single norm_start": "esmfold2",
+    "base fn hc_base hc_fn hc_scale k_norm lm_head scale weights_proj": "hy_v4",
+    "codec_model": "kyutai_speech_to_text",
+    "audio_tower multi_modal_projector": "nemo_speechlm",
+    "embed_positions": "voxtral",
+}

@@ -1,0 +1,81 @@
+"""Whether weights are quantized: by what a config says, and by what is in the files.
+
+Quantized weights are integers, often packed, that mean nothing without their scales; a cast would round the
+scales and pass for success. Many tools write no config at all, so the tensors have to speak for themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from shardkit.formats.tensor import DTYPE_NAMES, QUANTISED_DTYPES, TensorInfo
+
+# transformers, MLX ("quantization"), AutoAWQ, compressed-tensors; of codecs, a vector quantizer is a layer.
+_SETTINGS = re.compile(r"(?!.*vector).*quant(ization|ize)?_config|quantization|compression_config")
+_BITSANDBYTES = re.compile(r"\.quant_(map$|state\.)")
+_WEIGHT = re.compile(r"q?weight|weight_(packed|q)|W_q|codes|dense_weights|trellis|Qidxs")
+_SCALE = re.compile(r"(?<!logit_)(?<!layer_)scale|absmax|^s$|codebooks")
+# What ordinary modules keep as integers: position_ids, relative_position_index, masks ("bias" in GPT-2).
+_BUFFER = re.compile(r"(^|_)(ids?|idx|index|mask|bias|tracked|positions?|map|table|shape)$|scale")
+_PACKED_DTYPES = ("I8", "U8", "I16", "U16", "I32", "U32")
+_INTEGER_DTYPES = (*_PACKED_DTYPES, "I64", "U64")
+
+
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """Return how the weights are quantized, as a config, or one nested in it, says; None if they are not."""
+    for key, value in config.items():
+        if isinstance(value, dict) and value and _SETTINGS.fullmatch(key):
+            return str(value.get("quant_method", key))
+    return next(filter(None, map(quantisation, _nested(config.values()))), None)
+
+
+def _nested(values: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
+    for value in values:
+        if isinstance(value, dict):
+            yield value
+        elif isinstance(value, list):
+            yield from _nested(value)
+
+
+def quantized(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Return what shows that weights are quantized, as the beginning of an error; None if nothing does."""
+    config = config or {}
+    if method := quantisation(config):
+        return f"its config says that the weights are quantized ({method})"
+    for name, tensor in tensors.items():
+        if tensor.dtype in QUANTISED_DTYPES:
+            return f"tensor {name!r} is {DTYPE_NAMES[tensor.dtype]}, quantized with scales that are elsewhere"
+        if _BITSANDBYTES.search(name):
+            return f"tensor {name!r} is the state of weights quantized by bitsandbytes"
+    # A config that says explicitly that nothing is quantized is believed: integers may have another meaning.
+    return None if config.get("quantization_config", config) is None else _packed(tensors.values())
+
+
+def _packed(tensors: Iterable[TensorInfo]) -> str | None:
+    modules: defaultdict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    for tensor in tensors:
+        module, _, leaf = tensor.name.rpartition(".")
+        modules[module][leaf] = tensor
+    if found := next(filter(None, map(_packed_in, modules.values())), None):
+        weight, scale = found
+        scaled = f" with {scale.name!r} as its scale" if scale else ""
+        way_on = "if it is not, set quantization_config to null in config.json"
+        return f"tensor {weight.name!r} is {DTYPE_NAMES[weight.dtype]}, quantized{scaled} ({way_on})"
+    return None
+
+
+def _packed_in(module: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo | None] | None:
+    """Return integers that stand for the weights of a module, and what scales them."""
+    integers = [leaf for leaf, tensor in module.items() if tensor.dtype in _INTEGER_DTYPES]
+    scales = [leaf for leaf in module if _SCALE.search(leaf)] if integers else []
+    has_weight = "weight" in module and "weight" not in integers
+    for leaf in integers:
+        tensor = module[leaf]
+        looks_packed = tensor.dtype in _PACKED_DTYPES and len(tensor.shape) > 1 and not _BUFFER.search(leaf)
+        is_weight = _WEIGHT.fullmatch(leaf) and (leaf != "weight" or len(tensor.shape) > 1)
+        if is_weight or (looks_packed and scales and not has_weight):
+            return tensor, module[scales[0]] if scales else None
+    return None

@@ -1,0 +1,1 @@
+"""Many loads, in pairs: ratios, intervals and a verdict."""

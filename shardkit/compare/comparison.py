@@ -1,0 +1,486 @@
+"""What many loads of two checkpoints say: raw samples, ratios with intervals, a verdict in words."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from statistics import geometric_mean, median
+from typing import TYPE_CHECKING, Any, Self
+
+from shardkit.base.errors import MeasurementError, ShardkitError
+from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
+from shardkit.base.sizes import format_size
+from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES
+from shardkit.measure.intervals import conclude, paired_interval, repeats_to_decide
+from shardkit.measure.measurement import FIRST_TOKEN, LOAD, NOT_REPORTED, LoadMeasurement
+from shardkit.measure.quantities import QUANTITIES, Ratio, format_quantity
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ORIGINAL, SHARDED = "original", "sharded"
+
+_ASKED = ("dtype", "device", "generate", "prefetch", "memory_limit_bytes")
+# How a card carries the result that it shows.
+CARRIED_IN = '<script type="application/json" id="shardkit-comparison">'
+_CARRIED = re.compile(re.escape(CARRIED_IN) + "(.*?)</script>", re.DOTALL)
+_LOADED, _FIRST, _CPU = "load_wall_seconds", "time_to_first_token_seconds", "load_cpu_seconds"
+# The same of loads of which some began to read before the load did: nothing counts for one side alone.
+_FROM_START = {
+    _LOADED: "start_to_load_seconds",
+    _FIRST: "start_to_first_token_seconds",
+    _CPU: "process_cpu_seconds",
+}
+_OF_FIRST_TOKEN = (_FIRST, _FROM_START[_FIRST], _FROM_START[_CPU])
+# Growth below a quarter of the weights is not a copy of them, and below this size not telling.
+_TELLING_SHARE, _TELLING_BYTES = 0.25, 64_000_000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the checkpoints: where it is, how it is stored, and what its loads are asked for.
+
+    `dtypes` maps dtype to bytes; `options` are the arguments of `measure_load`.
+    """
+
+    name: str
+    source: str
+    files: int
+    total_bytes: int
+    dtypes: dict[str, int]
+    options: dict[str, Any]
+
+    @property
+    def dtype(self) -> str | None:
+        """The floating-point dtype that most of it is stored in, in torch's words."""
+        return next((DTYPE_NAMES[dtype] for dtype in self.dtypes if dtype in FLOAT_DTYPES), None)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run: of which arm, in which pair (None for the warm-up, which counts for nothing)."""
+
+    arm: str
+    pair: int | None
+    measurement: LoadMeasurement
+
+
+@dataclass(frozen=True)
+class Comparison(Record):
+    """Checkpoints loaded in turn, `repeats` times each, and the verdict.
+
+    Attributes
+    ----------
+    arms
+        The original, which the others are compared with, the sharded, and any more.
+    margin
+        Smallest difference that matters: 0.05 for 5 %.
+    seed
+        Of the bootstrap.
+    samples, warm_ups
+        Every run in the order it was made, raw.
+    notes
+        What a person should be told.
+    """
+
+    arms: tuple[Arm, ...]
+    margin: float
+    seed: int
+    samples: tuple[Sample, ...]
+    warm_ups: tuple[Sample, ...]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        told = {sample.arm for sample in (*self.samples, *self.warm_ups)}
+        if not told <= set(self.names) or not 0 < self.margin < math.inf or self.seed < 0:
+            raise MeasurementError("runs of variants that it does not have, or a margin or seed below zero")
+
+    def arm(self, name: str) -> Arm:
+        """Return an arm by its name, which `MeasurementError` asks for where there is none of that name."""
+        if name not in self.names:
+            raise MeasurementError(f"no variant is called {name!r}: there are {listed(self.names)}")
+        return self.arms[self.names.index(name)]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the arms, in order."""
+        return tuple(arm.name for arm in self.arms)
+
+    def measurements(self, arm: str) -> list[LoadMeasurement]:
+        """Return the counted loads of one arm that succeeded."""
+        return [s.measurement for s in self.samples if s.arm == arm and s.measurement.ok]
+
+    def _runs(self, arm: str) -> list[LoadMeasurement]:
+        """Return the counted loads of one arm; where there is none, its warm-up."""
+        counted = [s.measurement for s in self.samples if s.arm == arm]
+        return counted or [s.measurement for s in self.warm_ups if s.arm == arm]
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether a variant prefetches: it works before the load does, so all count from process start."""
+        runs = (*self.samples, *self.warm_ups)
+        asked = any(arm.options.get("prefetch") for arm in self.arms)
+        return asked or any(sample.measurement.prefetch for sample in runs)
+
+    @property
+    def times(self) -> tuple[str, str]:
+        """The quantities by which loads are compared: time to the end of the load, and to the first token."""
+        return (_FROM_START[_LOADED], _FROM_START[_FIRST]) if self.reads_ahead else (_LOADED, _FIRST)
+
+    @property
+    def _quantities(self) -> tuple[str, ...]:
+        left_out = _FROM_START.keys() if self.reads_ahead else {_FROM_START[_LOADED], _FROM_START[_CPU]}
+        return tuple(quantity for quantity in QUANTITIES if quantity not in left_out)
+
+    @property
+    def _main(self) -> tuple[str, ...]:
+        return (*self.times, "peak_anonymous_bytes")
+
+    def mean(self, arm: str, quantity: str) -> float | None:
+        """Return the geometric mean of a `LoadMeasurement` property over one arm's loads; None if unknown."""
+        values = [getattr(measurement, quantity) for measurement in self.measurements(arm)]
+        return geometric_mean(known) if (known := [value for value in values if value]) else None
+
+    def median(self, arm: str, quantity: str) -> float | None:
+        """Return the median of a `LoadMeasurement` property over one arm's loads; None if never told."""
+        values = [getattr(measurement, quantity) for measurement in self.measurements(arm)]
+        return median(told) if (told := [value for value in values if value is not None]) else None
+
+    @property
+    def ratios(self) -> dict[str, Ratio]:
+        """What was found of the sharded, by quantity."""
+        return self.ratios_of(SHARDED)
+
+    def ratios_of(self, arm: str) -> dict[str, Ratio]:
+        """Return what was found of an arm by quantity; one that was not told by both is left out."""
+        return self._all_ratios.get(arm, {})
+
+    @cached_property
+    def _all_ratios(self) -> dict[str, dict[str, Ratio]]:
+        # Kept: verdict, tables and JSON all ask, and each interval takes 10,000 resamplings.
+        others = [arm for arm in self.names if arm != self.reference]
+        asked = self._quantities
+        return {arm: {q: ratio for q in asked if (ratio := self._ratio(arm, q))} for arm in others}
+
+    @property
+    def reference(self) -> str:
+        """Name of the arm that the others are compared with: the original, or the first that loads."""
+        return next((name for name in self.names if self.measurements(name)), ORIGINAL)
+
+    def missing(self, arm: str, quantity: str) -> str:
+        """Say why loads that succeeded have no value of a quantity; "" if they have, or need none."""
+        for name in (self.reference, arm):
+            runs = self.measurements(name)
+            values = [getattr(run, quantity) for run in runs]
+            if runs and not any(values):
+                if any(quantity in run.unreported() for run in runs):
+                    return NOT_REPORTED
+                if 0 in values:
+                    return "too small to be measured"
+                if quantity in _OF_FIRST_TOKEN and any(run.generate for run in runs):
+                    return "not measured"
+        return ""
+
+    def _ratio(self, arm: str, quantity: str) -> Ratio | None:
+        told = {
+            (s.arm, s.pair): value
+            for s in self.samples
+            if s.measurement.ok and (value := getattr(s.measurement, quantity))
+        }
+        pairs = [pair for name, pair in told if name == arm and (self.reference, pair) in told]
+        if not pairs:
+            return None
+        first, second = ([told[name, pair] for pair in pairs] for name in (self.reference, arm))
+        interval = paired_interval(first, second, self.seed)
+        return Ratio(
+            quantity=quantity,
+            original=geometric_mean(first),
+            other=geometric_mean(second),
+            **vars(interval),
+            conclusion=conclude(interval, self.margin),
+            margin=self.margin,
+            repeats_to_decide=repeats_to_decide(first, second, self.margin),
+        )
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Arms of which no load succeeded, and why."""
+        return {
+            name: f"{runs[-1].outcome}: {runs[-1].reason}"
+            for name in self.names
+            if (runs := self._runs(name)) and not any(run.ok for run in runs)
+        }
+
+    def _partial_failures(self) -> Iterator[str]:
+        """Say of which arms only some counted runs succeeded: the figures are of those."""
+        for name in self.names:
+            ends = Counter(run.outcome for run in self._runs(name))
+            bad = [f"{outcome} in {count}" for outcome, count in ends.items() if outcome != "ok"]
+            if bad and name not in self.failures:
+                runs = plural(ends.total(), "run")
+                yield f"{name}: {' and '.join(bad)} of {runs}, figures are of the others"
+
+    @property
+    def verdict(self) -> str:
+        """What the others do compared with the original, in words; arms are parted by "; "."""
+        return "; ".join(self._verdicts())
+
+    def _verdicts(self) -> list[str]:
+        words = self._dead(self.names)
+        if words:
+            words += [f"the {arm} one does" for arm in self.names if self.measurements(arm)]
+        words += self._partial_failures()
+        for name in self.names:
+            ratios = self.ratios_of(name)
+            told = [f"{QUANTITIES[q][0]}: {ratios[q].words()}" for q in self._main if q in ratios]
+            if told:
+                told += [f"{QUANTITIES[q][0]}: {why}" for q in self._main if (why := self.missing(name, q))]
+            elif name != self.reference and self.measurements(name):
+                told = ["there is no pair in which both loaded"]
+            words += [f"{name}{self._against}, {line}" for line in told] if len(self.arms) > 2 else told
+        return words or ["nothing was measured"]
+
+    def _dead(self, arms: Iterable[str]) -> list[str]:
+        return [f"the {arm} does not load ({why})" for arm, why in self.failures.items() if arm in arms]
+
+    @property
+    def _against(self) -> str:
+        return "" if self.reference == ORIGINAL else f" against {self.reference}"
+
+    def findings(self) -> dict[str, dict[str, str]]:
+        """Return the verdict on each main quantity by arm, in words; where there is none, why."""
+        return {
+            f"{arm}{self._against}": {QUANTITIES[q][0]: self._finding(arm, q) for q in self._main}
+            for arm in self.names
+            if arm != self.reference
+        }
+
+    def _finding(self, arm: str, quantity: str) -> str:
+        if ratio := self.ratios_of(arm).get(quantity):
+            return ratio.words()
+        return "; ".join(self._dead((self.reference, arm))) or self.missing(arm, quantity) or "not measured"
+
+    def typical(self, arm: str, by: str | None = None) -> LoadMeasurement | None:
+        """Return an arm's run with the median of a quantity (the load's time); else its first failure."""
+        quantity = by or self.times[0]
+        loads = sorted(self.measurements(arm), key=lambda m: getattr(m, quantity) or 0.0)
+        return loads[len(loads) // 2] if loads else next(iter(self._runs(arm)), None)
+
+    def explain(self, arm: str) -> str:
+        """Say where an arm's figures come from, as far as they tell: copied or mapped, read late or not."""
+        stored = self.arm(arm)
+        run = self.typical(arm)
+        asked = f"requested {run.asked_for()}" if run else "never run"
+        words = f"{stored.dtype or 'no plain floats'} in {plural(stored.files, 'file')}, {asked}"
+        if stored.total_bytes < _TELLING_BYTES:
+            return words
+        telling = _TELLING_SHARE * stored.total_bytes
+        weights = format_size(stored.total_bytes)
+        if (grown := self._median_growth(arm, LOAD, "anonymous_bytes")) is not None:
+            on_gpu = self.median(arm, "peak_device_bytes")
+            fate = "weights stay mapped from the file" if on_gpu is None else "weights go to the GPU"
+            fate = "weights copied into memory" if grown > telling else fate
+            words += f": {fate} ({format_size(max(grown, 0))} of new anonymous memory for {weights})"
+            if run and grown > telling and run.dtype and stored.dtype not in (None, run.dtype):
+                words += f"; requested as {stored.dtype}, the stored dtype, they need no cast"
+        touched = self._median_growth(arm, FIRST_TOKEN, "file_bytes")
+        if touched is not None and touched > telling:
+            words += (
+                f"; {format_size(touched)} of file pages, libraries among them, waited for the first token"
+            )
+        return words
+
+    def _median_growth(self, arm: str, name: str, part: str) -> float | None:
+        """Return by how much a phase's peak exceeds what was there when it began; `part` as in the curve."""
+        grown = []
+        for measurement in self.measurements(arm):
+            phase, curve = measurement.phase(name), measurement.curve
+            if phase is None or (peak := getattr(phase, f"peak_{part}")) is None:
+                continue
+            if began := bisect_right(curve.seconds, phase.start_seconds):
+                grown.append(peak - getattr(curve, part)[began - 1])
+        return median(grown) if grown else None
+
+    def summary(self) -> Summary:
+        """Return the verdict, all arms' times, and every quantity with its interval."""
+        counted = self.samples or self.warm_ups
+        pairs = plural(len({sample.pair for sample in self.samples}), "pair")
+        told = ", ".join(dict.fromkeys(f"{s.measurement.cache.asked} page cache" for s in counted))
+        stacks = dict.fromkeys(s.measurement.stack() for s in counted)
+        machines = dict.fromkeys(str(s.measurement.environment) for s in counted)
+        facts = (
+            *(("verdict" if not line else "", words) for line, words in enumerate(self._verdicts())),
+            *((f"{arm}, a typical run", self._line(run)) for arm in self.names if (run := self.typical(arm))),
+            *((f"{arm}, means", self._means(arm)) for arm in self.names if self.failures),
+            *((f"{arm.name} from", shown_path(arm.source)) for arm in self.arms),
+            *((f"{arm} stored", self.explain(arm)) for arm in self.names),
+            ("runs", f"{pairs} in ABBA order, one warm-up each, {told}"),
+            ("figures", "geometric means, whose ratio is the geometric mean of the pairs' ratios"),
+            ("stack", " | ".join(stacks) or "unknown"),
+            ("machine", " | ".join(machines) or "unknown"),
+        )  # fmt: skip
+        tables = tuple(self._table(arm) for arm in self.names if self.ratios_of(arm))
+        return Summary("Comparison of loads", facts, tables, tuple(self._warnings()))
+
+    def _line(self, run: LoadMeasurement) -> str:
+        return run.start_line() if self.reads_ahead else run.time_line()
+
+    def _means(self, arm: str) -> str:
+        """Return an arm's own figures, for when there is nothing to compare them with."""
+        means = ((quantity, self.mean(arm, quantity)) for quantity in self._main)
+        told = (f"{QUANTITIES[q][0]} {format_quantity(q, value)}" for q, value in means if value is not None)
+        return ", ".join(told) or "none"
+
+    def _table(self, arm: str) -> Table:
+        verdict = f"verdict (95 % interval, ±{100 * self.margin:.3g} %)"
+        ratios = self.ratios_of(arm)
+        rows = tuple(
+            ratios[q].row() if q in ratios else (QUANTITIES[q][0], "-", "-", "-", self.missing(arm, q))
+            for q in self._quantities
+            if q in ratios or self.missing(arm, q)
+        )
+        return Table(("geometric mean", self.reference, arm, "ratio", verdict), rows)
+
+    def _warnings(self) -> Iterator[str]:
+        yield from self.notes
+        tokens = {s.measurement.token_ids for s in self.samples if s.measurement.ok}
+        if any(one != other for pair in combinations(tokens, 2) for one, other in zip(*pair, strict=False)):
+            yield "the variants did not give the same tokens for the fixed prompt"
+        weak = Counter(warning for s in self.samples for warning in s.measurement.warnings())
+        weak += Counter(f"{s.arm}: {s.measurement.outcome}" for s in self.samples if not s.measurement.ok)
+        for what, count in weak.items():
+            yield f"{count} of {plural(len(self.samples), 'run')}: {what}"
+        for arm in self.failures:
+            runs = [s.measurement for s in (*self.warm_ups, *self.samples) if s.arm == arm]
+            if any(run.ok for run in runs):
+                yield f"{arm} did load in its warm-up"
+            else:
+                yield f"{arm} failed {'twice' if len(runs) > 1 else 'once'}, and was not run again"
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the raw samples, one row each; the pair of a warm-up is missing."""
+        import pandas as pd
+
+        rows = [_row(sample, self.arm(sample.arm)) for sample in (*self.warm_ups, *self.samples)]
+        return pd.DataFrame(rows).convert_dtypes()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON-ready data, with verdict and ratios for those who read the JSON alone."""
+        ratios = {arm: {q: asdict(r) for q, r in found.items()} for arm, found in self._all_ratios.items()}
+        return {**super().to_dict(), "verdict": self.verdict, "ratios": ratios}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything, raw samples included: as JSON, or as a card if the name ends in ``.html``.
+
+        Raises
+        ------
+        MeasurementError
+            If it cannot be written there.
+        """
+        is_card = os.fspath(path).lower().endswith((".html", ".htm"))
+        text = self.to_html() if is_card else json.dumps(self.to_dict()) + "\n"
+        beside = Path(f"{os.fspath(path)}.part")  # an earlier result stays until the new one is whole
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                beside.unlink()
+            raise MeasurementError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Return the comparison that `save` wrote, or that a card (`to_html`) carries.
+
+        Raises
+        ------
+        MeasurementError
+            If the file is neither.
+        ShardkitError
+            If it holds something else, or another version.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            data = json.loads(carried.group(1) if (carried := _CARRIED.search(text)) else text)
+        except (OSError, ValueError, RecursionError) as error:
+            raise MeasurementError(f"{os.fspath(path)} cannot be read as a comparison: {error}") from error
+        try:
+            return cls.from_dict(data if isinstance(data, dict) else {})
+        except ShardkitError as error:
+            raise ShardkitError(f"{os.fspath(path)}: {error}") from None
+
+    def to_html(self) -> str:
+        """Return one HTML page with figures, pictures and raw data that needs no other file, to be mailed."""
+        from shardkit.show.report_page import comparison_card
+
+        return comparison_card(self)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draw times, peaks and memory curves; save them if `path` is given (``.png``, ``.svg``).
+
+        Returns
+        -------
+        The three axes: times, peaks, curves.
+        """
+        from shardkit.show.plots import plot_comparison
+
+        return plot_comparison(self, path)
+
+
+def merge_comparisons(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
+    """Return the raw samples of many results (or of one), saved as JSON or as cards, in one frame.
+
+    Returns
+    -------
+    As `Comparison.to_frame`, with the name of the file each comes from in the first column.
+
+    Raises
+    ------
+    MeasurementError
+        If there is none, or one cannot be read.
+    """
+    import pandas as pd
+
+    frames = []
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        frame = Comparison.load(path).to_frame()
+        frame.insert(0, "file", os.fspath(path))
+        frames.append(frame)
+    if not frames:
+        raise MeasurementError("no results to merge: give the files that `save` or `to_html` made")
+    return pd.concat(frames, ignore_index=True)
+
+
+def _row(sample: Sample, arm: Arm) -> dict[str, Any]:
+    measurement, environment = sample.measurement, sample.measurement.environment
+    clocked = {
+        f"{phase.name.replace(' ', '_')}_{what}": getattr(phase, what)
+        for phase in measurement.phases
+        for what in ("wall_seconds", "user_seconds", "system_seconds", "major_faults", "read_bytes")
+    }
+    row = {
+        "arm": sample.arm,
+        "pair": sample.pair,
+        "outcome": measurement.outcome,
+        "source": arm.source,
+        "stored_dtype": arm.dtype,
+        "files": arm.files,
+        "bytes": arm.total_bytes,
+        **{name: getattr(measurement, name) for name in (*_ASKED, *QUANTITIES, "peak_file_bytes")},
+        "cache": measurement.cache.asked,
+        "cache_proven": measurement.cache.proven,
+        **clocked,
+        "cpu": environment.cpu,
+        "cores": environment.cores,
+    }
+    return row | {name: version for name, version in environment.versions.items() if name not in row}

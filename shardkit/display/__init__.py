@@ -1,1 +1,0 @@
-"""Showing what the engine found: plots, progress, widgets."""

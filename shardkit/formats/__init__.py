@@ -1,0 +1,1 @@
+"""File formats of weights: which tensors a file holds, and where their bytes are."""

@@ -1,0 +1,369 @@
+"""The safetensors file format, and nothing else: read, validate and write one header.
+
+A file is 8 bytes of little-endian header length, a JSON header, then the tensors' bytes. Every rule that
+makes a file legal is checked here and nowhere else, before any number in it is trusted. The rules are
+those of the format's reference reader: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import reprlib
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from json.encoder import encode_basestring
+from math import inf
+from typing import Any, NamedTuple, NoReturn, TypeGuard
+
+from shardkit.base.errors import CheckpointError, reading
+
+# The format allows 100 MB, the Hub's client reads 25 MB. Parsed, a hostile header of 100 MB would take
+# gigabytes, and so would one of 25 MB but for these bounds, which leave room for 100,000 tensors and more.
+MAX_HEADER_BYTES = 25_000_000
+_MAX_NAME = 4096
+_MAX_METADATA = 10_000
+PREFIX_BYTES = 8
+FORMAT_METADATA = {"format": "pt"}
+_clip = reprlib.repr
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+class JsonBounds(NamedTuple):
+    """What JSON may have, so that a hostile one takes bounded time and memory.
+
+    Attributes
+    ----------
+    structure
+        Brackets and commas.
+    colons
+        As many as there are keys.
+    unquoted
+        Bytes from quote to quote: beyond, one wide character makes each of them four.
+    """
+
+    structure: int
+    colons: int
+    unquoted: int
+
+
+# Eleven brackets and commas for a tensor of five dimensions, four colons for each tensor.
+_HEADER_BOUNDS = JsonBounds(structure=1_200_000, colons=600_000, unquoted=4_000_000)
+
+
+class Entry(NamedTuple):
+    """One tensor of a header; `begin` and `end` count bytes from the start of the data section."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Header(NamedTuple):
+    """A validated header: entries by offset, and where the data section starts in the file."""
+
+    entries: tuple[Entry, ...]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Return the size of a tensor in bytes.
+
+    Raises
+    ------
+    ValueError
+        If the dtype is not one of the format's, the size overflows 63 bits, or the tensor does not
+        fill whole bytes (4 and 6 bit dtypes).
+    """
+    if dtype not in DTYPE_BITS:
+        raise ValueError(f"dtype {_clip(dtype)} is not one of {', '.join(DTYPE_BITS)}")
+    elements = 1
+    for length in shape:
+        elements *= length
+        if elements >= 1 << 60 or length >= 1 << 60:  # at each step: a hostile product is never formed
+            raise ValueError("the shape has 2**60 elements or more")
+    bits = elements * DTYPE_BITS[dtype]
+    if bits % 8:
+        raise ValueError(f"{elements} elements of {DTYPE_BITS[dtype]} bits do not fill whole bytes")
+    return bits // 8
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read and validate the header of the safetensors file at `path`.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be read or breaks a rule of the format; names file, tensor and numbers.
+    """
+    file = os.fspath(path)
+    # O_NONBLOCK: opening a named pipe must fail the check below, not wait for a writer.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+    with reading(file), open(os.open(file, flags), "rb") as handle:
+        status = os.fstat(handle.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError("is not a regular file", file=file)
+
+        def read_at(offset: int, nbytes: int) -> bytes:
+            handle.seek(offset)
+            return handle.read(nbytes)
+
+        raw = read_raw_header(read_at, status.st_size, file)
+    return parse_header(raw, status.st_size - PREFIX_BYTES - len(raw), file)
+
+
+def read_raw_header(read: Callable[[int, int], bytes], file_bytes: int, file: str) -> bytes:
+    """Return the raw JSON header of a file, wherever it is: ``read(offset, nbytes)`` reads it.
+
+    Raises
+    ------
+    CheckpointError
+        As `read_header`, if the file cannot have the header that it says it has.
+    """
+    prefix = read(0, PREFIX_BYTES)
+    if len(prefix) < PREFIX_BYTES:
+        raise CheckpointError(
+            f"has {file_bytes} bytes, a safetensors file has at least {PREFIX_BYTES}: "
+            "the download may have been cut",
+            file=file,
+        )
+    refuse_lfs_pointer(prefix, file)
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"says its header has {length} bytes, more than the limit of {MAX_HEADER_BYTES}: "
+            "this is not a safetensors file",
+            file=file,
+        )
+    if PREFIX_BYTES + length > file_bytes:
+        raise CheckpointError(
+            f"says its header has {length} bytes, the file has only {file_bytes}: "
+            "the download may have been cut",
+            file=file,
+        )
+    return read(PREFIX_BYTES, length)
+
+
+def refuse_lfs_pointer(beginning: bytes, file: str) -> None:
+    """Tell a file that Git has put in place of the weights from weights that are damaged."""
+    if beginning.startswith(b"version "):
+        raise CheckpointError(
+            "is a Git LFS pointer, not the weights: run `git lfs pull` in its repository", file=file
+        )
+
+
+def parse_header(raw: bytes, data_bytes: int, file: str) -> Header:
+    """Validate a raw JSON header against the `data_bytes` that follow it in the file.
+
+    Raises
+    ------
+    CheckpointError
+        As `read_header`; `file` is the name to give in the message.
+    """
+    document = load_json(raw, file)
+    if not raw.startswith(b"{") or not isinstance(document, dict):
+        raise CheckpointError("the header is not a JSON object", file=file)
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError("__metadata__ is not a map of strings", file=file)
+    _bound(len(metadata), "entries of __metadata__", _MAX_METADATA, file)  # which would go into every shard
+    entries = []
+    for name, value in document.items():
+        check_name(name, file)
+        try:
+            entries.append(_entry(name, value))
+        except ValueError as error:
+            raise CheckpointError(str(error), file=file, tensor=name) from None
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    _check_layout(entries, data_bytes, file)
+    return Header(tuple(entries), metadata, PREFIX_BYTES + len(raw))
+
+
+def load_json(raw: bytes, file: str) -> Any:
+    """Parse strict JSON from a file that may be hostile: no duplicate keys, no NaN, no deep nesting.
+
+    Numbers too large for a float come out infinite: a function called for each would take seconds.
+
+    Raises
+    ------
+    CheckpointError
+        If `raw` is anything else; `file` is the name to give in the message.
+    """
+    with reading_json(raw, file, _HEADER_BOUNDS):
+        document = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_no_constant,
+            parse_int=_integer if b"-0" in raw else None,
+        )
+        if _SURROGATE.search(raw):  # only an escape can hide half of a surrogate pair, which is no text
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
+        return document
+
+
+@contextmanager
+def reading_json(raw: bytes, file: str, bounds: JsonBounds) -> Iterator[None]:
+    """Refuse JSON beyond the bounds before it is parsed, and name the file if it cannot be.
+
+    Raises
+    ------
+    CheckpointError
+        As said.
+    """
+    _bound(sum(map(raw.count, (b"[", b"{", b","))), "brackets and commas", bounds.structure, file)
+    _bound(raw.count(b":"), "colons", bounds.colons, file)
+    if _has_long_token(raw, bounds.unquoted):
+        raise CheckpointError(f"has a string or a list of more than {bounds.unquoted} bytes", file=file)
+    try:
+        yield
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            "a name or value has unprintable halves of surrogate pairs", file=file
+        ) from None
+    except RecursionError:
+        raise CheckpointError("the JSON is nested too deeply", file=file) from None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError included
+        raise CheckpointError(f"not valid JSON: {str(error)[:200]}", file=file) from error
+
+
+def _bound(count: int, what: str, most: int, file: str) -> None:
+    if count > most:
+        raise CheckpointError(f"has {count} {what}, at most {most} are read", file=file)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice[:200]!r} appears twice")
+    return unique
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _integer(text: str) -> float:
+    # The reference reader takes -0 for a float, which is no count; int("-0") would be one.
+    return -0.0 if text == "-0" else int(text)
+
+
+def _has_long_token(raw: bytes, most: int) -> bool:
+    bare = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    starts = range(0, len(bare) - most + 1, most)
+    return any(bare.find(b'"', at, at + most) < 0 for at in starts)
+
+
+def _entry(name: str, value: Any) -> Entry:
+    if not isinstance(value, dict):
+        raise ValueError("the header entry is not a JSON object")
+    unknown = [value[key] for key in value.keys() - _ENTRY_KEYS] if len(value) > len(_ENTRY_KEYS) else ()
+    if any(isinstance(other, (dict, list)) or other in (inf, -inf) for other in unknown):
+        raise ValueError("the header entry has an unknown key with a nested or infinite value")
+    dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    if not isinstance(dtype, str):
+        raise ValueError(f"dtype is {_clip(dtype)}, not a string")
+    if not _is_counts(shape):
+        raise ValueError(f"shape is {_clip(shape)}, not a list of counts")
+    if not _is_counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"data_offsets is {_clip(offsets)}, not two counts")
+    begin, end = offsets
+    expected = tensor_bytes(dtype, shape)
+    if end - begin != expected:
+        raise ValueError(
+            f"data_offsets hold {_clip(end - begin)} bytes, {dtype} {_clip(shape)} needs {expected}"
+        )
+    return Entry(name, dtype, tuple(shape), begin, end)
+
+
+def check_name(name: str, file: str) -> None:
+    """Refuse a tensor name that could deceive a terminal, or that a header could not hold."""
+    if len(name) > _MAX_NAME:
+        raise CheckpointError(
+            f"the name has {len(name)} characters, at most {_MAX_NAME} are read", file=file, tensor=name
+        )
+    if not name.isprintable():
+        raise CheckpointError("the name has control or other unprintable characters", file=file, tensor=name)
+    if name == "__metadata__":
+        raise CheckpointError("the name is one that the format keeps for itself", file=file, tensor=name)
+
+
+def _is_counts(value: Any) -> TypeGuard[list[int]]:
+    if not isinstance(value, list):
+        return False
+    for item in value:  # noqa: SIM110  a generator would take twice as long, for each tensor of each file
+        if type(item) is not int or item < 0:
+            return False
+    return True
+
+
+def _check_layout(entries: Sequence[Entry], data_bytes: int, file: str) -> None:
+    position = 0
+    for entry in entries:
+        if entry.begin != position:
+            problem = "overlaps the tensor before it" if entry.begin < position else "leaves a hole"
+            raise CheckpointError(
+                f"starts at byte {_clip(entry.begin)} of the data, the tensor before it ends at "
+                f"{position}: it {problem}",
+                file=file,
+                tensor=entry.name,
+            )
+        position = entry.end
+        if position > data_bytes:
+            raise CheckpointError(
+                f"ends at byte {_clip(position)} of the data, the file has only {data_bytes}: "
+                "the download may have been cut",
+                file=file,
+                tensor=entry.name,
+            )
+    if position != data_bytes:
+        raise CheckpointError(
+            f"the tensors end at byte {position} of the data, the file has {data_bytes}: "
+            f"{data_bytes - position} bytes belong to no tensor",
+            file=file,
+        )
+
+
+def entry_text(name: str, dtype: str, shape: Sequence[int], begin: int, end: int) -> str:
+    """Return one header entry as the reference writer formats it (compact, not ASCII-escaped)."""
+    lengths = ",".join(map(str, shape))
+    return (
+        f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":[{lengths}],"data_offsets":[{begin},{end}]}}'
+    )
+
+
+def build_header(entries: Iterable[Entry], metadata: Mapping[str, str] = FORMAT_METADATA) -> bytes:
+    """Return length prefix and header of a file with these entries, padded to 8 bytes by spaces."""
+    text = ",".join([_metadata_text(metadata), *(entry_text(*entry) for entry in entries)])
+    raw = f"{{{text}}}".encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(PREFIX_BYTES, "little") + raw
+
+
+def empty_header_chars(metadata: Mapping[str, str]) -> int:
+    """Return how many bytes of JSON a header has before its first entry."""
+    return len(f"{{{_metadata_text(metadata)}}}".encode())
+
+
+def header_bytes(empty_chars: int, entry_chars: int, entries: int) -> int:
+    """Return the length of `build_header`, prefix included, from what its parts take."""
+    raw = empty_chars + entry_chars + entries  # a comma before each entry
+    return PREFIX_BYTES + raw + -raw % 8
+
+
+def _metadata_text(metadata: Mapping[str, str]) -> str:
+    return f'"__metadata__":{json.dumps(dict(metadata), ensure_ascii=False, separators=(",", ":"))}'

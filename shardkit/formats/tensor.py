@@ -1,0 +1,87 @@
+"""One tensor on disk, and the words for its dtype: safetensors' ("BF16") and torch's ("bfloat16")."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+from shardkit.base.errors import PlanError
+from shardkit.base.sizes import format_size
+
+DTYPE_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F4": "float4_e2m1fn_x2", "F6_E2M3": "float6_e2m3fn", "F6_E3M2": "float6_e3m2fn",
+}  # fmt: skip
+
+# The dtypes that a cast may start from or end in; anything smaller is quantised.
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+QUANTISED_DTYPES = tuple(name for name in DTYPE_NAMES if name == "F4" or name.startswith(("F6_", "F8_")))
+
+
+def parse_dtype(dtype: object) -> str | None:
+    """Return the dtype that a cast is to end in, in safetensors' words; None for none.
+
+    Raises
+    ------
+    PlanError
+        If it is not one of those that can be cast to.
+    """
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.").lower()
+    if name not in CAST_DTYPES:
+        raise PlanError(f"dtype {str(dtype)!r} is not one of {', '.join(CAST_DTYPES)}")
+    return CAST_DTYPES[name]
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Keep Python's cycle collector from walking hundreds of thousands of new records, over and over."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor on disk.
+
+    Attributes
+    ----------
+    name, dtype, shape
+        As in the file; dtype in safetensors' words ("BF16").
+    file
+        Name of its file, relative to the checkpoint's folder.
+    offset
+        First byte in that file; None in a pickle, where only torch knows.
+    nbytes
+        Size in bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int | None
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape)) or "scalar"
+        return f"{self.name} ({shape} {DTYPE_NAMES[self.dtype]}, {format_size(self.nbytes)})"

@@ -1,0 +1,1 @@
+"""Load a model, and see beforehand what a load gets."""

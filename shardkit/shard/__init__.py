@@ -1,0 +1,1 @@
+"""Carry out a plan: write, verify and publish shards, in a folder or on the Hub."""

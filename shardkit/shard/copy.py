@@ -1,0 +1,344 @@
+"""Moving bytes: from file to file in the kernel, through a cast, out of a pickle, or from the Hub.
+
+A `Task` is plain data and `run_task` a plain function, so any executor can carry them out, in threads,
+processes or on other machines that see the same disk. A task holds one chunk in memory, however large its
+tensors are.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import xxhash
+
+from shardkit.base.errors import CheckpointError, reading
+from shardkit.formats.safetensors import DTYPE_BITS
+from shardkit.formats.tensor import TensorInfo
+from shardkit.plan.plan import Shard
+from shardkit.sources.local import is_remote
+
+TASK_BYTES = 16 << 20  # small enough to stop within a second, whatever the disk
+CHUNK_BYTES = 1 << 20
+
+# What a kernel or filesystem says when it cannot copy this way; the next way is tried then.
+_CANNOT = {
+    errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ENOTSUP, errno.EBADF,
+    errno.ENOTSOCK,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Source bytes, and where they go.
+
+    Attributes
+    ----------
+    path
+        The source file, or ``hf://org/name@commit/file``.
+    offset
+        First byte in it; in a pickle, first byte in `tensor`.
+    nbytes
+        How many bytes of the source; whole elements where they are cast.
+    target_offset
+        First byte in the shard file.
+    tensor
+        The tensor's name; that of the first where a range covers several.
+    dtype, target
+        What to cast from and to; the same where bytes are only copied.
+    is_pickle
+        Whether torch has to read it.
+    """
+
+    path: str
+    offset: int
+    nbytes: int
+    target_offset: int
+    tensor: str
+    dtype: str
+    target: str
+    is_pickle: bool = False
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether bytes change on the way."""
+        return self.dtype != self.target
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the bytes come from the Hub."""
+        return is_remote(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Ranges that go into one shard file: about `TASK_BYTES` of them."""
+
+    path: str
+    ranges: tuple[Range, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Source bytes."""
+        return sum(r.nbytes for r in self.ranges)
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """What the cast of one tensor lost: finite values that became infinite, others that became zero."""
+
+    tensor: str
+    overflowed: int
+    flushed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Bytes that came from the Hub: where they went in the shard file, and their XXH3-128 as written there.
+
+    The digest is taken of the bytes in hand, before the disk has them: a file that was made of ranges read
+    once is proven by reading it back.
+    """
+
+    offset: int
+    nbytes: int
+    digest: str
+
+
+class Outcome(NamedTuple):
+    """What carrying out a task, or all tasks of a shard, came to."""
+
+    lost: tuple[Lost, ...] = ()
+    received: tuple[Received, ...] = ()
+
+    def __add__(self, other: Outcome) -> Outcome:  # type: ignore[override]
+        return Outcome(self.lost + other.lost, self.received + other.received)
+
+
+def shard_ranges(shard: Shard, folder: str) -> list[Range]:
+    """Return what makes up a shard's data, neighbours in both files joined into one range."""
+    ranges: list[Range] = []
+    for planned in shard.tensors:
+        tensor = planned.source
+        if not tensor.nbytes:
+            continue
+        new = tensor_range(folder, tensor, planned.dtype, shard.header_bytes + planned.begin)
+        if ranges and _are_neighbours(ranges[-1], new):
+            first = ranges.pop()
+            new = _part(first, 0, first.nbytes + new.nbytes)
+        ranges.append(new)
+    return ranges
+
+
+def tensor_range(folder: str, tensor: TensorInfo, target: str, target_offset: int = 0) -> Range:
+    """Return the bytes of one whole tensor, to be written as dtype `target` at `target_offset`."""
+    return Range(
+        f"{folder}/{tensor.file}" if is_remote(folder) else os.path.join(folder, tensor.file),
+        tensor.offset or 0,
+        tensor.nbytes,
+        target_offset,
+        tensor.name,
+        tensor.dtype,
+        target,
+        tensor.offset is None,
+    )
+
+
+def _are_neighbours(first: Range, second: Range) -> bool:
+    return (
+        first.path == second.path
+        and not (first.is_pickle or first.is_cast or second.is_cast)
+        and first.offset + first.nbytes == second.offset
+        and first.target_offset + first.nbytes == second.target_offset
+    )
+
+
+def _part(whole: Range, start: int, nbytes: int) -> Range:
+    written = start * DTYPE_BITS[whole.target] // DTYPE_BITS[whole.dtype]
+    return replace(
+        whole,
+        offset=whole.offset + start,
+        nbytes=nbytes,
+        target_offset=whole.target_offset + written,
+    )
+
+
+def shard_tasks(shard: Shard, folder: str, path: str) -> list[Task]:
+    """Cut a shard, to be written at `path`, into tasks of about `TASK_BYTES`."""
+    tasks: list[Task] = []
+    pending: list[Range] = []
+    room = TASK_BYTES
+    for whole in shard_ranges(shard, folder):
+        for start in range(0, whole.nbytes, TASK_BYTES):
+            part = _part(whole, start, min(TASK_BYTES, whole.nbytes - start))
+            if pending and part.nbytes > room:
+                tasks.append(Task(path, tuple(pending)))
+                pending, room = [], TASK_BYTES
+            pending.append(part)
+            room -= part.nbytes
+    # A shard of empty tensors has a task as well, so that it finishes as the others do.
+    return [*tasks, Task(path, tuple(pending))] if pending or not tasks else tasks
+
+
+def file_tasks(source: str, path: str, nbytes: int) -> Iterator[Task]:
+    """Cut the copy of a whole file, which is no weights, into tasks."""
+    whole = whole_file(source, nbytes)
+    for start in range(0, nbytes, TASK_BYTES):
+        yield Task(path, (_part(whole, start, min(TASK_BYTES, nbytes - start)),))
+
+
+def whole_file(path: str, nbytes: int) -> Range:
+    """Return all bytes of a file, which is no weights."""
+    return Range(path, 0, nbytes, 0, "", "U8", "U8")
+
+
+def run_task(task: Task) -> Outcome:
+    """Write a task's ranges into its shard file, which exists; return what casts lost, and what was received.
+
+    Raises
+    ------
+    CheckpointError
+        If a source file ends before its header says, or the Hub refuses, fails or sends something else.
+    OSError
+        If the disk is full or fails.
+    """
+    outcome = Outcome()
+    target = os.open(task.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))  # or Windows changes ends of lines
+    try:
+        for part in task.ranges:
+            if part.is_remote or part.is_cast or part.is_pickle:
+                outcome += _write_chunks(part, target)
+            else:
+                _copy_range(part, target)
+        _start_writeback(target, task)
+    finally:
+        os.close(target)
+    return outcome
+
+
+def _start_writeback(target: int, task: Task) -> None:
+    """Let the disk begin at once, so that the sync at the end finds little left to do.
+
+    Linux answers POSIX_FADV_DONTNEED on dirty pages by writing them; none is dropped before that.
+    """
+    if hasattr(os, "posix_fadvise") and task.ranges:
+        first, last = task.ranges[0], task.ranges[-1]
+        end = last.target_offset + last.nbytes
+        with suppress(OSError):  # not every filesystem takes advice
+            os.posix_fadvise(target, first.target_offset, end - first.target_offset, os.POSIX_FADV_DONTNEED)
+
+
+def read_chunks(part: Range) -> Iterator[memoryview]:
+    """Yield the source bytes of a range, at most `CHUNK_BYTES` at a time, in a buffer used again.
+
+    Raises
+    ------
+    CheckpointError
+        If the file ends before the range does; for a file on the Hub, as `hub.remote.read_range`.
+    """
+    if part.is_remote:
+        from shardkit.sources.hub import read_range
+
+        yield from read_range(part.path, part.offset, part.nbytes)
+        return
+    if part.is_pickle:
+        from shardkit.formats.pickle_file import read_tensor
+
+        for data in read_tensor(part.path, part.tensor, part.offset, part.nbytes):
+            yield from (data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES))
+        return
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, part.nbytes)))
+    with reading(part.path, part.tensor or None), open(part.path, "rb") as source:
+        source.seek(part.offset)
+        for done in range(0, part.nbytes, CHUNK_BYTES):
+            chunk = buffer[: part.nbytes - done]
+            if source.readinto(chunk) < len(chunk):
+                raise CheckpointError(
+                    f"ends at byte {os.fstat(source.fileno()).st_size}, the data goes on to "
+                    f"{part.offset + part.nbytes}: it was cut short while it was read",
+                    file=part.path,
+                    tensor=part.tensor or None,
+                )
+            yield chunk
+
+
+def cast_chunks(part: Range) -> Iterator[tuple[memoryview, int, int]]:
+    """Yield the bytes of a range as they are in the shard, and how many values overflowed and flushed."""
+    if not part.is_cast:
+        yield from ((chunk, 0, 0) for chunk in read_chunks(part))
+        return
+    from shardkit.formats.cast import cast
+
+    for chunk in read_chunks(part):
+        yield cast(chunk, part.dtype, part.target)
+
+
+def _write_chunks(part: Range, target: int) -> Outcome:
+    position, digest, overflowed, flushed = part.target_offset, xxhash.xxh3_128(), 0, 0
+    for data, to_infinity, to_zero in cast_chunks(part):
+        digest.update(data)
+        _write_all(target, position, data)
+        position += len(data)
+        overflowed += to_infinity
+        flushed += to_zero
+    lost = Lost(part.tensor, overflowed, flushed)
+    received = Received(part.target_offset, position - part.target_offset, digest.hexdigest())
+    return Outcome((lost,) * bool(overflowed or flushed), (received,) * part.is_remote)
+
+
+def _write_all(target: int, position: int, data: memoryview) -> None:
+    written = 0
+    while written < len(data):
+        written += _write_at(target, data[written:], position + written)
+
+
+def _write_at(target: int, data: memoryview, position: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(target, data, position)
+    os.lseek(target, position, os.SEEK_SET)  # as good: each task has opened the file for itself
+    return os.write(target, data)
+
+
+def _copy_range(part: Range, target: int) -> None:
+    """Copy in the kernel where it can: `copy_file_range`, then `sendfile`, then through a buffer."""
+    with reading(part.path, part.tensor or None):
+        source = os.open(part.path, os.O_RDONLY)
+    try:
+        done = _copy_by(_copy_file_range, source, target, part)
+        done += _copy_by(_sendfile, source, target, _part(part, done, part.nbytes - done))
+    finally:
+        os.close(source)
+    if done < part.nbytes:
+        for chunk in read_chunks(_part(part, done, part.nbytes - done)):
+            _write_all(target, part.target_offset + done, chunk)
+            done += len(chunk)
+
+
+def _copy_by(copy: Callable[[int, int, Range], int], source: int, target: int, part: Range) -> int:
+    """Copy as much as the kernel will in one way; return how many bytes."""
+    done = 0
+    try:
+        while done < part.nbytes:
+            count = copy(source, target, _part(part, done, part.nbytes - done))
+            if not count:
+                break  # the end of the file, or a filesystem that copies nothing: the buffer tells which
+            done += count
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+    except AttributeError:  # not on this system
+        pass
+    return done
+
+
+def _copy_file_range(source: int, target: int, part: Range) -> int:
+    return os.copy_file_range(source, target, part.nbytes, part.offset, part.target_offset)
+
+
+def _sendfile(source: int, target: int, part: Range) -> int:
+    os.lseek(target, part.target_offset, os.SEEK_SET)  # it writes at the descriptor's own position
+    return os.sendfile(target, source, part.offset, part.nbytes)

@@ -1,0 +1,302 @@
+"""Where a result goes: what must not be written, who is writing, and the one step that puts it in place.
+
+Beside a destination `out` lie `.out.shardkit-staging` and `.out.shardkit-journal` while it is written,
+`.out.shardkit-lock` while somebody writes it, `.out.shardkit-trash` while something is removed, and, where
+two folders cannot be swapped in one step, `.out.shardkit-old` for an instant.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import filelock
+
+from shardkit.base.errors import DestinationError
+from shardkit.base.record import listed
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.layout import is_weights
+
+_LOCK_SECONDS = 2.0
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_ROLES = ("staging", "journal", "old", "trash", "lock")
+
+warnings.filterwarnings("ignore", "flock not supported", UserWarning)  # its other way to lock does as well
+
+
+def resolve(destination: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of a destination, links followed.
+
+    Raises
+    ------
+    DestinationError
+        If it is meant to be on the Hub.
+    """
+    if _is_on_hub(destination):
+        raise DestinationError(
+            f"{destination}: is no folder here: use shard_on_hub, or shard to a folder and push that"
+        )
+    return Path(os.path.realpath(os.path.expanduser(destination)))
+
+
+def _is_on_hub(destination: str | os.PathLike[str]) -> bool:
+    return os.fspath(destination)[:4].lower() == "hf:/"  # pathlib leaves one "/" of two
+
+
+def staging_folder(target: Path) -> Path:
+    """Return where a destination is staged."""
+    return _beside(target, "staging")
+
+
+def journal_path(target: Path) -> Path:
+    """Return where it is written down what of a destination is finished."""
+    return _beside(target, "journal")
+
+
+def check_destination(checkpoint: Checkpoint, target: Path, overwrite: bool) -> None:
+    """Refuse a destination that overlaps the source, or holds what is not to be replaced.
+
+    Raises
+    ------
+    DestinationError
+        As said.
+    """
+    if not checkpoint.is_remote:
+        _check_apart(checkpoint, target)
+    check_free(target, overwrite)
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Refuse a destination that holds what is not to be replaced; as `check_destination`."""
+    if _is_within(Path(), target):
+        raise DestinationError(f"{target}: is or holds the working folder, and cannot be replaced: leave it")
+    if target.exists() and not target.is_dir():
+        raise DestinationError(f"{target}: is a file; give a folder")
+    if os.path.ismount(target):
+        raise DestinationError(f"{target}: is where a disk is mounted; give a folder inside it")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise DestinationError(
+            f"{target}: already exists and is not empty; give another folder, or replace it "
+            "(overwrite=True, --overwrite)"
+        )
+    if not any(is_weights(entry.name) for entry in target.iterdir()):
+        raise DestinationError(
+            f"{target}: holds no checkpoint, and would be replaced whole: remove it yourself"
+        )
+
+
+def _check_apart(checkpoint: Checkpoint, target: Path) -> None:
+    source, folder = Path(checkpoint.source).resolve(), Path(checkpoint.folder).resolve()
+    if _is_same(target, source) or _is_same(target, folder):
+        raise DestinationError(f"{target}: destination and source are the same; give another folder")
+    if _is_within(target, folder) and (source == folder or checkpoint.config is not None):
+        raise DestinationError(f"{target}: the destination lies inside the source {folder}")
+    for file in (checkpoint.folder, *(checkpoint.path(name) for name in checkpoint.files)):
+        if _is_within(Path(file), target):
+            raise DestinationError(f"{target}: {file}, of the source, lies inside the destination")
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or lies in it, by any name: mounts and letter case make others."""
+    try:
+        path = path.resolve()
+    except FileNotFoundError:  # the working folder is gone
+        return False
+    return any(_is_same(part, folder) for part in (path, *path.parents))
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    with suppress(OSError):
+        return os.path.samefile(path, other)
+    return False
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold the lock of a destination; a lock that a dead process left is no obstacle.
+
+    Raises
+    ------
+    DestinationError
+        If another run holds it; says which process, on which machine.
+    """
+    path = _beside(target, "lock")
+    lock = filelock.FileLock(path, timeout=_LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        if not path.exists():
+            raise DestinationError(f"{target}: the folder {target.parent} cannot be written") from None
+        holder = ""
+        with suppress(OSError):
+            holder = f" ({' '.join(path.read_text(encoding='utf-8').split())})"
+        raise DestinationError(f"{target}: another run is writing it{holder}") from None
+    # Without flock the file's being there is the lock, and what is in it tells whether it is stale.
+    is_soft = isinstance(lock, filelock.SoftFileLock)
+    try:
+        if not is_soft:
+            with suppress(PermissionError):  # Windows lets nobody else write a file that is locked
+                path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        recover(target)
+        yield
+    finally:
+        if not is_soft:
+            with suppress(PermissionError):  # nor remove it: there the lock itself does, when it is released
+                path.unlink(missing_ok=True)  # while held: whoever waits sees that it is gone, and retries
+        lock.release()
+
+
+def clear_after_end(target: Path) -> None:
+    """Remove what a run that ended just after it had put its result in place has left beside it."""
+    if _all_beside(target):
+        with suppress(DestinationError, OSError), locked(target):
+            pass
+
+
+def leftovers(destination: str | os.PathLike[str]) -> list[Path]:
+    """Return what interrupted runs have left beside a destination; nothing while one is running."""
+    if _is_on_hub(destination):
+        return []
+    target = resolve(destination)
+    found = _all_beside(target)
+    if _beside(target, "lock") in found:
+        try:
+            filelock.FileLock(_beside(target, "lock"), timeout=0).acquire().lock.release()
+        except (OSError, filelock.Timeout):
+            return []
+    return found
+
+
+def remove_leftovers(destination: str | os.PathLike[str]) -> list[Path]:
+    """Remove what interrupted runs have left, and return what it was.
+
+    An old destination that was aside when its run was killed is put back.
+
+    Raises
+    ------
+    DestinationError
+        If a run is writing the destination just now, or something cannot be removed.
+    """
+    target = resolve(destination)
+    found = _all_beside(target)
+    is_aside = not os.path.lexists(target)
+    if found:
+        with locked(target):
+            discard_unfinished(target)
+        if left := _all_beside(target):
+            raise DestinationError(f"{target}: cannot be removed: {listed(map(str, left))}")
+    return [path for path in found if not (is_aside and path == _beside(target, "old"))]
+
+
+def discard_unfinished(target: Path) -> None:
+    """Remove what a run has written so far."""
+    discard(staging_folder(target), target)
+    journal_path(target).unlink(missing_ok=True)
+
+
+def discard(path: Path, target: Path) -> Path | None:
+    """Remove what lies beside a destination; return what is left of it if it will not go."""
+    trash = _beside(target, "trash")
+    remove(trash)
+    if os.path.lexists(path) and not os.path.lexists(trash):
+        path.rename(trash)  # so that a kill in the middle leaves nothing that looks whole
+    remove(path)
+    remove(trash)
+    return next(filter(os.path.lexists, (path, trash)), None)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or as much of a folder as goes."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        with suppress(OSError):
+            path.unlink()
+
+
+def put_in_place(new: Path, target: Path, overwrite: bool) -> None:
+    """Rename a finished folder to its destination; an old one there takes its place in the same step.
+
+    Raises
+    ------
+    OSError
+        If the destination is not empty and is not to be replaced.
+    """
+    if overwrite and target.is_dir() and any(target.iterdir()):
+        _exchange(new, target)
+    else:
+        try:
+            new.rename(target)
+        except FileExistsError:  # on Windows, an empty folder is no place for another
+            target.rmdir()
+            new.rename(target)
+    sync(target.parent)
+
+
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """Return how many bytes are free on the disk of a path; no end of them where the system does not say."""
+    try:
+        return shutil.disk_usage(path).free
+    except AttributeError:
+        return sys.maxsize
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or a folder's list of names, is on the disk; Windows opens no folder."""
+    is_folder = path.is_dir()
+    flags = os.O_RDONLY if is_folder else os.O_RDWR  # nor does it sync what is open for reading only
+    try:
+        handle = os.open(path, flags)
+    except PermissionError:
+        if is_folder:
+            return
+        raise
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def recover(target: Path) -> None:
+    """Undo or complete what a killed run was about: an exchange by way of a third name, a removal."""
+    aside = _beside(target, "old")
+    if aside.exists() and not target.exists():
+        aside.rename(target)
+    discard(aside, target)
+    if not os.path.lexists(staging_folder(target)):  # a journal of what was put in place
+        journal_path(target).unlink(missing_ok=True)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders in one step where the system can; otherwise by way of a third name."""
+    renameat2: Callable[..., int] | None = None
+    with suppress(TypeError):  # Windows has no library without a name
+        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    names = os.fsencode(new), os.fsencode(old)
+    if renameat2 and not renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
+        return
+    aside = _beside(old, "old")
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
+    aside.rename(new)
+
+
+def _beside(target: Path, role: str) -> Path:
+    return target.parent / f".{target.name}.shardkit-{role}"
+
+
+def _all_beside(target: Path) -> list[Path]:
+    return [path for role in _ROLES if os.path.lexists(path := _beside(target, role))]

@@ -1,0 +1,267 @@
+"""A Hub repository that is written to: what it holds, uploads into it, one commit at the end.
+
+An upload puts content into the repository's storage, where nobody sees it; only a commit changes what
+visitors see, and a commit is all or nothing. So whatever fails before it leaves the head as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
+
+from shardkit.base.errors import DestinationError, VerificationError
+from shardkit.base.record import listed
+from shardkit.sources import hub_client as access
+from shardkit.sources.hub import CHUNK_BYTES, RemoteFile, Repository
+
+ResultT = TypeVar("ResultT")
+Tree = Mapping[str, RemoteFile]
+
+MAIN: str = constants.DEFAULT_REVISION
+_REPO_ID = re.compile(r"(?:hf://)?([\w-][\w.-]*/[\w-][\w.-]*)")
+GIT_BYTES = 10_000_000  # no larger file is in git itself: the Hub refuses it
+_NONE_IGNORED = "# none\n"  # or a .gitignore would have the client drop files from a commit, and say nothing
+# The client wraps what befell an upload in a RuntimeError, and answers what is not taken with a ValueError.
+_FAILURES: tuple[type[Exception], ...] = (
+    RuntimeError, ValueError, ConnectionError, TimeoutError, *access.CLIENT_ERRORS
+)  # fmt: skip
+# Weights that a load would find beside ours or before them. Variants (model.fp16.safetensors) are asked for
+# by name, and stay.
+_SHADOWS = re.compile(
+    r"((pytorch_|diffusion_pytorch_|adapter_)?model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+)
+
+
+def digest_file(path: str | os.PathLike[str], seen: Callable[[int], object] = lambda _: None) -> RemoteFile:
+    """Describe a local file as the Hub would list it; `seen` is told of bytes as they are read."""
+    size = os.stat(path).st_size
+    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(CHUNK_BYTES):
+            sha256.update(block)
+            if size <= GIT_BYTES:
+                git.update(block)
+            seen(len(block))
+    return RemoteFile(size, git.hexdigest(), sha256.hexdigest())
+
+
+def digest_bytes(data: bytes) -> RemoteFile:
+    """Describe a small file that is in memory only."""
+    git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
+    return RemoteFile(len(data), git.hexdigest(), hashlib.sha256(data).hexdigest())
+
+
+def is_same(listed: RemoteFile | None, ours: RemoteFile) -> bool:
+    """Whether the Hub lists just the content that `ours` describes."""
+    if listed is None or listed.size != ours.size:
+        return False
+    return listed.sha256 == ours.sha256 if listed.sha256 else listed.blob_id == ours.blob_id
+
+
+def shadows(listed: Iterable[str], ours: Iterable[str]) -> list[str]:
+    """Return the listed weights and indexes that a load could take for ours: of an earlier model, stale."""
+    kept = set(ours)
+    adapter = any(name.startswith("adapter_model") for name in kept)
+    found = (name for name in listed if name not in kept and _SHADOWS.fullmatch(name))
+    return sorted(name for name in found if name.startswith("adapter_model") == adapter)
+
+
+class Target:
+    """A model repository that is written to with the token given, or found.
+
+    Attributes
+    ----------
+    repo_id, folder
+        Its name, and as ``hf://org/name``.
+
+    Raises
+    ------
+    DestinationError
+        If the name is no repository's, there is no token to write with, or the Hub must not be asked.
+    """
+
+    def __init__(self, repo_id: str, token: str | None = None) -> None:
+        if not (found := _REPO_ID.fullmatch(repo_id)):
+            raise DestinationError(f"{repo_id[:200]!r} is not the name of a repository: give owner/name")
+        self.repo_id = found[1]
+        self.folder = f"hf://{self.repo_id}"
+        if constants.is_offline_mode():
+            raise DestinationError(
+                f"{self.folder}: the Hub must not be asked (HF_HUB_OFFLINE is set): unset it"
+            )
+        self._token = access.find_token(token)
+        if not self._token:
+            raise DestinationError(
+                f"{self.folder}: writing to the Hub takes a token that may write: {access.LOG_IN}"
+            )
+        self.api = HfApi(token=self._token, library_name="shardkit")
+
+    def create(self, private: bool) -> None:
+        """Make sure that the repository is there.
+
+        Raises
+        ------
+        DestinationError
+            If it must not be written, or is public and `private` was asked for.
+        """
+        self.persist(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
+        if private and not self.persist(lambda: self.api.model_info(self.repo_id).private):
+            raise DestinationError(
+                f"{self.folder}: already exists and is public: say that you mean it "
+                "(private=False, --public), or give another name"
+            )
+
+    def head(self, branch: str = MAIN) -> str:
+        """Return the commit that a branch shows."""
+        return self.persist(lambda: str(self.api.model_info(self.repo_id, revision=branch).sha))
+
+    def branch_off(self, branch: str) -> None:
+        """Make a branch, from what the head shows; one that is there stays as it is."""
+        self.persist(lambda: self.api.create_branch(self.repo_id, branch=branch, exist_ok=True))
+
+    def drop(self, branch: str) -> None:
+        """Delete a branch."""
+        self.persist(lambda: self.api.delete_branch(self.repo_id, branch=branch))
+
+    def branches(self) -> list[str]:
+        """Return the names of all branches."""
+        return self.persist(lambda: [ref.name for ref in self.api.list_repo_refs(self.repo_id).branches])
+
+    def commit_at(self, sha: str) -> Repository:
+        """Return what a commit holds."""
+        return Repository.at(self.repo_id, sha, self._token)
+
+    def upload(
+        self, file: str, path: str | os.PathLike[str], content: RemoteFile, branch: str = MAIN
+    ) -> CommitOperationAdd:
+        """Send a file's content, unless the repository has it; return what a commit needs to show it."""
+        added = CommitOperationAdd(file, str(path))
+        if content.sha256:
+            added.upload_info.sha256 = bytes.fromhex(content.sha256)  # or the client would hash it again
+        self._preupload([added], branch)
+        return added
+
+    def _preupload(self, additions: list[CommitOperationAdd], branch: str) -> None:
+        self.persist(
+            lambda: self.api.preupload_lfs_files(
+                self.repo_id,
+                additions,
+                revision=branch,
+                num_threads=1,
+                free_memory=False,
+                gitignore_content=_NONE_IGNORED,
+            )
+        )
+        if ignored := [addition.path_in_repo for addition in additions if addition._should_ignore]:
+            raise DestinationError(
+                f"{self.folder}: its .gitignore keeps out {listed(ignored)}: take these lines from it"
+            )
+
+    def publish(self, head: Repository, contents: Tree, operations: Mapping[str, Any], message: str) -> str:
+        """Make the head show `contents` and no weights that could be taken for them; return its commit.
+
+        Parameters
+        ----------
+        head
+            What it shows now.
+        contents
+            All files that are to be there, ours and unchanged; others stay.
+        operations
+            By file, what puts it there. Where all is there already, there is no commit.
+
+        Raises
+        ------
+        DestinationError
+            As `commit`.
+        VerificationError
+            If the Hub then lists anything else.
+        """
+        wanted: dict[str, RemoteFile | None] = dict.fromkeys(shadows(head.listing, contents))
+        wanted |= {n: ours for n, ours in contents.items() if not is_same(head.listing.get(n), ours)}
+        if not wanted:
+            return head.sha
+        todo = [operations[n] if ours else CommitOperationDelete(n) for n, ours in wanted.items()]
+        sha = self.commit(todo, wanted, message, head.sha)
+        if not self.holds(sha, {**contents, **wanted}):
+            raise VerificationError(f"{self.folder}: commit {sha} does not list what was sent: look at it")
+        return sha
+
+    def commit(
+        self,
+        operations: list[Any],
+        wanted: Mapping[str, RemoteFile | None],
+        message: str,
+        parent: str,
+        branch: str = MAIN,
+    ) -> str:
+        """Make one commit on top of `parent`, and return its sha.
+
+        The commit may be made and its answer lost: then the branch is found to hold what is `wanted` (by
+        file, None where a file is to go), and all is well.
+
+        Raises
+        ------
+        DestinationError
+            If somebody else changed the branch meanwhile, or the Hub refuses.
+        """
+        self._preupload([one for one in operations if isinstance(one, CommitOperationAdd)], branch)
+
+        def attempt() -> str:
+            try:
+                made = self.api.create_commit(
+                    self.repo_id, operations, commit_message=message, revision=branch, parent_commit=parent
+                )
+                return str(made.oid)
+            except _FAILURES as error:
+                failure = error
+            if (head := self.head(branch)) == parent:
+                raise failure
+            if self.holds(head, wanted):
+                return head
+            raise DestinationError(
+                f"{self.folder}: somebody else changed it meanwhile; nothing of ours is shown there. "
+                "Run the same again: what was uploaded is not sent again"
+            )
+
+        return self.persist(attempt)
+
+    def holds(self, sha: str, wanted: Mapping[str, RemoteFile | None]) -> bool:
+        """Whether a commit has these files with this content, and lacks those that are None."""
+        listed = self.commit_at(sha).listing
+        return all(
+            is_same(listed.get(name), ours) if ours else name not in listed for name, ours in wanted.items()
+        )
+
+    def persist(self, call: Callable[[], ResultT]) -> ResultT:
+        """Return what a call of the client returns; try again after failures that may pass.
+
+        Raises
+        ------
+        DestinationError
+            If it is refused, or fails again and again.
+        """
+        patience = access.Patience(self.folder)
+        while True:
+            try:
+                return call()
+            except _FAILURES as error:
+                cause = access.root(error)
+            if not access.may_pass(cause):
+                raise DestinationError(f"{self.folder}: {_explained(cause)}")
+            try:
+                patience.wait(*access.happened(cause))
+            except access.UnreachableError as gave_up:
+                raise DestinationError(str(gave_up)) from None
+
+
+def _explained(error: BaseException) -> str:
+    if not isinstance(error, HfHubHTTPError):
+        return " ".join(str(error).split())
+    needed = "give one with write access to it (`hf auth login`, HF_TOKEN), or another name"
+    return access.refused(error, f"the token may not write there: {needed}")

@@ -1,0 +1,314 @@
+"""The folder that a destination grows in: journaled, resumable, published at the end.
+
+The journal is bound to source and plan by a fingerprint. It tells which shards were finished; before one is
+used again, it is compared with the source (one made from ranged reads, with the digests journaled of what
+was received), so neither a torn journal nor lost writes can do harm. So no error needs to discard what is
+finished: it is forgotten where the fingerprint is another, or a digest does not match.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from shardkit.base.errors import CheckpointError, DestinationError, ShardkitError, SpaceError, reading
+from shardkit.base.record import plural
+from shardkit.base.sizes import format_size
+from shardkit.checkpoint.checkpoint import Checkpoint, file_state
+from shardkit.formats.pickle_file import close_pickles
+from shardkit.plan.plan import ShardPlan
+from shardkit.shard.copy import Lost, Outcome, Received
+from shardkit.shard.destination import (
+    check_destination,
+    clear_after_end,
+    discard,
+    discard_unfinished,
+    free_bytes,
+    journal_path,
+    locked,
+    put_in_place,
+    remove,
+    resolve,
+    staging_folder,
+    sync,
+)
+
+_CHANGED = "changed while it was copied; nothing was published"
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_USUAL_BLOCK = 4096
+
+
+class Staging:
+    """A staging folder; `staging` makes one and holds its lock.
+
+    Attributes
+    ----------
+    checkpoint, plan
+        What is written here.
+    destination, folder
+        What it will be, what it is.
+    finished
+        Shards that are written, with what casts lost in them and what was received of them.
+    notes
+        What a person should be told.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plan: ShardPlan, destination: Path, overwrite: bool) -> None:
+        self.destination, self.folder = destination, staging_folder(destination)
+        self.finished: dict[str, Outcome] = {}
+        self.notes: list[str] = []
+        self.checkpoint, self.plan, self._overwrite = checkpoint, plan, overwrite
+        self._journal = journal_path(destination)
+        self._fingerprint = _fingerprint(checkpoint, plan)
+        self._syncing = ThreadPoolExecutor(2, thread_name_prefix="shardkit-sync")
+        self._synced: list[Future[None]] = []
+        self._stats: dict[str, tuple[int, ...] | None] = {}
+
+    def check_destination(self) -> None:
+        """Refuse a destination that overlaps the source, or holds what is not to be replaced."""
+        check_destination(self.checkpoint, self.destination, self._overwrite)
+
+    def open(self, resume: bool) -> None:
+        """Create the folder, or take over what an earlier run of the same job has left."""
+        self.finished = self._read_journal() if resume and not self.folder.is_symlink() else {}
+        if self.finished:
+            for path in self.folder.iterdir():
+                if path.name not in self.finished:
+                    remove(path)
+            self._write_journal("")  # ends the line that a kill has torn
+        else:
+            discard_unfinished(self.destination)
+            self.folder.mkdir()
+            self._write_journal(json.dumps({"fingerprint": self._fingerprint}))
+        for file in self.finished:
+            self.wrote(file)
+
+    def check_space(self) -> None:
+        """Refuse a job that does not fit on the disk."""
+        needed, free = self._space()
+        if needed > free:
+            raise SpaceError(
+                f"{self.destination}: needs {needed:,} bytes ({format_size(needed)}), its disk has "
+                f"{free:,} ({format_size(free)}) free: {needed - free:,} bytes short; "
+                "make space and run the same again"
+            )
+
+    def finish(self, file: str, outcome: Outcome) -> None:
+        """Journal a shard whose last byte was written, and sync it off the caller's thread."""
+        self.finished[file] = outcome
+        self._write_journal(json.dumps({"shard": file} | outcome._asdict(), default=astuple))
+        self.wrote(file)
+
+    def wrote(self, file: str) -> None:
+        """Remember the state of a file, so that a later change is seen; sync it off the caller's thread."""
+        self._stats[file] = _state_of(self.folder / file)
+        self._synced.append(self._syncing.submit(sync, self.folder / file))
+
+    def wait(self) -> None:
+        """Return when all that was written is on the disk."""
+        for future in self._synced:
+            future.result()
+
+    def publish(self) -> None:
+        """Sync what is left and rename the folder to the destination.
+
+        Raises
+        ------
+        CheckpointError
+            If the source or a shard changed since it was copied.
+        DestinationError
+            If something appeared at the destination meanwhile.
+        """
+        self.wait()
+        for folder in (path for path in self.folder.rglob("*") if path.is_dir()):
+            sync(folder)
+        sync(self.folder)
+        self.check_destination()
+        self._check_unchanged()
+        put_in_place(self.folder, self.destination, self._overwrite)
+        with suppress(OSError):  # it is done; what stays behind is in nobody's way
+            self._journal.unlink()
+        try:
+            left = discard(self.folder, self.destination)
+        except OSError:
+            left = self.folder
+        if left:
+            self.notes.append(f"what was there before could not be removed; the rest of it is {left}")
+
+    def close(self) -> None:
+        """End the sync threads without waiting for a slow disk, and let go of pickles."""
+        self._syncing.shutdown(wait=False, cancel_futures=True)
+        close_pickles()
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keep what is finished, whatever happens, and say so; what is not finished is of no use."""
+        try:
+            yield
+        except BaseException as error:
+            failure = self.explained(error) if isinstance(error, OSError) else error
+            if not self.finished:
+                with suppress(OSError):
+                    discard_unfinished(self.destination)
+            elif self.folder.is_dir():  # or it is in place already
+                failure.add_note(
+                    f"{plural(len(self.finished), 'finished shard')} kept in {self.folder}: the same call "
+                    f"resumes from there; `shardkit clean {self.destination}` removes them"
+                )
+            if failure is error:
+                raise
+            raise failure from error
+
+    def explained(self, error: OSError) -> ShardkitError:
+        """Return what a failed system call means to whoever started the job."""
+        if error.errno in _FULL:
+            needed, free = self._space()
+            short = needed - free if needed > free else needed  # as under a quota, which no disk tells of
+            return SpaceError(
+                f"{self.destination}: the disk is full, {short:,} bytes ({format_size(short)}) short; "
+                "make space and run the same again to go on"
+            )
+        files = (*self.checkpoint.files, *self.checkpoint.side_files)
+        if error.filename in map(self.checkpoint.path, files):
+            return CheckpointError(f"cannot be read: {error.strerror}", file=error.filename)
+        where = error.filename or self.folder
+        return DestinationError(f"{self.destination}: {error.strerror or error} ({where})")
+
+    def _space(self) -> tuple[int, int]:
+        """Return how many bytes are still to be written, in whole blocks, and how many are free."""
+        disk = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
+        block = os.statvfs(disk).f_frsize if hasattr(os, "statvfs") else _USUAL_BLOCK
+        sizes = {self.folder / shard.file: shard.nbytes for shard in self.plan.shards}
+        sizes |= {self.folder / file: size for file, size in self.checkpoint.side_files.items()}
+        if self.plan.index is not None and self.plan.index_file is not None:
+            sizes[self.folder / self.plan.index_file] = len(self.plan.index.encode())
+        # A header names all that a line of the journal can.
+        sizes[self._journal] = sum(shard.header_bytes for shard in self.plan.shards)
+        needed = sum(max(0, -(-size // block) * block - _held(path)) for path, size in sizes.items())
+        others = {path.parent for path in sizes} | {"lock", "config"}  # a cast may make the config longer
+        return needed + block * len(others), free_bytes(disk)
+
+    def _check_unchanged(self) -> None:
+        if _fingerprint(self.checkpoint, self.plan) != self._fingerprint:
+            raise CheckpointError(_CHANGED, file=self.checkpoint.source)
+        for file, seen in self._stats.items():
+            if seen is None or _state_of(self.folder / file) != seen:
+                raise CheckpointError(
+                    "changed on disk after it was written; nothing was published",
+                    file=str(self.folder / file),
+                )
+
+    def _write_journal(self, line: str) -> None:
+        with self._journal.open("a", encoding="utf-8") as journal:
+            journal.write(line + "\n")
+
+    def _read_journal(self) -> dict[str, Outcome]:
+        """Return the finished shards; none where the journal is of another job, or unreadable."""
+        shards = {shard.file: shard for shard in self.plan.shards}
+        first, *entries = self._journal_lines() or [None]
+        if first != {"fingerprint": self._fingerprint}:
+            if first is not None:
+                self.notes.append("begun anew: what an earlier run left is of another source or another plan")
+            return {}
+        kept = {}
+        for entry in entries:
+            try:
+                shard, lost = shards[entry["shard"]], tuple(Lost(*loss) for loss in entry["lost"])
+                received = tuple(Received(*part) for part in entry["received"])
+            except (KeyError, TypeError):
+                continue
+            path = self.folder / shard.file
+            if path.is_file() and not path.is_symlink() and path.stat().st_size == shard.nbytes:
+                kept[shard.file] = Outcome(lost, received)
+        return kept
+
+    def _journal_lines(self) -> list[Any]:
+        lines = []
+        with suppress(FileNotFoundError):
+            for line in self._journal.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError):  # torn by a kill, or garbled
+                    lines.append(json.loads(line))
+        return lines
+
+
+@contextmanager
+def staging(
+    checkpoint: Checkpoint,
+    plan: ShardPlan,
+    destination: str | os.PathLike[str],
+    overwrite: bool,
+    resume: bool,
+) -> Iterator[Staging]:
+    """Hold the staging folder of a destination; what is finished in it is kept for a resume if the job fails.
+
+    Raises
+    ------
+    DestinationError
+        If the destination must not be written, cannot be, or another run is writing it.
+    SpaceError
+        If the disk fills up.
+    """
+    held = Staging(checkpoint, plan, resolve(destination), overwrite)
+    try:
+        try:
+            held.check_destination()
+        except DestinationError:
+            clear_after_end(held.destination)
+            raise
+        held.destination.parent.mkdir(parents=True, exist_ok=True)
+        with locked(held.destination):
+            held.check_destination()  # another run may just have published it
+            held.open(resume)
+            with held.keeping():
+                yield held
+    except OSError as error:
+        raise held.explained(error) from error
+    finally:
+        held.close()
+
+
+def _fingerprint(checkpoint: Checkpoint, plan: ShardPlan) -> str:
+    planned = [(s.file, [(t.source.name, t.dtype, t.begin) for t in s.tensors]) for s in plan.shards]
+    return xxhash.xxh3_128_hexdigest(json.dumps([_seen(checkpoint), planned]).encode())
+
+
+def _seen(checkpoint: Checkpoint) -> list[Any]:
+    """Return what would change with the source."""
+    if checkpoint.is_remote:
+        return [checkpoint.folder]  # the commit is in its name
+    files = [*checkpoint.files, *checkpoint.side_files]
+    with reading():
+        found = {file: os.stat(checkpoint.path(file)) for file in files}
+    for file, status in found.items():
+        state = file_state(status)
+        is_same = checkpoint.side_files.get(file, status.st_size) == status.st_size
+        if checkpoint.seen.get(file, state) != state or not is_same:
+            raise CheckpointError(_CHANGED, file=checkpoint.path(file))
+    return [(file, status.st_size, status.st_mtime_ns) for file, status in found.items()]
+
+
+def _state_of(path: Path) -> tuple[int, ...] | None:
+    """Return what tells that a file was changed, even if its time was put back; None where it is gone."""
+    try:
+        with path.open("rb") as file:  # opened, so that a network disk asks its server
+            status = os.fstat(file.fileno())
+    except FileNotFoundError:
+        return None
+    return *file_state(status), status.st_ctime_ns
+
+
+def _held(path: Path) -> int:
+    """Bytes that the disk has given to a file: on Windows, all of it at once."""
+    if not path.is_file():
+        return 0
+    status = path.stat()
+    return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size

@@ -1,0 +1,320 @@
+"""Bytes of one commit of a Hub repository: any range of any file, over a connection that may fail.
+
+Whatever happens on the way, a range is read whole and from the commit it was asked of, or there is an error:
+size and ETag are held against those that the repository listed, and a read that was cut off goes on from the
+byte it had reached. Ranges are asked of the `resolve` URL, which leads to a CDN for large files, so they work
+whatever storage lies behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unicodedata import category
+
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from shardkit.base.errors import CheckpointError
+from shardkit.base.jobs import run_all
+from shardkit.base.record import listed
+from shardkit.checkpoint.layout import is_weights
+from shardkit.formats.safetensors import PREFIX_BYTES, Header, parse_header, read_raw_header
+from shardkit.sources import hub_client as access
+from shardkit.sources.local import NOT_OURS, is_inside
+
+CHUNK_BYTES = 1 << 20
+# Nearly every header fits, so that a file takes one request.
+_HEADER_GUESS = 1 << 17
+_REMOTE = re.compile(r"(hf://([^@]+)@([0-9a-f]{40}))(?:/(.+))?", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """What the Hub lists of a file: its size in bytes, and a hash of its content.
+
+    `sha256` is that of a large file (LFS); small ones have git's own `blob_id` only.
+    """
+
+    size: int
+    blob_id: str
+    sha256: str | None = None
+
+    def matches(self, path: Path) -> bool:
+        """Whether the file at `path` has this content, by size and hash."""
+        if path.stat().st_size != self.size:
+            return False
+        git = partial(hashlib.sha1, b"blob %d\0" % self.size, usedforsecurity=False)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256" if self.sha256 else git)
+        return digest.hexdigest() == (self.sha256 or self.blob_id)
+
+
+class Repository:
+    """One commit of a model repository: `files.Files`, in the folder ``hf://org/name@commit``.
+
+    Attributes
+    ----------
+    repo_id, sha
+        Which repository, which commit.
+    folder
+        Its name as a folder: ``os.path.join(folder, file)`` names one of its files for `read_range`.
+    token
+        What it is read with; in no text of this class.
+    listing
+        All its files, by name.
+    """
+
+    def __init__(self, repo_id: str, sha: str, token: str | None, files: Mapping[str, RemoteFile]) -> None:
+        self.repo_id, self.sha, self.token, self.listing = repo_id, sha, token, files
+        self.folder = f"hf://{repo_id}@{sha}"
+        self._locations: dict[str, tuple[Any, str]] = {}  # by file, where it is and its ETag there
+
+    @classmethod
+    def at(cls, repo_id: str, sha: str, token: str | None, tries: int = access.TRIES) -> Repository:
+        """Return a commit, all its files listed.
+
+        Raises
+        ------
+        CheckpointError
+            If it cannot be listed, or has file names that cannot be.
+        """
+        api, what = HfApi(token=token or False), f"hf://{repo_id}@{sha}"
+        tree = access.ask(
+            lambda: list(api.list_repo_tree(repo_id, revision=sha, recursive=True)), what, tries
+        )
+        files = {}
+        for entry in tree:
+            if isinstance(entry, RepoFile):
+                if problem := name_problem(entry.path):
+                    raise CheckpointError(f"lists a file {problem}: {entry.path[:200]!a}", file=what)
+                sha256 = entry.lfs.sha256 if entry.lfs else None
+                files[entry.path] = RemoteFile(entry.size, entry.blob_id, sha256)
+        return cls(repo_id, sha, token, files)
+
+    def is_file(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return name in self.listing
+
+    def size(self, name: str) -> int:
+        """Return its size in bytes."""
+        return self.listing[name].size
+
+    def read(self, name: str) -> bytes:
+        """Return all of a small file."""
+        return self.fetch(name).read_bytes()
+
+    def names(self) -> Iterable[str]:
+        """Return the names of all files."""
+        return self.listing.keys()
+
+    def belonging(self) -> Iterator[str]:
+        """Yield the names of files at any depth, in order; not those of tools that made the copy."""
+        for name in sorted(self.listing):
+            if not any(map(NOT_OURS.fullmatch, name.split("/"))):
+                yield name
+
+    def leaves(self, name: str) -> None:
+        """Return None: nothing is outside."""
+
+    def read_range(self, file: str, offset: int, nbytes: int) -> Iterator[memoryview]:
+        """Yield a range of a file, `CHUNK_BYTES` at a time (the last may be less), in a buffer used again.
+
+        Raises
+        ------
+        CheckpointError
+            If the Hub refuses, stays away, or sends anything but this range of this commit.
+        """
+        buffer = bytearray(min(CHUNK_BYTES, nbytes))
+        view, filled = memoryview(buffer), 0
+        for piece in self._pieces(file, offset, nbytes):
+            taken = 0
+            while taken < len(piece):
+                count = min(len(piece) - taken, len(buffer) - filled)
+                view[filled : filled + count] = piece[taken : taken + count]
+                filled, taken = filled + count, taken + count
+                if filled == len(buffer):
+                    yield view
+                    filled = 0
+        if filled:
+            yield view[:filled]
+
+    def read_bytes(self, file: str, offset: int = 0, nbytes: int | None = None) -> bytes:
+        """Return a range of a file, by default to its end; as `read_range`."""
+        nbytes = self.size(file) - offset if nbytes is None else nbytes
+        return b"".join(self._pieces(file, offset, nbytes))
+
+    def header(self, file: str) -> Header:
+        """Read and validate the header of a safetensors file; as `safetensors_file.read_header`."""
+        size, where = self.listing[file].size, f"{self.folder}/{file}"
+        beginning = self.read_bytes(file, 0, min(size, _HEADER_GUESS))
+
+        def read(offset: int, nbytes: int) -> bytes:
+            missing = min(size, offset + nbytes) - len(beginning)
+            rest = self.read_bytes(file, len(beginning), missing) if missing > 0 else b""
+            return (beginning + rest)[offset : offset + nbytes]
+
+        raw = read_raw_header(read, size, where)
+        return parse_header(raw, size - PREFIX_BYTES - len(raw), where)
+
+    def fetch(self, file: str) -> Path:
+        """Return a small file's path in the client's cache, downloaded if need be, checked against its hash.
+
+        Raises
+        ------
+        CheckpointError
+            If it cannot be downloaded, or is not what the repository lists.
+        """
+        token, where = self.token or False, f"{self.folder}/{file}"
+        path = Path(
+            access.ask(lambda: hf_hub_download(self.repo_id, file, revision=self.sha, token=token), where)
+        )
+        self.check({file: path})
+        return path
+
+    def check(self, downloaded: Mapping[str, Path]) -> None:
+        """Hold files of the client's cache against the Hub's hashes of them.
+
+        Raises
+        ------
+        CheckpointError
+            If any is another; all such are removed, so that nobody takes them for the Hub's.
+        """
+        with run_all(self._is_as_listed, downloaded.items()) as results:
+            wrong = sorted(file for (file, _), is_right in results if not is_right)
+        if wrong:
+            raise CheckpointError(
+                "what was downloaded is not what the Hub lists, by its hash, and was removed: run the same "
+                "again to download it again",
+                file=f"{self.folder}/{listed(wrong)}",
+            )
+
+    def _is_as_listed(self, downloaded: tuple[str, Path]) -> bool:
+        file, path = downloaded
+        with suppress(FileNotFoundError):  # the same content was removed under another name
+            if self.listing[file].matches(path):
+                return True
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        return False
+
+    def _pieces(self, file: str, offset: int, nbytes: int) -> Iterator[bytes]:
+        """Yield a range in pieces of any length, going on from the byte reached when a connection is lost."""
+        where = f"{self.folder}/{file}"
+        patience, done = access.Patience(where), 0
+        while done < nbytes:
+            before = done
+            failure: tuple[str, float | None] = ("the Hub sent nothing", None)
+            try:
+                for piece in self._request(file, offset + done, nbytes - done):
+                    done += len(piece)
+                    patience.progressed()
+                    yield piece
+            except access.CLIENT_ERRORS as error:
+                if not access.may_pass(error):
+                    raise access.explained(error, where) from None
+                failure = access.happened(error)
+            if done == before:
+                self._locations.pop(file, None)  # asked anew at the Hub, which knows where it is now
+                patience.wait(*failure)
+
+    def _request(self, file: str, offset: int, nbytes: int) -> Iterator[bytes]:
+        """Ask for a range once; yield what comes of it."""
+        at_hub = hf_hub_url(self.repo_id, file, revision=self.sha, endpoint=constants.ENDPOINT)
+        url, etag = self._locations.get(file, (at_hub, ""))
+        headers = {"Range": f"bytes={offset}-{offset + nbytes - 1}", "Accept-Encoding": "identity"}
+        if access.is_of_hub(url):  # the token is the Hub's alone: a redirect takes it to no other host
+            headers = build_hf_headers(token=self.token or False, library_name="shardkit") | headers
+        request = {"headers": headers, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+        with get_session().stream("GET", url, follow_redirects=True, **request) as response:
+            self._check_response(response, file, offset, nbytes)
+            found = _etag(response, "ETag")
+            if etag and etag != found:
+                raise self._wrong(file, f"changed while it was read: its ETag was {etag}, is {found}")
+            self._locations[file] = response.url, found
+            received = 0
+            for piece in response.iter_raw():
+                received += len(piece)
+                if received > nbytes:
+                    raise self._wrong(file, f"was sent longer than the {nbytes} bytes asked for")
+                yield piece
+
+    def _check_response(self, response: Any, file: str, offset: int, nbytes: int) -> None:
+        """Refuse anything but this range of this file, as it was listed."""
+        if response.status_code == 200:
+            raise self._wrong(
+                file,
+                "was sent whole, not the range asked for: something on the way drops the Range header "
+                f"(a proxy?); first `hf download {self.repo_id} --revision {self.sha}`, then the same again",
+            )
+        hf_raise_for_status(response)
+        if response.status_code != 206:
+            raise self._wrong(file, f"was answered with status {response.status_code}")
+        if (coding := response.headers.get("Content-Encoding", "identity")) != "identity":
+            raise self._wrong(file, f"was sent as {coding}, not as it is")
+        said, listed = response.headers.get("Content-Range", ""), self.listing[file]
+        total = said.rpartition("/")[2][:80]
+        if total != str(listed.size):
+            raise self._wrong(file, f"has {total} bytes, {listed.size} are listed: it changed")
+        if not said.startswith(f"bytes {offset}-"):
+            raise self._wrong(file, f"was sent as {said[:80]!r}, not {nbytes} bytes from {offset} on")
+        for redirect in response.history:
+            linked = _etag(redirect, "X-Linked-Etag")
+            if linked and linked != (listed.sha256 or linked):
+                raise self._wrong(file, f"has the ETag {linked}, {listed.sha256} is listed: it changed")
+
+    def _wrong(self, file: str, problem: str) -> CheckpointError:
+        return CheckpointError(problem, file=f"{self.folder}/{file}")
+
+
+def _etag(response: Any, header: str) -> str:
+    return str(response.headers.get(header, "")).removeprefix("W/").strip('"')[:80]
+
+
+def name_problem(name: str) -> str | None:
+    """Say what is wrong with a file name; weights may have fewer names than what goes with them."""
+    if os.path.isabs(name) or ".." in name.split("/"):
+        return "outside the repository"
+    if any(char == "\\" or category(char) in ("Cc", "Cs") for char in name):
+        return "with a control character or a backslash in its name, which its owner must rename"
+    if is_weights(name) and not is_inside(name):
+        return "of weights with characters in its name that do not show, which its owner must rename"
+    return None
+
+
+_OPEN: dict[str, Repository] = {}
+
+
+def remember(repository: Repository) -> Repository:
+    """Keep a repository for `read_range` in this process; one that was opened with a token stays."""
+    if repository.token or repository.folder not in _OPEN:
+        _OPEN[repository.folder] = repository
+    return _OPEN[repository.folder]
+
+
+def repository_of(path: str) -> tuple[Repository, str]:
+    """Return the repository that a path ``hf://org/name@commit/file`` is in, and the file.
+
+    A process of a pool has not opened it: there it is listed anew, with the token found there.
+    """
+    found = _REMOTE.fullmatch(path)
+    if not found:
+        raise CheckpointError("is not of the form hf://org/name@commit/file", file=path)
+    folder, repo_id, sha, file = found.groups()
+    if folder not in _OPEN:
+        remember(Repository.at(repo_id, sha, access.find_token()))
+    return _OPEN[folder], file or ""
+
+
+def read_range(path: str, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """Yield a range of a file on the Hub, given its path; as `Repository.read_range`."""
+    repository, file = repository_of(path)
+    return repository.read_range(file, offset, nbytes)

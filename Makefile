@@ -47,6 +47,7 @@ lint: $(MARK)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python notebooks/badges.py --check
 
 test: lint

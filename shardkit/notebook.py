@@ -6,27 +6,19 @@ Papermill only warns of a name that the notebook does not know, and runs on with
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from shardkit.base.errors import InOneLine, ShardkitError
 from shardkit.base.record import listed, plural, printable
-from shardkit.base.sizes import parse_size
-from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.compare.comparison import Comparison, merge_comparisons
-from shardkit.formats.tensor import CAST_DTYPES
-from shardkit.plan.plan import Strategy
+from shardkit.compare.parameters import RULES, ParameterError, check_values
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _INJECTED = "# Parameters"  # how papermill begins the cell that it writes
-
-
-class ParameterError(InOneLine, ShardkitError, ValueError):
-    """A parameter of a notebook or of the app is unknown, or its value cannot be used."""
 
 
 def check_parameters(names: Mapping[str, Any]) -> None:
@@ -52,16 +44,7 @@ def check_parameters(names: Mapping[str, Any]) -> None:
             f"{plural(len(unknown), 'unknown parameter')} ({listed(unknown)}): "
             f"this notebook has {listed(known, len(known))}"
         )
-    check_values({name: names[name] for name in known.keys() & _RULES.keys()})
-
-
-def check_values(values: Mapping[str, Any]) -> None:
-    """Refuse values of parameters that cannot be used; as `check_parameters`."""
-    for name, value in values.items():
-        try:
-            _RULES[name](value)
-        except ShardkitError as error:
-            raise ParameterError(f"parameter {name}: {error}") from None
+    check_values({name: names[name] for name in known.keys() & RULES.keys()})
 
 
 def _assigned(cell: str, kind: type[ast.Assign | ast.AnnAssign]) -> list[str]:
@@ -71,52 +54,6 @@ def _assigned(cell: str, kind: type[ast.Assign | ast.AnnAssign]) -> list[str]:
         targets = (node.targets[0] if isinstance(node, ast.Assign) else node.target for node in found)
         return [target.id for target in targets if isinstance(target, ast.Name)]
     return []
-
-
-def _is_text(value: object) -> None:
-    if not isinstance(value, str) or not value:
-        raise ShardkitError(f"{value!r} is no text (papermill's -r passes a number as text)")
-
-
-def _one_of(*choices: object) -> Callable[[object], None]:
-    def check(value: object) -> None:
-        if value not in choices:
-            raise ShardkitError(f"{value!r} is not one of {', '.join(map(str, choices))}")
-
-    return check
-
-
-def _is_checkpoint(value: Any) -> None:
-    if value != "":  # the demo model
-        _is_text(value)
-        Checkpoint.open(value)
-
-
-def _is_folder(value: Any) -> None:
-    _is_text(value)
-    if not Path(value).is_dir():
-        raise ShardkitError(f"{value!r} is not a folder that exists")
-
-
-def _is_count(value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise ShardkitError(f"{value!r} is not a whole number above zero")
-
-
-_RULES: dict[str, Callable[[Any], object]] = {
-    "model": _is_checkpoint,
-    "demo_size": parse_size,
-    "max_shard_size": parse_size,
-    "strategy": _one_of(*get_args(Strategy)),
-    "dtype": _one_of(*CAST_DTYPES),
-    "repeats": _is_count,
-    "cache": _one_of("cold", "warm"),
-    "overwrite": _one_of(True, False),
-    "first_token": _one_of(True, False),
-    "trust_remote_code": _one_of(True, False),
-    "output_folder": _is_text,
-    "results": _is_folder,
-}
 
 
 def read_results(folder: str) -> tuple[dict[str, Comparison], pd.DataFrame]:

@@ -9,14 +9,14 @@ import psutil
 import pytest
 
 from shardkit import make_demo_checkpoint
-from shardkit.measure import limit
-from shardkit.measure.environment import filesystem, usable_memory
+from shardkit.base import machine
+from shardkit.base.machine import filesystem, usable_memory
 from shardkit.measure.limit import limited, why_unlimited
 
 # A notebook's kernel holds 250 MB of a limit, and reads 100 MB of files; what is left, and its verdict.
 KERNEL = """
 import json, os, sys, shardkit
-from shardkit.measure.environment import usable_memory
+from shardkit.base.machine import usable_memory
 checkpoint = shardkit.Checkpoint.open(sys.argv[1])
 ballast = bytearray(os.urandom(1 << 20)) * 250
 os.sync()
@@ -29,8 +29,8 @@ print(json.dumps([here.name, here.verdict, here.memory_bytes, usable_memory()]))
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """A control group of ours, of files that a test writes."""
-    monkeypatch.setattr(limit, "CGROUP_ROOT", str(tmp_path))
-    monkeypatch.setattr(limit, "OWN_CGROUP", str(tmp_path / "own-cgroup"))
+    monkeypatch.setattr(machine, "CGROUP_ROOT", str(tmp_path))
+    monkeypatch.setattr(machine, "OWN_CGROUP", str(tmp_path / "own-cgroup"))
 
     def make(line, group, **files):
         (tmp_path / "own-cgroup").write_text(line)
@@ -44,26 +44,26 @@ def own(tmp_path, monkeypatch):
 def test_what_a_group_holds_is_not_left_but_its_file_pages_are(own):
     held = "anon 400\nfile 300\ninactive_file 50\nactive_file 20\nshmem 230\nslab_reclaimable 5\n"
     own("0::/a\n", "a", max="1000", current="700", stat=held)
-    assert limit.left_in_force() == usable_memory() == 1000 - 700 + 50 + 20 + 5
+    assert machine.left_in_force() == usable_memory() == 1000 - 700 + 50 + 20 + 5
     own("0::/a\n", "a", current="1200")  # for a moment, while the kernel drops pages
-    assert limit.left_in_force() == 0
+    assert machine.left_in_force() == 0
 
 
 def test_the_first_version_of_groups_counts_what_is_held_below(own):
     held = "inactive_file 1\nactive_file 1\ntotal_inactive_file 50\ntotal_active_file 20\n"
     own("4:memory:/a\n", "memory/a", limit_in_bytes="1000", usage_in_bytes="700", stat=held)
-    assert limit.left_in_force() == 370
+    assert machine.left_in_force() == 370
 
 
 def test_the_ancestor_that_leaves_least_decides(own):
     own("0::/a/b\n", "a", max="1000", current="900", stat="")
     own("0::/a/b\n", "a/b", max="500", current="100", stat="")
-    assert limit.left_in_force() == 100
+    assert machine.left_in_force() == 100
 
 
 def test_without_a_limit_what_is_available_is_left(own):
     own("0::/a\n", "a", max="max", current="700", stat="")
-    assert limit.left_in_force() is None
+    assert machine.left_in_force() is None
     assert 0 < usable_memory() < psutil.virtual_memory().total
 
 

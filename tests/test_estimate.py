@@ -27,11 +27,11 @@ from transformers import (
 )
 
 from shardkit import Checkpoint, PlanError, make_demo_checkpoint, measure_load, plan_shards
+from shardkit.base.machine import filesystem
 from shardkit.base.sizes import format_size
+from shardkit.checkpoint import checkpoint as checkpoint_module
 from shardkit.checkpoint import estimate
 from shardkit.checkpoint.estimate import StoredTensor, estimate_load, fit
-from shardkit.measure import environment
-from shardkit.measure.environment import filesystem
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_files_on_tmpfs_are_memory_of_the_load(on_tmpfs):
 
 @pytest.mark.skipif(not TMPFS, reason="/dev/shm is no tmpfs here")
 def test_files_on_tmpfs_count_here_as_used_and_elsewhere_as_files(on_tmpfs, monkeypatch):
-    monkeypatch.setattr(environment, "usable_memory", lambda: 330_000_000)  # the files are no part of it
+    monkeypatch.setattr(estimate, "usable_memory", lambda: 330_000_000)  # the files are no part of it
     found = on_tmpfs.estimate()
     assert [host.verdict for host in found.hosts] == ["fits"] * 4
     monkeypatch.setitem(estimate.HOSTS, "Binder", 330_000_000)
@@ -298,9 +298,9 @@ def test_of_links_the_file_system_counts_where_they_lead(demo, tmp_path, monkeyp
     shutil.copytree(demo, blobs)
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(file)
-    monkeypatch.setattr(environment, "filesystem", {str(blobs): "tmpfs"}.get)
+    monkeypatch.setattr(checkpoint_module, "filesystem", {str(blobs): "tmpfs"}.get)
     assert Checkpoint.open(snapshot).estimate().resident_bytes > 0
-    monkeypatch.setattr(environment, "filesystem", {str(snapshot): "tmpfs"}.get)
+    monkeypatch.setattr(checkpoint_module, "filesystem", {str(snapshot): "tmpfs"}.get)
     assert Checkpoint.open(snapshot).estimate().resident_bytes == 0
 
 

@@ -40,6 +40,7 @@ from shardkit import (
     shard_checkpoint,
     verify_checkpoint,
 )
+from shardkit.checkpoint.belonging import needed_files
 from shardkit.sources import hub as remote
 from shardkit.sources import hub_client as access
 from shardkit.sources.resolve import must_stream
@@ -615,7 +616,7 @@ class TestStreaming:
         out, staging = tmp_path / "out", tmp_path / ".out.shardkit-staging"
         kill = "lambda p: os.kill(os.getpid(), 9) if p.done_bytes > 2_100_000 else None"
         code = (
-            "import os, shardkit; from shardkit import transfer; transfer.TASK_BYTES = 100_000;"
+            "import os, shardkit; from shardkit.shard import copy; copy.TASK_BYTES = 100_000;"
             f"shardkit.shard_checkpoint({ID!r}, {str(out)!r}, max_shard_size='600KB', "
             f"stream=True, workers=4, progress={kill})"
         )
@@ -686,7 +687,7 @@ class TestStreaming:
 
         with monkeypatch.context() as patched:
             patched.setattr(os, "stat", stat)
-            must_stream(Checkpoint.open(ID).folder, 1000, "~/disk/out")
+            must_stream(Checkpoint.open(ID).folder, needed_files, 1000, "~/disk/out")
         assert str(tmp_path / "home" / "disk") in asked
 
     @pytest.mark.usefixtures("sha")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shardkit import MeasurementError, measure_load
+from shardkit.base import machine
 from shardkit.measure import limit
 from shardkit.measure.limit import limited, why_unlimited
 from tests.fake_loads import MB, fake_interpreter, gone, happens
@@ -18,7 +19,7 @@ needs_groups = pytest.mark.skipif(
 
 
 def groups_left(pid):
-    return list(Path(limit.CGROUP_ROOT).rglob(f"shardkit-{pid}-*"))
+    return list(Path(machine.CGROUP_ROOT).rglob(f"shardkit-{pid}-*"))
 
 
 def own_group(nbytes):
@@ -192,8 +193,8 @@ def elsewhere(tmp_path, monkeypatch):
     """A tree of control groups that is ours to make."""
     root, own = tmp_path / "cgroup", tmp_path / "own"
     root.mkdir()
-    monkeypatch.setattr(limit, "CGROUP_ROOT", str(root))
-    monkeypatch.setattr(limit, "OWN_CGROUP", str(own))
+    monkeypatch.setattr(machine, "CGROUP_ROOT", str(root))
+    monkeypatch.setattr(machine, "OWN_CGROUP", str(own))
     monkeypatch.setenv("PATH", str(tmp_path))  # no systemd-run
     why_unlimited.cache_clear()
     yield root, own
@@ -230,4 +231,4 @@ def test_second_version_of_control_groups_is_asked_for_the_controller(elsewhere,
 def test_group_names_that_leave_the_tree_are_left_alone(elsewhere):
     root, own = elsewhere
     own.write_text("0::/../../somewhere\n")
-    assert [group for group, _ in limit._groups()] == [root]
+    assert [group for group, _ in machine.control_groups()] == [root]

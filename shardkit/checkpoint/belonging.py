@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from shardkit.base.errors import CheckpointError
-from shardkit.checkpoint.layout import family, is_weights, read_json, shard_set
+from shardkit.checkpoint.layout import family, find_weights, output_stem, read_config, read_json, shard_set
+from shardkit.formats.names import is_weights
 from shardkit.sources.local import Files, is_remote
 
 OTHER_FORMAT = "the same weights in another format"
@@ -165,3 +166,12 @@ def _size(files: Files, file: str) -> int:
 
 def _is_pointer(files: Files, file: str, size: int) -> bool:
     return size < _POINTER_BYTES and not is_remote(files.folder) and files.read(file).startswith(_POINTER)
+
+
+def needed_files(files: Files) -> list[str]:
+    """Return the names of all that makes up a checkpoint: weights in one format, index, side files."""
+    config = read_config(files)
+    found = find_weights(files, config)
+    weights = dict.fromkeys((found.chosen, *found.files))
+    beside = sort_out(files, weights, output_stem(files, found.chosen, config), config)
+    return [*weights, *beside.side_files]

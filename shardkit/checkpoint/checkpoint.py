@@ -15,9 +15,10 @@ from zipfile import is_zipfile
 
 from shardkit.base.errors import CheckpointError, DownloadNeededError, reading
 from shardkit.base.jobs import run_all
+from shardkit.base.machine import MEMORY_FILESYSTEMS, filesystem
 from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.base.sizes import format_size
-from shardkit.checkpoint.belonging import Beside, sort_out
+from shardkit.checkpoint.belonging import Beside, needed_files, sort_out
 from shardkit.checkpoint.estimate import (
     LOAD_BITS,
     Estimate,
@@ -32,13 +33,13 @@ from shardkit.checkpoint.layout import (
     config_dtype,
     find_weights,
     index_notes,
-    is_index,
     naming_notes,
     output_stem,
     plain_json,
     read_config,
 )
 from shardkit.checkpoint.metadata import of_checkpoint
+from shardkit.formats.names import is_index
 from shardkit.formats.pickle_file import Scan, scan_pickles, twice_note
 from shardkit.formats.safetensors import Header
 from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused
@@ -147,7 +148,7 @@ class Checkpoint(Record):
             return cls._read(LocalFiles(path.parent), str(path), path.name)
         from shardkit.sources.resolve import find_model
 
-        found = find_model(text, revision=revision, token=token, download=download)
+        found = find_model(text, needed_files, revision=revision, token=token, download=download)
         return cls._read(found.files, found.source, notes=found.notes)
 
     @classmethod
@@ -274,8 +275,6 @@ class Checkpoint(Record):
 
     def _is_in_memory(self) -> bool:
         """Whether its files are on tmpfs; of links, as the Hub's client makes them, where they lead."""
-        from shardkit.measure.environment import MEMORY_FILESYSTEMS, filesystem
-
         folders = {os.path.dirname(os.path.realpath(self.path(file))) for file in self.files}
         return any(filesystem(folder) in MEMORY_FILESYSTEMS for folder in folders)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+from shardkit.base.machine import usable_memory
 from shardkit.base.record import Record, Summary, Table
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.kept import family, listed_patterns
@@ -345,8 +346,6 @@ def estimate_adapter(
 
 def with_hosts(made: Estimate) -> Estimate:
     """Return an estimate with its verdicts: what is left of this machine's memory, and the free hosts."""
-    from shardkit.measure.environment import usable_memory
-
     hosts = [
         fit(name, memory, made.new_bytes, made.mapped_bytes + made.resident_bytes)
         for name, memory in HOSTS.items()

@@ -19,6 +19,7 @@ from shardkit.base.errors import CheckpointError, reading
 from shardkit.base.record import listed, plural
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.quantized import quantisation as quantisation
+from shardkit.formats.names import is_index, is_weights
 from shardkit.formats.safetensors import JsonBounds, reading_json
 from shardkit.sources.local import Files, is_inside
 
@@ -32,8 +33,6 @@ _MAX_JSON_BYTES = 100_000_000
 _JSON_BOUNDS = JsonBounds(structure=8_000_000, colons=4_000_000, unquoted=_MAX_JSON_BYTES)
 _MAX_JSON_DEPTH = 100
 _MAX_MISSING = 100_000  # shards to look for that are not there: a name may claim any number
-_INDEX = re.compile(r".*\.(safetensors|bin)\.index(\.[^.]+)?\.json")
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|ot|tflite)")
 _SHARD = re.compile(r"(.+?)[-_.](\d+)[-_]of[-_](\d+)(\.[^.]+)?\.(safetensors|bin)")
 _VARIANT = re.compile(r"\.(?:(?:fp|bf|int|nf)\d+|\d+bit)")
 
@@ -60,16 +59,6 @@ class Weights(NamedTuple):
     weight_map: dict[str, str]
     notes: tuple[str, ...] = ()
     dtype: str | None = None
-
-
-def is_index(name: str) -> bool:
-    """Whether a file name is that of an index: ``model.safetensors.index.json``."""
-    return _INDEX.fullmatch(name) is not None
-
-
-def is_weights(name: str) -> bool:
-    """Whether a file name is that of weights, in any format, or of their index."""
-    return _WEIGHTS.fullmatch(name) is not None or is_index(name)
 
 
 def family(name: str) -> str:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.base.errors import CheckpointError
+from shardkit.base.machine import usable_memory
+from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import architecture, find_weights, read_config
 from shardkit.formats.tensor import CAST_DTYPES, parse_dtype
 from shardkit.load.prefetch import Prefetch
-from shardkit.sources.local import LocalFiles, folder_here
+from shardkit.sources.local import LocalFiles
 
 # Pages beyond this share of the memory that is free would push out others that were just read.
 _CACHE_SHARE = 0.9
@@ -75,6 +77,16 @@ def load_model(
         raise
 
 
+def _folder_here(source: str | os.PathLike[str]) -> str:
+    """Return the path of a checkpoint on this machine, downloaded first where it is on the Hub."""
+    path = os.path.abspath(os.path.expanduser(source))
+    if os.path.exists(path):
+        return path
+    from shardkit.sources.resolve import find_model
+
+    return find_model(os.fspath(source), needed_files, download=True).files.folder
+
+
 def loaded_files(source: str | os.PathLike[str]) -> tuple[str, list[str]]:
     """Return the folder that transformers is given, and the paths of the weights that it loads from there.
 
@@ -83,7 +95,7 @@ def loaded_files(source: str | os.PathLike[str]) -> tuple[str, list[str]]:
     CheckpointError
         If `source` holds no checkpoint, or is a file beside the one that transformers chooses.
     """
-    path = Path(folder_here(source))
+    path = Path(_folder_here(source))
     folder = path if path.is_dir() else path.parent
     inside = LocalFiles(folder)
     config = read_config(inside)
@@ -111,8 +123,6 @@ def loader_names(config: Mapping[str, Any] | None, trusted: bool) -> list[str]:
 
 def prefetch_bytes(checkpoint: Checkpoint, dtype: object, memory_limit: int | None = None) -> int:
     """Return how many bytes of the files the page cache can keep beside what the load itself takes."""
-    from shardkit.measure.environment import usable_memory
-
     free = min((left for left in (usable_memory(), memory_limit) if left is not None), default=0)
     asked = str(dtype).removeprefix("torch.")
     needed = checkpoint.estimate(asked if asked in CAST_DTYPES else None).peak_anonymous_bytes

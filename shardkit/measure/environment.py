@@ -9,12 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shardkit.base.machine import filesystem, limit_in_force
 from shardkit.base.record import plural
 from shardkit.base.sizes import format_size
-from shardkit.measure.limit import left_in_force, limit_in_force
-
-# Where the pages of a file are memory that the kernel cannot drop.
-MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
 
 
 @dataclass(frozen=True)
@@ -72,44 +69,12 @@ def describe_machine(folder: str, limit: int | None, **told: Any) -> Environment
     )
 
 
-def usable_memory() -> int | None:
-    """Return how many bytes a load may still take here; None where the system does not tell.
-
-    Of the machine, and of its control group if that is limited: what others hold already is not left, file
-    pages that the kernel can drop are.
-    """
-    return min((left for left in (_available(), left_in_force()) if left is not None), default=None)
-
-
-def _available() -> int | None:
-    import psutil
-
-    with suppress(OSError, LookupError, ValueError):  # a container may lack /proc/meminfo
-        return psutil.virtual_memory().available
-    with suppress(OSError, ValueError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
 def _cpu_model() -> str:
     with suppress(OSError), open("/proc/cpuinfo") as file:
         for line in file:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def filesystem(folder: str) -> str | None:
-    """Return the type of the file system that holds `folder`: "ext4"; None where the system does not tell."""
-    import psutil
-
-    path, mounts = os.path.realpath(folder), []
-    with suppress(OSError, RuntimeError, ValueError):  # a sandbox may hide what is mounted
-        mounts = psutil.disk_partitions(all=True)
-    holding = [mount for mount in mounts if os.path.commonpath([path, mount.mountpoint]) == mount.mountpoint]
-    # Of two at the same place, the later hides the earlier.
-    nearest = max(reversed(holding), key=lambda mount: len(mount.mountpoint), default=None)
-    return nearest.fstype if nearest else None
 
 
 def _read_ahead(folder: str) -> int | None:

@@ -20,19 +20,10 @@ from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
+from shardkit.base import machine
 from shardkit.base.errors import MeasurementError
+from shardkit.base.machine import LIMIT_FILE, control_groups
 
-CGROUP_ROOT = "/sys/fs/cgroup"
-OWN_CGROUP = "/proc/self/cgroup"
-# cgroup v1 writes "no limit" as the largest page-aligned number.
-_NO_LIMIT = 2**60
-_LIMIT_FILE = {False: "memory.limit_in_bytes", True: "memory.max"}
-_USAGE_FILE = {False: "memory.usage_in_bytes", True: "memory.current"}
-# Descendants included. Pages of tmpfs are file pages only by name: the kernel counts them elsewhere.
-_DROPPABLE = {
-    False: ("total_inactive_file", "total_active_file"),
-    True: ("inactive_file", "active_file", "slab_reclaimable"),
-}
 _PROBE_BYTES = 64 << 20
 
 # The shell joins the group and becomes the command, so that all the command's memory counts.
@@ -90,9 +81,9 @@ def _scope(nbytes: int) -> Iterator[Path]:
     command = [*_SYSTEMD, *limits, "--", "/bin/sh", "-c", _HOLD]
     piped: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, **piped) as holder:  # noqa: S603
-        group = Path(CGROUP_ROOT, next(iter(holder.stdout or ()), "").strip().lstrip("/"))
+        group = Path(machine.CGROUP_ROOT, next(iter(holder.stdout or ()), "").strip().lstrip("/"))
         # systemd does not say when it cannot limit, as where the kernel was started without the controller.
-        if abs(int((group / _LIMIT_FILE[True]).read_text()) - nbytes) >= PAGESIZE:
+        if abs(int((group / LIMIT_FILE[True]).read_text()) - nbytes) >= PAGESIZE:
             raise OSError("systemd has set another limit")
         yield group
 
@@ -113,7 +104,7 @@ def why_unlimited() -> str | None:
 
 def _make_group(nbytes: int) -> Path | None:
     """Make a group with this limit and no swap, below our own or as near above as we may; None if nowhere."""
-    for parent, is_v2 in _groups():
+    for parent, is_v2 in control_groups():
         group = parent / f"shardkit-{os.getpid()}-{secrets.token_hex(4)}"
         try:
             group.mkdir()
@@ -147,57 +138,13 @@ def _remove(group: Path) -> None:
             return
 
 
-def _groups() -> Iterator[tuple[Path, bool]]:
-    """Yield our own control group and its ancestors, and whether they are of version 2.
-
-    A container may show only the root of its own tree: some of them may not be there.
-    """
-    with suppress(OSError):
-        for line in Path(OWN_CGROUP).read_text().splitlines():
-            _, controllers, name = line.split(":", 2)
-            if controllers == "" or "memory" in controllers.split(","):
-                is_v2 = controllers == ""
-                base = Path(CGROUP_ROOT) if is_v2 else Path(CGROUP_ROOT, "memory")
-                group = Path(name.lstrip("/"))
-                above = (group, *group.parents)
-                yield from ((base / path, is_v2) for path in above if ".." not in path.parts)
-
-
-def limit_in_force() -> int | None:
-    """Return the smallest memory limit of our control group and its ancestors, in bytes; None for none."""
-    limits = []
-    for group, is_v2 in _groups():
-        with suppress(OSError, ValueError):  # "max" is no number
-            limits.append(int((group / _LIMIT_FILE[is_v2]).read_text()))
-    return min((limit for limit in limits if limit < _NO_LIMIT), default=None)
-
-
-def left_in_force() -> int | None:
-    """Return how many bytes the limits of our control group and its ancestors leave; None for no limit.
-
-    What is used counts without file pages, which the kernel drops first.
-    """
-    left = []
-    for group, is_v2 in _groups():
-        with suppress(OSError, ValueError):
-            if (limit := int((group / _LIMIT_FILE[is_v2]).read_text())) < _NO_LIMIT:
-                used = int((group / _USAGE_FILE[is_v2]).read_text())
-                left.append(max(0, limit - used + _droppable(group, is_v2)))
-    return min(left, default=None)
-
-
-def _droppable(group: Path, is_v2: bool) -> int:
-    lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-    return sum(int(line[1]) for line in lines if line[0] in _DROPPABLE[is_v2])
-
-
 def _set_limit(group: Path, nbytes: int, is_v2: bool) -> None:
     if is_v2:
         # A group's children have the memory controller only if it says so; with processes of its own it
         # may not.
         with suppress(OSError):
             (group.parent / "cgroup.subtree_control").write_text("+memory")
-    with (group / _LIMIT_FILE[is_v2]).open("r+") as file:  # which is there only where the controller is
+    with (group / LIMIT_FILE[is_v2]).open("r+") as file:  # which is there only where the controller is
         file.write(str(nbytes))
     swap, most = ("memory.swap.max", 0) if is_v2 else ("memory.memsw.limit_in_bytes", nbytes)
     with suppress(OSError):  # swap is not always accounted for

@@ -22,7 +22,7 @@ import filelock
 from shardkit.base.errors import DestinationError
 from shardkit.base.record import listed
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.checkpoint.layout import is_weights
+from shardkit.formats.names import is_weights
 
 _LOCK_SECONDS = 2.0
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2

@@ -28,8 +28,10 @@ from shardkit.base.jobs import (
 )
 from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.base.sizes import format_size
+from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.checkpoint.layout import adapted_config, config_dtype, is_weights
+from shardkit.checkpoint.layout import adapted_config, config_dtype
+from shardkit.formats.names import is_weights
 from shardkit.plan.plan import Shard, ShardPlan, Strategy, plan_shards
 from shardkit.shard.copy import Lost, Outcome, Task, file_tasks, run_task, shard_tasks, whole_file
 from shardkit.shard.destination import check_free, resolve
@@ -262,7 +264,8 @@ def _open(
             return checkpoint
         from shardkit.sources.resolve import must_stream
 
-        if stream is None and must_stream(checkpoint.folder, planned(checkpoint).disk_bytes, destination):
+        nbytes = planned(checkpoint).disk_bytes
+        if stream is None and must_stream(checkpoint.folder, needed_files, nbytes, destination):
             return checkpoint
     check_free(resolve(destination), overwrite)  # rather now than after a long download
     return opened(download=True)

@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, constants
 from shardkit.base.errors import CheckpointError, DestinationError
 from shardkit.base.jobs import ProgressCallback, ProgressCount, resumable, run_all
 from shardkit.base.record import listed, plural
+from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint, file_state
 from shardkit.checkpoint.layout import CONFIG_FILES, read_made
 from shardkit.shard.engine import ShardReport
@@ -21,7 +22,6 @@ from shardkit.shard.model_card import CARD, Story, model_card
 from shardkit.sources.hub import RemoteFile, Repository, name_problem
 from shardkit.sources.hub_client import quiet
 from shardkit.sources.local import LocalFiles, is_remote
-from shardkit.sources.resolve import needed_files
 
 
 class _LocalFile(NamedTuple):

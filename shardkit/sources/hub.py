@@ -26,7 +26,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from shardkit.base.errors import CheckpointError
 from shardkit.base.jobs import run_all
 from shardkit.base.record import listed
-from shardkit.checkpoint.layout import is_weights
+from shardkit.formats.names import is_weights
 from shardkit.formats.safetensors import PREFIX_BYTES, Header, parse_header, read_raw_header
 from shardkit.sources import hub_client as access
 from shardkit.sources.local import NOT_OURS, is_inside

@@ -32,16 +32,6 @@ def is_inside(name: str) -> bool:
     )
 
 
-def folder_here(source: str | os.PathLike[str]) -> str:
-    """Return the path of a checkpoint on this machine, downloaded first where it is on the Hub."""
-    path = os.path.abspath(os.path.expanduser(source))
-    if os.path.exists(path):
-        return path
-    from shardkit.sources.resolve import find_model
-
-    return find_model(os.fspath(source), download=True).files.folder
-
-
 class LocalFiles:
     """The files of a folder on this machine, by their names relative to `folder`."""
 

@@ -7,10 +7,10 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
@@ -20,8 +20,6 @@ from huggingface_hub.utils import validate_repo_id
 from shardkit.base.errors import CheckpointError, SpaceError
 from shardkit.base.record import plural
 from shardkit.base.sizes import format_size
-from shardkit.checkpoint.belonging import sort_out
-from shardkit.checkpoint.layout import find_weights, output_stem, read_config
 from shardkit.sources.hub import Repository, remember, repository_of
 from shardkit.sources.hub_client import TRIES, UnreachableError, ask, find_token
 from shardkit.sources.local import Files, LocalFiles
@@ -29,6 +27,8 @@ from shardkit.sources.local import Files, LocalFiles
 _NAME = r"\w[\w.-]*"
 _ID = re.compile(rf"(?:hf://)?({_NAME}/{_NAME}|(?<=hf://){_NAME})(?:@(.+))?", re.ASCII)
 _SHA = re.compile(r"[0-9a-f]{40}")
+
+Needed: TypeAlias = Callable[[Files], list[str]]
 
 
 class HubId(NamedTuple):
@@ -81,7 +81,12 @@ def _is_name(repo_id: str) -> bool:
 
 
 def find_model(
-    text: str, *, revision: str | None = None, token: str | None = None, download: bool = False
+    text: str,
+    needed_files: Needed,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    download: bool = False,
 ) -> Found:
     """Return the files of a model: in the client's cache where all are there, otherwise on the Hub.
 
@@ -89,6 +94,8 @@ def find_model(
     ----------
     text, revision
         As for `parse_id`.
+    needed_files
+        Which of a model's files make up its checkpoint.
     token
         As for `find_token`.
     download
@@ -104,12 +111,12 @@ def find_model(
     wanted = parse_id(text, revision)
     cached = _cached_commit(wanted)
     if constants.is_offline_mode():
-        return _from_cache(wanted, cached, "HF_HUB_OFFLINE is set")
+        return _from_cache(wanted, cached, "HF_HUB_OFFLINE is set", needed_files)
     try:
         repository = _open(wanted, find_token(token), tries=1 if cached else TRIES)
     except UnreachableError as error:
         if cached:
-            return _from_cache(wanted, cached, "the Hub could not be reached")
+            return _from_cache(wanted, cached, "the Hub could not be reached", needed_files)
         raise UnreachableError(f"{text!r} is neither a folder nor a file here, and {error}") from None
     snapshot, needed = _snapshot(wanted.repo_id, repository.sha), needed_files(repository)
     is_whole = all(map(snapshot.is_file, needed)) and not _doubt(wanted.repo_id, repository.sha).exists()
@@ -121,7 +128,9 @@ def find_model(
     return Found(snapshot, repository.folder, notes)
 
 
-def must_stream(folder: str, written_bytes: int, destination: str | os.PathLike[str]) -> bool:
+def must_stream(
+    folder: str, needed_files: Needed, written_bytes: int, destination: str | os.PathLike[str]
+) -> bool:
     """Whether disks have no room for a model of the Hub, downloaded, and what will be written of it."""
     repository, _ = repository_of(folder)
     snapshot = _snapshot(repository.repo_id, repository.sha)
@@ -129,15 +138,6 @@ def must_stream(folder: str, written_bytes: int, destination: str | os.PathLike[
     cache, target = _existing(snapshot.folder), _existing(os.path.abspath(os.path.expanduser(destination)))
     beside = written_bytes if os.stat(cache).st_dev == os.stat(target).st_dev else 0
     return sum(map(repository.size, missing)) + beside > shutil.disk_usage(cache).free
-
-
-def needed_files(files: Files) -> list[str]:
-    """Return the names of all that makes up a checkpoint: weights in one format, index, side files."""
-    config = read_config(files)
-    found = find_weights(files, config)
-    weights = dict.fromkeys((found.chosen, *found.files))
-    beside = sort_out(files, weights, output_stem(files, found.chosen, config), config)
-    return [*weights, *beside.side_files]
 
 
 def _open(wanted: HubId, token: str | None, tries: int) -> Repository:
@@ -183,7 +183,7 @@ def _note_commit(wanted: HubId, sha: str) -> None:
             path.write_text(sha, encoding="utf-8")
 
 
-def _from_cache(wanted: HubId, sha: str | None, why: str) -> Found:
+def _from_cache(wanted: HubId, sha: str | None, why: str, needed_files: Needed) -> Found:
     if sha is None:
         raise CheckpointError(
             f"is not in the local cache, and {why}: download it where there is a network", file=str(wanted)

@@ -1,0 +1,99 @@
+"""What this machine has left: memory, limits in force, and what its file systems are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+CGROUP_ROOT = "/sys/fs/cgroup"
+OWN_CGROUP = "/proc/self/cgroup"
+# cgroup v1 writes "no limit" as the largest page-aligned number.
+_NO_LIMIT = 2**60
+LIMIT_FILE = {False: "memory.limit_in_bytes", True: "memory.max"}
+_USAGE_FILE = {False: "memory.usage_in_bytes", True: "memory.current"}
+# Descendants included. Pages of tmpfs are file pages only by name: the kernel counts them elsewhere.
+_DROPPABLE = {
+    False: ("total_inactive_file", "total_active_file"),
+    True: ("inactive_file", "active_file", "slab_reclaimable"),
+}
+
+# Where the pages of a file are memory that the kernel cannot drop.
+MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
+
+
+def usable_memory() -> int | None:
+    """Return how many bytes a load may still take here; None where the system does not tell.
+
+    Of the machine, and of its control group if that is limited: what others hold already is not left, file
+    pages that the kernel can drop are.
+    """
+    return min((left for left in (_available(), left_in_force()) if left is not None), default=None)
+
+
+def _available() -> int | None:
+    import psutil
+
+    with suppress(OSError, LookupError, ValueError):  # a container may lack /proc/meminfo
+        return psutil.virtual_memory().available
+    with suppress(OSError, ValueError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def limit_in_force() -> int | None:
+    """Return the smallest memory limit of our control group and its ancestors, in bytes; None for none."""
+    limits = []
+    for group, is_v2 in control_groups():
+        with suppress(OSError, ValueError):  # "max" is no number
+            limits.append(int((group / LIMIT_FILE[is_v2]).read_text()))
+    return min((limit for limit in limits if limit < _NO_LIMIT), default=None)
+
+
+def left_in_force() -> int | None:
+    """Return how many bytes the limits of our control group and its ancestors leave; None for no limit.
+
+    What is used counts without file pages, which the kernel drops first.
+    """
+    left = []
+    for group, is_v2 in control_groups():
+        with suppress(OSError, ValueError):
+            if (limit := int((group / LIMIT_FILE[is_v2]).read_text())) < _NO_LIMIT:
+                used = int((group / _USAGE_FILE[is_v2]).read_text())
+                left.append(max(0, limit - used + _droppable(group, is_v2)))
+    return min(left, default=None)
+
+
+def _droppable(group: Path, is_v2: bool) -> int:
+    lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return sum(int(line[1]) for line in lines if line[0] in _DROPPABLE[is_v2])
+
+
+def control_groups() -> Iterator[tuple[Path, bool]]:
+    """Yield our own control group and its ancestors, and whether they are of version 2.
+
+    A container may show only the root of its own tree: some of them may not be there.
+    """
+    with suppress(OSError):
+        for line in Path(OWN_CGROUP).read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            if controllers == "" or "memory" in controllers.split(","):
+                is_v2 = controllers == ""
+                base = Path(CGROUP_ROOT) if is_v2 else Path(CGROUP_ROOT, "memory")
+                group = Path(name.lstrip("/"))
+                above = (group, *group.parents)
+                yield from ((base / path, is_v2) for path in above if ".." not in path.parts)
+
+
+def filesystem(folder: str) -> str | None:
+    """Return the type of the file system that holds `folder`: "ext4"; None where the system does not tell."""
+    import psutil
+
+    path, mounts = os.path.realpath(folder), []
+    with suppress(OSError, RuntimeError, ValueError):  # a sandbox may hide what is mounted
+        mounts = psutil.disk_partitions(all=True)
+    holding = [mount for mount in mounts if os.path.commonpath([path, mount.mountpoint]) == mount.mountpoint]
+    # Of two at the same place, the later hides the earlier.
+    nearest = max(reversed(holding), key=lambda mount: len(mount.mountpoint), default=None)
+    return nearest.fstype if nearest else None

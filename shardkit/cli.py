@@ -24,7 +24,7 @@ from shardkit.base.sizes import format_size
 from shardkit.plan.plan import Strategy
 from shardkit.shard.destination import free_bytes, leftovers, remove_leftovers
 from shardkit.show.progress import ProgressBar
-from shardkit.sources.local import is_remote
+from shardkit.sources.resolve import is_on_hub
 
 if TYPE_CHECKING:
     from shardkit.compare.fit import LimitedRun
@@ -155,7 +155,7 @@ def shard(
     common |= {"workers": workers, "verify": verify, "allow_overflow": allow_overflow}
     with _told_how_to_go_on(), _progress_bar() as bar:
         common["progress"] = bar
-        if is_remote(destination.lower()):
+        if is_on_hub(destination):
             if overwrite or not resume or stream is not None:
                 raise typer.BadParameter("--overwrite, --no-resume, --stream, --download are for folders")
             report = shardkit.shard_on_hub(source, destination[5:], private=not public, **common)

@@ -43,7 +43,7 @@ from shardkit import (
 from shardkit.checkpoint.belonging import needed_files
 from shardkit.sources import hub as remote
 from shardkit.sources import hub_client as access
-from shardkit.sources.resolve import must_stream
+from shardkit.sources.hub_cache import must_stream
 from tests.hub_store import Blob
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.support import read_checkpoint
@@ -93,7 +93,7 @@ def in_cache() -> set[str]:
 
 
 def reader(sha: str) -> remote.Repository:
-    return remote.repository_of(f"hf://{ID}@{sha}/model.safetensors")[0]
+    return remote.reopened(ID, sha)
 
 
 class TestLooking:
@@ -315,7 +315,7 @@ class TestRanges:
         data, dice = (folder / "model.safetensors").read_bytes(), random.Random(0)
         for size in (1, 8, 100_000, remote.CHUNK_BYTES, remote.CHUNK_BYTES + 1, 3_000_000):
             offset = dice.randrange(len(data) - size)
-            chunks = [bytes(c) for c in reader(sha).read_range("model.safetensors", offset, size)]
+            chunks = [bytes(c) for c in reader(sha).read("model.safetensors", offset, size)]
             assert b"".join(chunks) == data[offset : offset + size]
             assert all(len(chunk) == remote.CHUNK_BYTES for chunk in chunks[:-1])
 
@@ -361,7 +361,7 @@ class TestRanges:
     def test_other_content_in_mid_read_is_an_error(
         self, hub: LoopbackHub, sha: str, kind: str, where: str, problem: str
     ) -> None:
-        pieces = reader(sha).read_range("model.safetensors", 0, 3_000_000)
+        pieces = reader(sha).read("model.safetensors", 0, 3_000_000)
         if where == STORAGE:
             hub.fail("drop", STORAGE, at=1_500_000)
         hub.fail(kind, where)
@@ -517,10 +517,10 @@ class TestDownload:
             kept.write_bytes(right[kept][:-1] + bytes([right[kept][-1] ^ 1]))
         again = partial(Checkpoint.open, f"org/shards@{commit}", download=True)
         with monkeypatch.context() as patched:
-            patched.setattr("shardkit.sources.resolve.snapshot_download", downloaded_then_stopped)
+            patched.setattr("shardkit.sources.hub_cache.snapshot_download", downloaded_then_stopped)
             with pytest.raises(KeyboardInterrupt):
                 again()
-        assert Checkpoint.open("org/shards").is_remote
+        assert Checkpoint.open("org/shards").place.folder is None
         with monkeypatch.context() as patched:
             patched.setattr(constants, "HF_HUB_OFFLINE", True)
             with pytest.raises(CheckpointError, match="stopped before all of it was checked"):
@@ -531,7 +531,7 @@ class TestDownload:
             again()
         assert not any(name.endswith(".safetensors") for name in in_cache())
         assert "each checked" in again().notes[0]
-        assert not Checkpoint.open("org/shards").is_remote
+        assert Checkpoint.open("org/shards").place.folder is not None
         assert verify_checkpoint(folder, again()).equal
 
     @pytest.mark.usefixtures("sha")
@@ -687,7 +687,7 @@ class TestStreaming:
 
         with monkeypatch.context() as patched:
             patched.setattr(os, "stat", stat)
-            must_stream(Checkpoint.open(ID).folder, needed_files, 1000, "~/disk/out")
+            must_stream(Checkpoint.open(ID).place, needed_files, 1000, "~/disk/out")
         assert str(tmp_path / "home" / "disk") in asked
 
     @pytest.mark.usefixtures("sha")

@@ -10,9 +10,9 @@ import ast
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from html import escape
 from importlib.resources import files
 from pathlib import PurePath
@@ -144,6 +144,14 @@ class Record:
         return f"shardkit/{cls.__name__}/{cls.schema}"
 
 
+_TEXTS: dict[type, Callable[[str], Any]] = {}
+
+
+def as_text(kind: type, restore: Callable[[str], Any]) -> None:
+    """Let records hold objects of a kind, which JSON has as their `str`."""
+    _TEXTS[kind] = restore
+
+
 def printable(text: str) -> str:
     """Escape what could move a terminal's cursor: names come from files that strangers wrote."""
     if text.isprintable():
@@ -183,6 +191,9 @@ def _converter() -> cattrs.Converter:
 
     converter = cattrs.preconf.json.make_converter()
     converter.register_unstructure_hook(PurePath, str)
+    for kind, restore in _TEXTS.items():
+        converter.register_unstructure_hook(kind, str)
+        converter.register_structure_hook(kind, partial(_restored_text, restore))
     # What was asked for by name may be what JSON would change: a tuple, or a dict whose keys are numbers.
     converter.register_unstructure_hook_func(
         _is_options, lambda asked: {name: _kept(value) for name, value in asked.items()}
@@ -191,6 +202,10 @@ def _converter() -> cattrs.Converter:
         _is_options, lambda kept, _: {str(name): _restored(value) for name, value in dict(kept).items()}
     )
     return converter
+
+
+def _restored_text(restore: Callable[[str], Any], text: str, _: object) -> Any:
+    return restore(text)
 
 
 def _is_options(kind: object) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from shardkit.base.errors import CheckpointError
 from shardkit.checkpoint.layout import family, find_weights, output_stem, read_config, read_json, shard_set
 from shardkit.formats.names import is_weights
-from shardkit.sources.local import Files, is_remote
+from shardkit.sources.fileset import FileSet
 
 OTHER_FORMAT = "the same weights in another format"
 UNREAD = "shards that the index does not name"
@@ -60,7 +60,7 @@ class Beside(NamedTuple):
 
 
 def sort_out(
-    files: Files, weights: Iterable[str], stem: str, config: Mapping[str, Any] | None = None
+    files: FileSet, weights: Iterable[str], stem: str, config: Mapping[str, Any] | None = None
 ) -> Beside:
     """Tell what comes along with `weights`, of which files called `stem` are made, from what does not.
 
@@ -121,7 +121,7 @@ def _runtime_folders(file: str) -> Iterable[str]:
 
 
 def named_files(
-    files: Files, config: Mapping[str, Any] | None, documents: Iterable[str] = _NAMING
+    files: FileSet, config: Mapping[str, Any] | None, documents: Iterable[str] = _NAMING
 ) -> set[str]:
     """Return all that a config and JSON documents name, files and folders among it; code by its module."""
     values = [dict(config or {}), *(read_json(files, name) for name in documents if files.is_file(name))]
@@ -149,8 +149,8 @@ def path_parts(file: str) -> list[str]:
     return ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
-def _size(files: Files, file: str) -> int:
-    path = os.path.join(files.folder, file)
+def _size(files: FileSet, file: str) -> int:
+    path = files.where(file)
     if not files.is_file(file):
         raise CheckpointError(
             f"is a link to {os.readlink(path)}, which is not there: the download was cut", file=path
@@ -164,11 +164,11 @@ def _size(files: Files, file: str) -> int:
     return files.size(file)
 
 
-def _is_pointer(files: Files, file: str, size: int) -> bool:
-    return size < _POINTER_BYTES and not is_remote(files.folder) and files.read(file).startswith(_POINTER)
+def _is_pointer(files: FileSet, file: str, size: int) -> bool:
+    return size < _POINTER_BYTES and files.folder is not None and files.content(file).startswith(_POINTER)
 
 
-def needed_files(files: Files) -> list[str]:
+def needed_files(files: FileSet) -> list[str]:
     """Return the names of all that makes up a checkpoint: weights in one format, index, side files."""
     config = read_config(files)
     found = find_weights(files, config)

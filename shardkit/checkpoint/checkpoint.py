@@ -9,11 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, Literal, Self
 from zipfile import is_zipfile
 
-from shardkit.base.errors import CheckpointError, DownloadNeededError, reading
+from shardkit.base.errors import CheckpointError, DownloadNeededError
 from shardkit.base.jobs import run_all
 from shardkit.base.machine import MEMORY_FILESYSTEMS, filesystem
 from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
@@ -39,11 +38,11 @@ from shardkit.checkpoint.layout import (
     read_config,
 )
 from shardkit.checkpoint.metadata import of_checkpoint
-from shardkit.formats.names import is_index
 from shardkit.formats.pickle_file import Scan, scan_pickles, twice_note
 from shardkit.formats.safetensors import Header
 from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused
-from shardkit.sources.local import Files, LocalFiles, is_remote
+from shardkit.sources.fileset import FileSet, State
+from shardkit.sources.resolve import resolve
 
 _HEADERS_AT_ONCE = 8
 
@@ -56,8 +55,8 @@ class Checkpoint(Record):
     ----------
     source
         What was opened: an absolute path, or ``hf://org/name@commit`` for a model of the Hub.
-    folder
-        The folder that holds its files: a path, or ``hf://org/name@commit`` where they are on the Hub.
+    place
+        Where its files are: a folder here, or a commit on the Hub.
     format
         "safetensors" or "pickle".
     stem
@@ -87,7 +86,7 @@ class Checkpoint(Record):
     """
 
     source: str
-    folder: str
+    place: FileSet
     format: Literal["safetensors", "pickle"]
     stem: str
     files: tuple[str, ...]
@@ -100,7 +99,7 @@ class Checkpoint(Record):
     notes: tuple[str, ...] = ()
     file_metadata: tuple[str, ...] = ()
     index_dtype: str | None = None
-    seen: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict, compare=False, repr=False)
+    seen: dict[str, State] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -134,26 +133,12 @@ class Checkpoint(Record):
         DownloadNeededError
             If the Hub has it as pickles only, which cannot be read in part.
         """
-        text = os.fspath(source)
-        path = Path(os.path.abspath(os.path.expanduser(text)))
-        if revision is not None and os.path.exists(path):
-            raise CheckpointError(
-                "is here, and has no revisions: give none, or hf://org/name", file=str(path)
-            )
-        if os.path.isdir(path):  # which, unlike Path, takes any text for an answer
-            return cls._read(LocalFiles(path), str(path))
-        if os.path.isfile(path):
-            if path.suffix in (".json", ".py", ".txt", ".md") and not is_index(path.name):
-                raise CheckpointError("is no weights file: give the folder it lies in", file=str(path))
-            return cls._read(LocalFiles(path.parent), str(path), path.name)
-        from shardkit.sources.resolve import find_model
-
-        found = find_model(text, needed_files, revision=revision, token=token, download=download)
-        return cls._read(found.files, found.source, notes=found.notes)
+        found = resolve(source, needed_files, revision=revision, token=token, download=download)
+        return cls._read(found.files, found.source, found.chosen, found.notes)
 
     @classmethod
     def _read(
-        cls, folder: Files, source: str, chosen: str | None = None, notes: tuple[str, ...] = ()
+        cls, folder: FileSet, source: str, chosen: str | None = None, notes: tuple[str, ...] = ()
     ) -> Self:
         config = read_config(folder)
         # A file that lies beside no config is alone: what surrounds it is none of its business.
@@ -176,7 +161,7 @@ class Checkpoint(Record):
         told = (*weights.notes, *said, *index_notes(weights, held), *naming_notes(weights.chosen, stem))
         checkpoint = cls(
             source=source,
-            folder=folder.folder,
+            place=folder,
             format="pickle" if is_pickle else "safetensors",
             stem=stem,
             files=weights.files,
@@ -195,7 +180,13 @@ class Checkpoint(Record):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the checkpoint as JSON-ready data; as `Record.to_dict`."""
-        return {**super().to_dict(), "config": plain_json(self.config)}
+        data = {**super().to_dict(), "config": plain_json(self.config)}
+        return {"folder" if key == "place" else key: value for key, value in data.items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Return the checkpoint that `to_dict` wrote; as `Record.from_dict`."""
+        return super().from_dict({"place" if key == "folder" else key: data[key] for key in data})
 
     @cached_property
     def total_bytes(self) -> int:
@@ -260,7 +251,7 @@ class Checkpoint(Record):
             config=self.config,
             side_files=self.side_files,
             held_whole=whole,
-            in_memory=not self.is_remote and self._is_in_memory(),
+            in_memory=self._is_in_memory(),
         )
 
     @cached_property
@@ -275,33 +266,25 @@ class Checkpoint(Record):
 
     def _is_in_memory(self) -> bool:
         """Whether its files are on tmpfs; of links, as the Hub's client makes them, where they lead."""
-        folders = {os.path.dirname(os.path.realpath(self.path(file))) for file in self.files}
+        paths = filter(None, map(self.place.path, self.files))
+        folders = {os.path.dirname(os.path.realpath(path)) for path in paths}
         return any(filesystem(folder) in MEMORY_FILESYSTEMS for folder in folders)
 
     @property
-    def is_remote(self) -> bool:
-        """Whether its files are on the Hub, and not on this machine."""
-        return is_remote(self.folder)
-
-    @property
-    def place(self) -> Files:
-        """Where its files are: a folder here, or a commit on the Hub."""
-        if not self.is_remote:
-            return LocalFiles(self.folder)
-        from shardkit.sources.hub import repository_of
-
-        return repository_of(self.folder)[0]
+    def folder(self) -> str:
+        """The folder that holds its files: a path, or ``hf://org/name@commit`` where they are on the Hub."""
+        return self.place.name
 
     def has_changed(self) -> bool:
-        """Whether a file of weights here is gone, or no longer the one that was opened."""
+        """Whether a file of weights is gone, or no longer the one that was opened."""
         try:
-            return not self.is_remote and _states(LocalFiles(self.folder), self.files) != self.seen
+            return _states(self.place, self.files) != self.seen
         except CheckpointError:
             return True
 
     def path(self, file: str) -> str:
         """Return the path of one of the checkpoint's files."""
-        return os.path.join(self.folder, file)
+        return self.place.where(file)
 
     def summary(self) -> Summary:
         """Return what a person wants to know before sharding it."""
@@ -397,30 +380,22 @@ def _open_base(named: str) -> Checkpoint | None:
     return None
 
 
-def _states(folder: Files, files: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    if is_remote(folder.folder):
-        return {}  # the commit is in its name
-    with reading():
-        return {file: file_state(os.stat(os.path.join(folder.folder, file))) for file in files}
+def _states(files: FileSet, names: tuple[str, ...]) -> dict[str, State]:
+    return {name: files.state(name) for name in names}
 
 
-def file_state(status: os.stat_result) -> tuple[int, ...]:
-    """Return what tells one state of a file from another."""
-    return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def _scan_pickles(folder: Files, files: tuple[str, ...]) -> Scan:
-    if is_remote(folder.folder):
+def _scan_pickles(folder: FileSet, files: tuple[str, ...]) -> Scan:
+    if folder.folder is None:
         raise DownloadNeededError(
             f"has its weights as pickles only ({listed(files)}), which cannot be read in part: download them "
             "(download=True; sharding does by itself)",
-            file=folder.folder,
+            file=folder.name,
         )
-    return scan_pickles(Path(folder.folder), files)
+    return scan_pickles(folder.folder, files)
 
 
 def _scan_safetensors(
-    folder: Files, files: tuple[str, ...]
+    folder: FileSet, files: tuple[str, ...]
 ) -> tuple[dict[str, TensorInfo], list[dict[str, str]], tuple[str, ...]]:
     tensors: dict[str, TensorInfo] = {}
     metadata = []
@@ -434,9 +409,9 @@ def _scan_safetensors(
     return tensors, metadata, tuple(notes)
 
 
-def _headers(folder: Files, files: tuple[str, ...]) -> Iterator[tuple[str, Header]]:
+def _headers(folder: FileSet, files: tuple[str, ...]) -> Iterator[tuple[str, Header]]:
     """Read headers one by one; on the Hub, where each costs a round trip, some at a time."""
-    if not is_remote(folder.folder):
+    if folder.folder is not None:
         yield from ((file, folder.header(file)) for file in files)
         return
     with run_all(folder.header, files, _HEADERS_AT_ONCE) as results:

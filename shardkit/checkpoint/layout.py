@@ -21,7 +21,7 @@ from shardkit.base.sizes import format_size
 from shardkit.checkpoint.quantized import quantisation as quantisation
 from shardkit.formats.names import is_index, is_weights
 from shardkit.formats.safetensors import JsonBounds, reading_json
-from shardkit.sources.local import Files, is_inside
+from shardkit.sources.fileset import FileSet, is_inside
 
 CANONICAL_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 CONFIG_FILES = ("config.json", "adapter_config.json")
@@ -75,7 +75,7 @@ def shard_set(name: str) -> tuple[str | None, ...] | None:
     return shard and shard.group(1, 3, 4, 5)
 
 
-def output_stem(files: Files, chosen: str, config: Mapping[str, Any] | None) -> str:
+def output_stem(files: FileSet, chosen: str, config: Mapping[str, Any] | None) -> str:
     """Return what files made from `chosen` are called, so that whoever loads the source finds them."""
     found = family(chosen)
     if config is None and files.is_file(_OTHER_LOADERS.get(found, "")):
@@ -101,7 +101,7 @@ def config_dtype(config: Mapping[str, Any] | None) -> str | None:
     return said.removeprefix("torch.") if isinstance(said, str) else None
 
 
-def read_json(files: Files, name: str) -> Any:
+def read_json(files: FileSet, name: str) -> Any:
     """Return a JSON document as Python reads it (`Infinity` and `NaN` included), within bounds.
 
     Raises
@@ -109,13 +109,13 @@ def read_json(files: Files, name: str) -> Any:
     CheckpointError
         If it cannot be read, or takes too much.
     """
-    path = os.path.join(files.folder, name)
+    path = files.where(name)
     with reading(path):
         if (size := files.size(name)) > _MAX_JSON_BYTES:
             raise CheckpointError(
                 f"has {format_size(size)}, at most {format_size(_MAX_JSON_BYTES)} are read", file=path
             )
-        raw = files.read(name)
+        raw = files.content(name)
     if raw.startswith(b"\xef\xbb\xbf"):
         raise CheckpointError(
             "begins with a byte order mark, which no loader reads: save it without", file=path
@@ -137,13 +137,13 @@ def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def read_config(files: Files) -> dict[str, Any] | None:
+def read_config(files: FileSet) -> dict[str, Any] | None:
     """Return the config of transformers, diffusers or peft among `files`; None where there is none."""
     for name in CONFIG_FILES:
         if files.is_file(name):
             config = read_json(files, name)
             if not isinstance(config, dict):
-                raise CheckpointError("is not a JSON object", file=os.path.join(files.folder, name))
+                raise CheckpointError("is not a JSON object", file=files.where(name))
             return config
     return None
 
@@ -191,7 +191,7 @@ def _cast_value(key: str, value: Any, dtype: str) -> Any:
     return [_cast_value("", part, dtype) for part in value] if isinstance(value, list) else value
 
 
-def find_weights(files: Files, config: Mapping[str, Any] | None, chosen: str | None = None) -> Weights:
+def find_weights(files: FileSet, config: Mapping[str, Any] | None, chosen: str | None = None) -> Weights:
     """Return the weights that a load of `files` reads; or those that `chosen`, a file or an index, is of.
 
     Raises
@@ -212,7 +212,7 @@ def find_weights(files: Files, config: Mapping[str, Any] | None, chosen: str | N
     return _by_number(files, chosen)
 
 
-def _choose(files: Files, config: Mapping[str, Any] | None) -> str:
+def _choose(files: FileSet, config: Mapping[str, Any] | None) -> str:
     if isinstance(named := (config or {}).get("transformers_weights"), str):
         _check_inside(files, named, CONFIG_FILES[0])
         return named
@@ -225,7 +225,7 @@ def _choose(files: Files, config: Mapping[str, Any] | None) -> str:
     return _choose_only_candidate(files)
 
 
-def _choose_only_candidate(files: Files) -> str:
+def _choose_only_candidate(files: FileSet) -> str:
     """Choose weights of another name (a variant, an original release) where there is just one."""
     everything = sorted(files.names())
     inside = {os.path.dirname(name) for name in everything if "/" in name and is_weights(name)}
@@ -234,7 +234,7 @@ def _choose_only_candidate(files: Files) -> str:
         raise CheckpointError(
             f"is a pipeline of several models: give the path of one of its folders ({folders}), "
             "or of a single weights file",
-            file=files.folder,
+            file=files.name,
         )
     names = [name for name in everything if "/" not in name]
     for pattern in (r".*\.safetensors\.index(\.[^.]+)?\.json", r".*\.safetensors", r".*\.bin"):
@@ -244,10 +244,10 @@ def _choose_only_candidate(files: Files) -> str:
                 return (canonical or found)[0]
             raise CheckpointError(
                 f"holds several checkpoints ({listed(found)}): give the path of the one you mean",
-                file=files.folder,
+                file=files.name,
             )
     hint = f"; its folders {folders} do: give the path of one" if inside else ""
-    raise CheckpointError(f"holds no weights (no .safetensors, no .bin){hint}", file=files.folder)
+    raise CheckpointError(f"holds no weights (no .safetensors, no .bin){hint}", file=files.name)
 
 
 def _by_checkpoint(names: Iterable[str]) -> list[str]:
@@ -258,7 +258,7 @@ def _by_checkpoint(names: Iterable[str]) -> list[str]:
     return list(first.values())
 
 
-def _by_number(files: Files, chosen: str) -> Weights:
+def _by_number(files: FileSet, chosen: str) -> Weights:
     """Return all shards that the name of one of them says there are: no index lists them."""
     count = _SHARD.fullmatch(chosen)[3]  # type: ignore[index]
     shards = filter(None, map(_SHARD.fullmatch, files.names()))
@@ -271,14 +271,14 @@ def _by_number(files: Files, chosen: str) -> Weights:
         raise CheckpointError(
             f"its name says that it is one of {int(count)} shards, of which {plural(len(found), 'file')} "
             f"can be found: {which}. Download the rest; to shard this file by itself, rename it",
-            file=os.path.join(files.folder, chosen),
+            file=files.where(chosen),
         )
     note = f"{plural(len(found), 'shard')} without an index: the files themselves say what is in them"
     names = tuple(found[number] for number in sorted(found))
     return Weights(names[0], names, {}, (note,))
 
 
-def _by_index(files: Files, index: str) -> Weights:
+def _by_index(files: FileSet, index: str) -> Weights:
     """Return the weights that an index names, every file checked to be one of `files`.
 
     Raises
@@ -286,7 +286,7 @@ def _by_index(files: Files, index: str) -> Weights:
     CheckpointError
         If the index is damaged, or names files that are missing or outside.
     """
-    where = os.path.join(files.folder, index)
+    where = files.where(index)
     document = _object(read_json(files, index))
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -334,19 +334,19 @@ def naming_notes(chosen: str, stem: str) -> tuple[str, ...]:
     return (f"shards of {name} are called {stem}, the name that from_pretrained looks for",)
 
 
-def read_made(files: Files, index: str) -> dict[str, object]:
+def read_made(files: FileSet, index: str) -> dict[str, object]:
     """Return what an index of ours says of how its files came about; nothing where another tool wrote it."""
     metadata = _object(_object(read_json(files, index)).get("metadata"))
     return _object(metadata.get("shardkit"))
 
 
-def _check_inside(files: Files, file: str, named_in: str) -> None:
+def _check_inside(files: FileSet, file: str, named_in: str) -> None:
     """Refuse a file name that leaves the folder, by itself or through a link."""
-    where = os.path.join(files.folder, named_in)
+    where = files.where(named_in)
     if not is_inside(file):
         raise CheckpointError(f"names a file outside the folder: {file!r}", file=where)
     if not files.is_file(os.path.normpath(file)):
-        if os.path.exists(os.path.join(files.folder, file)):
+        if (path := files.path(file)) is not None and path.exists():
             raise CheckpointError(f"names {file!r}, which is not a regular file", file=where)
         raise CheckpointError(
             f"names {file!r}, which is not there: the download may have been cut", file=where

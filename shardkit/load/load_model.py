@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from shardkit.base.errors import CheckpointError
@@ -14,7 +13,7 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import architecture, find_weights, read_config
 from shardkit.formats.tensor import CAST_DTYPES, parse_dtype
 from shardkit.load.prefetch import Prefetch
-from shardkit.sources.local import LocalFiles
+from shardkit.sources.resolve import resolve
 
 # Pages beyond this share of the memory that is free would push out others that were just read.
 _CACHE_SHARE = 0.9
@@ -77,16 +76,6 @@ def load_model(
         raise
 
 
-def _folder_here(source: str | os.PathLike[str]) -> str:
-    """Return the path of a checkpoint on this machine, downloaded first where it is on the Hub."""
-    path = os.path.abspath(os.path.expanduser(source))
-    if os.path.exists(path):
-        return path
-    from shardkit.sources.resolve import find_model
-
-    return find_model(os.fspath(source), needed_files, download=True).files.folder
-
-
 def loaded_files(source: str | os.PathLike[str]) -> tuple[str, list[str]]:
     """Return the folder that transformers is given, and the paths of the weights that it loads from there.
 
@@ -95,18 +84,16 @@ def loaded_files(source: str | os.PathLike[str]) -> tuple[str, list[str]]:
     CheckpointError
         If `source` holds no checkpoint, or is a file beside the one that transformers chooses.
     """
-    path = Path(_folder_here(source))
-    folder = path if path.is_dir() else path.parent
-    inside = LocalFiles(folder)
-    config = read_config(inside)
-    if folder != path and config is None:
-        raise CheckpointError("a file without config.json beside it is no model to load", file=str(path))
-    weights = find_weights(inside, config)
-    if path not in (folder, folder / weights.chosen):
+    found = resolve(source, needed_files, download=True)
+    config = read_config(found.files)
+    if found.chosen and config is None:
+        raise CheckpointError("a file without config.json beside it is no model to load", file=found.source)
+    weights = find_weights(found.files, config)
+    if found.chosen not in (None, weights.chosen):
         raise CheckpointError(
-            f"transformers loads {weights.chosen} of this folder, not this file", file=str(path)
+            f"transformers loads {weights.chosen} of this folder, not this file", file=found.source
         )
-    return str(folder), [str(folder / name) for name in weights.files]
+    return found.files.name, [found.files.where(name) for name in weights.files]
 
 
 def loader_names(config: Mapping[str, Any] | None, trusted: bool) -> list[str]:

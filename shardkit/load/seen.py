@@ -97,7 +97,7 @@ def _side(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Asked for the dtype that most weights have, transformers converts none of those, and reads none.
     """
-    is_folder = not (checkpoint.is_remote or os.path.isfile(checkpoint.source))
+    is_folder = checkpoint.place.folder is not None and not os.path.isfile(checkpoint.source)
     dtype = next((DTYPE_NAMES[d] for d in checkpoint.dtypes if d in FLOAT_DTYPES), None)
     tensors = {name: (DTYPE_NAMES[t.dtype], t.shape) for name, t in checkpoint.tensors.items()}
     return {

@@ -29,6 +29,7 @@ from shardkit.formats.safetensors import (
 )
 from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused, parse_dtype
 from shardkit.plan.packing import Item, layout, pack_balanced, pack_by_layer, pack_by_size
+from shardkit.sources.resolve import is_on_hub
 
 Strategy = Literal["size", "layer", "balanced"]
 
@@ -153,7 +154,7 @@ class ShardPlan(Record):
     @property
     def made(self) -> dict[str, str]:
         """What the index says of how its files came about; a path on this machine it keeps to itself."""
-        source = self.source if self.source.startswith("hf://") else None
+        source = self.source if is_on_hub(self.source) else None
         told = {"source": source, "strategy": self.strategy, "max_shard_size": str(self.max_shard_size)}
         return {name: said for name, said in (*told.items(), ("cast_to", self.dtype)) if said}
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
@@ -20,10 +21,10 @@ from shardkit.base.errors import CheckpointError, reading
 from shardkit.formats.safetensors import DTYPE_BITS
 from shardkit.formats.tensor import TensorInfo
 from shardkit.plan.plan import Shard
-from shardkit.sources.local import is_remote
+from shardkit.sources.fileset import CHUNK_BYTES, FileSet
+from shardkit.sources.local import LocalFiles
 
 TASK_BYTES = 16 << 20  # small enough to stop within a second, whatever the disk
-CHUNK_BYTES = 1 << 20
 
 # What a kernel or filesystem says when it cannot copy this way; the next way is tried then.
 _CANNOT = {
@@ -38,8 +39,8 @@ class Range:
 
     Attributes
     ----------
-    path
-        The source file, or ``hf://org/name@commit/file``.
+    files, file
+        Where the source file is, and its name there.
     offset
         First byte in it; in a pickle, first byte in `tensor`.
     nbytes
@@ -54,7 +55,8 @@ class Range:
         Whether torch has to read it.
     """
 
-    path: str
+    files: FileSet
+    file: str
     offset: int
     nbytes: int
     target_offset: int
@@ -69,9 +71,14 @@ class Range:
         return self.dtype != self.target
 
     @property
-    def is_remote(self) -> bool:
-        """Whether the bytes come from the Hub."""
-        return is_remote(self.path)
+    def path(self) -> Path | None:
+        """The source file on this machine; None where its bytes are received from elsewhere."""
+        return self.files.path(self.file)
+
+    @property
+    def where(self) -> str:
+        """What to call the source file."""
+        return self.files.where(self.file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +126,14 @@ class Outcome(NamedTuple):
         return Outcome(self.lost + other.lost, self.received + other.received)
 
 
-def shard_ranges(shard: Shard, folder: str) -> list[Range]:
+def shard_ranges(shard: Shard, files: FileSet) -> list[Range]:
     """Return what makes up a shard's data, neighbours in both files joined into one range."""
     ranges: list[Range] = []
     for planned in shard.tensors:
         tensor = planned.source
         if not tensor.nbytes:
             continue
-        new = tensor_range(folder, tensor, planned.dtype, shard.header_bytes + planned.begin)
+        new = tensor_range(files, tensor, planned.dtype, shard.header_bytes + planned.begin)
         if ranges and _are_neighbours(ranges[-1], new):
             first = ranges.pop()
             new = _part(first, 0, first.nbytes + new.nbytes)
@@ -134,10 +141,11 @@ def shard_ranges(shard: Shard, folder: str) -> list[Range]:
     return ranges
 
 
-def tensor_range(folder: str, tensor: TensorInfo, target: str, target_offset: int = 0) -> Range:
+def tensor_range(files: FileSet, tensor: TensorInfo, target: str, target_offset: int = 0) -> Range:
     """Return the bytes of one whole tensor, to be written as dtype `target` at `target_offset`."""
     return Range(
-        f"{folder}/{tensor.file}" if is_remote(folder) else os.path.join(folder, tensor.file),
+        files,
+        tensor.file,
         tensor.offset or 0,
         tensor.nbytes,
         target_offset,
@@ -150,7 +158,8 @@ def tensor_range(folder: str, tensor: TensorInfo, target: str, target_offset: in
 
 def _are_neighbours(first: Range, second: Range) -> bool:
     return (
-        first.path == second.path
+        first.file == second.file
+        and first.files == second.files
         and not (first.is_pickle or first.is_cast or second.is_cast)
         and first.offset + first.nbytes == second.offset
         and first.target_offset + first.nbytes == second.target_offset
@@ -167,12 +176,12 @@ def _part(whole: Range, start: int, nbytes: int) -> Range:
     )
 
 
-def shard_tasks(shard: Shard, folder: str, path: str) -> list[Task]:
+def shard_tasks(shard: Shard, files: FileSet, path: str) -> list[Task]:
     """Cut a shard, to be written at `path`, into tasks of about `TASK_BYTES`."""
     tasks: list[Task] = []
     pending: list[Range] = []
     room = TASK_BYTES
-    for whole in shard_ranges(shard, folder):
+    for whole in shard_ranges(shard, files):
         for start in range(0, whole.nbytes, TASK_BYTES):
             part = _part(whole, start, min(TASK_BYTES, whole.nbytes - start))
             if pending and part.nbytes > room:
@@ -184,16 +193,15 @@ def shard_tasks(shard: Shard, folder: str, path: str) -> list[Task]:
     return [*tasks, Task(path, tuple(pending))] if pending or not tasks else tasks
 
 
-def file_tasks(source: str, path: str, nbytes: int) -> Iterator[Task]:
+def file_tasks(source: Range, path: str) -> Iterator[Task]:
     """Cut the copy of a whole file, which is no weights, into tasks."""
-    whole = whole_file(source, nbytes)
-    for start in range(0, nbytes, TASK_BYTES):
-        yield Task(path, (_part(whole, start, min(TASK_BYTES, nbytes - start)),))
+    for start in range(0, source.nbytes, TASK_BYTES):
+        yield Task(path, (_part(source, start, min(TASK_BYTES, source.nbytes - start)),))
 
 
-def whole_file(path: str, nbytes: int) -> Range:
-    """Return all bytes of a file, which is no weights."""
-    return Range(path, 0, nbytes, 0, "", "U8", "U8")
+def whole_file(path: Path, nbytes: int) -> Range:
+    """Return all bytes of a file on this machine, which is no weights."""
+    return Range(LocalFiles(path.parent), path.name, 0, nbytes, 0, "", "U8", "U8")
 
 
 def run_task(task: Task) -> Outcome:
@@ -210,7 +218,7 @@ def run_task(task: Task) -> Outcome:
     target = os.open(task.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))  # or Windows changes ends of lines
     try:
         for part in task.ranges:
-            if part.is_remote or part.is_cast or part.is_pickle:
+            if part.path is None or part.is_cast or part.is_pickle:
                 outcome += _write_chunks(part, target)
             else:
                 _copy_range(part, target)
@@ -238,32 +246,18 @@ def read_chunks(part: Range) -> Iterator[memoryview]:
     Raises
     ------
     CheckpointError
-        If the file ends before the range does; for a file on the Hub, as `hub.remote.read_range`.
+        If the file ends before the range does, or as `FileSet.read`.
     """
-    if part.is_remote:
-        from shardkit.sources.hub import read_range
-
-        yield from read_range(part.path, part.offset, part.nbytes)
-        return
     if part.is_pickle:
         from shardkit.formats.pickle_file import read_tensor
 
-        for data in read_tensor(part.path, part.tensor, part.offset, part.nbytes):
+        for data in read_tensor(part.where, part.tensor, part.offset, part.nbytes):
             yield from (data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES))
         return
-    buffer = memoryview(bytearray(min(CHUNK_BYTES, part.nbytes)))
-    with reading(part.path, part.tensor or None), open(part.path, "rb") as source:
-        source.seek(part.offset)
-        for done in range(0, part.nbytes, CHUNK_BYTES):
-            chunk = buffer[: part.nbytes - done]
-            if source.readinto(chunk) < len(chunk):
-                raise CheckpointError(
-                    f"ends at byte {os.fstat(source.fileno()).st_size}, the data goes on to "
-                    f"{part.offset + part.nbytes}: it was cut short while it was read",
-                    file=part.path,
-                    tensor=part.tensor or None,
-                )
-            yield chunk
+    try:
+        yield from part.files.read(part.file, part.offset, part.nbytes)
+    except CheckpointError as error:
+        raise error.of(part.tensor) from error.__cause__
 
 
 def cast_chunks(part: Range) -> Iterator[tuple[memoryview, int, int]]:
@@ -287,7 +281,7 @@ def _write_chunks(part: Range, target: int) -> Outcome:
         flushed += to_zero
     lost = Lost(part.tensor, overflowed, flushed)
     received = Received(part.target_offset, position - part.target_offset, digest.hexdigest())
-    return Outcome((lost,) * bool(overflowed or flushed), (received,) * part.is_remote)
+    return Outcome((lost,) * bool(overflowed or flushed), (received,) * (part.path is None))
 
 
 def _write_all(target: int, position: int, data: memoryview) -> None:
@@ -305,8 +299,8 @@ def _write_at(target: int, data: memoryview, position: int) -> int:
 
 def _copy_range(part: Range, target: int) -> None:
     """Copy in the kernel where it can: `copy_file_range`, then `sendfile`, then through a buffer."""
-    with reading(part.path, part.tensor or None):
-        source = os.open(part.path, os.O_RDONLY)
+    with reading(part.where, part.tensor or None):
+        source = os.open(part.where, os.O_RDONLY)
     try:
         done = _copy_by(_copy_file_range, source, target, part)
         done += _copy_by(_sendfile, source, target, _part(part, done, part.nbytes - done))

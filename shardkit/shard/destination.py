@@ -23,6 +23,7 @@ from shardkit.base.errors import DestinationError
 from shardkit.base.record import listed
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.names import is_weights
+from shardkit.sources.resolve import is_on_hub
 
 _LOCK_SECONDS = 2.0
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -39,15 +40,11 @@ def resolve(destination: str | os.PathLike[str]) -> Path:
     DestinationError
         If it is meant to be on the Hub.
     """
-    if _is_on_hub(destination):
+    if is_on_hub(destination):
         raise DestinationError(
             f"{destination}: is no folder here: use shard_on_hub, or shard to a folder and push that"
         )
     return Path(os.path.realpath(os.path.expanduser(destination)))
-
-
-def _is_on_hub(destination: str | os.PathLike[str]) -> bool:
-    return os.fspath(destination)[:4].lower() == "hf:/"  # pathlib leaves one "/" of two
 
 
 def staging_folder(target: Path) -> Path:
@@ -68,8 +65,8 @@ def check_destination(checkpoint: Checkpoint, target: Path, overwrite: bool) -> 
     DestinationError
         As said.
     """
-    if not checkpoint.is_remote:
-        _check_apart(checkpoint, target)
+    if checkpoint.place.folder is not None:
+        _check_apart(checkpoint, checkpoint.place.folder.resolve(), target)
     check_free(target, overwrite)
 
 
@@ -94,8 +91,8 @@ def check_free(target: Path, overwrite: bool) -> None:
         )
 
 
-def _check_apart(checkpoint: Checkpoint, target: Path) -> None:
-    source, folder = Path(checkpoint.source).resolve(), Path(checkpoint.folder).resolve()
+def _check_apart(checkpoint: Checkpoint, folder: Path, target: Path) -> None:
+    source = Path(checkpoint.source).resolve()
     if _is_same(target, source) or _is_same(target, folder):
         raise DestinationError(f"{target}: destination and source are the same; give another folder")
     if _is_within(target, folder) and (source == folder or checkpoint.config is not None):
@@ -164,7 +161,7 @@ def clear_after_end(target: Path) -> None:
 
 def leftovers(destination: str | os.PathLike[str]) -> list[Path]:
     """Return what interrupted runs have left beside a destination; nothing while one is running."""
-    if _is_on_hub(destination):
+    if is_on_hub(destination):
         return []
     target = resolve(destination)
     found = _all_beside(target)

@@ -240,7 +240,7 @@ def shard_checkpoint(
             *checkpoint.summary().notes,
             *plan.summary().notes,
             *stage.notes,
-            *(_STREAMED,) * checkpoint.is_remote,
+            *(_STREAMED,) * _is_received(checkpoint),
         ),
         kept=plan.kept,
     )
@@ -260,12 +260,12 @@ def _open(
         if stream:
             raise
     else:
-        if stream or not checkpoint.is_remote:
+        if stream or not _is_received(checkpoint):
             return checkpoint
-        from shardkit.sources.resolve import must_stream
+        from shardkit.sources.hub_cache import must_stream
 
         nbytes = planned(checkpoint).disk_bytes
-        if stream is None and must_stream(checkpoint.folder, needed_files, nbytes, destination):
+        if stream is None and must_stream(checkpoint.place, needed_files, nbytes, destination):
             return checkpoint
     check_free(resolve(destination), overwrite)  # rather now than after a long download
     return opened(download=True)
@@ -279,7 +279,7 @@ def _reuse(stage: Staging, crew: Crew) -> tuple[str, ...]:
     in_memory = pages.drop(stage.folder / shard.file for shard in shards)
     if shards and in_memory != 0:
         stage.notes.append(f"when reused shards were checked: {read_from(len(shards), in_memory)}")
-    if checkpoint.is_remote:
+    if _is_received(checkpoint):
         received = {shard.file: stage.finished[shard.file].received for shard in shards}
         damaged = list(altered_parts(plan, received, stage.folder, crew, "check"))
     else:
@@ -300,13 +300,13 @@ def _write_shards(stage: Staging, crew: Crew) -> ProgressCount:
         path = stage.folder / shard.file
         path.write_bytes(plan.header(shard))
         os.truncate(path, shard.nbytes)
-        cut = shard_tasks(shard, checkpoint.folder, str(path))
+        cut = shard_tasks(shard, checkpoint.place, str(path))
         tasks_left[shard.file] = len(cut)
         yield from cut
 
     # Writes into one file wait for each other in the kernel: keep as many files going as there are workers.
     # No network is fast enough for that to matter; one file after the other, a kill costs one at most.
-    tasks = take_turns(map(tasks_of, todo), 1 if checkpoint.is_remote else crew.workers)
+    tasks = take_turns(map(tasks_of, todo), 1 if _is_received(checkpoint) else crew.workers)
     with run_all(run_task, tasks, crew.workers, crew.executor) as results:
         for task, outcome in results:
             file = os.path.basename(task.path)
@@ -362,9 +362,9 @@ def write_beside(
         if file == checkpoint.config_file and (text := _new_config(checkpoint, plan)):
             target.write_bytes(text.encode())  # as text, Windows would end its lines otherwise
         else:
-            source = os.fspath(_here(checkpoint, file))
+            source = whole_file(checkpoint.place.fetched(file), checkpoint.side_files[file])
             target.touch()
-            for task in file_tasks(source, str(target), checkpoint.side_files[file]):
+            for task in file_tasks(source, str(target)):
                 run_task(task)
                 hear()
     if plan.index is not None and plan.index_file is not None:
@@ -380,13 +380,9 @@ def _new_config(checkpoint: Checkpoint, plan: ShardPlan) -> str | None:
     return adapted_config(config, plan.dtype, auto)
 
 
-def _here(checkpoint: Checkpoint, file: str) -> str | Path:
-    if not checkpoint.is_remote:
-        return checkpoint.path(file)
-    from shardkit.sources.hub import repository_of
-
-    repository, _ = repository_of(checkpoint.folder)
-    return repository.fetch(file)
+def _is_received(checkpoint: Checkpoint) -> bool:
+    """Whether its bytes come over a network, where each is read once."""
+    return checkpoint.place.folder is None
 
 
 def _verify(stage: Staging, crew: Crew) -> Verification:
@@ -394,7 +390,7 @@ def _verify(stage: Staging, crew: Crew) -> Verification:
     in_memory = pages.drop(folder / shard.file for shard in stage.plan.shards)
     if altered := _altered_files(checkpoint, stage.plan, folder, crew):
         raise VerificationError(f"{stage.destination}: not published: {listed(altered)} not as in the source")
-    if checkpoint.is_remote:
+    if _is_received(checkpoint):
         received = {file: outcome.received for file, outcome in stage.finished.items()}
         found = verify_received(checkpoint, stage.plan, received, folder, crew)
     else:
@@ -410,7 +406,7 @@ def _altered_files(checkpoint: Checkpoint, plan: ShardPlan, folder: Path, crew: 
     adapted = checkpoint.config_file if _new_config(checkpoint, plan) else None
     sizes = {file: size for file, size in checkpoint.side_files.items() if file != adapted}
     pairs = [
-        (whole_file(os.fspath(_here(checkpoint, file)), size), whole_file(str(folder / file), size))
+        (whole_file(checkpoint.place.fetched(file), size), whole_file(folder / file, size))
         for file, size in sizes.items()
     ]
     digests = digest_pairs(pairs, replace(crew, progress=None), "verify")

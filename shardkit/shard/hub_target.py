@@ -18,13 +18,15 @@ from huggingface_hub.errors import HfHubHTTPError
 from shardkit.base.errors import DestinationError, VerificationError
 from shardkit.base.record import listed
 from shardkit.sources import hub_client as access
-from shardkit.sources.hub import CHUNK_BYTES, RemoteFile, Repository
+from shardkit.sources.fileset import CHUNK_BYTES
+from shardkit.sources.hub import RemoteFile, Repository
+from shardkit.sources.resolve import hub_name
 
 ResultT = TypeVar("ResultT")
 Tree = Mapping[str, RemoteFile]
 
 MAIN: str = constants.DEFAULT_REVISION
-_REPO_ID = re.compile(r"(?:hf://)?([\w-][\w.-]*/[\w-][\w.-]*)")
+_REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 GIT_BYTES = 10_000_000  # no larger file is in git itself: the Hub refuses it
 _NONE_IGNORED = "# none\n"  # or a .gitignore would have the client drop files from a commit, and say nothing
 # The client wraps what befell an upload in a RuntimeError, and answers what is not taken with a ValueError.
@@ -87,10 +89,10 @@ class Target:
     """
 
     def __init__(self, repo_id: str, token: str | None = None) -> None:
-        if not (found := _REPO_ID.fullmatch(repo_id)):
+        self.folder = hub_name(repo_id)
+        self.repo_id = repo_id.removeprefix(hub_name(""))
+        if not _REPO_ID.fullmatch(self.repo_id):
             raise DestinationError(f"{repo_id[:200]!r} is not the name of a repository: give owner/name")
-        self.repo_id = found[1]
-        self.folder = f"hf://{self.repo_id}"
         if constants.is_offline_mode():
             raise DestinationError(
                 f"{self.folder}: the Hub must not be asked (HF_HUB_OFFLINE is set): unset it"

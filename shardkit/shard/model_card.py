@@ -8,7 +8,7 @@ stays until that README changes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -23,13 +23,13 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES
 from shardkit.plan.plan import Strategy
 from shardkit.sources.hub import RemoteFile
+from shardkit.sources.resolve import commit_of, hub_name
 
 CARD = "README.md"
 _BEGIN, _END = "<!-- shardkit: begin -->", "<!-- shardkit: end -->"
 _SECTION = re.compile(rf"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?", re.DOTALL)
 _ADDED_TO = re.compile(r"<!-- README: XXH3-128 ([0-9a-f]{32}) -->")
 _FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
-_REMOTE = re.compile(r"hf://((?:[\w.-]+/)?[\w.-]+)@([0-9a-f]{40})")
 _HEADS = re.compile(
     r".*(For(?:CausalLM|MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering))"
 )
@@ -38,12 +38,6 @@ _SEQ2SEQ = ("bart", "mbart", "mt5", "pegasus", "t5")
 _TOKENIZERS = frozenset(
     ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 )
-
-
-def _origin(source: str | None) -> Sequence[str] | None:
-    """Return id and commit of a source on the Hub; a local path is nobody else's business."""
-    found = _REMOTE.fullmatch(source or "")
-    return found.groups() if found else None
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ class Story:
             str(made.get(name)) for name in ("source", "strategy", "max_shard_size", "cast_to")
         )
         return cls(
-            source=source if _origin(source) else None,
+            source=source if commit_of(source or "") else None,
             strategy=strategy if strategy in get_args(Strategy) else None,
             max_shard_size=int(size) if re.fullmatch(r"[0-9]{1,18}", size) else None,
             dtype=dtype if dtype in CAST_DTYPES else None,
@@ -147,15 +141,15 @@ def _section(
     ]
     if snippet := _loading(repo_id, checkpoint):
         lines += ["To load it:", "", "```python", *snippet, "```", ""]
-    if _origin(story.source):
-        check = f"shardkit verify {story.source} hf://{repo_id}"
+    if commit_of(story.source or ""):
+        check = f"shardkit verify {story.source} {hub_name(repo_id)}"
         lines += [f"To hold every tensor against the source: `{check}`.", ""]
     return lines
 
 
 def _facts(own: str | None, checkpoint: Checkpoint, story: Story) -> list[tuple[str, str]]:
     facts = []
-    if origin := _origin(story.source):
+    if origin := commit_of(story.source or ""):
         source_id, sha = origin
         facts += [("source", f"[{source_id}]({constants.ENDPOINT}/{source_id})"), ("revision", f"`{sha}`")]
     if licence := _licence(own):

@@ -14,14 +14,15 @@ from shardkit.base.errors import CheckpointError, DestinationError
 from shardkit.base.jobs import ProgressCallback, ProgressCount, resumable, run_all
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint.belonging import needed_files
-from shardkit.checkpoint.checkpoint import Checkpoint, file_state
+from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import CONFIG_FILES, read_made
 from shardkit.shard.engine import ShardReport
 from shardkit.shard.hub_target import GIT_BYTES, Target, digest_bytes, digest_file, is_same
 from shardkit.shard.model_card import CARD, Story, model_card
 from shardkit.sources.hub import RemoteFile, Repository, name_problem
 from shardkit.sources.hub_client import quiet
-from shardkit.sources.local import LocalFiles, is_remote
+from shardkit.sources.local import file_state
+from shardkit.sources.resolve import is_on_hub
 
 
 class _LocalFile(NamedTuple):
@@ -101,7 +102,7 @@ def push_checkpoint(
     report = folder if isinstance(folder, ShardReport) else None
     checkpoint = _open(folder.destination if isinstance(folder, ShardReport) else os.fspath(folder))
     story, own = _story(checkpoint, report), own_readme(checkpoint)
-    names = {*needed_files(LocalFiles(checkpoint.folder)), *checkpoint.files} - {CARD}
+    names = {*needed_files(checkpoint.place), *checkpoint.files} - {CARD}
     target = Target(repo_id, token)
     with quiet():
         target.create(private)
@@ -131,7 +132,7 @@ def _open(folder: str) -> Checkpoint:
             "holds pickles: shard it first, which makes them safetensors", file=checkpoint.source
         )
     check_loadable(checkpoint)
-    weights = needed_files(LocalFiles(checkpoint.folder))[0]
+    weights = needed_files(checkpoint.place)[0]
     if not weights.startswith(f"{checkpoint.stem}.safetensors"):
         raise CheckpointError(
             f"is called {weights}, which a plain load does not find: shard it first, which names it "
@@ -158,12 +159,11 @@ def check_loadable(checkpoint: Checkpoint) -> None:
 def _story(checkpoint: Checkpoint, report: ShardReport | None) -> Story:
     """Tell what the index has recorded, and what the run that wrote it says."""
     index = f"{checkpoint.stem}.safetensors.index.json"
-    files = LocalFiles(checkpoint.folder)
-    made = read_made(files, index) if index in files.names() else {}
+    made = read_made(checkpoint.place, index) if checkpoint.place.is_file(index) else {}
     if report is None:
         return Story.of(made)
     sizes = {name: state[0] for name, state in checkpoint.seen.items()}
-    told = (report.source if is_remote(report.source) else None, report.dtype)
+    told = (report.source if is_on_hub(report.source) else None, report.dtype)
     is_other = bool(made) and (made.get("source"), made.get("cast_to")) != told
     if is_other or (sizes, len(checkpoint.tensors)) != (report.files, report.tensors):
         raise CheckpointError(
@@ -184,7 +184,7 @@ def own_readme(checkpoint: Checkpoint) -> str | None:
     if CARD not in checkpoint.side_files:
         return None
     try:
-        return checkpoint.place.read(CARD).decode()
+        return checkpoint.place.content(CARD).decode()
     except UnicodeDecodeError:
         raise CheckpointError("is not in UTF-8: save it as UTF-8", file=checkpoint.path(CARD)) from None
 
@@ -204,7 +204,7 @@ def shown_card(head: Repository, own: str | None) -> str | None:
     except UnicodeDecodeError:
         if own is None:
             raise DestinationError(
-                f"hf://{head.repo_id}/{CARD}: is not in UTF-8: save it as UTF-8, or delete it"
+                f"{head.where(CARD)}: is not in UTF-8: save it as UTF-8, or delete it"
             ) from None
         return None
 

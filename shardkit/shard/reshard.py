@@ -49,6 +49,7 @@ from shardkit.shard.push import check_loadable, own_readme, shown_card
 from shardkit.shard.verify import Verification, altered_parts, damaged_shards, digest_range, staged_range
 from shardkit.sources.hub import RemoteFile, Repository
 from shardkit.sources.hub_client import quiet
+from shardkit.sources.resolve import hub_name
 
 _DRAFT = re.compile(r"shardkit-[0-9a-f]{16}")
 _NOTES = ".shardkit"  # a folder of the draft branch: what is known of each shard there
@@ -135,7 +136,7 @@ def shard_on_hub(
 def _open(source_id: str, revision: str | None, token: str | None) -> Checkpoint:
     if os.path.exists(source_id):
         raise CheckpointError("is on this machine: shard it to a folder, and push that", file=source_id)
-    source = f"hf://{source_id.removeprefix('hf://')}"
+    source = hub_name(source_id)
     checkpoint = None
     with suppress(DownloadNeededError):
         checkpoint = Checkpoint.open(source, revision=revision, token=token)
@@ -292,7 +293,7 @@ class _Job:
         with _disk(self._base):
             path.write_bytes(self._plan.header(shard))
             os.truncate(path, shard.nbytes)
-        for task in shard_tasks(shard, self._checkpoint.folder, str(path)):
+        for task in shard_tasks(shard, self._checkpoint.place, str(path)):
             if self._stop.is_set():
                 raise Cancelled("stopped")
             with _disk(self._base):
@@ -305,7 +306,7 @@ class _Job:
         start = time.perf_counter()
         sync(self._folder / shard.file)
         self._in_memory.append(pages.drop([self._folder / shard.file]))
-        if self._checkpoint.is_remote:
+        if self._checkpoint.place.folder is None:
             wrong = [*altered_parts(self._plan, {shard.file: outcome.received}, self._folder, Crew(1))]
         else:
             wrong = damaged_shards(self._checkpoint, self._plan, [shard], self._folder, Crew(1))
@@ -386,7 +387,7 @@ class _Job:
             extra=(),
             digests=self._digests(),
             seconds=self._checking_seconds,
-            received=checkpoint.is_remote,
+            received=checkpoint.place.folder is None,
             model=ModelKeys(why_unchecked="the copy lies on the Hub"),
             files=len(self._in_memory),
             files_in_memory=None if None in self._in_memory else sum(filter(None, self._in_memory)),

@@ -20,10 +20,10 @@ from typing import Any
 
 import xxhash
 
-from shardkit.base.errors import CheckpointError, DestinationError, ShardkitError, SpaceError, reading
+from shardkit.base.errors import CheckpointError, DestinationError, ShardkitError, SpaceError
 from shardkit.base.record import plural
 from shardkit.base.sizes import format_size
-from shardkit.checkpoint.checkpoint import Checkpoint, file_state
+from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.pickle_file import close_pickles
 from shardkit.plan.plan import ShardPlan
 from shardkit.shard.copy import Lost, Outcome, Received
@@ -41,6 +41,7 @@ from shardkit.shard.destination import (
     staging_folder,
     sync,
 )
+from shardkit.sources.local import file_state
 
 _CHANGED = "changed while it was copied; nothing was published"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -283,17 +284,13 @@ def _fingerprint(checkpoint: Checkpoint, plan: ShardPlan) -> str:
 
 def _seen(checkpoint: Checkpoint) -> list[Any]:
     """Return what would change with the source."""
-    if checkpoint.is_remote:
-        return [checkpoint.folder]  # the commit is in its name
     files = [*checkpoint.files, *checkpoint.side_files]
-    with reading():
-        found = {file: os.stat(checkpoint.path(file)) for file in files}
-    for file, status in found.items():
-        state = file_state(status)
-        is_same = checkpoint.side_files.get(file, status.st_size) == status.st_size
+    found = {file: checkpoint.place.state(file) for file in files}
+    for file, state in found.items():
+        is_same = checkpoint.side_files.get(file, state[0]) == state[0]
         if checkpoint.seen.get(file, state) != state or not is_same:
             raise CheckpointError(_CHANGED, file=checkpoint.path(file))
-    return [(file, status.st_size, status.st_mtime_ns) for file, status in found.items()]
+    return [(file, *state[:2]) for file, state in found.items()]
 
 
 def _state_of(path: Path) -> tuple[int, ...] | None:

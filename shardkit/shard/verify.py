@@ -31,6 +31,7 @@ from shardkit.load.look import config_differences
 from shardkit.load.seen import ModelKeys, model_keys
 from shardkit.plan.plan import PlannedTensor, Shard, ShardPlan
 from shardkit.shard.copy import Range, Received, cast_chunks, tensor_range, whole_file
+from shardkit.sources.local import LocalFiles
 
 _BATCH_BYTES = 32 << 20
 _BATCH_TENSORS = 512
@@ -211,10 +212,11 @@ def compare_tensors(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verific
     pairs = _pairs(ours, theirs)
     comparable = [pair for pair in pairs if pair.obstacle is None]
     ranges = [
-        (tensor_range(ours.folder, left, right.dtype), tensor_range(theirs.folder, right, right.dtype))
+        (tensor_range(ours.place, left, right.dtype), tensor_range(theirs.place, right, right.dtype))
         for left, right in comparable
     ]
-    here = [side.path(file) for side in (ours, theirs) if not side.is_remote for file in side.files]
+    paths = (side.place.path(file) for side in (ours, theirs) for file in side.files)
+    here = list(filter(None, paths))
     in_memory = pages.mostly_resident(here)
     try:
         digests = digest_pairs(ranges, crew, "verify")
@@ -269,7 +271,7 @@ def _is_changed(file: str, ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> 
     sizes = [side.side_files[file] for side in sides]
     if sizes[0] != sizes[1]:
         return True
-    first, second = (whole_file(side.path(file), size) for side, size in zip(sides, sizes, strict=True))
+    first, second = (whole_file(side.place.fetched(file), sizes[0]) for side in sides)
     ((ours_digest, theirs_digest),) = digest_pairs([(first, second)], replace(crew, progress=None), "verify")
     return ours_digest != theirs_digest
 
@@ -285,7 +287,7 @@ def damaged_shards(
     damaged = {s.file for s in shards if not _has_header(folder / s.file, plan.header(s))}
     planned = [(s, tensor) for s in shards if s.file not in damaged for tensor in s.tensors]
     ranges = [
-        (tensor_range(checkpoint.folder, tensor.source, tensor.dtype), staged_range(folder, shard, tensor))
+        (tensor_range(checkpoint.place, tensor.source, tensor.dtype), staged_range(folder, shard, tensor))
         for shard, tensor in planned
     ]
     digests = digest_pairs(ranges, crew, "check")
@@ -300,8 +302,10 @@ def _has_header(path: Path, header: bytes) -> bool:
 
 def staged_range(folder: Path, shard: Shard, planned: PlannedTensor) -> Range:
     """Return where the bytes of a tensor are in its shard file in `folder`."""
-    path, offset = str(folder / shard.file), shard.header_bytes + planned.begin
-    return Range(path, offset, planned.nbytes, 0, planned.source.name, planned.dtype, planned.dtype)
+    offset, name = shard.header_bytes + planned.begin, planned.source.name
+    return Range(
+        LocalFiles(folder), shard.file, offset, planned.nbytes, 0, name, planned.dtype, planned.dtype
+    )
 
 
 def altered_parts(
@@ -325,7 +329,8 @@ def altered_parts(
             parts += [(shard.file, part) for part in whole]
         else:
             altered[shard.file] = [Received(0, shard.nbytes, "")]
-    ranges = [Range(str(folder / file), p.offset, p.nbytes, 0, file, "U8", "U8") for file, p in parts]
+    files = LocalFiles(folder)
+    ranges = [Range(files, file, p.offset, p.nbytes, 0, file, "U8", "U8") for file, p in parts]
     digests = _digest_all(ranges, crew, stage)
     for (file, part), digest in zip(parts, digests, strict=True):
         if digest != part.digest:
@@ -349,7 +354,7 @@ def verify_received(
     start = time.perf_counter()
     altered = altered_parts(plan, received, folder, crew)
     copy = written(folder, plan)
-    ranges = [tensor_range(copy.folder, tensor, tensor.dtype) for tensor in copy.tensors.values()]
+    ranges = [tensor_range(copy.place, tensor, tensor.dtype) for tensor in copy.tensors.values()]
     digests = _digest_all(ranges, crew, "verify")
     mismatches = [
         Mismatch(planned.source.name, "bytes: not as they were received")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,12 +28,10 @@ from shardkit.base.record import listed
 from shardkit.formats.names import is_weights
 from shardkit.formats.safetensors import PREFIX_BYTES, Header, parse_header, read_raw_header
 from shardkit.sources import hub_client as access
-from shardkit.sources.local import NOT_OURS, is_inside
+from shardkit.sources.fileset import CHUNK_BYTES, NOT_OURS, FileSet, is_inside
 
-CHUNK_BYTES = 1 << 20
 # Nearly every header fits, so that a file takes one request.
 _HEADER_GUESS = 1 << 17
-_REMOTE = re.compile(r"(hf://([^@]+)@([0-9a-f]{40}))(?:/(.+))?", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +55,13 @@ class RemoteFile:
         return digest.hexdigest() == (self.sha256 or self.blob_id)
 
 
-class Repository:
-    """One commit of a model repository: `files.Files`, in the folder ``hf://org/name@commit``.
+class Repository(FileSet):
+    """One commit of a model repository, called ``hf://org/name@commit``.
 
     Attributes
     ----------
     repo_id, sha
         Which repository, which commit.
-    folder
-        Its name as a folder: ``os.path.join(folder, file)`` names one of its files for `read_range`.
     token
         What it is read with; in no text of this class.
     listing
@@ -75,7 +70,7 @@ class Repository:
 
     def __init__(self, repo_id: str, sha: str, token: str | None, files: Mapping[str, RemoteFile]) -> None:
         self.repo_id, self.sha, self.token, self.listing = repo_id, sha, token, files
-        self.folder = f"hf://{repo_id}@{sha}"
+        self.name, self.folder = f"hf://{repo_id}@{sha}", None
         self._locations: dict[str, tuple[Any, str]] = {}  # by file, where it is and its ETag there
 
     @classmethod
@@ -100,6 +95,9 @@ class Repository:
                 files[entry.path] = RemoteFile(entry.size, entry.blob_id, sha256)
         return cls(repo_id, sha, token, files)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reopened, (self.repo_id, self.sha)  # its token stays in this process
+
     def is_file(self, name: str) -> bool:
         """Whether there is such a file."""
         return name in self.listing
@@ -108,9 +106,10 @@ class Repository:
         """Return its size in bytes."""
         return self.listing[name].size
 
-    def read(self, name: str) -> bytes:
-        """Return all of a small file."""
-        return self.fetch(name).read_bytes()
+    def state(self, name: str) -> tuple[int | str, ...]:
+        """Return size and hash."""
+        listed = self.listing[name]
+        return listed.size, listed.sha256 or listed.blob_id
 
     def names(self) -> Iterable[str]:
         """Return the names of all files."""
@@ -122,10 +121,7 @@ class Repository:
             if not any(map(NOT_OURS.fullmatch, name.split("/"))):
                 yield name
 
-    def leaves(self, name: str) -> None:
-        """Return None: nothing is outside."""
-
-    def read_range(self, file: str, offset: int, nbytes: int) -> Iterator[memoryview]:
+    def read(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
         """Yield a range of a file, `CHUNK_BYTES` at a time (the last may be less), in a buffer used again.
 
         Raises
@@ -135,7 +131,7 @@ class Repository:
         """
         buffer = bytearray(min(CHUNK_BYTES, nbytes))
         view, filled = memoryview(buffer), 0
-        for piece in self._pieces(file, offset, nbytes):
+        for piece in self._pieces(name, offset, nbytes):
             taken = 0
             while taken < len(piece):
                 count = min(len(piece) - taken, len(buffer) - filled)
@@ -148,24 +144,24 @@ class Repository:
             yield view[:filled]
 
     def read_bytes(self, file: str, offset: int = 0, nbytes: int | None = None) -> bytes:
-        """Return a range of a file, by default to its end; as `read_range`."""
+        """Return a range of a file, by default to its end; as `read`."""
         nbytes = self.size(file) - offset if nbytes is None else nbytes
         return b"".join(self._pieces(file, offset, nbytes))
 
-    def header(self, file: str) -> Header:
-        """Read and validate the header of a safetensors file; as `safetensors_file.read_header`."""
-        size, where = self.listing[file].size, f"{self.folder}/{file}"
-        beginning = self.read_bytes(file, 0, min(size, _HEADER_GUESS))
+    def header(self, name: str) -> Header:
+        """Read and validate the header of a safetensors file; as `formats.safetensors.read_header`."""
+        size, where = self.listing[name].size, self.where(name)
+        beginning = self.read_bytes(name, 0, min(size, _HEADER_GUESS))
 
         def read(offset: int, nbytes: int) -> bytes:
             missing = min(size, offset + nbytes) - len(beginning)
-            rest = self.read_bytes(file, len(beginning), missing) if missing > 0 else b""
+            rest = self.read_bytes(name, len(beginning), missing) if missing > 0 else b""
             return (beginning + rest)[offset : offset + nbytes]
 
         raw = read_raw_header(read, size, where)
         return parse_header(raw, size - PREFIX_BYTES - len(raw), where)
 
-    def fetch(self, file: str) -> Path:
+    def fetched(self, name: str) -> Path:
         """Return a small file's path in the client's cache, downloaded if need be, checked against its hash.
 
         Raises
@@ -173,11 +169,11 @@ class Repository:
         CheckpointError
             If it cannot be downloaded, or is not what the repository lists.
         """
-        token, where = self.token or False, f"{self.folder}/{file}"
+        token, where = self.token or False, self.where(name)
         path = Path(
-            access.ask(lambda: hf_hub_download(self.repo_id, file, revision=self.sha, token=token), where)
+            access.ask(lambda: hf_hub_download(self.repo_id, name, revision=self.sha, token=token), where)
         )
-        self.check({file: path})
+        self.check({name: path})
         return path
 
     def check(self, downloaded: Mapping[str, Path]) -> None:
@@ -194,7 +190,7 @@ class Repository:
             raise CheckpointError(
                 "what was downloaded is not what the Hub lists, by its hash, and was removed: run the same "
                 "again to download it again",
-                file=f"{self.folder}/{listed(wrong)}",
+                file=self.where(listed(wrong)),
             )
 
     def _is_as_listed(self, downloaded: tuple[str, Path]) -> bool:
@@ -208,7 +204,7 @@ class Repository:
 
     def _pieces(self, file: str, offset: int, nbytes: int) -> Iterator[bytes]:
         """Yield a range in pieces of any length, going on from the byte reached when a connection is lost."""
-        where = f"{self.folder}/{file}"
+        where = self.where(file)
         patience, done = access.Patience(where), 0
         while done < nbytes:
             before = done
@@ -272,7 +268,7 @@ class Repository:
                 raise self._wrong(file, f"has the ETag {linked}, {listed.sha256} is listed: it changed")
 
     def _wrong(self, file: str, problem: str) -> CheckpointError:
-        return CheckpointError(problem, file=f"{self.folder}/{file}")
+        return CheckpointError(problem, file=self.where(file))
 
 
 def _etag(response: Any, header: str) -> str:
@@ -290,31 +286,17 @@ def name_problem(name: str) -> str | None:
     return None
 
 
-_OPEN: dict[str, Repository] = {}
+_OPEN: dict[tuple[str, str], Repository] = {}
 
 
 def remember(repository: Repository) -> Repository:
-    """Keep a repository for `read_range` in this process; one that was opened with a token stays."""
-    if repository.token or repository.folder not in _OPEN:
-        _OPEN[repository.folder] = repository
-    return _OPEN[repository.folder]
+    """Keep a repository for tasks that come from another process; one opened with a token stays."""
+    key = repository.repo_id, repository.sha
+    if repository.token or key not in _OPEN:
+        _OPEN[key] = repository
+    return _OPEN[key]
 
 
-def repository_of(path: str) -> tuple[Repository, str]:
-    """Return the repository that a path ``hf://org/name@commit/file`` is in, and the file.
-
-    A process of a pool has not opened it: there it is listed anew, with the token found there.
-    """
-    found = _REMOTE.fullmatch(path)
-    if not found:
-        raise CheckpointError("is not of the form hf://org/name@commit/file", file=path)
-    folder, repo_id, sha, file = found.groups()
-    if folder not in _OPEN:
-        remember(Repository.at(repo_id, sha, access.find_token()))
-    return _OPEN[folder], file or ""
-
-
-def read_range(path: str, offset: int, nbytes: int) -> Iterator[memoryview]:
-    """Yield a range of a file on the Hub, given its path; as `Repository.read_range`."""
-    repository, file = repository_of(path)
-    return repository.read_range(file, offset, nbytes)
+def reopened(repo_id: str, sha: str) -> Repository:
+    """Return a commit by its names; a process that has not opened it lists it, with the token found there."""
+    return _OPEN.get((repo_id, sha)) or remember(Repository.at(repo_id, sha, access.find_token()))

@@ -1,247 +1,103 @@
-"""Models of the Hub as sources: which commit an id means, where its files are, and how to get them here."""
+"""What a source means: the one place where text becomes files, here or on the Hub."""
 
 from __future__ import annotations
 
-import errno
-import glob
 import os
 import re
-import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import validate_repo_id
+from shardkit.base.errors import CheckpointError
+from shardkit.base.record import as_text
+from shardkit.formats.names import is_index
+from shardkit.sources.fileset import FileSet
+from shardkit.sources.local import LocalFiles
 
-from shardkit.base.errors import CheckpointError, SpaceError
-from shardkit.base.record import plural
-from shardkit.base.sizes import format_size
-from shardkit.sources.hub import Repository, remember, repository_of
-from shardkit.sources.hub_client import TRIES, UnreachableError, ask, find_token
-from shardkit.sources.local import Files, LocalFiles
+_SCHEME = "hf://"
+_COMMIT = re.compile(r"hf://((?:[\w.-]+/)?[\w.-]+)@([0-9a-f]{40})")
 
-_NAME = r"\w[\w.-]*"
-_ID = re.compile(rf"(?:hf://)?({_NAME}/{_NAME}|(?<=hf://){_NAME})(?:@(.+))?", re.ASCII)
-_SHA = re.compile(r"[0-9a-f]{40}")
-
-Needed: TypeAlias = Callable[[Files], list[str]]
-
-
-class HubId(NamedTuple):
-    """A model on the Hub, at a branch, a tag or a commit."""
-
-    repo_id: str
-    revision: str
-
-    def __str__(self) -> str:
-        return f"hf://{self.repo_id}@{self.revision}"
+Needed: TypeAlias = Callable[[FileSet], list[str]]
 
 
 class Found(NamedTuple):
-    """Where the files of a model are, what to call it, and what a person should be told."""
+    """The files that a source means.
 
-    files: Files
+    Attributes
+    ----------
+    files, source
+        Where they are, and what to call them.
+    notes
+        What a person should be told.
+    chosen
+        The file of them that was asked for; None where all were.
+    """
+
+    files: FileSet
     source: str
     notes: tuple[str, ...] = ()
+    chosen: str | None = None
 
 
-def parse_id(text: str, revision: str | None = None) -> HubId:
-    """Return what an id means: ``org/name``, ``org/name@revision``, ``hf://org/name``.
-
-    Raises
-    ------
-    CheckpointError
-        If it is no id, or names another revision than `revision`, or one that cannot be.
-    """
-    found = _ID.fullmatch(text)
-    repo_id, named = found.groups() if found else ("", None)
-    if not _is_name(repo_id):
-        raise CheckpointError(
-            f"{text[:200]!r} is neither a folder nor a file here, nor a model on the Hub (org/name, "
-            "org/name@revision)"
-        )
-    if revision and named and revision != named:
-        raise CheckpointError(f"{text!r} names a revision, and {revision!r} is another: give one")
-    wanted = (named or constants.DEFAULT_REVISION) if revision is None else revision
-    if {"", ".", ".."} & set(wanted.split("/")):  # it is a path in the client's cache
-        raise CheckpointError(f"{wanted[:200]!r} is no revision: give a branch, a tag or a commit")
-    return HubId(repo_id, wanted)
-
-
-def _is_name(repo_id: str) -> bool:
-    """Whether the client takes it for the name of a repository."""
-    with suppress(HFValidationError):
-        validate_repo_id(repo_id)
-        return True
-    return False
-
-
-def find_model(
-    text: str,
+def resolve(
+    source: str | os.PathLike[str],
     needed_files: Needed,
     *,
     revision: str | None = None,
     token: str | None = None,
     download: bool = False,
 ) -> Found:
-    """Return the files of a model: in the client's cache where all are there, otherwise on the Hub.
+    """Return what a source means: a folder or file here comes first, then a model on the Hub.
 
     Parameters
     ----------
-    text, revision
-        As for `parse_id`.
+    source, revision, token, download
+        As for `Checkpoint.open`.
     needed_files
         Which of a model's files make up its checkpoint.
-    token
-        As for `find_token`.
-    download
-        Download what the cache lacks, and check it against the Hub's hashes.
 
     Raises
     ------
     CheckpointError
-        If there is no such model, or no access to it; says how to get it.
-    SpaceError
-        If it does not fit on the cache's disk.
+        If it is none of these, or cannot be reached.
     """
-    wanted = parse_id(text, revision)
-    cached = _cached_commit(wanted)
-    if constants.is_offline_mode():
-        return _from_cache(wanted, cached, "HF_HUB_OFFLINE is set", needed_files)
-    try:
-        repository = _open(wanted, find_token(token), tries=1 if cached else TRIES)
-    except UnreachableError as error:
-        if cached:
-            return _from_cache(wanted, cached, "the Hub could not be reached", needed_files)
-        raise UnreachableError(f"{text!r} is neither a folder nor a file here, and {error}") from None
-    snapshot, needed = _snapshot(wanted.repo_id, repository.sha), needed_files(repository)
-    is_whole = all(map(snapshot.is_file, needed)) and not _doubt(wanted.repo_id, repository.sha).exists()
-    if not is_whole and not download:
-        return Found(repository, repository.folder)
-    notes = () if is_whole else _download(repository, snapshot, needed)
-    if download:
-        _note_commit(wanted, repository.sha)
-    return Found(snapshot, repository.folder, notes)
+    text = os.fspath(source)
+    path = Path(os.path.abspath(os.path.expanduser(text)))
+    if revision is not None and os.path.exists(path):
+        raise CheckpointError("is here, and has no revisions: give none, or hf://org/name", file=str(path))
+    if os.path.isdir(path):  # which, unlike Path, takes any text for an answer
+        return Found(LocalFiles(path), str(path))
+    if os.path.isfile(path):
+        if path.suffix in (".json", ".py", ".txt", ".md") and not is_index(path.name):
+            raise CheckpointError("is no weights file: give the folder it lies in", file=str(path))
+        return Found(LocalFiles(path.parent), str(path), chosen=path.name)
+    from shardkit.sources.hub_cache import find_model
+
+    return find_model(text, needed_files, revision=revision, token=token, download=download)
 
 
-def must_stream(
-    folder: str, needed_files: Needed, written_bytes: int, destination: str | os.PathLike[str]
-) -> bool:
-    """Whether disks have no room for a model of the Hub, downloaded, and what will be written of it."""
-    repository, _ = repository_of(folder)
-    snapshot = _snapshot(repository.repo_id, repository.sha)
-    missing = [name for name in needed_files(repository) if not snapshot.is_file(name)]
-    cache, target = _existing(snapshot.folder), _existing(os.path.abspath(os.path.expanduser(destination)))
-    beside = written_bytes if os.stat(cache).st_dev == os.stat(target).st_dev else 0
-    return sum(map(repository.size, missing)) + beside > shutil.disk_usage(cache).free
+def is_on_hub(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is of the Hub, not of a folder here; pathlib leaves one "/" of two."""
+    return os.fspath(name)[:4].lower() == "hf:/"
 
 
-def _open(wanted: HubId, token: str | None, tries: int) -> Repository:
-    """Pin a revision to the commit that it is now, and list its files."""
-    sha, what = wanted.revision, str(wanted)
-    if not _SHA.fullmatch(sha):
-        api, timeout = HfApi(token=token or False), constants.HF_HUB_ETAG_TIMEOUT
-        sha = ask(lambda: api.model_info(wanted.repo_id, revision=sha, timeout=timeout).sha, what, tries)
-    return remember(Repository.at(wanted.repo_id, sha, token, tries))
+def hub_name(repo_id: str) -> str:
+    """Return what a repository of the Hub is called where folders have names, too."""
+    return f"{_SCHEME}{repo_id.removeprefix(_SCHEME)}"
 
 
-def _storage(repo_id: str) -> Path:
-    """Return where the client's cache has a model: `refs`, `blobs`, and `snapshots` that link to them."""
-    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
+def commit_of(name: str) -> tuple[str, str] | None:
+    """Return repository and commit of a name on the Hub; None of another, or without a commit."""
+    return (found[1], found[2]) if (found := _COMMIT.fullmatch(name)) else None
 
 
-def _snapshot(repo_id: str, sha: str) -> LocalFiles:
-    return LocalFiles(_storage(repo_id) / "snapshots" / sha)
+def reopen(name: str) -> FileSet:
+    """Return the files that a saved result names: those of a folder here, or of a commit on the Hub."""
+    if (commit := commit_of(name)) is None:
+        return LocalFiles(name)
+    from shardkit.sources.hub import reopened
+
+    return reopened(*commit)
 
 
-def _doubt(repo_id: str, sha: str) -> Path:
-    """Return the file that is there until all that was downloaded of a commit is checked."""
-    return _storage(repo_id) / f".shardkit-unchecked-{sha}"
-
-
-def _cached_commit(wanted: HubId) -> str | None:
-    """Return the commit that a revision was when the cache last heard of it, if any of it is there."""
-    storage, sha = _storage(wanted.repo_id), wanted.revision
-    if not _SHA.fullmatch(sha):
-        try:
-            sha = (storage / "refs" / sha).read_text(encoding="utf-8").strip()
-        except (OSError, ValueError):
-            return None
-    return sha if _SHA.fullmatch(sha) and (storage / "snapshots" / sha).is_dir() else None
-
-
-def _note_commit(wanted: HubId, sha: str) -> None:
-    """Tell the cache what a branch or tag is, so that it is found under that name when offline."""
-    if not _SHA.fullmatch(wanted.revision) and _cached_commit(wanted) != sha:
-        path = _storage(wanted.repo_id) / "refs" / wanted.revision
-        with suppress(OSError):  # a cache that cannot be written, or has "v1" where this is "v1/x"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(sha, encoding="utf-8")
-
-
-def _from_cache(wanted: HubId, sha: str | None, why: str, needed_files: Needed) -> Found:
-    if sha is None:
-        raise CheckpointError(
-            f"is not in the local cache, and {why}: download it where there is a network", file=str(wanted)
-        )
-    snapshot = _snapshot(wanted.repo_id, sha)
-    try:
-        needed_files(snapshot)
-        if _doubt(wanted.repo_id, sha).exists():
-            raise CheckpointError("its download was stopped before all of it was checked")
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"is not whole in the local cache, and {why}: {error}", file=str(wanted)
-        ) from None
-    return Found(snapshot, f"hf://{wanted.repo_id}@{sha}", (f"{why}: this is what the local cache has",))
-
-
-def _download(repository: Repository, snapshot: LocalFiles, needed: Sequence[str]) -> tuple[str, ...]:
-    """Download what is missing, and check all, whoever has downloaded it."""
-    missing = [name for name in needed if not snapshot.is_file(name)]
-    nbytes = sum(map(repository.size, missing))
-    _check_space(repository, snapshot.folder, nbytes, needed)
-    doubt = _doubt(repository.repo_id, repository.sha)
-    with suppress(OSError):  # a cache that cannot be written: nothing is downloaded into it, either
-        doubt.parent.mkdir(parents=True, exist_ok=True)
-        doubt.touch()
-
-    def fetch() -> None:
-        # By name: a repository may hold the same weights in three formats.
-        names = [glob.escape(name) for name in needed]
-        repo_id, token = repository.repo_id, repository.token
-        snapshot_download(repo_id, revision=repository.sha, allow_patterns=names, token=token or False)
-
-    try:
-        ask(fetch, repository.folder, bars=True)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _check_space(repository, snapshot.folder, nbytes, needed)
-        raise SpaceError(f"{repository.folder}: the disk of {snapshot.folder} is full") from error
-    repository.check({name: Path(snapshot.folder, name) for name in needed})
-    with suppress(OSError):
-        doubt.unlink()
-    what = f"{plural(len(missing), 'file')}, {format_size(nbytes)}"
-    return (f"downloaded {what}, each checked against its hash on the Hub",) * bool(missing)
-
-
-def _check_space(repository: Repository, folder: str, nbytes: int, needed: Sequence[str]) -> None:
-    free = shutil.disk_usage(_existing(folder)).free
-    if nbytes > free:
-        can_stream = ".safetensors" in needed[0]  # the weights, or their index
-        instead = ", or shard without downloading (stream=True, --stream)" if can_stream else ""
-        raise SpaceError(
-            f"{repository.folder}: the download takes {nbytes:,} bytes ({format_size(nbytes)}), the disk of "
-            f"{folder} has {free:,} ({format_size(free)}) free: move the cache (HF_HOME){instead}"
-        )
-
-
-def _existing(path: str) -> str:
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return path
+as_text(FileSet, reopen)

@@ -1,0 +1,106 @@
+"""The files of one checkpoint, wherever they are: a folder here, or a commit on the Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+from shardkit.formats.safetensors import Header
+
+CHUNK_BYTES = 1 << 20
+State: TypeAlias = tuple[int | str, ...]  # of a file; its size first
+# Of the tools that made the copy (`.git` may be a file): not of the model.
+NOT_OURS = re.compile(r"\.git|\.cache|\.huggingface|__pycache__|\.ipynb_checkpoints|\..*\.shardkit-.*")
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative name stays in its folder, and cannot deceive a terminal."""
+    return (
+        name.isprintable() and not os.path.isabs(name) and ".." not in Path(name).parts and "\\" not in name
+    )
+
+
+class FileSet(ABC):
+    """The files of one checkpoint, by names relative to where they are. A task carries it to any process.
+
+    Attributes
+    ----------
+    name
+        What it is called: shown to people, never parsed.
+    folder
+        The folder on this machine that they lie in; None where they lie elsewhere.
+    """
+
+    name: str
+    folder: Path | None
+
+    @abstractmethod
+    def names(self) -> Iterable[str]:
+        """Return the names of files in the folder and in the folders in it."""
+
+    @abstractmethod
+    def belonging(self) -> Iterator[str]:
+        """Yield the names of files at any depth, in order; not those of tools that made the copy."""
+
+    @abstractmethod
+    def is_file(self, name: str) -> bool:
+        """Whether there is such a file."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Return its size in bytes."""
+
+    @abstractmethod
+    def state(self, name: str) -> State:
+        """Return what tells one state of a file from another."""
+
+    @abstractmethod
+    def read(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
+        """Yield a range of a file, `CHUNK_BYTES` at a time (the last may be less), in a buffer used again.
+
+        Raises
+        ------
+        CheckpointError
+            If the file cannot be read, or ends before the range does.
+        """
+
+    @abstractmethod
+    def header(self, name: str) -> Header:
+        """Read and validate the header of a safetensors file."""
+
+    @abstractmethod
+    def fetched(self, name: str) -> Path:
+        """Return the path of a small file on this machine, downloaded if need be."""
+
+    def content(self, name: str) -> bytes:
+        """Return all of a small file."""
+        return self.fetched(name).read_bytes()
+
+    def path(self, name: str) -> Path | None:
+        """Return where the kernel may copy a file from; None where it is not on this machine."""
+        return self.folder / name if self.folder is not None else None
+
+    def leaves(self, name: str) -> Path | None:
+        """Return where a file really is, if a link leads out of the folder."""
+        del name
+        return None
+
+    def where(self, name: str) -> str:
+        """Return what to call one of the files where a person is told of it."""
+        return os.path.join(self.name, name) if self.folder is not None else f"{self.name}/{name}"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"

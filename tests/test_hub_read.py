@@ -104,7 +104,7 @@ class TestLooking:
         assert there.source == there.folder == f"hf://{ID}@{sha}"
         size = (hub.store.path(hub.files(ID)[".gitattributes"].sha256)).stat().st_size
         assert there.side_files == {**here.side_files, ".gitattributes": size}
-        left = {"source": here.source, "folder": here.folder, "side_files": here.side_files}
+        left = {"source": here.source, "place": here.place, "side_files": here.side_files}
         assert dataclasses.replace(there, **left) == here
         assert (
             plan_shards(there, max_shard_size="1MB").shards == plan_shards(here, max_shard_size="1MB").shards

@@ -45,6 +45,7 @@ from shardkit.base import pages
 from shardkit.shard import copy as transfer
 from shardkit.shard import destination, staging, verify
 from shardkit.shard import engine as write
+from shardkit.sources import local
 from shardkit.sources.hub_client import UnreachableError
 from tests.support import (
     FreshFolder,
@@ -1318,7 +1319,7 @@ def test_stale_source_during_a_cast_discards_nothing(
         return Stale(path) if next(opened, None) is None else open(path, mode)
 
     with monkeypatch.context() as patch:
-        patch.setattr(transfer, "open", on_a_network_disk, raising=False)
+        patch.setattr(local, "open", on_a_network_disk, raising=False)
         with pytest.raises(CheckpointError, match="cannot be read: Stale file handle") as caught:
             shard(source, out, dtype="float16", max_shard_size=1000)
     assert caught.value.file == str(source / "model.safetensors")

@@ -28,10 +28,10 @@ from .measure import measure_load as measure_load
 from .plan.plan import Shard as Shard
 from .plan.plan import ShardPlan as ShardPlan
 from .plan.plan import plan_shards as plan_shards
-from .shard.engine import ShardReport as ShardReport
 from .shard.engine import shard_checkpoint as shard_checkpoint
+from .shard.engine import shard_on_hub as shard_on_hub
 from .shard.push import push_checkpoint as push_checkpoint
-from .shard.reshard import shard_on_hub as shard_on_hub
+from .shard.report import ShardReport as ShardReport
 from .shard.verify import Verification as Verification
 from .shard.verify import verify_checkpoint as verify_checkpoint
 from .show.progress import ProgressBar as ProgressBar

@@ -18,9 +18,9 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 import shardkit
 from shardkit.base.errors import Cancelled, CheckpointError, DestinationError
-from shardkit.shard import reshard
+from shardkit.shard import hub_store
+from shardkit.shard.engine import shard_on_hub
 from shardkit.shard.push import push_checkpoint
-from shardkit.shard.reshard import shard_on_hub
 from tests.loopback_hub import LoopbackHub
 from tests.support import Tensor, read_checkpoint, write_checkpoint
 
@@ -764,22 +764,22 @@ def test_refused_overflow_keeps_the_shards_that_were_sent(hub: LoopbackHub, tmp_
     assert shardkit.verify_checkpoint(SOURCE, REPO).equal
 
 
-@pytest.mark.parametrize("where", ["altered_parts", "digest_file"])
+@pytest.mark.parametrize("where", ["damaged", "digest_file"])
 def test_disk_that_fails_keeps_the_shards_that_were_sent(
     where: str, hub: LoopbackHub, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = getattr(reshard, where), iter(range(4))
+    real, calls = getattr(hub_store, where), iter(range(4))
 
     def fail(*args: object) -> object:
         if next(calls, None) is None:
-            if where == "altered_parts":
-                return {"model": []}
+            if where == "damaged":
+                return ["model"]
             raise OSError(errno.EIO, "Input/output error")
         return real(*args)
 
     options = {"max_shard_size": "300KB", "workers": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(reshard, where, fail)
+        patch.setattr(hub_store, where, fail)
         with pytest.raises((shardkit.VerificationError, DestinationError)):
             shard_on_hub(SOURCE, REPO, **options)
     assert len(shard_on_hub(SOURCE, REPO, **options).reused) >= 3
@@ -823,7 +823,7 @@ def test_full_disk_under_side_files_is_told(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("shardkit.shard.reshard.write_beside", full)
+    monkeypatch.setattr("shardkit.shard.engine.write_side_files", full)
     with pytest.raises(shardkit.SpaceError, match=rf"{tmp_path}: No space left .* work_folder"):
         shard_on_hub(SOURCE, REPO, work_folder=tmp_path)
 

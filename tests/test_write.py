@@ -43,8 +43,9 @@ from shardkit import (
 from shardkit.base import jobs as run
 from shardkit.base import pages
 from shardkit.shard import copy as transfer
-from shardkit.shard import destination, staging, verify
+from shardkit.shard import destination, folder_store, side_files, verify
 from shardkit.shard import engine as write
+from shardkit.shard.report import ShardReport
 from shardkit.sources import local
 from shardkit.sources.hub_client import UnreachableError
 from tests.support import (
@@ -90,7 +91,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def shard(source: Path, out: Path, **options: object) -> write.ShardReport:
+def shard(source: Path, out: Path, **options: object) -> ShardReport:
     return shard_checkpoint(source, out, **{"max_shard_size": LIMIT, "workers": 1} | options)  # type: ignore[arg-type]
 
 
@@ -625,9 +626,9 @@ def test_what_lies_in_place_of_the_staging_folder_is_removed_and_not_followed(
     (tmp_path / "victim").mkdir()
     (tmp_path / "victim" / "thesis.txt").write_text("mine")
     if kind == "file":
-        staging.staging_folder(out).write_text("")
+        destination.staging_folder(out).write_text("")
     else:
-        staging.staging_folder(out).symlink_to("victim")
+        destination.staging_folder(out).symlink_to("victim")
     shard(source, out)
     assert contents(tmp_path / "victim") == {"thesis.txt": b"mine"}
     assert beside(out) == {"victim"}
@@ -715,13 +716,13 @@ def test_destination_is_absent_or_whole_whichever_system_call_fails(
 
 
 STAGES = {
-    "reading what an earlier run left": (write, "damaged_shards"),
+    "reading what an earlier run left": (folder_store, "damaged"),
     "copying": (write, "run_task"),
-    "syncing": (staging, "sync"),
-    "writing config and index": (write, "write_beside"),
-    "copying a side file": (write, "file_tasks"),
-    "verifying": (write, "verify_weights"),
-    "publishing": (staging.Staging, "publish"),
+    "syncing": (folder_store, "sync"),
+    "writing config and index": (write, "write_side_files"),
+    "copying a side file": (side_files, "file_tasks"),
+    "verifying": (verify, "verify_weights"),
+    "publishing": (folder_store.FolderStore, "publish"),
 }
 FAILURES = [
     OSError(errno.EIO, "Input/output error"),
@@ -860,7 +861,7 @@ def test_source_that_changes_meanwhile_is_not_published(file: str, source: Path,
 def test_shard_that_changes_between_proof_and_publishing_is_not_published(source: Path, out: Path) -> None:
     def damage(progress: Progress) -> None:
         if progress.stage == "verify" and progress.done_bytes == progress.total_bytes:
-            staged = staging.staging_folder(out) / "model-00002-of-00006.safetensors"
+            staged = destination.staging_folder(out) / "model-00002-of-00006.safetensors"
             raw = bytearray(staged.read_bytes())
             raw[-1] ^= 1
             staged.write_bytes(raw)
@@ -871,7 +872,7 @@ def test_shard_that_changes_between_proof_and_publishing_is_not_published(source
 
 
 def staged(out: Path, file: str) -> Path:
-    return staging.staging_folder(out) / file
+    return destination.staging_folder(out) / file
 
 
 def flip_unseen(path: Path) -> None:
@@ -904,7 +905,7 @@ def test_change_after_the_proof_is_not_published(file: str, source: Path, out: P
 def test_file_that_is_not_copied_as_it_is_is_not_published(
     source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = write.run_task
+    real = side_files.run_task
 
     def run(task: transfer.Task) -> transfer.Outcome:
         outcome = real(task)
@@ -912,7 +913,7 @@ def test_file_that_is_not_copied_as_it_is_is_not_published(
             flip(Path(task.path), -1)
         return outcome
 
-    monkeypatch.setattr(write, "run_task", run)
+    monkeypatch.setattr(side_files, "run_task", run)
     with pytest.raises(VerificationError, match=r"not published: 1_Pooling/config.json not as in the source"):
         shard(source, out)
     assert not out.exists()
@@ -921,7 +922,7 @@ def test_file_that_is_not_copied_as_it_is_is_not_published(
 def test_shard_that_changes_while_it_waits_for_the_disk_is_not_published(
     source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = staging.sync
+    real = folder_store.sync
 
     def late(path: Path) -> None:
         if path.name == "model-00002-of-00006.safetensors":
@@ -929,7 +930,7 @@ def test_shard_that_changes_while_it_waits_for_the_disk_is_not_published(
             flip(path, -1)
         real(path)
 
-    monkeypatch.setattr(staging, "sync", late)
+    monkeypatch.setattr(folder_store, "sync", late)
     with pytest.raises(CheckpointError, match=r"model-00002-of-00006\.safetensors.*changed on disk"):
         shard(source, out, verify=False)
     assert not out.exists()
@@ -957,16 +958,16 @@ def test_every_file_is_synced_before_the_folder_is_renamed(
     (source / "2_Dense").mkdir()
     save_file({"dense": torch.ones(4)}, source / "2_Dense" / "model.safetensors")
     synced: set[Path] = set()
-    real = staging.sync
+    real = folder_store.sync
 
     def sync(path: Path) -> None:
         synced.add(path)
         real(path)
 
-    monkeypatch.setattr(staging, "sync", sync)
+    monkeypatch.setattr(folder_store, "sync", sync)
     shard(source, out, max_shard_size="1GB")
     assert (out / "2_Dense" / "model.safetensors").exists()
-    assert {path.relative_to(staging.staging_folder(out)) for path in synced} == {
+    assert {path.relative_to(destination.staging_folder(out)) for path in synced} == {
         path.relative_to(out) for path in (out, *out.rglob("*"))
     }
 
@@ -1026,7 +1027,7 @@ def test_disk_that_garbles_what_it_is_given_is_found_out(
 def test_resume_trusts_the_disk_alone(source: Path, disk: tuple[Path, Path]) -> None:
     folder, image = disk
     interrupt(source, folder / "out")
-    for path in staging.staging_folder(folder / "out").iterdir():
+    for path in destination.staging_folder(folder / "out").iterdir():
         destination.sync(path)
     garble(image, data_of(source, "t1"))
     report, nbytes = copied(source, folder / "out", verify=False)
@@ -1063,7 +1064,7 @@ def test_system_that_cannot_drop_or_show_pages_is_no_obstacle(
     report = shard(source, out)
     assert said in str(report)
     assert not report.verification.is_from_disk  # type: ignore[union-attr]
-    assert write.ShardReport.from_dict(report.to_dict()) == report
+    assert ShardReport.from_dict(report.to_dict()) == report
 
 
 def test_kernel_that_calls_all_pages_resident_is_not_believed(
@@ -1111,7 +1112,7 @@ def journaled(out: Path) -> list[str]:
 
 def interrupt(source: Path, out: Path, shards: int = 3, **options: object) -> list[str]:
     """Stop a run after so many shards, once the disk has them; return what the journal holds."""
-    before = len(journaled(out)) if staging.staging_folder(out).exists() else 0
+    before = len(journaled(out)) if destination.staging_folder(out).exists() else 0
 
     def stop(progress: Progress) -> bool:
         if progress.stage != "copy" or progress.done_bytes < shards * 1600:
@@ -1127,7 +1128,7 @@ def interrupt(source: Path, out: Path, shards: int = 3, **options: object) -> li
     return journaled(out)
 
 
-def copied(source: Path, out: Path, **options: object) -> tuple[write.ShardReport, int]:
+def copied(source: Path, out: Path, **options: object) -> tuple[ShardReport, int]:
     """Shard, and say how many source bytes were copied on the way."""
     seen: list[Progress] = []
     report = shard(source, out, progress=seen.append, **options)
@@ -1271,7 +1272,7 @@ def test_no_error_of_a_task_discards_what_is_finished(
         with pytest.raises(BaseException) as caught:  # noqa: PT011  which it is, other tests say
             shard(source, out)
     if not isinstance(error, KeyboardInterrupt):
-        assert f"3 finished shards kept in {staging.staging_folder(out)}" in caught.value.__notes__[-1]
+        assert f"3 finished shards kept in {destination.staging_folder(out)}" in caught.value.__notes__[-1]
     assert_reused(source, out, 3)
 
 
@@ -1418,8 +1419,8 @@ def test_garbled_line_of_the_journal_loses_its_own_shard_alone(
 def test_nothing_but_finished_shards_is_taken_over(source: Path, out: Path) -> None:
     # What a kill leaves between the exchange of two folders and the removal of the old one.
     interrupt(source, out)
-    (staging.staging_folder(out) / "tokenizer.json").write_text("of an older model")
-    (staging.staging_folder(out) / "model.safetensors").write_text("of an older model")
+    (destination.staging_folder(out) / "tokenizer.json").write_text("of an older model")
+    (destination.staging_folder(out) / "model.safetensors").write_text("of an older model")
     copied(source, out)
     assert not {"tokenizer.json", "model.safetensors"} & contents(out).keys()
 
@@ -1458,7 +1459,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_staged_shard_is_written_again(damage: str, source: Path, out: Path) -> None:
     damaged, *others = interrupt(source, out)
-    DAMAGE[damage](staging.staging_folder(out) / damaged)
+    DAMAGE[damage](destination.staging_folder(out) / damaged)
     report, nbytes = copied(source, out)
     assert sorted(report.reused) == others
     assert nbytes == 4 * 1600
@@ -1466,7 +1467,7 @@ def test_damaged_staged_shard_is_written_again(damage: str, source: Path, out: P
 
 def test_damaged_staged_shard_is_written_again_after_a_second_interruption(source: Path, out: Path) -> None:
     damaged, *others = interrupt(source, out)
-    DAMAGE["a bit of the data"](staging.staging_folder(out) / damaged)
+    DAMAGE["a bit of the data"](destination.staging_folder(out) / damaged)
     with pytest.raises(Cancelled):
         shard(source, out, progress=lambda _: False)
     report, _ = copied(source, out)
@@ -1583,7 +1584,7 @@ def test_second_run_on_a_destination_is_refused_while_the_first_goes_on(
 ) -> None:
     monkeypatch.setattr(destination, "_LOCK_SECONDS", 0.1)
     started, finish = threading.Event(), threading.Event()
-    reports: list[write.ShardReport] = []
+    reports: list[ShardReport] = []
 
     def wait(_: Progress) -> None:
         started.set()
@@ -1650,7 +1651,7 @@ def test_interrupt_just_after_the_end_leaves_nothing_for_long(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "put_in_place", interrupted)
+        patch.setattr(folder_store, "put_in_place", interrupted)
         with pytest.raises(KeyboardInterrupt):
             shard(source, out)
     assert verify_checkpoint(source, out).equal

@@ -27,7 +27,7 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.compare.comparison import Comparison
 from shardkit.compare.parameters import check_values
 from shardkit.plan.plan import ShardPlan, Strategy
-from shardkit.shard.engine import ShardReport
+from shardkit.shard.report import ShardReport
 
 __all__ = ["ShardApp"]
 

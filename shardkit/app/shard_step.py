@@ -19,7 +19,8 @@ from shardkit.base.record import plural, shown_path
 from shardkit.base.sizes import format_size
 from shardkit.measure.measurement import format_seconds
 from shardkit.shard.destination import leftovers
-from shardkit.shard.engine import ShardReport, shard_checkpoint
+from shardkit.shard.engine import shard_checkpoint
+from shardkit.shard.report import ShardReport
 from shardkit.show.progress import STAGES
 
 _SHOW_EVERY_SECONDS = 0.15  # a page that is told more often than that falls behind

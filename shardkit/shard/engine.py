@@ -1,144 +1,35 @@
-"""Carry out a plan: a destination is absent or whole.
+"""Carry out a plan: make each shard, put it where it goes, then publish all of it in one step.
 
-Everything is written in a staging folder beside the destination, synced, and renamed into place at the
-end. What a killed run has finished there is used by the next one, if source and plan are the same.
+A destination is absent or complete, be it a folder or a repository on the Hub; what an interrupted run has
+finished is used by the next one of the same source and plan.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
+from threading import Event
 
-from shardkit.base import pages
-from shardkit.base.errors import CastError, DownloadNeededError, VerificationError
-from shardkit.base.jobs import (
-    Crew,
-    ProgressCallback,
-    ProgressCount,
-    resumable,
-    run_all,
-    take_turns,
-    worker_count,
-)
-from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
-from shardkit.base.sizes import format_size
+from shardkit.base.errors import Cancelled, CheckpointError, DownloadNeededError
+from shardkit.base.jobs import Crew, ProgressCallback, ProgressCount, resumable, run_all, worker_count
 from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.checkpoint.layout import adapted_config, config_dtype
-from shardkit.formats.names import is_weights
 from shardkit.plan.plan import Shard, ShardPlan, Strategy, plan_shards
-from shardkit.shard.copy import Lost, Outcome, Task, file_tasks, run_task, shard_tasks, whole_file
+from shardkit.shard.copy import Outcome, run_task, shard_tasks
 from shardkit.shard.destination import check_free, resolve
-from shardkit.shard.staging import Staging, staging
-from shardkit.shard.verify import (
-    Verification,
-    altered_parts,
-    damaged_shards,
-    digest_pairs,
-    read_from,
-    verify_received,
-    verify_weights,
-    written,
-)
+from shardkit.shard.folder_store import FolderStore
+from shardkit.shard.report import ShardReport
+from shardkit.shard.side_files import write_side_files
+from shardkit.shard.store import Job, Store
+from shardkit.sources.resolve import hub_name
 
-_SHOWN_LOSSES = 3
 _STREAMED = "made from ranged reads of the Hub: the source was not downloaded"
-
-
-@dataclass(frozen=True)
-class ShardReport(Record):
-    """What was written.
-
-    Attributes
-    ----------
-    source, destination
-        Where from, where to.
-    files
-        The shards with their sizes in bytes.
-    tensors, nbytes
-        How many tensors were written, and their bytes.
-    dtype
-        What floating-point tensors were cast to; None where bytes were copied.
-    kept
-        Tensors that the cast left in the dtype they are stored in, with that dtype: see `ShardPlan.kept`.
-    lost
-        Tensors of which the cast made some values infinite or zero, with counts.
-    reused
-        Shards that an earlier run of the same job had finished.
-    side_files
-        All other files that were copied, with sizes in bytes.
-    left_out
-        Files that stayed behind, and why.
-    verification
-        The proof; None where it was not asked for.
-    copy_seconds, seconds
-        Time to write and sync the shards; time in all.
-    notes
-        What a person should be told.
-    """
-
-    source: str
-    destination: str
-    files: dict[str, int]
-    tensors: int
-    nbytes: int
-    dtype: str | None
-    lost: tuple[Lost, ...]
-    reused: tuple[str, ...]
-    side_files: dict[str, int]
-    left_out: dict[str, str]
-    verification: Verification | None
-    copy_seconds: float
-    seconds: float
-    notes: tuple[str, ...] = ()
-    kept: dict[str, str] = field(default_factory=dict)
-
-    def _verified(self) -> str:
-        if (check := self.verification) is None:
-            return "no"
-        to_what = " to what was received" if check.received else ""
-        where = ", read back from the disk" if check.is_from_disk else ""
-        return f"equal{to_what}, {check.tensors:,} tensors in {check.seconds:.2f} s{where}"
-
-    def summary(self) -> Summary:
-        """Return the report as a person reads it."""
-        rate = format_size(self.nbytes / max(self.copy_seconds, 1e-9))
-        facts: tuple[tuple[str, str], ...] = (
-            ("source", shown_path(self.source)),
-            ("destination", shown_path(self.destination)),
-            ("written", f"{format_size(self.nbytes)} in {plural(len(self.files), 'file')}"),
-            ("dtype", f"cast to {self.dtype}" if self.dtype else "as in the source"),
-            ("written in", f"{self.copy_seconds:.2f} s, {rate}/s"),
-            ("verified", self._verified()),
-            ("also copied", self._also_copied()),
-        )
-        if self.verification is not None and self.verification.model is not None:
-            facts += (("model", str(self.verification.model)),)
-        facts += (("reused", listed(self.reused)),) * bool(self.reused)
-        if self.dtype:
-            infinite, zero = (sum(getattr(x, of) for x in self.lost) for of in ("overflowed", "flushed"))
-            words = f"{plural(infinite, 'value')} became infinite, {zero:,} became zero"
-            facts += (("lost in the cast", f"{words}, in {plural(len(self.lost), 'tensor')}"),)
-        worst = sorted(self.lost, key=lambda x: (-x.overflowed, -x.flushed))[:_SHOWN_LOSSES]
-        rows = tuple((x.tensor, f"{x.overflowed:,}", f"{x.flushed:,}") for x in worst)
-        lost = (Table(("most was lost in", "became infinite", "became zero"), rows),) if rows else ()
-        notes = self.notes
-        if (check := self.verification) and check.files and not check.is_from_disk:
-            notes += (f"when read back: {read_from(check.files, check.files_in_memory)}",)
-        return Summary("Sharded checkpoint", facts, lost, notes)
-
-    def _also_copied(self) -> str:
-        weights = [file for file in self.side_files if is_weights(os.path.basename(file))]
-        count = f"{plural(len(self.side_files), 'file')}, {format_size(sum(self.side_files.values()))}"
-        if not weights:
-            return f"{count}: {listed(self.side_files)}" if self.side_files else "nothing"
-        return f"{count}, weights among them: {listed(weights)}"
 
 
 @resumable()
@@ -208,45 +99,84 @@ def shard_checkpoint(
     start, crew = time.perf_counter(), Crew(worker_count(workers, executor), executor, progress)
     planned = partial(plan_shards, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
-    checkpoint = _open(opened, planned, destination, overwrite, stream)
-    plan = planned(checkpoint)
-    with staging(checkpoint, plan, destination, overwrite, resume) as stage:
-        reused = _reuse(stage, crew)
-        stage.check_space()
-        copying = time.perf_counter()
-        count = _write_shards(stage, crew)
-        copy_seconds = time.perf_counter() - copying
-        lost = total_lost(plan, stage.finished.values())
-        refuse_overflow(lost, plan, allow_overflow)
-        for file in write_beside(checkpoint, plan, stage.folder, lambda: count.add(0)):
-            stage.wrote(file)
-        verification = _verify(stage, crew) if verify else None
-        stage.publish()
-    return ShardReport(
-        source=checkpoint.source,
-        destination=str(stage.destination),
-        files={shard.file: shard.nbytes for shard in plan.shards},
-        tensors=len(checkpoint.tensors),
-        nbytes=plan.total_bytes,
-        dtype=plan.dtype,
-        lost=lost,
-        reused=reused,
-        side_files=checkpoint.side_files,
-        left_out=checkpoint.left_out,
-        verification=verification,
-        copy_seconds=copy_seconds,
-        seconds=time.perf_counter() - start,
-        notes=(
-            *checkpoint.summary().notes,
-            *plan.summary().notes,
-            *stage.notes,
-            *(_STREAMED,) * _is_received(checkpoint),
-        ),
-        kept=plan.kept,
-    )
+    checkpoint = _open_here(opened, planned, destination, overwrite, stream)
+    job = Job(checkpoint, planned(checkpoint), verify, allow_overflow, crew)
+    return _reshard(FolderStore(job, destination, overwrite, resume), start)
 
 
-def _open(
+@resumable()
+def shard_on_hub(
+    source_id: str,
+    target_id: str,
+    *,
+    max_shard_size: int | str = "2GB",
+    strategy: Strategy = "size",
+    dtype: object = None,
+    revision: str | None = None,
+    private: bool = True,
+    workers: int | None = None,
+    token: str | None = None,
+    verify: bool = True,
+    allow_overflow: bool = False,
+    progress: ProgressCallback | None = None,
+    work_folder: str | os.PathLike[str] | None = None,
+) -> ShardReport:
+    """Reshard a model of the Hub into another repository there, in bounded disk and memory.
+
+    On this disk there are never more than `workers` + 1 shards, in memory some megabytes for each. A run that
+    was interrupted goes on when it is repeated, from the shards that the target has already.
+
+    Parameters
+    ----------
+    source_id
+        "org/name" or "org/name@revision", in safetensors.
+    target_id
+        ``owner/name``; made where it is not there. Its head changes once, when all is there.
+    max_shard_size, strategy, dtype
+        As in `plan_shards`.
+    revision
+        Branch, tag or commit of the source.
+    private
+        Of a repository that is made. One that is there and public is refused, unless this is False.
+    workers
+        Of them and one more, each makes a shard or sends one (default: up to four).
+    token
+        One that may read the source and write the target; by default the environment's, or the client's.
+    verify
+        Read each shard back and hold it against what was received, before it is sent.
+    allow_overflow
+        Let a cast turn finite values into infinities.
+    progress
+        Called with a `Progress` (stage "stream", bytes received and sent); returning False stops.
+    work_folder
+        Where shards lie while they are made (default: the current folder). Cleaned up on every way out; what
+        a killed run has left there, by the next one.
+
+    Raises
+    ------
+    CheckpointError, PlanError, SizeError
+        If the source cannot be read or is not in safetensors, or the plan cannot be made.
+    DestinationError, SpaceError
+        If the target cannot be written or was changed by somebody else, or the disk cannot hold a shard.
+    CastError
+        If a cast makes finite values infinite; names the tensors.
+    VerificationError
+        If a shard is not what was received, or the Hub lists other content than was sent.
+    Cancelled
+        If `progress` returned False.
+    """
+    from shardkit.shard.hub_store import HubStore
+    from shardkit.shard.push import check_loadable
+
+    start, crew = time.perf_counter(), Crew(worker_count(workers), progress=progress)
+    checkpoint = _open_there(source_id, revision, token)
+    check_loadable(checkpoint)
+    plan = plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
+    job = Job(checkpoint, plan, verify, allow_overflow, crew)
+    return _reshard(HubStore(job, target_id, token, private, Path(work_folder or ".")), start)
+
+
+def _open_here(
     opened: Callable[..., Checkpoint],
     planned: Callable[[Checkpoint], ShardPlan],
     destination: str | os.PathLike[str],
@@ -260,7 +190,7 @@ def _open(
         if stream:
             raise
     else:
-        if stream or not _is_received(checkpoint):
+        if stream or checkpoint.place.folder is not None:
             return checkpoint
         from shardkit.sources.hub_cache import must_stream
 
@@ -271,152 +201,94 @@ def _open(
     return opened(download=True)
 
 
-def _reuse(stage: Staging, crew: Crew) -> tuple[str, ...]:
-    """Check what an earlier run left, byte by byte, against the source; forget what is not right."""
-    checkpoint, plan = stage.checkpoint, stage.plan
-    shards = [shard for shard in plan.shards if shard.file in stage.finished]
-    stage.wait()  # for the disk: only what it has can be dropped
-    in_memory = pages.drop(stage.folder / shard.file for shard in shards)
-    if shards and in_memory != 0:
-        stage.notes.append(f"when reused shards were checked: {read_from(len(shards), in_memory)}")
-    if _is_received(checkpoint):
-        received = {shard.file: stage.finished[shard.file].received for shard in shards}
-        damaged = list(altered_parts(plan, received, stage.folder, crew, "check"))
-    else:
-        damaged = damaged_shards(checkpoint, plan, shards, stage.folder, crew)
-    for file in damaged:
-        del stage.finished[file]
-    return tuple(shard.file for shard in shards if shard.file in stage.finished)
+def _open_there(source_id: str, revision: str | None, token: str | None) -> Checkpoint:
+    if os.path.exists(source_id):
+        raise CheckpointError("is on this machine: shard it to a folder, and push that", file=source_id)
+    source = hub_name(source_id)
+    checkpoint = None
+    with suppress(DownloadNeededError):
+        checkpoint = Checkpoint.open(source, revision=revision, token=token)
+    if checkpoint is None or checkpoint.format == "pickle":
+        raise CheckpointError(
+            "holds pickles, which cannot be read in part: shard it to a folder, and push that", file=source
+        )
+    return checkpoint
 
 
-def _write_shards(stage: Staging, crew: Crew) -> ProgressCount:
-    checkpoint, plan = stage.checkpoint, stage.plan
-    todo = [shard for shard in plan.shards if shard.file not in stage.finished]
-    tasks_left: Counter[str] = Counter()
-    outcomes: defaultdict[str, Outcome] = defaultdict(Outcome)
-    count = ProgressCount(crew.progress, "copy", sum(t.source.nbytes for s in todo for t in s.tensors))
+def _reshard(store: Store, start: float) -> ShardReport:
+    """Do a job: what `start` is the time of began with it."""
+    checkpoint, plan = store.job.checkpoint, store.job.plan
+    with store.open():
+        reused = tuple(shard.file for shard in plan.shards if shard.file in store.finished)
+        making = time.perf_counter()
+        count = _make_all(store)
+        store.settle()
+        made = time.perf_counter()
+        outcomes = store.finished.values()
+        store.job.refuse_overflow(outcomes)
+        side_files = write_side_files(checkpoint, plan, store.beside, lambda: count.add(0))
+        destination, verification = store.publish(side_files)
+    return ShardReport(
+        source=checkpoint.source,
+        destination=destination,
+        files={shard.file: shard.nbytes for shard in plan.shards},
+        tensors=len(checkpoint.tensors),
+        nbytes=plan.total_bytes,
+        dtype=plan.dtype,
+        lost=store.job.lost(outcomes),
+        reused=reused,
+        side_files=checkpoint.side_files,
+        left_out=checkpoint.left_out,
+        verification=verification,
+        copy_seconds=made - making,
+        seconds=time.perf_counter() - start,
+        notes=(
+            *checkpoint.summary().notes,
+            *plan.summary().notes,
+            *store.notes,
+            *(_STREAMED,) * store.job.is_received,
+        ),
+        kept=plan.kept,
+    )
 
-    def tasks_of(shard: Shard) -> Iterator[Task]:
-        path = stage.folder / shard.file
-        path.write_bytes(plan.header(shard))
-        os.truncate(path, shard.nbytes)
-        cut = shard_tasks(shard, checkpoint.place, str(path))
-        tasks_left[shard.file] = len(cut)
-        yield from cut
 
-    # Writes into one file wait for each other in the kernel: keep as many files going as there are workers.
-    # No network is fast enough for that to matter; one file after the other, a kill costs one at most.
-    tasks = take_turns(map(tasks_of, todo), 1 if _is_received(checkpoint) else crew.workers)
-    with run_all(run_task, tasks, crew.workers, crew.executor) as results:
-        for task, outcome in results:
-            file = os.path.basename(task.path)
-            outcomes[file] += outcome
-            tasks_left[file] -= 1
-            if not tasks_left[file]:
-                stage.finish(file, outcomes.pop(file))
-            count.add(task.nbytes)
-    stage.wait()
+def _make_all(store: Store) -> ProgressCount:
+    """Make the shards that are not finished, some at once, each in tasks that any executor can carry out.
+
+    Writes into one file wait for each other in the kernel, so workers are spread over files.
+    """
+    job, stop = store.job, Event()
+    todo = [shard for shard in job.plan.shards if shard.file not in store.finished]
+    source_bytes = sum(tensor.source.nbytes for shard in todo for tensor in shard.tensors)
+    count = ProgressCount(job.crew.progress, store.stage, source_bytes + sum(map(store.sends, todo)))
+    if not todo:
+        return count
+    at_once = min(len(todo), store.at_once(todo))
+    width = -(-job.crew.workers // at_once)
+
+    def one(shard: Shard) -> None:
+        outcome, uncounted = _make(store, shard, width, count, stop)
+        store.put(shard, outcome)
+        count.add(uncounted + store.sends(shard))  # so that what is counted is finished
+
+    with run_all(one, todo, at_once) as results, ExitStack() as first:
+        first.callback(stop.set)  # before what is under way is waited for
+        deque(results, maxlen=0)
     return count
 
 
-def total_lost(plan: ShardPlan, outcomes: Iterable[Outcome]) -> tuple[Lost, ...]:
-    """Add up what casts lost, by tensor: a tensor may have been cast by several tasks."""
-    overflowed: Counter[str] = Counter()
-    flushed: Counter[str] = Counter()
-    for loss in (loss for outcome in outcomes for loss in outcome.lost):
-        overflowed[loss.tensor] += loss.overflowed
-        flushed[loss.tensor] += loss.flushed
-    names = (tensor.source.name for shard in plan.shards for tensor in shard.tensors)
-    return tuple(Lost(n, overflowed[n], flushed[n]) for n in names if overflowed[n] or flushed[n])
-
-
-def refuse_overflow(lost: tuple[Lost, ...], plan: ShardPlan, allow_overflow: bool) -> None:
-    """Raise `CastError` where a cast made finite values infinite, unless that is allowed."""
-    hit = [loss for loss in lost if loss.overflowed]
-    if hit and not allow_overflow:
-        named = listed(f"{loss.tensor} ({plural(loss.overflowed, 'value')})" for loss in hit)
-        advice = (
-            f"{_wider(plan, hit)}leave out dtype, or allow it with allow_overflow=True (--allow-overflow)"
-        )
-        raise CastError(
-            f"{plan.source}: a cast to {plan.dtype} makes finite values infinite in {named}; {advice}"
-        )
-
-
-def _wider(plan: ShardPlan, hit: list[Lost]) -> str:
-    """Advise a dtype of wider range than the plan's: bfloat16 has that of float32, but for its last step."""
-    names = {loss.tensor for loss in hit}
-    stored = {t.source.dtype for shard in plan.shards for t in shard.tensors if t.source.name in names}
-    if plan.dtype == "float16":
-        return "choose bfloat16 or float32, or "
-    return "choose float32, or " if "F64" not in stored else ""
-
-
-def write_beside(
-    checkpoint: Checkpoint, plan: ShardPlan, folder: Path, hear: Callable[[], None] = lambda: None
-) -> list[str]:
-    """Write all that is not a shard, the index last; return what it was. `hear` may stop it by raising."""
-    for file in checkpoint.side_files:
-        target = folder / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if file == checkpoint.config_file and (text := _new_config(checkpoint, plan)):
-            target.write_bytes(text.encode())  # as text, Windows would end its lines otherwise
-        else:
-            source = whole_file(checkpoint.place.fetched(file), checkpoint.side_files[file])
-            target.touch()
-            for task in file_tasks(source, str(target)):
-                run_task(task)
-                hear()
-    if plan.index is not None and plan.index_file is not None:
-        (folder / plan.index_file).write_bytes(plan.index.encode())
-    return [*checkpoint.side_files, *filter(None, [plan.index_file])]
-
-
-def _new_config(checkpoint: Checkpoint, plan: ShardPlan) -> str | None:
-    """Return the config that the shards need in place of the source's; None where that fits as it is."""
-    config = checkpoint.config or {}
-    is_unsaid = config_dtype(config) is None and bool(config.keys() & {"architectures", "model_type"})
-    auto = checkpoint.auto_dtype if is_unsaid and checkpoint.auto_dtype != plan.auto_dtype else None
-    return adapted_config(config, plan.dtype, auto)
-
-
-def _is_received(checkpoint: Checkpoint) -> bool:
-    """Whether its bytes come over a network, where each is read once."""
-    return checkpoint.place.folder is None
-
-
-def _verify(stage: Staging, crew: Crew) -> Verification:
-    checkpoint, folder, files = stage.checkpoint, stage.folder, len(stage.plan.shards)
-    in_memory = pages.drop(folder / shard.file for shard in stage.plan.shards)
-    if altered := _altered_files(checkpoint, stage.plan, folder, crew):
-        raise VerificationError(f"{stage.destination}: not published: {listed(altered)} not as in the source")
-    if _is_received(checkpoint):
-        received = {file: outcome.received for file, outcome in stage.finished.items()}
-        found = verify_received(checkpoint, stage.plan, received, folder, crew)
-    else:
-        copy = written(folder, stage.plan)
-        found = verify_weights(checkpoint, copy, crew)
-    if not found.equal:
-        raise VerificationError(f"{stage.destination}: not published: {_why_unequal(found)}")
-    return replace(found, destination=str(stage.destination), files=files, files_in_memory=in_memory)
-
-
-def _altered_files(checkpoint: Checkpoint, plan: ShardPlan, folder: Path, crew: Crew) -> list[str]:
-    """Return which of the files that are copied as they are do not hold what the source does."""
-    adapted = checkpoint.config_file if _new_config(checkpoint, plan) else None
-    sizes = {file: size for file, size in checkpoint.side_files.items() if file != adapted}
-    pairs = [
-        (whole_file(checkpoint.place.fetched(file), size), whole_file(folder / file, size))
-        for file, size in sizes.items()
-    ]
-    digests = digest_pairs(pairs, replace(crew, progress=None), "verify")
-    return [file for file, (ours, theirs) in zip(sizes, digests, strict=True) if ours != theirs]
-
-
-def _why_unequal(found: Verification) -> str:
-    if wrong := [m.tensor for m in found.mismatches] + [*found.missing, *found.extra]:
-        return (
-            f"{plural(len(wrong), 'tensor')} not as in the source ({listed(wrong)}); the source or the disk "
-            "changed meanwhile"
-        )
-    return f"a model does not get from it what the source gives it: {found.model}"
+def _make(store: Store, shard: Shard, width: int, count: ProgressCount, stop: Event) -> tuple[Outcome, int]:
+    """Make one shard in the store's folder; return also how many source bytes are still to be counted."""
+    job, path = store.job, store.folder / shard.file
+    path.write_bytes(job.plan.header(shard))
+    os.truncate(path, shard.nbytes)
+    outcome, uncounted = Outcome(), 0
+    tasks = shard_tasks(shard, job.checkpoint.place, str(path))
+    with run_all(run_task, tasks, width, job.crew.executor) as results:
+        for task, part in results:
+            if stop.is_set():
+                raise Cancelled("stopped")
+            outcome += part
+            count.add(uncounted)
+            uncounted = task.nbytes
+    return outcome, uncounted

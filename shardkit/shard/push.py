@@ -16,9 +16,9 @@ from shardkit.base.record import listed, plural
 from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import CONFIG_FILES, read_made
-from shardkit.shard.engine import ShardReport
 from shardkit.shard.hub_target import GIT_BYTES, Target, digest_bytes, digest_file, is_same
 from shardkit.shard.model_card import CARD, Story, model_card
+from shardkit.shard.report import ShardReport
 from shardkit.sources.hub import RemoteFile, Repository, name_problem
 from shardkit.sources.hub_client import quiet
 from shardkit.sources.local import file_state

@@ -30,7 +30,7 @@ from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, Tens
 from shardkit.load.look import config_differences
 from shardkit.load.seen import ModelKeys, model_keys
 from shardkit.plan.plan import PlannedTensor, Shard, ShardPlan
-from shardkit.shard.copy import Range, Received, cast_chunks, tensor_range, whole_file
+from shardkit.shard.copy import Outcome, Range, Received, cast_chunks, tensor_range, whole_file
 from shardkit.sources.local import LocalFiles
 
 _BATCH_BYTES = 32 << 20
@@ -199,7 +199,11 @@ def verify_checkpoint(
 def verify_weights(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verification:
     """Compare the tensors of two checkpoints, and what a model gets from them; no other files."""
     with model_keys(ours, theirs) as answer:
-        found = replace(compare_tensors(ours, theirs, crew), model=answer())
+        return _judged(replace(compare_tensors(ours, theirs, crew), model=answer()), ours, theirs)
+
+
+def _judged(found: Verification, ours: Checkpoint, theirs: Checkpoint) -> Verification:
+    """Add what differs where all tensors are equal: the dtype that a load chooses."""
     if not found.cast and ours.auto_dtype != theirs.auto_dtype and ours.config is not None:
         dtypes = Mismatch("dtype", f"a load chooses {ours.auto_dtype}, and {theirs.auto_dtype} for the copy")
         return replace(found, mismatches=(*found.mismatches, dtypes))
@@ -276,23 +280,22 @@ def _is_changed(file: str, ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> 
     return ours_digest != theirs_digest
 
 
-def damaged_shards(
-    checkpoint: Checkpoint,
-    plan: ShardPlan,
-    shards: Sequence[Shard],
-    folder: Path,
-    crew: Crew,
+def damaged(
+    checkpoint: Checkpoint, plan: ShardPlan, outcomes: Mapping[str, Outcome], folder: Path, crew: Crew
 ) -> list[str]:
-    """Return which of the shard files in `folder` do not hold just what the source gives."""
-    damaged = {s.file for s in shards if not _has_header(folder / s.file, plan.header(s))}
-    planned = [(s, tensor) for s in shards if s.file not in damaged for tensor in s.tensors]
+    """Return which of the shard files in `folder` do not hold just what the source gives, or has given."""
+    if checkpoint.place.folder is None:
+        return list(_altered_parts(plan, outcomes, folder, crew, "check"))
+    shards = [shard for shard in plan.shards if shard.file in outcomes]
+    wrong = {s.file for s in shards if not _has_header(folder / s.file, plan.header(s))}
+    planned = [(s, tensor) for s in shards if s.file not in wrong for tensor in s.tensors]
     ranges = [
         (tensor_range(checkpoint.place, tensor.source, tensor.dtype), staged_range(folder, shard, tensor))
         for shard, tensor in planned
     ]
     digests = digest_pairs(ranges, crew, "check")
-    damaged |= {shard.file for (shard, _), (a, b) in zip(planned, digests, strict=True) if a != b}
-    return sorted(damaged)
+    wrong |= {shard.file for (shard, _), (a, b) in zip(planned, digests, strict=True) if a != b}
+    return sorted(wrong)
 
 
 def _has_header(path: Path, header: bytes) -> bool:
@@ -308,22 +311,18 @@ def staged_range(folder: Path, shard: Shard, planned: PlannedTensor) -> Range:
     )
 
 
-def altered_parts(
-    plan: ShardPlan,
-    received: Mapping[str, Sequence[Received]],
-    folder: Path,
-    crew: Crew,
-    stage: str = "verify",
+def _altered_parts(
+    plan: ShardPlan, outcomes: Mapping[str, Outcome], folder: Path, crew: Crew, stage: str
 ) -> dict[str, list[Received]]:
     """Read shard files back that were made from ranged reads; return, by file, what is not as received.
 
     A file with another header, or of which not all was received, is in it whole.
     """
-    shards = [shard for shard in plan.shards if shard.file in received]
+    shards = [shard for shard in plan.shards if shard.file in outcomes]
     altered: dict[str, list[Received]] = {}
     parts: list[tuple[str, Received]] = []
     for shard in shards:
-        path, whole = folder / shard.file, sorted(received[shard.file], key=attrgetter("offset"))
+        path, whole = folder / shard.file, sorted(outcomes[shard.file].received, key=attrgetter("offset"))
         ends = [shard.header_bytes, *(part.offset + part.nbytes for part in whole)]
         if [*(part.offset for part in whole), shard.nbytes] == ends and _has_header(path, plan.header(shard)):
             parts += [(shard.file, part) for part in whole]
@@ -338,11 +337,22 @@ def altered_parts(
     return altered
 
 
-def verify_received(
+def verify_written(
+    checkpoint: Checkpoint, plan: ShardPlan, outcomes: Mapping[str, Outcome], folder: Path, crew: Crew
+) -> Verification:
+    """Verify shards that were written in `folder`: against the source, or against what was received of it."""
+    copy = written(folder, plan)
+    if checkpoint.place.folder is not None:
+        return verify_weights(checkpoint, copy, crew)
+    return _verify_received(checkpoint, plan, outcomes, folder, copy, crew)
+
+
+def _verify_received(
     checkpoint: Checkpoint,
     plan: ShardPlan,
-    received: Mapping[str, Sequence[Received]],
+    outcomes: Mapping[str, Outcome],
     folder: Path,
+    copy: Checkpoint,
     crew: Crew,
 ) -> Verification:
     """Verify shards that were made from ranged reads, without reading the source again.
@@ -352,8 +362,7 @@ def verify_received(
     that the Hub sent what it holds rests on the connection: `verify_checkpoint` reads it again.
     """
     start = time.perf_counter()
-    altered = altered_parts(plan, received, folder, crew)
-    copy = written(folder, plan)
+    altered = _altered_parts(plan, outcomes, folder, crew, "verify")
     ranges = [tensor_range(copy.place, tensor, tensor.dtype) for tensor in copy.tensors.values()]
     digests = _digest_all(ranges, crew, "verify")
     mismatches = [
@@ -365,7 +374,7 @@ def verify_received(
     found = dict(zip(copy.tensors, digests, strict=True))
     verified = replace(_verification(checkpoint, copy, mismatches, found, start), received=True)
     with model_keys(checkpoint, copy) as answer:
-        return replace(verified, model=answer())
+        return _judged(replace(verified, model=answer()), checkpoint, copy)
 
 
 def written(folder: Path, plan: ShardPlan) -> Checkpoint:

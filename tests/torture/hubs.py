@@ -16,9 +16,9 @@ from unittest.mock import patch
 
 from shardkit.base.errors import ShardkitError
 from shardkit.demo import make_demo_checkpoint
-from shardkit.shard.engine import ShardReport, shard_checkpoint
+from shardkit.shard.engine import shard_checkpoint, shard_on_hub
 from shardkit.shard.push import push_checkpoint
-from shardkit.shard.reshard import shard_on_hub
+from shardkit.shard.report import ShardReport
 from tests.loopback_hub import LoopbackHub
 from tests.support import disk_watched
 from tests.torture.bench import Fault, Finding, Kind, Most, Place, Seen, told

@@ -11,21 +11,29 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import xxhash
 
-from shardkit.base.errors import CheckpointError, DestinationError, ShardkitError, SpaceError
-from shardkit.base.record import plural
+from shardkit.base import pages
+from shardkit.base.errors import (
+    CheckpointError,
+    DestinationError,
+    ShardkitError,
+    SpaceError,
+    VerificationError,
+)
+from shardkit.base.record import listed, plural
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.pickle_file import close_pickles
-from shardkit.plan.plan import ShardPlan
+from shardkit.plan.plan import Shard
 from shardkit.shard.copy import Lost, Outcome, Received
 from shardkit.shard.destination import (
     check_destination,
@@ -41,6 +49,9 @@ from shardkit.shard.destination import (
     staging_folder,
     sync,
 )
+from shardkit.shard.side_files import altered_files
+from shardkit.shard.store import Job, Store
+from shardkit.shard.verify import Verification, damaged, read_from, verify_written
 from shardkit.sources.local import file_state
 
 _CHANGED = "changed while it was copied; nothing was published"
@@ -48,79 +59,76 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _USUAL_BLOCK = 4096
 
 
-class Staging:
-    """A staging folder; `staging` makes one and holds its lock.
+class FolderStore(Store):
+    """A folder that becomes `destination`; as `Store`."""
 
-    Attributes
-    ----------
-    checkpoint, plan
-        What is written here.
-    destination, folder
-        What it will be, what it is.
-    finished
-        Shards that are written, with what casts lost in them and what was received of them.
-    notes
-        What a person should be told.
-    """
+    stage = "copy"
 
-    def __init__(self, checkpoint: Checkpoint, plan: ShardPlan, destination: Path, overwrite: bool) -> None:
-        self.destination, self.folder = destination, staging_folder(destination)
-        self.finished: dict[str, Outcome] = {}
-        self.notes: list[str] = []
-        self.checkpoint, self.plan, self._overwrite = checkpoint, plan, overwrite
-        self._journal = journal_path(destination)
-        self._fingerprint = _fingerprint(checkpoint, plan)
+    def __init__(self, job: Job, destination: str | os.PathLike[str], overwrite: bool, resume: bool) -> None:
+        self.destination = resolve(destination)
+        super().__init__(job, staging_folder(self.destination))
+        self._overwrite, self._resume = overwrite, resume
+        self._journal, self._writing = journal_path(self.destination), Lock()
+        self._fingerprint = _fingerprint(job)
         self._syncing = ThreadPoolExecutor(2, thread_name_prefix="shardkit-sync")
         self._synced: list[Future[None]] = []
         self._stats: dict[str, tuple[int, ...] | None] = {}
 
-    def check_destination(self) -> None:
-        """Refuse a destination that overlaps the source, or holds what is not to be replaced."""
-        check_destination(self.checkpoint, self.destination, self._overwrite)
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold the staging folder; as `Store.open`.
 
-    def open(self, resume: bool) -> None:
-        """Create the folder, or take over what an earlier run of the same job has left."""
-        self.finished = self._read_journal() if resume and not self.folder.is_symlink() else {}
-        if self.finished:
-            for path in self.folder.iterdir():
-                if path.name not in self.finished:
-                    remove(path)
-            self._write_journal("")  # ends the line that a kill has torn
-        else:
-            discard_unfinished(self.destination)
-            self.folder.mkdir()
-            self._write_journal(json.dumps({"fingerprint": self._fingerprint}))
-        for file in self.finished:
-            self.wrote(file)
+        Raises
+        ------
+        DestinationError
+            If the destination must not be written, cannot be, or another run is writing it.
+        SpaceError
+            If the disk fills up.
+        """
+        try:
+            try:
+                self._check_destination()
+            except DestinationError:
+                clear_after_end(self.destination)
+                raise
+            self.destination.parent.mkdir(parents=True, exist_ok=True)
+            with locked(self.destination):
+                self._check_destination()  # another run may just have published it
+                self._take_over()
+                with self._keeping():
+                    self._check_finished()
+                    self._check_space()
+                    yield
+        except OSError as error:
+            raise self._explained(error) from error
+        finally:
+            # Without waiting for a slow disk.
+            self._syncing.shutdown(wait=False, cancel_futures=True)
+            close_pickles()
 
-    def check_space(self) -> None:
-        """Refuse a job that does not fit on the disk."""
-        needed, free = self._space()
-        if needed > free:
-            raise SpaceError(
-                f"{self.destination}: needs {needed:,} bytes ({format_size(needed)}), its disk has "
-                f"{free:,} ({format_size(free)}) free: {needed - free:,} bytes short; "
-                "make space and run the same again"
-            )
+    def at_once(self, todo: Sequence[Shard]) -> int:
+        """Return as many as there are workers; of what is received one, so that a kill costs one at most."""
+        del todo
+        return 1 if self.job.is_received else self.job.crew.workers
 
-    def finish(self, file: str, outcome: Outcome) -> None:
+    def put(self, shard: Shard, outcome: Outcome) -> None:
         """Journal a shard whose last byte was written, and sync it off the caller's thread."""
-        self.finished[file] = outcome
-        self._write_journal(json.dumps({"shard": file} | outcome._asdict(), default=astuple))
-        self.wrote(file)
+        self.finished[shard.file] = outcome
+        self._write_journal(json.dumps({"shard": shard.file} | outcome._asdict(), default=astuple))
+        self._wrote(shard.file)
 
-    def wrote(self, file: str) -> None:
-        """Remember the state of a file, so that a later change is seen; sync it off the caller's thread."""
-        self._stats[file] = _state_of(self.folder / file)
-        self._synced.append(self._syncing.submit(sync, self.folder / file))
-
-    def wait(self) -> None:
+    def settle(self) -> None:
         """Return when all that was written is on the disk."""
         for future in self._synced:
             future.result()
 
-    def publish(self) -> None:
-        """Sync what is left and rename the folder to the destination.
+    @property
+    def beside(self) -> Path:
+        """Where files that are no shards are written: with the shards."""
+        return self.folder
+
+    def publish(self, files: Sequence[str]) -> tuple[str, Verification | None]:
+        """Verify, sync what is left and rename the folder to the destination.
 
         Raises
         ------
@@ -128,12 +136,17 @@ class Staging:
             If the source or a shard changed since it was copied.
         DestinationError
             If something appeared at the destination meanwhile.
+        VerificationError
+            If what was written is not what the source holds.
         """
-        self.wait()
+        for file in files:
+            self._wrote(file)
+        found = self._verify() if self.job.verify else None
+        self.settle()
         for folder in (path for path in self.folder.rglob("*") if path.is_dir()):
             sync(folder)
         sync(self.folder)
-        self.check_destination()
+        self._check_destination()
         self._check_unchanged()
         put_in_place(self.folder, self.destination, self._overwrite)
         with suppress(OSError):  # it is done; what stays behind is in nobody's way
@@ -144,19 +157,76 @@ class Staging:
             left = self.folder
         if left:
             self.notes.append(f"what was there before could not be removed; the rest of it is {left}")
+        return str(self.destination), found
 
-    def close(self) -> None:
-        """End the sync threads without waiting for a slow disk, and let go of pickles."""
-        self._syncing.shutdown(wait=False, cancel_futures=True)
-        close_pickles()
+    def _check_destination(self) -> None:
+        check_destination(self.job.checkpoint, self.destination, self._overwrite)
+
+    def _take_over(self) -> None:
+        """Create the folder, or take over what an earlier run of the same job has left."""
+        is_ours = self._resume and not self.folder.is_symlink()
+        self.finished = self._read_journal() if is_ours else {}
+        if self.finished:
+            for path in self.folder.iterdir():
+                if path.name not in self.finished:
+                    remove(path)
+            self._write_journal("")  # ends the line that a kill has torn
+        else:
+            discard_unfinished(self.destination)
+            self.folder.mkdir()
+            self._write_journal(json.dumps({"fingerprint": self._fingerprint}))
+        for file in self.finished:
+            self._wrote(file)
+
+    def _check_finished(self) -> None:
+        """Check what an earlier run left, byte by byte, against the source; forget what is not right."""
+        job = self.job
+        self.settle()  # on the disk: only what it has can be dropped
+        in_memory = pages.drop(self.folder / file for file in self.finished)
+        if self.finished and in_memory != 0:
+            self.notes.append(f"when reused shards were checked: {read_from(len(self.finished), in_memory)}")
+        for file in damaged(job.checkpoint, job.plan, self.finished, self.folder, job.crew):
+            del self.finished[file]
+
+    def _verify(self) -> Verification:
+        job, folder = self.job, self.folder
+        checkpoint, plan, crew = job.checkpoint, job.plan, job.crew
+        in_memory = pages.drop(folder / shard.file for shard in plan.shards)
+        if altered := altered_files(checkpoint, plan, folder, crew):
+            raise VerificationError(
+                f"{self.destination}: not published: {listed(altered)} not as in the source"
+            )
+        found = verify_written(checkpoint, plan, self.finished, folder, crew)
+        if not found.equal:
+            raise VerificationError(
+                f"{self.destination}: not published: {found.why_unequal}; the source or the disk changed "
+                "meanwhile"
+            )
+        files = len(plan.shards)
+        return replace(found, destination=str(self.destination), files=files, files_in_memory=in_memory)
+
+    def _check_space(self) -> None:
+        """Refuse a job that does not fit on the disk."""
+        needed, free = self._space()
+        if needed > free:
+            raise SpaceError(
+                f"{self.destination}: needs {needed:,} bytes ({format_size(needed)}), its disk has "
+                f"{free:,} ({format_size(free)}) free: {needed - free:,} bytes short; "
+                "make space and run the same again"
+            )
+
+    def _wrote(self, file: str) -> None:
+        """Remember the state of a file, so that a later change is seen; sync it off the caller's thread."""
+        self._stats[file] = _state_of(self.folder / file)
+        self._synced.append(self._syncing.submit(sync, self.folder / file))
 
     @contextmanager
-    def keeping(self) -> Iterator[None]:
+    def _keeping(self) -> Iterator[None]:
         """Keep what is finished, whatever happens, and say so; what is not finished is of no use."""
         try:
             yield
         except BaseException as error:
-            failure = self.explained(error) if isinstance(error, OSError) else error
+            failure = self._explained(error) if isinstance(error, OSError) else error
             if not self.finished:
                 with suppress(OSError):
                     discard_unfinished(self.destination)
@@ -169,7 +239,7 @@ class Staging:
                 raise
             raise failure from error
 
-    def explained(self, error: OSError) -> ShardkitError:
+    def _explained(self, error: OSError) -> ShardkitError:
         """Return what a failed system call means to whoever started the job."""
         if error.errno in _FULL:
             needed, free = self._space()
@@ -178,8 +248,8 @@ class Staging:
                 f"{self.destination}: the disk is full, {short:,} bytes ({format_size(short)}) short; "
                 "make space and run the same again to go on"
             )
-        files = (*self.checkpoint.files, *self.checkpoint.side_files)
-        if error.filename in map(self.checkpoint.path, files):
+        files = (*self.job.checkpoint.files, *self.job.checkpoint.side_files)
+        if error.filename in map(self.job.checkpoint.path, files):
             return CheckpointError(f"cannot be read: {error.strerror}", file=error.filename)
         where = error.filename or self.folder
         return DestinationError(f"{self.destination}: {error.strerror or error} ({where})")
@@ -188,19 +258,19 @@ class Staging:
         """Return how many bytes are still to be written, in whole blocks, and how many are free."""
         disk = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
         block = os.statvfs(disk).f_frsize if hasattr(os, "statvfs") else _USUAL_BLOCK
-        sizes = {self.folder / shard.file: shard.nbytes for shard in self.plan.shards}
-        sizes |= {self.folder / file: size for file, size in self.checkpoint.side_files.items()}
-        if self.plan.index is not None and self.plan.index_file is not None:
-            sizes[self.folder / self.plan.index_file] = len(self.plan.index.encode())
+        sizes = {self.folder / shard.file: shard.nbytes for shard in self.job.plan.shards}
+        sizes |= {self.folder / file: size for file, size in self.job.checkpoint.side_files.items()}
+        if self.job.plan.index is not None and self.job.plan.index_file is not None:
+            sizes[self.folder / self.job.plan.index_file] = len(self.job.plan.index.encode())
         # A header names all that a line of the journal can.
-        sizes[self._journal] = sum(shard.header_bytes for shard in self.plan.shards)
+        sizes[self._journal] = sum(shard.header_bytes for shard in self.job.plan.shards)
         needed = sum(max(0, -(-size // block) * block - _held(path)) for path, size in sizes.items())
         others = {path.parent for path in sizes} | {"lock", "config"}  # a cast may make the config longer
         return needed + block * len(others), free_bytes(disk)
 
     def _check_unchanged(self) -> None:
-        if _fingerprint(self.checkpoint, self.plan) != self._fingerprint:
-            raise CheckpointError(_CHANGED, file=self.checkpoint.source)
+        if _fingerprint(self.job) != self._fingerprint:
+            raise CheckpointError(_CHANGED, file=self.job.checkpoint.source)
         for file, seen in self._stats.items():
             if seen is None or _state_of(self.folder / file) != seen:
                 raise CheckpointError(
@@ -209,12 +279,12 @@ class Staging:
                 )
 
     def _write_journal(self, line: str) -> None:
-        with self._journal.open("a", encoding="utf-8") as journal:
+        with self._writing, self._journal.open("a", encoding="utf-8") as journal:
             journal.write(line + "\n")
 
     def _read_journal(self) -> dict[str, Outcome]:
         """Return the finished shards; none where the journal is of another job, or unreadable."""
-        shards = {shard.file: shard for shard in self.plan.shards}
+        shards = {shard.file: shard for shard in self.job.plan.shards}
         first, *entries = self._journal_lines() or [None]
         if first != {"fingerprint": self._fingerprint}:
             if first is not None:
@@ -241,45 +311,8 @@ class Staging:
         return lines
 
 
-@contextmanager
-def staging(
-    checkpoint: Checkpoint,
-    plan: ShardPlan,
-    destination: str | os.PathLike[str],
-    overwrite: bool,
-    resume: bool,
-) -> Iterator[Staging]:
-    """Hold the staging folder of a destination; what is finished in it is kept for a resume if the job fails.
-
-    Raises
-    ------
-    DestinationError
-        If the destination must not be written, cannot be, or another run is writing it.
-    SpaceError
-        If the disk fills up.
-    """
-    held = Staging(checkpoint, plan, resolve(destination), overwrite)
-    try:
-        try:
-            held.check_destination()
-        except DestinationError:
-            clear_after_end(held.destination)
-            raise
-        held.destination.parent.mkdir(parents=True, exist_ok=True)
-        with locked(held.destination):
-            held.check_destination()  # another run may just have published it
-            held.open(resume)
-            with held.keeping():
-                yield held
-    except OSError as error:
-        raise held.explained(error) from error
-    finally:
-        held.close()
-
-
-def _fingerprint(checkpoint: Checkpoint, plan: ShardPlan) -> str:
-    planned = [(s.file, [(t.source.name, t.dtype, t.begin) for t in s.tensors]) for s in plan.shards]
-    return xxhash.xxh3_128_hexdigest(json.dumps([_seen(checkpoint), planned]).encode())
+def _fingerprint(job: Job) -> str:
+    return xxhash.xxh3_128_hexdigest(job.told(_seen(job.checkpoint)))
 
 
 def _seen(checkpoint: Checkpoint) -> list[Any]:

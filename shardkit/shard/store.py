@@ -1,0 +1,127 @@
+"""Where shards go: the questions that the engine asks of a folder here, or of a repository on the Hub."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardkit.base.errors import CastError
+from shardkit.base.jobs import Crew
+from shardkit.base.record import listed, plural
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.plan.plan import Shard, ShardPlan
+from shardkit.shard.copy import Lost, Outcome
+from shardkit.shard.verify import Verification
+
+
+@dataclass(frozen=True)
+class Job:
+    """One resharding: what is written, and on which terms."""
+
+    checkpoint: Checkpoint
+    plan: ShardPlan
+    verify: bool
+    allow_overflow: bool
+    crew: Crew
+
+    @property
+    def is_received(self) -> bool:
+        """Whether the source's bytes come over a network, where each is read once."""
+        return self.checkpoint.place.folder is None
+
+    def told(self, *source: Any) -> bytes:
+        """Return what tells this job from another, to be digested: its source, as given, and its plan."""
+        shards = self.plan.shards
+        planned = [(s.file, [(t.source.name, t.dtype, t.begin) for t in s.tensors]) for s in shards]
+        return json.dumps([*source, self.plan.metadata, planned]).encode()
+
+    def lost(self, outcomes: Iterable[Outcome]) -> tuple[Lost, ...]:
+        """Add up what casts lost, by tensor: a tensor may have been cast by several tasks."""
+        overflowed: Counter[str] = Counter()
+        flushed: Counter[str] = Counter()
+        for loss in (loss for outcome in outcomes for loss in outcome.lost):
+            overflowed[loss.tensor] += loss.overflowed
+            flushed[loss.tensor] += loss.flushed
+        names = (tensor.source.name for shard in self.plan.shards for tensor in shard.tensors)
+        return tuple(Lost(n, overflowed[n], flushed[n]) for n in names if overflowed[n] or flushed[n])
+
+    def refuse_overflow(self, outcomes: Iterable[Outcome]) -> None:
+        """Raise `CastError` where a cast made finite values infinite, unless that is allowed."""
+        hit = [loss for loss in self.lost(outcomes) if loss.overflowed]
+        if hit and not self.allow_overflow:
+            named = listed(f"{loss.tensor} ({plural(loss.overflowed, 'value')})" for loss in hit)
+            raise CastError(
+                f"{self.plan.source}: a cast to {self.plan.dtype} makes finite values infinite in {named}; "
+                f"{self._wider(hit)}leave out dtype, or allow it with allow_overflow=True (--allow-overflow)"
+            )
+
+    def _wider(self, hit: Sequence[Lost]) -> str:
+        """Advise a dtype of wider range: bfloat16 has that of float32, but for its last step."""
+        stored = {self.checkpoint.tensors[loss.tensor].dtype for loss in hit}
+        if self.plan.dtype == "float16":
+            return "choose bfloat16 or float32, or "
+        return "choose float32, or " if "F64" not in stored else ""
+
+
+class Store(ABC):
+    """Where a job's shards go.
+
+    Attributes
+    ----------
+    job
+        What is written.
+    folder
+        Where shards are made, on this machine.
+    finished
+        What is done, by shard: what an earlier run finished, once the store is open, and what was `put`.
+    notes
+        What a person should be told.
+    stage
+        What its `Progress` is called.
+    """
+
+    stage: str
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        self.job, self.folder = job, folder
+        self.finished: dict[str, Outcome] = {}
+        self.notes: list[str] = []
+
+    @abstractmethod
+    def open(self) -> AbstractContextManager[None]:
+        """Hold the store, find what an earlier run of the job finished, refuse what cannot be done.
+
+        Whatever ends the block, what is finished stays, for a run that resumes.
+        """
+
+    @abstractmethod
+    def at_once(self, todo: Sequence[Shard]) -> int:
+        """Return how many shards may be under way."""
+
+    def sends(self, shard: Shard) -> int:
+        """Return how many bytes `put` sends elsewhere."""
+        del shard
+        return 0
+
+    @abstractmethod
+    def put(self, shard: Shard, outcome: Outcome) -> None:
+        """Take over a shard that was made in `folder`; from any thread."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Return when all shards that were put are where they stay."""
+
+    @abstractmethod
+    def publish(self, files: Sequence[str]) -> tuple[str, Verification | None]:
+        """Put all in place, in one step, with `files`, written in `beside`; return where, and the proof."""
+
+    @property
+    @abstractmethod
+    def beside(self) -> Path:
+        """Where files that are no shards are written."""

@@ -29,8 +29,6 @@ from shardkit.shard.side_files import write_side_files
 from shardkit.shard.store import Job, Store
 from shardkit.sources.resolve import hub_name
 
-_STREAMED = "made from ranged reads of the Hub: the source was not downloaded"
-
 
 @resumable()
 def shard_checkpoint(
@@ -242,12 +240,7 @@ def _reshard(store: Store, start: float) -> ShardReport:
         verification=verification,
         copy_seconds=made - making,
         seconds=time.perf_counter() - start,
-        notes=(
-            *checkpoint.summary().notes,
-            *plan.summary().notes,
-            *store.notes,
-            *(_STREAMED,) * store.job.is_received,
-        ),
+        notes=(*checkpoint.summary().notes, *plan.summary().notes, *store.notes),
         kept=plan.kept,
     )
 

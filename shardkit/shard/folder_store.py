@@ -157,6 +157,8 @@ class FolderStore(Store):
             left = self.folder
         if left:
             self.notes.append(f"what was there before could not be removed; the rest of it is {left}")
+        if self.job.is_received:
+            self.notes.append("made from ranged reads of the Hub: the source was not downloaded")
         return str(self.destination), found
 
     def _check_destination(self) -> None:

@@ -64,6 +64,8 @@ def _disk(folder: Path) -> Iterator[None]:
     """Say of what fails on a work folder's disk where it was, and what to do."""
     try:
         yield
+    except ConnectionError:  # of no disk
+        raise
     except OSError as error:
         kind = SpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else DestinationError
         raise kind(

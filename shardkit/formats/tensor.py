@@ -10,6 +10,7 @@ from math import prod
 
 from shardkit.base.errors import PlanError
 from shardkit.base.sizes import format_size
+from shardkit.formats.strided import Layout
 
 DTYPE_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
@@ -68,6 +69,8 @@ class TensorInfo:
         First byte in that file; None in a pickle, where only torch knows.
     nbytes
         Size in bytes.
+    layout
+        How its items lie in that file; None where they lie as they are written.
     """
 
     name: str
@@ -76,6 +79,7 @@ class TensorInfo:
     file: str
     offset: int | None
     nbytes: int
+    layout: Layout | None = None
 
     @property
     def elements(self) -> int:

@@ -1,0 +1,121 @@
+"""Tensors that do not lie in their file as they are written: gathered, piece by piece, in bounded memory."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shardkit.base.errors import reading
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PIECE_BYTES = 1 << 20  # what a core has close at hand
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the items of a tensor lie in its file, where they are not written as they lie.
+
+    Attributes
+    ----------
+    shape, strides
+        In items; of a float4 tensor, an item is a pair.
+    itemsize
+        In bytes.
+    flipped
+        Bits that are the other way round in each item, read as a little-endian integer: signs.
+    swapped
+        Bytes of each number in an item whose bytes are in the other order; 0 for none.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+    flipped: int = 0
+    swapped: int = 0
+
+    @property
+    def span(self) -> int:
+        """Bytes of the file from its first item to the end of its last."""
+        if 0 in self.shape:
+            return 0
+        last = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        return (last + 1) * self.itemsize
+
+
+def is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether items lie one after the other, in the order in which they are written."""
+    step = 1
+    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if length != 1 and stride != step:
+            return 0 in shape
+        step *= length
+    return True
+
+
+def read_strided(path: str, offset: int, layout: Layout, begin: int, nbytes: int) -> Iterator[memoryview]:
+    """Yield bytes of a tensor as they are written, from byte `begin` on, given where its first item is.
+
+    Pieces have at most `PIECE_BYTES`, or one item; their buffer is used again.
+    """
+    with reading(path), open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # Left to be closed when nothing views it any more: who stops in the middle keeps a view.
+    yield from gather(mapped, offset, layout, begin, nbytes)
+
+
+def gather(data: Any, offset: int, layout: Layout, begin: int, nbytes: int) -> Iterator[memoryview]:
+    """Yield bytes as `read_strided`, out of a buffer that has the first item at `offset`."""
+    import numpy as np
+
+    size = layout.itemsize
+    strides = [stride * size for stride in layout.strides]
+    tensor: NDArray[Any] = np.ndarray(layout.shape, f"<u{size}", data, offset, strides)
+    first, end = begin // size, -(-(begin + nbytes) // size)
+    most, position = max(1, PIECE_BYTES // size), first * size
+    buffers = np.empty((2, min(most, end - first)), f"<u{size}")
+    for piece in _pieces(tensor, first, end, most):
+        items = _gathered(piece, buffers)
+        if layout.swapped:
+            items.view(f"u{layout.swapped}").byteswap(inplace=True)
+        if layout.flipped:
+            items ^= items.dtype.type(layout.flipped)
+        written = items.view("u1").data.toreadonly()
+        yield written[max(0, begin - position) : begin + nbytes - position]
+        position += len(written)
+
+
+def _pieces(tensor: NDArray[Any], first: int, end: int, most: int) -> Iterator[NDArray[Any]]:
+    """Cut items `first` to `end`, in row-major order, into views of at most `most` items each."""
+    if end - first <= 0:
+        return
+    if tensor.ndim == 0:
+        yield tensor
+        return
+    row = tensor.size // len(tensor)
+    at = first
+    while at < end:
+        number, inside = divmod(at, row)
+        rows = min(most, end - at) // row
+        if inside or not rows:  # part of a row, or one that is too long
+            stop = min(end, (number + 1) * row)
+            yield from _pieces(tensor[number, ...], inside, stop - number * row, most)
+        else:
+            stop = at + rows * row
+            yield tensor[number : number + rows]
+        at = stop
+
+
+def _gathered(piece: NDArray[Any], buffers: NDArray[Any]) -> NDArray[Any]:
+    """Copy a piece into a buffer; first in the order in which it lies, so that each page is read once."""
+    order = sorted(range(piece.ndim), key=piece.strides.__getitem__, reverse=True)
+    for buffer in buffers[:, : piece.size]:
+        lying = buffer.reshape([piece.shape[axis] for axis in order])
+        lying[...] = piece.transpose(order)
+        piece, order = lying.transpose(sorted(order, key=order.__getitem__)), sorted(order)
+        if piece.flags.c_contiguous:
+            break
+    return piece.reshape(-1)

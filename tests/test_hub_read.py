@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 import types
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -243,19 +244,59 @@ class TestLooking:
             assert odd | {"config.json"} <= set(os.listdir(tmp_path / str(stream)))
             assert not [*(tmp_path / str(stream)).rglob(".git")]
 
-    def test_pickles_are_not_opened_in_part_but_downloaded_for_sharding(
+    @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+    def test_pickles_are_planned_and_streamed_from_ranged_reads(
+        self, zipped: bool, hub: LoopbackHub, folder: Path, tmp_path: Path
+    ) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "1_Pooling" / "model.safetensors").write_bytes(b"")
+        weights = {f"t{i}": torch.full((30_000,), float(i)) for i in range(50)}
+        weights |= {"transposed": torch.randn(700, 800).t(), "tied": weights["t0"]}
+        torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        hub.add_model(ID, folder)
+        checkpoint = Checkpoint.open(ID)
+        assert checkpoint.aliases == {"tied": "t0"}
+        assert checkpoint.derived == {"pytorch_model.bin"}
+        assert plan_shards(checkpoint, max_shard_size=500_000).shards
+        asked = [request for request in hub.requests if request.path.endswith("pytorch_model.bin")]
+        assert len(asked) <= 4
+        assert hub.sent(STORAGE) < 1_500_000
+        shard_checkpoint(ID, tmp_path / "out", stream=True, max_shard_size=500_000)
+        found = read_checkpoint(tmp_path / "out")
+        assert {name: tensor.data for name, tensor in found.items()} == {
+            name: tensor.contiguous().numpy().tobytes() for name, tensor in weights.items()
+        }
+        assert verify_checkpoint(ID, tmp_path / "out").equal
+
+    def test_storage_that_is_not_where_torch_writes_it_is_noticed_before_anything_is_streamed(
+        self, hub: LoopbackHub, folder: Path, tmp_path: Path
+    ) -> None:
+        (folder / "model.safetensors").unlink()
+        path = folder / "pytorch_model.bin"
+        torch.save({f"t{i}": torch.full((30_000,), float(i)) for i in range(5)}, path)
+        with zipfile.ZipFile(path) as archive:
+            header = archive.getinfo("pytorch_model/data/2").header_offset
+        raw = bytearray(path.read_bytes())
+        raw[header + 28] ^= 4  # the length of the field that shifts its bytes
+        path.write_bytes(raw)
+        hub.add_model(ID, folder)
+        assert Checkpoint.open(ID).tensors
+        for read in (shard_checkpoint, verify_checkpoint):
+            with pytest.raises(CheckpointError, match=r"t2.*(where torch would have written it|damaged)"):
+                read(ID, tmp_path / "out", **({"stream": True} if read is shard_checkpoint else {}))
+
+    def test_large_tensor_that_is_not_contiguous_is_downloaded_for_sharding(
         self, hub: LoopbackHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (folder / "model.safetensors").unlink()
         (folder / "1_Pooling" / "model.safetensors").write_bytes(b"")
-        weights = {f"t{i}": torch.full((100,), float(i)) for i in range(4)}
+        weights = {"w": torch.ones(2000, 2500).t()}
         torch.save(weights, folder / "pytorch_model.bin")
         hub.add_model(ID, folder)
-        with pytest.raises(DownloadNeededError, match=r"pickles only.*download=True"):
-            Checkpoint.open(ID)
-        with pytest.raises(DownloadNeededError):
+        assert Checkpoint.open(ID).tensors.keys() == weights.keys()
+        with pytest.raises(DownloadNeededError, match=r"not contiguous.*20 MB.*download=True"):
             shard_checkpoint(ID, tmp_path / "out", stream=True)
-        assert hub.sent(STORAGE) == 0
+        assert hub.sent(STORAGE) < 200_000
         with monkeypatch.context() as patched:
             patched.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
             with pytest.raises(SpaceError, match=r"move the cache \(HF_HOME\)$"):

@@ -46,7 +46,7 @@ def reading(file: str | None = None, tensor: str | None = None) -> Iterator[None
 
 
 class DownloadNeededError(CheckpointError):
-    """A model on the Hub can only be opened once it is downloaded: its weights are pickles."""
+    """A model on the Hub cannot be streamed: a large tensor of it is not contiguous, so download it first."""
 
 
 class SizeError(ShardkitError, ValueError):

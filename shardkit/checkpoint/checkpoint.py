@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
 from typing import Any, Literal, Self
-from zipfile import is_zipfile
 
 from shardkit.base.errors import CheckpointError, DownloadNeededError
 from shardkit.base.jobs import run_all
@@ -38,8 +37,9 @@ from shardkit.checkpoint.layout import (
     read_config,
 )
 from shardkit.checkpoint.metadata import of_checkpoint
-from shardkit.formats.pickle_file import Scan, scan_pickles, twice_note
+from shardkit.checkpoint.torch_scan import confirm_offsets, scan_torch_files, twice_note
 from shardkit.formats.safetensors import Header
+from shardkit.formats.strided import MAX_RECEIVED_SPAN
 from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused
 from shardkit.sources.fileset import FileSet, State
 from shardkit.sources.resolve import resolve
@@ -81,8 +81,12 @@ class Checkpoint(Record):
         Names of entries of ``__metadata__`` that describe single files.
     index_dtype
         The dtype that the index says its tensors have, where the config says none; None where neither does.
+    legacy
+        Files that torch wrote before 1.6, each of which a load takes into memory whole.
     seen
         State of the weight files just before their headers were read; on this disk alone, so not in JSON.
+    derived
+        Files on the Hub whose offsets `confirm` has yet to read; not in JSON either.
     """
 
     source: str
@@ -99,7 +103,9 @@ class Checkpoint(Record):
     notes: tuple[str, ...] = ()
     file_metadata: tuple[str, ...] = ()
     index_dtype: str | None = None
+    legacy: tuple[str, ...] = ()
     seen: dict[str, State] = field(init=False, default_factory=dict, compare=False, repr=False)
+    derived: set[str] = field(init=False, default_factory=set, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -130,8 +136,6 @@ class Checkpoint(Record):
         CheckpointError
             If there is no checkpoint, access is refused, or a file is damaged or hostile; names file,
             tensor, numbers.
-        DownloadNeededError
-            If the Hub has it as pickles only, which cannot be read in part.
         """
         found = resolve(source, needed_files, revision=revision, token=token, download=download)
         return cls._read(found.files, found.source, found.chosen, found.notes)
@@ -147,8 +151,10 @@ class Checkpoint(Record):
         seen = _states(folder, weights.files)
         is_pickle = not weights.files[0].endswith(".safetensors")
         aliases: dict[str, str] = {}
+        legacy: tuple[str, ...] = ()
+        derived: tuple[str, ...] = ()
         if is_pickle:
-            tensors, aliases, said = _scan_pickles(folder, weights.files)
+            tensors, aliases, said, legacy, derived = scan_torch_files(folder, weights.files)
             found: list[dict[str, str]] = []
         else:
             with collector_paused():
@@ -174,8 +180,10 @@ class Checkpoint(Record):
             notes=(*notes, *told, *beside.notes),
             file_metadata=file_metadata,
             index_dtype=weights.dtype if config_dtype(config) is None else None,
+            legacy=legacy,
         )
         checkpoint.seen.update(seen)
+        checkpoint.derived.update(derived)
         return checkpoint
 
     def to_dict(self) -> dict[str, Any]:
@@ -242,7 +250,6 @@ class Checkpoint(Record):
             StoredTensor(name, t.elements, t.dtype, t.shape, is_alias=name in self.aliases)
             for name, t in self.tensors.items()
         )
-        whole = self.format == "pickle" and not all(is_zipfile(self.path(file)) for file in self.files)
         return estimate_with_base(
             self.source,
             stored,
@@ -250,7 +257,7 @@ class Checkpoint(Record):
             stem=self.stem,
             config=self.config,
             side_files=self.side_files,
-            held_whole=whole,
+            held_whole=bool(self.legacy),
             in_memory=self._is_in_memory(),
         )
 
@@ -281,6 +288,38 @@ class Checkpoint(Record):
             return _states(self.place, self.files) != self.seen
         except CheckpointError:
             return True
+
+    def confirm(self) -> Self:
+        """Return it once all offsets are read in its files; of torch's files on the Hub, some are derived.
+
+        Raises
+        ------
+        CheckpointError
+            If one of them is another.
+        """
+        if self.derived:
+            confirm_offsets(self.place, self.derived, self.tensors.values())
+            self.derived.clear()
+        return self
+
+    def check_streamable(self) -> Self:
+        """Return it if its tensors can be received one by one, in bounded memory; as `confirm`.
+
+        Raises
+        ------
+        DownloadNeededError
+            If the items of one lie too far apart in its file: it is not contiguous, and large.
+        """
+        for tensor in self.tensors.values():
+            span = tensor.layout.span if tensor.layout else 0
+            if span > MAX_RECEIVED_SPAN:
+                raise DownloadNeededError(
+                    f"is not contiguous, and spans {format_size(span)} of its file, more than is received at "
+                    "once: download it (download=True; sharding does by itself)",
+                    file=self.path(tensor.file),
+                    tensor=tensor.name,
+                )
+        return self.confirm()
 
     def path(self, file: str) -> str:
         """Return the path of one of the checkpoint's files."""
@@ -382,16 +421,6 @@ def _open_base(named: str) -> Checkpoint | None:
 
 def _states(files: FileSet, names: tuple[str, ...]) -> dict[str, State]:
     return {name: files.state(name) for name in names}
-
-
-def _scan_pickles(folder: FileSet, files: tuple[str, ...]) -> Scan:
-    if folder.folder is None:
-        raise DownloadNeededError(
-            f"has its weights as pickles only ({listed(files)}), which cannot be read in part: download them "
-            "(download=True; sharding does by itself)",
-            file=folder.name,
-        )
-    return scan_pickles(folder.folder, files)
 
 
 def _scan_safetensors(

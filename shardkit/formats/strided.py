@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PIECE_BYTES = 1 << 20  # what a core has close at hand
+MAX_RECEIVED_SPAN = 1 << 24  # of a tensor that is received from elsewhere, to be gathered in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,8 @@ def gather(data: Any, offset: int, layout: Layout, begin: int, nbytes: int) -> I
     """Yield bytes as `read_strided`, out of a buffer that has the first item at `offset`."""
     import numpy as np
 
+    if nbytes <= 0:
+        return
     size = layout.itemsize
     strides = [stride * size for stride in layout.strides]
     tensor: NDArray[Any] = np.ndarray(layout.shape, f"<u{size}", data, offset, strides)
@@ -90,8 +93,6 @@ def gather(data: Any, offset: int, layout: Layout, begin: int, nbytes: int) -> I
 
 def _pieces(tensor: NDArray[Any], first: int, end: int, most: int) -> Iterator[NDArray[Any]]:
     """Cut items `first` to `end`, in row-major order, into views of at most `most` items each."""
-    if end - first <= 0:
-        return
     if tensor.ndim == 0:
         yield tensor
         return

@@ -66,7 +66,7 @@ class TensorInfo:
     file
         Name of its file, relative to the checkpoint's folder.
     offset
-        First byte in that file; None in a pickle, where only torch knows.
+        Its first byte in that file.
     nbytes
         Size in bytes.
     layout
@@ -77,7 +77,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     file: str
-    offset: int | None
+    offset: int
     nbytes: int
     layout: Layout | None = None
 

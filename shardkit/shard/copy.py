@@ -1,4 +1,4 @@
-"""Moving bytes: from file to file in the kernel, through a cast, out of a pickle, or from the Hub.
+"""Moving bytes: from file to file in the kernel, through a cast, gathered, or from the Hub.
 
 A `Task` is plain data and `run_task` a plain function, so any executor can carry them out, in threads,
 processes or on other machines that see the same disk. A task holds one chunk in memory, however large its
@@ -19,9 +19,10 @@ import xxhash
 
 from shardkit.base.errors import CheckpointError, reading
 from shardkit.formats.safetensors import DTYPE_BITS
+from shardkit.formats.strided import Layout, gather, read_strided
 from shardkit.formats.tensor import TensorInfo
 from shardkit.plan.plan import Shard
-from shardkit.sources.fileset import CHUNK_BYTES, FileSet
+from shardkit.sources.fileset import FileSet
 from shardkit.sources.local import LocalFiles
 
 TASK_BYTES = 16 << 20  # small enough to stop within a second, whatever the disk
@@ -42,7 +43,7 @@ class Range:
     files, file
         Where the source file is, and its name there.
     offset
-        First byte in it; in a pickle, first byte in `tensor`.
+        First byte in it; where `layout` is given, that of the whole tensor.
     nbytes
         How many bytes of the source; whole elements where they are cast.
     target_offset
@@ -51,8 +52,8 @@ class Range:
         The tensor's name; that of the first where a range covers several.
     dtype, target
         What to cast from and to; the same where bytes are only copied.
-    is_pickle
-        Whether torch has to read it.
+    layout, begin
+        How the tensor's items lie, where they have to be gathered; the first byte of it as it is written.
     """
 
     files: FileSet
@@ -63,7 +64,8 @@ class Range:
     tensor: str
     dtype: str
     target: str
-    is_pickle: bool = False
+    layout: Layout | None = None
+    begin: int = 0
 
     @property
     def is_cast(self) -> bool:
@@ -146,13 +148,13 @@ def tensor_range(files: FileSet, tensor: TensorInfo, target: str, target_offset:
     return Range(
         files,
         tensor.file,
-        tensor.offset or 0,
+        tensor.offset,
         tensor.nbytes,
         target_offset,
         tensor.name,
         tensor.dtype,
         target,
-        tensor.offset is None,
+        tensor.layout,
     )
 
 
@@ -160,7 +162,7 @@ def _are_neighbours(first: Range, second: Range) -> bool:
     return (
         first.file == second.file
         and first.files == second.files
-        and not (first.is_pickle or first.is_cast or second.is_cast)
+        and not (first.layout or second.layout or first.is_cast or second.is_cast)
         and first.offset + first.nbytes == second.offset
         and first.target_offset + first.nbytes == second.target_offset
     )
@@ -170,9 +172,10 @@ def _part(whole: Range, start: int, nbytes: int) -> Range:
     written = start * DTYPE_BITS[whole.target] // DTYPE_BITS[whole.dtype]
     return replace(
         whole,
-        offset=whole.offset + start,
+        offset=whole.offset if whole.layout else whole.offset + start,
         nbytes=nbytes,
         target_offset=whole.target_offset + written,
+        begin=whole.begin + start,
     )
 
 
@@ -218,7 +221,7 @@ def run_task(task: Task) -> Outcome:
     target = os.open(task.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))  # or Windows changes ends of lines
     try:
         for part in task.ranges:
-            if part.path is None or part.is_cast or part.is_pickle:
+            if part.path is None or part.is_cast or part.layout:
                 outcome += _write_chunks(part, target)
             else:
                 _copy_range(part, target)
@@ -241,21 +244,22 @@ def _start_writeback(target: int, task: Task) -> None:
 
 
 def read_chunks(part: Range) -> Iterator[memoryview]:
-    """Yield the source bytes of a range, at most `CHUNK_BYTES` at a time, in a buffer used again.
+    """Yield the source bytes of a range, at most 1 MiB at a time, in a buffer used again.
 
     Raises
     ------
     CheckpointError
         If the file ends before the range does, or as `FileSet.read`.
     """
-    if part.is_pickle:
-        from shardkit.formats.pickle_file import read_tensor
-
-        for data in read_tensor(part.where, part.tensor, part.offset, part.nbytes):
-            yield from (data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES))
-        return
     try:
-        yield from part.files.read(part.file, part.offset, part.nbytes)
+        if part.layout is None:
+            yield from part.files.read(part.file, part.offset, part.nbytes)
+        elif part.path is not None:
+            yield from read_strided(part.where, part.offset, part.layout, part.begin, part.nbytes)
+        else:
+            pieces = part.files.read(part.file, part.offset, part.layout.span)
+            data = b"".join(map(bytes, pieces))  # each is in the same buffer
+            yield from gather(data, 0, part.layout, part.begin, part.nbytes)
     except CheckpointError as error:
         raise error.of(part.tensor) from error.__cause__
 

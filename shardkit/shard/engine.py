@@ -127,7 +127,7 @@ def shard_on_hub(
     Parameters
     ----------
     source_id
-        "org/name" or "org/name@revision", in safetensors.
+        "org/name" or "org/name@revision".
     target_id
         ``owner/name``; made where it is not there. Its head changes once, when all is there.
     max_shard_size, strategy, dtype
@@ -153,7 +153,7 @@ def shard_on_hub(
     Raises
     ------
     CheckpointError, PlanError, SizeError
-        If the source cannot be read or is not in safetensors, or the plan cannot be made.
+        If the source cannot be read or streamed, or the plan cannot be made.
     DestinationError, SpaceError
         If the target cannot be written or was changed by somebody else, or the disk cannot hold a shard.
     CastError
@@ -182,19 +182,17 @@ def _open_here(
     stream: bool | None,
 ) -> Checkpoint:
     """Open the source; download it first where it is on the Hub and is not to be streamed."""
-    try:
-        checkpoint = opened()
-    except DownloadNeededError:
-        if stream:
-            raise
-    else:
-        if stream or checkpoint.place.folder is not None:
-            return checkpoint
-        from shardkit.sources.hub_cache import must_stream
+    checkpoint = opened()
+    if checkpoint.place.folder is not None:
+        return checkpoint
+    if stream:
+        return checkpoint.check_streamable()
+    from shardkit.sources.hub_cache import must_stream
 
-        nbytes = planned(checkpoint).disk_bytes
-        if stream is None and must_stream(checkpoint.place, needed_files, nbytes, destination):
-            return checkpoint
+    nbytes = planned(checkpoint).disk_bytes
+    if stream is None and must_stream(checkpoint.place, needed_files, nbytes, destination):
+        with suppress(DownloadNeededError):
+            return checkpoint.check_streamable()
     check_free(resolve(destination), overwrite)  # rather now than after a long download
     return opened(download=True)
 
@@ -203,14 +201,15 @@ def _open_there(source_id: str, revision: str | None, token: str | None) -> Chec
     if os.path.exists(source_id):
         raise CheckpointError("is on this machine: shard it to a folder, and push that", file=source_id)
     source = hub_name(source_id)
-    checkpoint = None
-    with suppress(DownloadNeededError):
-        checkpoint = Checkpoint.open(source, revision=revision, token=token)
-    if checkpoint is None or checkpoint.format == "pickle":
+    checkpoint = Checkpoint.open(source, revision=revision, token=token)
+    try:
+        return checkpoint.check_streamable()
+    except DownloadNeededError as error:
         raise CheckpointError(
-            "holds pickles, which cannot be read in part: shard it to a folder, and push that", file=source
-        )
-    return checkpoint
+            f"tensor {error.tensor} is not contiguous, and too large to be received in part: shard it to a "
+            "folder, and push that",
+            file=source,
+        ) from error
 
 
 def _reshard(store: Store, start: float) -> ShardReport:

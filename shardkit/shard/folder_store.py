@@ -32,7 +32,6 @@ from shardkit.base.errors import (
 from shardkit.base.record import listed, plural
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.formats.pickle_file import close_pickles
 from shardkit.plan.plan import Shard
 from shardkit.shard.copy import Lost, Outcome, Received
 from shardkit.shard.destination import (
@@ -104,7 +103,6 @@ class FolderStore(Store):
         finally:
             # Without waiting for a slow disk.
             self._syncing.shutdown(wait=False, cancel_futures=True)
-            close_pickles()
 
     def at_once(self, todo: Sequence[Shard]) -> int:
         """Return as many as there are workers; of what is received one, so that a kill costs one at most."""

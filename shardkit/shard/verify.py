@@ -25,7 +25,6 @@ from shardkit.base.sizes import format_size
 from shardkit.checkpoint.belonging import is_needed, named_files
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import read_json
-from shardkit.formats.pickle_file import close_pickles
 from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
 from shardkit.load.look import config_differences
 from shardkit.load.seen import ModelKeys, model_keys
@@ -215,6 +214,7 @@ def compare_tensors(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verific
     start = time.perf_counter()
     pairs = _pairs(ours, theirs)
     comparable = [pair for pair in pairs if pair.obstacle is None]
+    ours.confirm(), theirs.confirm()
     ranges = [
         (tensor_range(ours.place, left, right.dtype), tensor_range(theirs.place, right, right.dtype))
         for left, right in comparable
@@ -222,10 +222,7 @@ def compare_tensors(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verific
     paths = (side.place.path(file) for side in (ours, theirs) for file in side.files)
     here = list(filter(None, paths))
     in_memory = pages.mostly_resident(here)
-    try:
-        digests = digest_pairs(ranges, crew, "verify")
-    finally:
-        close_pickles()
+    digests = digest_pairs(ranges, crew, "verify")
     mismatches = [Mismatch(pair.ours.name, pair.obstacle) for pair in pairs if pair.obstacle]
     mismatches += [
         Mismatch(pair.ours.name, f"bytes: digest {a[:12]} in the source, {b[:12]} in the destination")

@@ -110,7 +110,7 @@ class TestLooking:
         assert (
             plan_shards(there, max_shard_size="1MB").shards == plan_shards(here, max_shard_size="1MB").shards
         )
-        assert hub.sent(STORAGE) < 200_000
+        assert hub.sent(STORAGE) < 300_000
         assert Checkpoint.from_dict(json.loads(json.dumps(there.to_dict()))) == there
 
     def test_model_of_7b_costs_two_seconds_and_two_megabytes_at_most(self, hub: LoopbackHub) -> None:
@@ -274,6 +274,7 @@ class TestLooking:
         (folder / "model.safetensors").unlink()
         path = folder / "pytorch_model.bin"
         torch.save({f"t{i}": torch.full((30_000,), float(i)) for i in range(5)}, path)
+        shard_checkpoint(folder, tmp_path / "sound")
         with zipfile.ZipFile(path) as archive:
             header = archive.getinfo("pytorch_model/data/2").header_offset
         raw = bytearray(path.read_bytes())
@@ -281,9 +282,11 @@ class TestLooking:
         path.write_bytes(raw)
         hub.add_model(ID, folder)
         assert Checkpoint.open(ID).tensors
-        for read in (shard_checkpoint, verify_checkpoint):
-            with pytest.raises(CheckpointError, match=r"t2.*(where torch would have written it|damaged)"):
-                read(ID, tmp_path / "out", **({"stream": True} if read is shard_checkpoint else {}))
+        with pytest.raises(CheckpointError, match="'t2': is not at byte .* where torch would have written it"):
+            shard_checkpoint(ID, tmp_path / "out", stream=True)
+        with pytest.raises(CheckpointError, match="'t2': is not at byte"):
+            verify_checkpoint(ID, tmp_path / "sound")
+        assert not (tmp_path / "out").exists()
 
     def test_large_tensor_that_is_not_contiguous_is_downloaded_for_sharding(
         self, hub: LoopbackHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -296,7 +299,7 @@ class TestLooking:
         assert Checkpoint.open(ID).tensors.keys() == weights.keys()
         with pytest.raises(DownloadNeededError, match=r"not contiguous.*20 MB.*download=True"):
             shard_checkpoint(ID, tmp_path / "out", stream=True)
-        assert hub.sent(STORAGE) < 200_000
+        assert hub.sent(STORAGE) < 300_000
         with monkeypatch.context() as patched:
             patched.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
             with pytest.raises(SpaceError, match=r"move the cache \(HF_HOME\)$"):

@@ -282,7 +282,7 @@ class TestLooking:
         path.write_bytes(raw)
         hub.add_model(ID, folder)
         assert Checkpoint.open(ID).tensors
-        with pytest.raises(CheckpointError, match="'t2': is not at byte .* where torch would have written it"):
+        with pytest.raises(CheckpointError, match="'t2': is not at byte"):
             shard_checkpoint(ID, tmp_path / "out", stream=True)
         with pytest.raises(CheckpointError, match="'t2': is not at byte"):
             verify_checkpoint(ID, tmp_path / "sound")

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 
 import shardkit
@@ -377,8 +378,6 @@ def test_half_a_model_is_refused_before_the_hub_is_asked(
     elif damage == "cut shard":
         os.truncate(first, first.stat().st_size - 1)
     elif damage == "pickle":
-        import torch
-
         for path in folder.glob("model*"):
             path.unlink()
         torch.save({"t": torch.zeros(2)}, folder / "pytorch_model.bin")
@@ -788,6 +787,18 @@ def test_disk_that_fails_keeps_the_shards_that_were_sent(
     assert source
 
 
+def test_pickles_are_resharded_on_the_hub_as_safetensors_are(hub: LoopbackHub, tmp_path: Path) -> None:
+    folder = tmp_path / "pickles"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    state = {f"t{n}": torch.randn(40_000) for n in range(20)} | {"turned": torch.randn(300, 200).t()}
+    torch.save(state, folder / "pytorch_model.bin")
+    hub.add_model("org/pickles", folder)
+    report = shard_on_hub("org/pickles", REPO, max_shard_size="500KB", work_folder=tmp_path)
+    assert report.tensors == len(state)
+    assert shardkit.verify_checkpoint(folder, REPO).equal
+
+
 def test_what_cannot_be_resharded_on_the_hub_is_said_at_once(
     hub: LoopbackHub, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -799,10 +810,12 @@ def test_what_cannot_be_resharded_on_the_hub_is_said_at_once(
     hub.add_model("org/bare", bare)
     with pytest.raises(CheckpointError, match="config"):
         shard_on_hub("org/bare", REPO)
-    for name in bare.glob("model*"):
-        name.rename(bare / "pytorch_model.bin")
-    hub.add_model("org/pickles", bare)
-    with pytest.raises(CheckpointError, match="shard it to a folder, and push that"):
+    far = tmp_path / "far"
+    far.mkdir()
+    (far / "config.json").write_text("{}")
+    torch.save({"w": torch.ones(2000, 2500).t()}, far / "pytorch_model.bin")
+    hub.add_model("org/pickles", far)
+    with pytest.raises(CheckpointError, match=r"w is not contiguous.*shard it to a folder, and push that"):
         shard_on_hub("org/pickles", REPO)
     with pytest.raises(shardkit.ShardkitError, match="workers is 0"):
         shard_on_hub(SOURCE, REPO, workers=0)

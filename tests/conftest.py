@@ -16,9 +16,8 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck
 
+from shardkit.checkpoint import asking
 from shardkit.demo import make_demo_checkpoint
-from shardkit.load import seen
-from shardkit.load.look import look
 from tests.loopback_hub import LoopbackHub
 from tests.support import FreshFolder
 
@@ -98,10 +97,10 @@ def _models_are_asked_here(request: pytest.FixtureRequest, monkeypatch: pytest.M
         return
 
     @contextmanager
-    def asked(job: dict[str, Any]) -> Iterator[Callable[[], dict[str, Any]]]:
-        yield lambda: look(json.loads(json.dumps(job)))
+    def asked(job: dict[str, Any], _: int = 0) -> Iterator[Callable[[], dict[str, Any]]]:
+        yield lambda: asking.asked_here(json.loads(json.dumps(job)))
 
-    monkeypatch.setattr(seen, "asked", asked)
+    monkeypatch.setattr(asking, "asked", asked)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from shardkit import Checkpoint, VerificationError, shard_checkpoint, verify_checkpoint
 from shardkit.base.pages import resident_bytes
+from shardkit.checkpoint import asking
 from shardkit.load import seen
 from shardkit.load.seen import ModelKeys
 from tests.loopback_hub import LoopbackHub
@@ -136,8 +137,8 @@ def test_model_without_end_is_given_up_and_its_process_ended(
     for folder in (source, copy):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "n_layer": 10**9}))
-    monkeypatch.setattr(seen, "_SECONDS", 20.0)
-    monkeypatch.setattr(seen, "_MEMORY_BYTES", 1_500_000_000)
+    monkeypatch.setattr(asking, "_SECONDS", 20.0)
+    monkeypatch.setattr(asking, "_MEMORY_BYTES", 1_500_000_000)
     before, start = psutil.Process().children(recursive=True), time.monotonic()
     keys = asked(source, copy)
     assert "no answer within 20 s" in keys.why_unchecked or "MemoryError" in keys.why_unchecked
@@ -145,15 +146,12 @@ def test_model_without_end_is_given_up_and_its_process_ended(
     assert [child for child in psutil.Process().children(recursive=True) if child not in before] == []
 
 
+@pytest.mark.asks_a_process
 def test_process_that_dies_is_said(source: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = copy.parent / "dies.py"
     script.write_text("raise SystemExit(3)")
-    monkeypatch.setattr(seen, "_SCRIPT", script)
-    monkeypatch.setattr(seen, "asked", seen_asked)
+    monkeypatch.setattr(asking, "_SCRIPT", script)
     assert asked(source, copy).why_unchecked == "the process that asks transformers ended with status 3"
-
-
-seen_asked = seen.asked
 
 
 @pytest.mark.parametrize("gigabytes", [4, 400])

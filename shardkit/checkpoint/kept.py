@@ -9,29 +9,17 @@ some by pattern and creates others in float32. Where it is installed, it builds 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from shardkit.checkpoint import asking
 from shardkit.formats.tensor import DTYPE_NAMES
 
-if TYPE_CHECKING:
-    import torch
-
-# A config is a stranger's: these keys would run code of the Hub, or make loops as long as it likes.
-_CODE = re.compile(r"auto_map|.*implementation(_internal)?|_?fusion_config|use_pretrained_backbone")
-_MOST_LAYERS, _MODULES_PER_TENSOR, _MODULES_AT_LEAST = 10_000, 20, 20_000
-_PROCESS = (
-    "import json, sys; path, *job = json.load(sys.stdin); sys.path[:] = path; "
-    "from shardkit.checkpoint.kept import not_loaded_in; print(json.dumps(not_loaded_in(*job)))"
-)
-_SECONDS = 120
 _BUILDING = RLock()  # while a model is built, torch's default dtype is another, for the whole process
 
 
@@ -47,108 +35,16 @@ def kept_tensors(names: Iterable[str], config: Mapping[str, Any] | None, target:
 
 @lru_cache(maxsize=8)  # the app plans again with every move of a slider
 def _asked(config: str, names: tuple[str, ...], dtype: str) -> frozenset[str] | None:
-    """Ask transformers; None where it is not installed, or knows no such model."""
-    ask = not_loaded_in if "transformers" in sys.modules else _in_a_process
-    try:
-        return frozenset(ask(dtype, names, json.loads(config)))
-    except Exception:  # ImportError, or whatever a class raises that cannot make sense of its config
+    """Ask transformers; None where it is not installed, or can make no model of the config."""
+    job = {"question": "kept", "config": json.loads(config), "names": names, "dtype": dtype}
+    if "transformers" in sys.modules:
+        found = asking.asked_here(job)
+    elif find_spec("transformers") is None:
         return None
-
-
-def _in_a_process(*job: object) -> list[str]:
-    """Ask in a process of its own, offline: torch and transformers would leave 300 MB in this one."""
-    if find_spec("transformers") is None:
-        raise ImportError("transformers is not installed")
-    answer: list[str] = json.loads(
-        subprocess.run(  # noqa: S603
-            [sys.executable, "-P", "-c", _PROCESS],
-            input=json.dumps([sys.path, *job]),
-            capture_output=True,
-            check=True,
-            text=True,
-            timeout=_SECONDS,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        ).stdout.splitlines()[-1]
-    )
-    return answer
-
-
-def not_loaded_in(dtype: str, names: Sequence[str], config: dict[str, Any]) -> list[str]:
-    """Do, without data, as transformers 5 does in `convert_and_load_state_dict_in_model`."""
-    import torch
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        build_glob_alternation,
-        rename_source_key,
-    )
-
-    wanted = getattr(torch, dtype)
-    model = _empty_model(config, wanted, max(_MODULES_AT_LEAST, _MODULES_PER_TENSOR * len(names)))
-    plan, state = model._get_dtype_plan(wanted), model.state_dict()
-    pattern = build_glob_alternation(list(plan))[0] if plan else re.compile(r"(?!)")
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    others = {name for name, value in state.items() if value.dtype != wanted or pattern.search(name)}
-
-    def key_of(name: str) -> str:
-        key: str = rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0]
-        if key not in state and name in state:
-            key = rename_source_key(name, [], [], model.base_model_prefix, state)[0]
-        return key
-
-    return [name for name in names if key_of(name) in others] if others else []
-
-
-def _empty_model(config: dict[str, Any], dtype: torch.dtype, most_modules: int) -> Any:
-    import transformers
-    from torch.nn.modules.module import register_module_module_registration_hook
-    from transformers.utils import ContextManagers, logging
-
-    created = iter(range(most_modules))
-
-    def count(*_: object) -> None:
-        if next(created, None) is None:
-            raise ValueError("the config is of a model with more modules than its tensors can fill")
-
-    made = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(_harmless(config))
-    model_class = _model_class(config, type(made))
-    made.dtype = dtype
-    for part in filter(None, (getattr(made, key, None) for key in made.sub_configs)):
-        part.dtype = dtype
-    shown = logging.get_verbosity()
-    hook = register_module_module_registration_hook(count)
-    try:
-        logging.set_verbosity_error()
-        with ContextManagers(model_class.get_init_context(dtype, False, False, None)):
-            return model_class(made)
-    finally:
-        logging.set_verbosity(shown)
-        hook.remove()
-
-
-def _model_class(config: Mapping[str, Any], config_class: type) -> Any:
-    import transformers
-
-    if named := config.get("architectures"):
-        found = getattr(transformers, named[0])
     else:
-        found = transformers.MODEL_MAPPING[config_class]
-    if not issubclass(found, transformers.PreTrainedModel):
-        raise TypeError(f"{found} is no model")
-    return found
-
-
-def _harmless(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_harmless(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if any(isinstance(v, int) and "layer" in key and v > _MOST_LAYERS for key, v in value.items()):
-        raise ValueError("has too many layers")
-    return {key: _harmless(item) for key, item in value.items() if not _CODE.fullmatch(key)}
+        with asking.asked(job) as answer:
+            found = answer()
+    return frozenset(found["kept"]) if "kept" in found else None
 
 
 def _looked_up(config: Mapping[str, Any], names: Iterable[str], dtype: str) -> frozenset[str]:

@@ -1,23 +1,38 @@
-"""Ask transformers what a model gets from two checkpoints, on the meta device: no weights are read.
+"""What transformers says of a model, on the meta device: no weights are read.
 
-Stands alone: `seen` runs it by path in a process of its own, so that neither torch nor transformers comes
-into the process that copies, and whatever a config makes of a model ends with this process.
+Stands alone: `shardkit.checkpoint.asking` runs it by path, in a process of its own.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+# A config is a stranger's: these keys would run code of the Hub, or make loops as long as it likes.
+_CODE = re.compile(r"auto_map|.*implementation(_internal)?|_?fusion_config|use_pretrained_backbone")
+_MOST_LAYERS, _MODULES_PER_TENSOR, _MODULES_AT_LEAST = 10_000, 20, 20_000
 
 # The dtype is said by the cast; the rest says who wrote the config, and where the files lay.
 _MAY_DIFFER = {"dtype", "torch_dtype", "transformers_version", "_diffusers_version", "_name_or_path"}
 _MAY_DIFFER |= {"transformers_weights"}
 
 
-def look(job: dict[str, Any]) -> dict[str, Any]:
+def answer(job: dict[str, Any]) -> dict[str, Any]:
+    """Answer the "question" of a job, "keys" or "kept"; or say "why" it cannot be asked."""
+    try:
+        return {"keys": model_keys, "kept": kept_tensors}[job["question"]](job)
+    except Exception as error:  # ImportError, or whatever a class raises that makes no sense of its config
+        return {"why": _one_line(error)}
+
+
+def model_keys(job: dict[str, Any]) -> dict[str, Any]:
     """Return what the model class of a config gets from source and copy, and where the two differ.
 
     Parameters
@@ -122,6 +137,96 @@ def _differences(source: dict[str, Any], copy: dict[str, Any]) -> list[str]:
     return found + config_differences(source["config"], copy["config"])
 
 
+def kept_tensors(job: dict[str, Any]) -> dict[str, Any]:
+    """Return which tensors transformers does not load in a dtype when that is requested.
+
+    Does, without data, as transformers 5 does in `convert_and_load_state_dict_in_model`.
+
+    Parameters
+    ----------
+    job
+        "config", "names" of tensors, and "dtype".
+
+    Returns
+    -------
+    "kept", some of the names.
+    """
+    import torch
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        build_glob_alternation,
+        rename_source_key,
+    )
+
+    names, wanted = job["names"], getattr(torch, job["dtype"])
+    model = _empty_model(job["config"], wanted, max(_MODULES_AT_LEAST, _MODULES_PER_TENSOR * len(names)))
+    plan, state = model._get_dtype_plan(wanted), model.state_dict()
+    pattern = build_glob_alternation(list(plan))[0] if plan else re.compile(r"(?!)")
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    others = {name for name, value in state.items() if value.dtype != wanted or pattern.search(name)}
+
+    def key_of(name: str) -> str:
+        key: str = rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0]
+        if key not in state and name in state:
+            key = rename_source_key(name, [], [], model.base_model_prefix, state)[0]
+        return key
+
+    return {"kept": [name for name in names if others and key_of(name) in others]}
+
+
+def _empty_model(config: dict[str, Any], dtype: torch.dtype, most_modules: int) -> Any:
+    import transformers
+    from torch.nn.modules.module import register_module_module_registration_hook
+    from transformers.utils import ContextManagers, logging
+
+    created = iter(range(most_modules))
+
+    def count(*_: object) -> None:
+        if next(created, None) is None:
+            raise ValueError("the config is of a model with more modules than its tensors can fill")
+
+    made = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(_harmless(config))
+    model_class = _model_class(config, type(made))
+    made.dtype = dtype
+    for part in filter(None, (getattr(made, key, None) for key in made.sub_configs)):
+        part.dtype = dtype
+    shown = logging.get_verbosity()
+    hook = register_module_module_registration_hook(count)
+    try:
+        logging.set_verbosity_error()
+        with ContextManagers(model_class.get_init_context(dtype, False, False, None)):
+            return model_class(made)
+    finally:
+        logging.set_verbosity(shown)
+        hook.remove()
+
+
+def _model_class(config: dict[str, Any], config_class: type) -> Any:
+    import transformers
+
+    if named := config.get("architectures"):
+        found = getattr(transformers, named[0])
+    else:
+        found = transformers.MODEL_MAPPING[config_class]
+    if not issubclass(found, transformers.PreTrainedModel):
+        raise TypeError(f"{found} is no model")
+    return found
+
+
+def _harmless(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_harmless(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if any(isinstance(v, int) and "layer" in key and v > _MOST_LAYERS for key, v in value.items()):
+        raise ValueError("has too many layers")
+    return {key: _harmless(item) for key, item in value.items() if not _CODE.fullmatch(key)}
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
@@ -135,19 +240,16 @@ def _limit_memory(nbytes: int) -> None:
 
 
 def main() -> None:
-    """Read a job from standard input, and write what was found to standard output."""
-    answer = os.dup(1)
+    """Read a job from standard input, and write the answer to standard output."""
+    out = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no part of it
-    try:
+    with suppress(ImportError):  # then the answer is that
         import transformers  # noqa: F401  while the job is still being put together
-
-        job = json.load(sys.stdin)
-        _limit_memory(job["memory_bytes"])
-        found = look(job)
-    except ImportError as error:
-        found = {"why": _one_line(error)}
-    with os.fdopen(answer, "w", encoding="utf-8") as out:
-        json.dump(found, out)
+    job = json.load(sys.stdin)
+    _limit_memory(job["memory_bytes"])
+    found = answer(job)
+    with os.fdopen(out, "w", encoding="utf-8") as pipe:
+        json.dump(found, pipe)
 
 
 if __name__ == "__main__":

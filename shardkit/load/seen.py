@@ -6,31 +6,18 @@ and initializes by rules of its own.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from shardkit.base.record import listed, plural
+from shardkit.checkpoint import asking
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES
 from shardkit.load.look import config_differences
-
-_SCRIPT = Path(__file__).with_name("look.py")
-_SECONDS = 120.0
-_MEMORY_BYTES = 3_000_000_000  # of the process, beside files that it maps: some 600 MB are usual
-_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "PYTHONWARNINGS": "ignore",
-}
 
 
 @dataclass(frozen=True)
@@ -69,14 +56,13 @@ class ModelKeys:
 
 
 @contextmanager
-def model_keys(source: Checkpoint, copy: Checkpoint) -> Iterator[Any]:
-    """Begin to ask, and give a function that waits for the answer: a `ModelKeys`."""
+def model_keys(source: Checkpoint, copy: Checkpoint) -> Iterator[Callable[[], ModelKeys]]:
+    """Begin to ask, and give a function that waits for the answer."""
     if why := _why_not(source, copy):
         yield lambda: _unchecked(why, source, copy)
         return
-    job: dict[str, Any] = {"source": _side(source), "copy": _side(copy)}
-    job["memory_bytes"] = _MEMORY_BYTES + source.total_bytes + copy.total_bytes
-    with asked(job) as answer:
+    job = {"question": "keys", "source": _side(source), "copy": _side(copy)}
+    with asking.asked(job, source.total_bytes + copy.total_bytes) as answer:
         yield lambda: _model_keys(answer(), source, copy)
 
 
@@ -106,38 +92,6 @@ def _side(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": tensors,
         "dtype": dtype,
     }
-
-
-@contextmanager
-def asked(job: dict[str, Any]) -> Iterator[Any]:
-    """Hand a job to a process of its own, and give a function that waits for its answer."""
-    process = subprocess.Popen(  # noqa: S603  our own script
-        [sys.executable, "-P", str(_SCRIPT)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, **_ENVIRONMENT},
-    )
-
-    def answer() -> dict[str, Any]:
-        try:
-            said, _ = process.communicate(json.dumps(job).encode(), timeout=_SECONDS)
-            found: dict[str, Any] = json.loads(said)
-        except subprocess.TimeoutExpired:
-            return {"why": f"transformers gave no answer within {_SECONDS:.0f} s"}
-        except ValueError:
-            return {"why": f"the process that asks transformers ended with status {process.wait()}"}
-        return found
-
-    try:
-        yield answer
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
 
 
 def _unchecked(why: str, source: Checkpoint, copy: Checkpoint) -> ModelKeys:

@@ -1,0 +1,71 @@
+"""Ask transformers about a model, in a process of its own: the one place that starts it.
+
+Neither torch nor transformers, 300 MB of them, comes into the process that asks, and whatever a stranger's
+config makes of a model ends with the process that was asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_SCRIPT = Path(__file__).parents[1] / "load" / "look.py"
+_SECONDS = 120.0
+_MEMORY_BYTES = 3_000_000_000  # of the process, beside files that it maps: some 600 MB are usual
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+@contextmanager
+def asked(job: dict[str, Any], mapped_bytes: int = 0) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Hand a job to a process of its own, and give a function that waits for its answer.
+
+    It may map `mapped_bytes` of files beside the memory that it is allowed. Jobs and answers are those of
+    `shardkit.load.look`.
+    """
+    process = subprocess.Popen(  # noqa: S603  our own script
+        [sys.executable, "-P", str(_SCRIPT)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        # A notebook may have found transformers by a path that it added.
+        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    limited = {**job, "memory_bytes": _MEMORY_BYTES + mapped_bytes}
+
+    def answer() -> dict[str, Any]:
+        try:
+            said, _ = process.communicate(json.dumps(limited).encode(), timeout=_SECONDS)
+            found: dict[str, Any] = json.loads(said)
+        except subprocess.TimeoutExpired:
+            return {"why": f"transformers gave no answer within {_SECONDS:.0f} s"}
+        except ValueError:
+            return {"why": f"the process that asks transformers ended with status {process.wait()}"}
+        return found
+
+    try:
+        yield answer
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def asked_here(job: dict[str, Any]) -> dict[str, Any]:
+    """Answer a job in this process, where transformers is imported already: it takes no seconds to start."""
+    found: dict[str, Any] = runpy.run_path(str(_SCRIPT))["answer"](job)
+    return found

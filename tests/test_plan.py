@@ -167,6 +167,20 @@ def test_balanced_never_has_more_files_than_size(sizes: list[int], limit: int, s
     assert files["balanced"] <= files["size"]
 
 
+@settings(max_examples=200)
+@given(sizes=st.lists(st.integers(1, 500), min_size=1, max_size=40), limit=st.integers(300, 1000))
+def test_balanced_never_has_more_files_than_first_fit_decreasing(sizes: list[int], limit: int) -> None:
+    source = of_sizes(size * 1000 for size in sizes)
+    bins: list[list[TensorInfo]] = []
+    for tensor in sorted(source.tensors.values(), key=lambda tensor: -tensor.nbytes):
+        fitting = (held for held in bins if file_bytes([*held, tensor]) <= limit * 1000)
+        if (first := next(fitting, None)) is None:
+            bins.append([tensor])
+        else:
+            first.append(tensor)
+    assert len(plan_shards(source, max_shard_size=limit * 1000, strategy="balanced").shards) <= len(bins)
+
+
 @settings(max_examples=300)
 @given(files=st.integers(2, 10), data=st.data())
 def test_balanced_is_within_5_percent_of_the_most_equal_files_there_are(

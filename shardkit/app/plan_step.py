@@ -23,7 +23,7 @@ from shardkit.plan.plan import ShardPlan, plan_shards
 STRATEGIES = (
     ("fill one file after the other", "size"),
     ("one file for each decoder block", "layer"),
-    ("fewest files, as equal as can be", "balanced"),
+    ("few files of nearly equal size", "balanced"),
 )
 _MOST_FILES, _USUAL_FILES, _LEAST_BYTES = 200, 8, 1_000_000
 _MANTISSAS = (10, 12, 16, 20, 25, 32, 40, 50, 63, 80)  # ten steps from a size to ten times it

@@ -22,8 +22,9 @@ from shardkit.formats.safetensors import DTYPE_BITS, entry_text, header_bytes, t
 from shardkit.formats.tensor import FLOAT_DTYPES, TensorInfo
 
 _PADDING = 7  # the most that aligning a header to 8 bytes can add
-_STARTS, _STEPS = 12, 20_000
+_STEPS = 20_000  # about as many tensors are looked at to even out the files of a plan
 Weighed = tuple[int, int]  # the most that an item takes of a file, and its place in the source
+_NOTHING: Weighed = (0, -1)
 
 
 class Item(NamedTuple):
@@ -119,10 +120,11 @@ def _layer(name: str) -> tuple[int, str, int, str]:
 
 
 def pack_balanced(items: Sequence[Item], limit: int, empty: int) -> list[list[Item]]:
-    """Write as few files within the limit as can be found, as equal as can be found.
+    """Write few files of nearly equal size: three simple fillings, evened out by swaps; the best counts.
 
-    Neither is certain. Against exact solutions, the files were the fewest for all of 20,000 sets of up to 7
-    tensors, and the largest file of 936 plans of up to 60 tensors was at most 2.1 % above the least possible.
+    Close to the least possible, which is not proven. Of 2,000 random sets of up to 80 tensors that outweigh
+    their headers none took more files than first-fit decreasing; the largest file was at most 3.1 % above the
+    exact minimum in 600 plans of up to 13 tensors, and 7 % where two or three tensors fit a file exactly.
     """
     in_order = pack_by_size(items, limit, empty)
     if len(in_order) == 1:
@@ -144,57 +146,45 @@ def pack_balanced(items: Sequence[Item], limit: int, empty: int) -> list[list[It
     sizes, room = [items[place].nbytes for _, place in rest], limit - header_bytes(empty, 0, 0) - _PADDING
     fewest = max(1, -(-sum(sizes) // limit), sum(2 * size > limit for size in sizes))
     count = bisect_left(range(len(in_order) - len(apart)), True, fewest, key=all_fit)
-    even = int(1.01 * max([sum(cost for cost, _ in rest) / count, *(cost for cost, _ in rest[:1])]))
-    found = next(
-        (bins for enough in (even, room) if all(map(fits, bins := _spread(rest, count, enough)))), None
-    )
-    if found is None:
+    bins = _spread(rest, count, room)
+    if not all(map(fits, bins)):
         return in_order
-    found = sorted([*apart, *filter(None, found)], key=lambda bin_: min(place for _, place in bin_))
-    return [unweighed(bin_) for bin_ in found]
+    bins = sorted([*apart, *filter(None, bins)], key=lambda bin_: min(place for _, place in bin_))
+    return [unweighed(bin_) for bin_ in bins]
 
 
 def _load(bin_: Iterable[Weighed]) -> int:
     return sum(cost for cost, _ in bin_)
 
 
-def _spread(items: Sequence[Weighed], count: int, enough: int) -> list[list[Weighed]]:
-    """Put items into `count` bins, the fullest of which is last and holds `enough`, or as little as is found.
+def _spread(items: Sequence[Weighed], count: int, room: int) -> list[list[Weighed]]:
+    """Put items, largest first, into `count` bins, the fullest of which is last.
 
-    The largest goes first, each into the fullest bin that it fills to `enough` at most, or into the emptiest.
-    Then bins are evened out; where that is not enough, again from another order.
+    Each goes into the fullest bin that it fills to some level at most, or else into the emptiest. Of three
+    levels the best counts: none suits many items a bin, an equal share few, and all the room the tightest.
     """
-    tried, steps = [], _STEPS
-    for start in range(_STARTS):
-        bins: list[list[Weighed]] = [[] for _ in range(count)]
-        loads = [(0, number) for number in range(count)]
-        for item in (*items[start:], *items[:start]):
-            load, number = loads.pop(max(0, bisect_left(loads, (enough - item[0], count)) - 1))
-            bins[number].append(item)
-            insort(loads, (load + item[0], number))
-        steps = _even_out(bins, enough, steps - len(items))
-        tried.append(bins)
-        if _load(bins[-1]) <= enough or steps <= 0:
-            break
-    return min(tried, key=lambda bins: _load(bins[-1]))
+    share = -(-_load(items) // count)
+    return min((_filled(items, count, level) for level in (0, share, room)), key=lambda bins: _load(bins[-1]))
 
 
-def _even_out(bins: list[list[Weighed]], enough: int, steps: int) -> int:
-    """Relieve the fullest bin, and sort it last, in about so many steps; return how many are left."""
+def _filled(items: Sequence[Weighed], count: int, level: int) -> list[list[Weighed]]:
+    bins: list[list[Weighed]] = [[] for _ in range(count)]
+    loads = [(0, number) for number in range(count)]
+    for item in items:
+        load, number = loads.pop(max(0, bisect_left(loads, (level - item[0], count)) - 1))
+        bins[number].append(item)
+        insort(loads, (load + item[0], number))
     bins.sort(key=_load)
-    while steps > 0 and _load(bins[-1]) > enough:
-        steps -= sum(map(len, bins))
+    for _ in range(_STEPS // (len(items) + count)):
         if not any(_exchange(bins[-1], bin_) for bin_ in bins[:-1]):
             break
         bins.sort(key=_load)
-    return steps
+    return bins
 
 
 def _exchange(fullest: list[Weighed], other: list[Weighed]) -> bool:
     """Move an item, or swap two, so that the fuller of two bins is less full, if that can be."""
-    gap = _load(fullest) - _load(other)
-    nothing = (0, -1)
-    options = sorted([nothing, *other])
+    gap, options = _load(fullest) - _load(other), sorted([_NOTHING, *other])
     pairs = []
     for item in fullest:
         place = bisect_left(options, (item[0] - gap // 2, -1))
@@ -204,7 +194,7 @@ def _exchange(fullest: list[Weighed], other: list[Weighed]) -> bool:
         return False
     fullest.remove(given)
     other.append(given)
-    if taken != nothing:
+    if taken in other:
         other.remove(taken)
         fullest.append(taken)
     return True

@@ -255,8 +255,8 @@ def plan_shards(
         "size" fills one file after the other in the order of the source. For sizes
         [6, 6, 2, 6, 2, 2] and a limit of 10 it gives [6], [6, 2], [6, 2, 2]. "layer" writes one file
         for each decoder block, embeddings and head apart; a block above the limit is split.
-        "balanced" writes the fewest files within the limit that can be found, as equal as can be found:
-        the largest is rarely more than 2 % above the least possible.
+        "balanced" writes few files of nearly equal size, never more than "size" does: the largest is rarely
+        more than 3 % above the least possible.
     dtype
         "float16", "bfloat16" or "float32" (or the torch dtype): what floating-point tensors are cast to, but
         for those that transformers would load in another (see `ShardPlan.kept`).

@@ -16,12 +16,12 @@ from matplotlib.collections import PathCollection
 
 from shardkit import plan_shards
 from shardkit.base.errors import MeasurementError
+from shardkit.checkpoint.parts import kind_of
 from shardkit.compare.comparison import Sample
 from shardkit.show.plots import (
     GREEN,
     comparison_png,
     describe_memory,
-    kind_of,
     plot_bars,
     plot_comparison,
     plot_medians,
@@ -270,25 +270,6 @@ def test_layout_map_has_a_bar_for_each_file_as_long_as_its_data(demo):
     }
     looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in axes.patches}
     assert len({hatch for _, hatch in looks}) >= 3
-
-
-@pytest.mark.parametrize(
-    ("tensor", "kind"),
-    [
-        ("model.layers.0.self_attn.q_proj.weight", "attention"),
-        ("model.layers.0.mlp.gate_proj.weight", "feed-forward"),
-        ("model.layers.0.block_sparse_moe.experts.3.w1.weight", "experts"),
-        ("transformer.wte.weight", "embedding"),
-        ("lm_head.weight", "head"),
-        ("model.norm.weight", "norm"),
-        ("model.layers.0.input_layernorm.weight", "norm"),
-        ("transformer.h.0.ln_1.weight", "norm"),
-        ("transformer.h.0.self_attention.query_key_value.weight", "attention"),
-        ("rotary.inv_freq", "other"),
-    ],
-)
-def test_names_of_tensors_say_what_they_are_for(tensor, kind):
-    assert kind_of(tensor) == kind
 
 
 def test_memory_is_told_in_words_too():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,11 +13,11 @@ from typing import NamedTuple
 from shardkit.base.record import escaped, listed, plural
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.parts import BLOCK, part_of
 from shardkit.formats.tensor import TensorInfo
 from shardkit.plan.plan import ShardPlan
 
 _DRAWN_FILES = 300  # more are thinner than a pixel
-_BLOCK = re.compile(r"(?:^|\.)(\d{1,6})\.")
 
 
 class File(NamedTuple):
@@ -123,8 +122,8 @@ def contents(names: Iterable[str]) -> str:
     blocks: set[int] = set()
     beside: dict[str, None] = {}
     for name in names:
-        if block := _BLOCK.search(name):
-            blocks.add(int(block[1]))
+        if (part := part_of(name)).place == BLOCK:
+            blocks.add(part.number)
         else:
             beside[(name.split(".")[-2:] or [name])[0]] = None
     # Consecutive numbers differ from their place by the same amount.

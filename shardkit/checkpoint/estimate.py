@@ -16,6 +16,7 @@ from shardkit.base.record import Record, Summary, Table
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.kept import family, listed_patterns
 from shardkit.checkpoint.layout import quantisation
+from shardkit.checkpoint.parts import is_single_expert
 from shardkit.formats.safetensors import DTYPE_BITS
 from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, QUANTISED_DTYPES, parse_dtype
 
@@ -61,7 +62,6 @@ _UNIGRAM = (
 # While it stacks experts, transformers holds some of them twice, for a moment: this share of their bytes,
 # as measured with Mixtral's, Qwen3-MoE's and DeepSeek-V3's shapes, with a cast and without.
 _STACKING_SHARE = {True: 1.0, False: 0.25}
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 # Experts that are stacked in the files, but turned: where in their shape the hidden size then stands.
 _TURNED = {"qwen3_vl_moe": {"gate_up_proj": 1, "down_proj": 2}}
 # Divided in place before the first token, so that pages of the mapping become memory of the process.
@@ -271,7 +271,7 @@ def _weights(
     keeps = re.compile(patterns) if patterns else None
     rewritten = _REWRITTEN.get(model_type)
     for name, elements, stored, shape, is_alias in tensors:
-        is_expert = _EXPERT.search(name) is not None
+        is_expert = is_single_expert(name)
         is_turned = _is_turned(name, shape, model_type, config)
         target = "float32" if keeps and keeps.search(name) else dtype
         converts = target is not None and stored in FLOAT_DTYPES and DTYPE_NAMES[stored] != target

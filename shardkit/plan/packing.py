@@ -12,12 +12,12 @@ then every tensor starts at a multiple of its item size.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
+from shardkit.checkpoint.parts import Part, part_of
 from shardkit.formats.safetensors import DTYPE_BITS, entry_text, header_bytes, tensor_bytes
 from shardkit.formats.tensor import FLOAT_DTYPES, TensorInfo
 
@@ -103,20 +103,10 @@ def pack_by_size(items: Sequence[Item], limit: int, empty: int) -> list[list[Ite
 
 def pack_by_layer(items: Sequence[Item], limit: int, empty: int) -> list[list[Item]]:
     """Write a file for each decoder block, embeddings and head apart; split those above the limit."""
-    ordered = sorted(items, key=lambda item: _layer(item.tensor.name))
-    groups = (list(group) for _, group in groupby(ordered, key=lambda item: _layer(item.tensor.name)))
-    return [shard for group in groups for shard in pack_by_size(group, limit, empty)] or [[]]
-
-
-_BLOCK = re.compile(r"(?:(.*?)\.)??(\d+)\.")
-_EMBEDDING = re.compile(r"embed|\bwte\b|\bwpe\b|\bshared\b")
-
-
-def _layer(name: str) -> tuple[int, str, int, str]:
-    """Sort key of a tensor's layer: embeddings, then each block by its first number, then the head."""
-    if block := _BLOCK.match(name):
-        return 1, block[1] or "", len(block[2]), block[2]  # sorts as numbers do, of any length
-    return (0, "", 0, "") if _EMBEDDING.search(name) else (2, "", 0, "")
+    parts: defaultdict[Part, list[Item]] = defaultdict(list)
+    for item in items:
+        parts[part_of(item.tensor.name)].append(item)
+    return [shard for _, held in sorted(parts.items()) for shard in pack_by_size(held, limit, empty)] or [[]]
 
 
 def pack_balanced(items: Sequence[Item], limit: int, empty: int) -> list[list[Item]]:

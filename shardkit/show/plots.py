@@ -8,7 +8,6 @@ read on a dark theme; figures made here are white, whatever the theme.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from shardkit.base.errors import MeasurementError
 from shardkit.base.record import plural, printable
 from shardkit.base.sizes import format_size
+from shardkit.checkpoint.parts import kind_of
 from shardkit.compare.comparison import Comparison
 from shardkit.measure.intervals import mean_interval
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement, format_seconds
@@ -403,22 +403,17 @@ def _draw_comparison(comparison: Comparison, figure: Figure) -> list[Axes]:
     return [*bars, curves]
 
 
-# What a tensor is for, by a word in its name (the first that fits counts), with its colour and hatching.
+# Colour and hatching of what tensors are for.
 _KINDS = {
-    "embedding": ("embed|wte|wpe", "#E69F00", ""),
-    "head": ("lm_head|classifier|score|embed_out", PURPLE, "xx"),
-    "attention": ("att(n|ention)|[qkvo]_proj", BLUE, ""),
-    "experts": ("expert", VERMILION, ".."),
-    "feed-forward": (r"mlp|ffn|feed_forward|dense|fc\d|(gate|up|down)_proj", "#56B4E9", "//"),
-    "norm": ("norm|ln_", "#000000", ""),
-    "other": ("", "#999999", "--"),
+    "embedding": ("#E69F00", ""),
+    "head": (PURPLE, "xx"),
+    "attention": (BLUE, ""),
+    "experts": (VERMILION, ".."),
+    "feed-forward": ("#56B4E9", "//"),
+    "norm": ("#000000", ""),
+    "other": ("#999999", "--"),
 }
 _SHOWN_SHARDS = 40
-
-
-def kind_of(tensor: str) -> str:
-    """Return what a tensor is for, as its name says: "attention", "embedding", ..."""
-    return next(kind for kind, (pattern, *_) in _KINDS.items() if re.search(pattern, tensor))
 
 
 def plot_shards(plan: ShardPlan, ax: Axes | None = None) -> Axes:
@@ -435,7 +430,7 @@ def plot_shards(plan: ShardPlan, ax: Axes | None = None) -> Axes:
         for kind, group in groupby(tensors, key=itemgetter(0)):
             pieces = list(group)
             start, end = pieces[0][1] / scale, (pieces[-1][1] + pieces[-1][2]) / scale
-            _, color, hatch = _KINDS[kind]
+            color, hatch = _KINDS[kind]
             new = None if kind in ax.get_legend_handles_labels()[1] else kind
             look: dict[str, Any] = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
             ax.barh(row, end - start, 0.8, start, label=new, **look)

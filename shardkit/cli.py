@@ -52,7 +52,7 @@ Source = Annotated[
 ]
 MaxShardSize = Annotated[str, typer.Option(help='The most bytes a file may have: "500MB", "1.5GiB".')]
 StrategyOption = Annotated[
-    Strategy, typer.Option(help="Fill files in order, one per layer, or as few and as equal as can be.")
+    Strategy, typer.Option(help="Fill files in order, write one per layer, or few of nearly equal size.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="Cast floating-point tensors: float16, bfloat16 or float32.")]
 LoadDtype = Annotated[str | None, typer.Option(help="What to load in: float16, bfloat16 or float32.")]

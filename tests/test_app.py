@@ -143,14 +143,14 @@ class TestChoose:
             assert host in said
         assert not alerts(app)
 
-    def test_quantised_weights_get_no_promise_of_hosts(self, tmp_path):
+    def test_quantized_weights_get_no_promise_of_hosts(self, tmp_path):
         write_checkpoint(tmp_path / "mxfp4", [{"blocks": Tensor("U8", (64,), bytes(64))}])
         config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
         (tmp_path / "mxfp4" / "config.json").write_text(json.dumps(config))
         app = opened("mxfp4")
         assert app.plan is not None
         assert not alerts(app)
-        assert "quantised (mxfp4)" in words(app)
+        assert "quantized (mxfp4)" in words(app)
         assert "Colab" not in words(app)
 
     def test_demo_is_made_where_there_is_none(self, tmp_path):
@@ -308,7 +308,7 @@ class TestPlan:
         assert median(took) < 0.05
         assert sorted(took)[-3] < 0.1, "a few may fall into a collector's pause"
 
-    def test_cast_of_quantised_weights_is_refused_in_place(self, tmp_path):
+    def test_cast_of_quantized_weights_is_refused_in_place(self, tmp_path):
         write_checkpoint(tmp_path / "q", [{"w": Tensor("F8_E4M3", (4,), b"1234")}])
         app = opened("q")
         assert works(button(app, "Shard"))

@@ -31,7 +31,8 @@ from shardkit.base.machine import filesystem
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint import checkpoint as checkpoint_module
 from shardkit.checkpoint import estimate
-from shardkit.checkpoint.estimate import StoredTensor, estimate_load, fit
+from shardkit.checkpoint.estimate import StoredTensor, estimate_load
+from shardkit.checkpoint.hosts import fit
 
 
 @pytest.fixture(scope="module")
@@ -187,25 +188,25 @@ def test_the_summary_names_every_host(model):
     [({"quantization_config": {"quant_method": "mxfp4"}}, "U8"), ({}, "F8_E4M3")],
     ids=["config", "dtype"],
 )
-def test_of_quantised_weights_no_host_is_promised(config, dtype):
+def test_of_quantized_weights_no_host_is_promised(config, dtype):
     found = estimate_load("q", [StoredTensor("w", 1000, dtype)], None, config=config)
     assert found.hosts == ()
-    assert "quantised (" in str(found)
-    assert "this is the least" in str(found)
+    assert "quantized (" in str(found)
+    assert "this is a lower bound" in str(found)
     assert "at least 271 MB (cannot be evicted)" in str(found)
 
 
-def test_stacked_experts_that_are_turned_are_copied():
+def test_stacked_experts_that_are_transposed_are_copied():
     config = {"model_type": "qwen3_vl_moe", "text_config": {"hidden_size": 64}}
     stored = [
         StoredTensor("model.layers.0.mlp.experts.gate_up_proj", 4 * 64 * 96, "BF16", (4, 64, 96)),
         StoredTensor("model.layers.0.mlp.experts.down_proj", 4 * 48 * 64, "BF16", (4, 48, 64)),
         StoredTensor("model.layers.0.q_proj.weight", 64 * 64, "BF16", (64, 64)),
     ]
-    turned = estimate_load("moe", stored, None, config=config)
-    assert turned.copied_bytes == 2 * 4 * 64 * (96 + 48)
-    assert turned.stacking_bytes == 2 * 4 * 64 * 96
-    assert turned.mapped_bytes == 2 * 64 * 64
+    transposed = estimate_load("moe", stored, None, config=config)
+    assert transposed.copied_bytes == 2 * 4 * 64 * (96 + 48)
+    assert transposed.stacking_bytes == 2 * 4 * 64 * 96
+    assert transposed.mapped_bytes == 2 * 64 * 64
     straight = [StoredTensor("model.layers.0.mlp.experts.gate_up_proj", 4 * 64 * 96, "BF16", (4, 96, 64))]
     assert estimate_load("moe", straight, None, config=config).copied_bytes == 0
 
@@ -232,7 +233,7 @@ def test_an_adapter_takes_what_its_base_takes_and_its_own(adapter, model, dtype)
     assert found.copied_bytes == base.copied_bytes + 4 * 1600
     assert found.mapped_bytes == base.mapped_bytes
     assert [host.verdict for host in found.hosts] == [host.verdict for host in base.hosts]
-    assert f"an adapter: this includes its base model, {model.source}" in str(found)
+    assert f"an adapter: the estimate includes its base model, {model.source}" in str(found)
     assert (found.tolerance, base.tolerance) == (None, 0.05)
     assert f"about {format_size(found.peak_anonymous_bytes)} (cannot be evicted)" in str(found)
 
@@ -244,7 +245,8 @@ def test_an_adapter_without_its_base_is_promised_no_host(adapter, tmp_path, base
     planned = plan_shards(checkpoint).estimate(None, config=checkpoint.config)
     for found in (checkpoint.estimate(), checkpoint.estimate("float16"), planned):
         assert (found.hosts, found.tolerance) == ((), None)
-        assert f"its base model ({named or 'not named'}) comes on top" in str(found)
+        said = f"its base model ({named or 'not named'}) is not on this machine and not included"
+        assert said in str(found)
         assert "at least 271 MB (cannot be evicted)" in str(found)
 
 
@@ -327,7 +329,7 @@ def test_nothing_is_promised_of_what_was_not_measured(kind):
     assert found.tolerance is None
     assert "±" not in str(found)
     assert "about 271 MB (cannot be evicted)" in str(found)
-    assert "how exact this is was not measured" in str(found)
+    assert "accuracy not measured" in str(found)
 
 
 def test_masks_of_each_layer_count(tmp_path):
@@ -343,7 +345,7 @@ def test_buffers_that_no_file_holds_count():
     stored = [StoredTensor("w", 1000, "BF16")]
     found = estimate_load("m", stored, None, config=config)
     assert found.buffer_bytes == 27 * 2048**2
-    assert "113 MB for buffers that are in no file" in str(found)
+    assert "113 MB for buffers that no file contains" in str(found)
     for odd in ("24" * 10**6, [24], None, 2.5):
         unsaid = estimate_load("m", stored, None, config={**config, "num_layers": odd})
         assert (unsaid.buffer_bytes, unsaid.tolerance) == (0, None)

@@ -185,7 +185,7 @@ class TestLooking:
         (tmp_path / "empty").mkdir()
         (tmp_path / "empty" / "config.json").write_text("{}")
         hub.add_model(ID, tmp_path / "empty")
-        with pytest.raises(CheckpointError, match=f"{ID}@.*holds no weights"):
+        with pytest.raises(CheckpointError, match=f"{ID}@.*contains no weights"):
             Checkpoint.open(ID)
 
     @pytest.mark.parametrize(

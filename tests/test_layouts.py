@@ -97,7 +97,7 @@ def test_side_file_that_would_shadow_the_shards_never_comes_along(tmp_path: Path
     report = shard_checkpoint(tmp_path / "source", tmp_path / "out")
     assert report.left_out.keys() == {"model.safetensors", "w.fp16.bin"}
     assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [3.0]
-    assert "shards of w are called model, the name that from_pretrained looks for" in str(report)
+    assert "shards of w are named model, the name that from_pretrained looks for" in str(report)
 
 
 def test_weights_that_another_loader_finds_by_name_keep_it(tmp_path: Path) -> None:
@@ -178,10 +178,10 @@ def test_shards_of_the_model_come_before_weights_of_other_names(tmp_path: Path) 
 
 INDEXES: dict[str, tuple[dict[str, str], str]] = {
     "a tensor that no file holds": (
-        {"t0": "a", "t1": "b", "mtp.fc.weight": "b"}, "lists 1 tensor that no file holds: mtp.fc.weight"
+        {"t0": "a", "t1": "b", "mtp.fc.weight": "b"}, "lists 1 tensor that no file contains: mtp.fc.weight"
     ),
-    "a tensor in another file": ({"t0": "b", "t1": "b", "u": "a"}, "in another file than they are in: t0"),
-    "a tensor not at all": ({"t0": "a", "u": "b"}, "not at all, which its files hold: t1"),
+    "a tensor in another file": ({"t0": "b", "t1": "b", "u": "a"}, "lists 1 tensor in the wrong file: t0"),
+    "a tensor not at all": ({"t0": "a", "u": "b"}, "omits 1 tensor that its files contain: t1"),
 }  # fmt: skip
 
 
@@ -286,7 +286,7 @@ def test_shards_that_the_index_does_not_name_stay_behind_under_their_own_reason(
     put(tmp_path, {"model.ema.safetensors": WEIGHTS, "checkpoint-7/model.safetensors": WEIGHTS})
     checkpoint = Checkpoint.open(tmp_path)
     assert checkpoint.left_out == {
-        **dict.fromkeys(names[1:], "shards that the index does not name"),
+        **dict.fromkeys(names[1:], "shards that the index does not list"),
         "checkpoint-7/model.safetensors": "training state",
     }
     assert "model.ema.safetensors" in checkpoint.side_files
@@ -319,6 +319,6 @@ def test_cast_is_followed_by_dtypes_of_parts_wherever_a_config_names_them(tmp_pa
 def test_byte_order_mark_before_a_config_is_named(tmp_path: Path) -> None:
     put(tmp_path, {**MODEL, "config.json": b"\xef\xbb\xbf{}"})
     with pytest.raises(
-        CheckpointError, match=r"config\.json: begins with a byte order mark.*save it without"
+        CheckpointError, match=r"config\.json: starts with a byte order mark.*save it without one"
     ):
         Checkpoint.open(tmp_path)

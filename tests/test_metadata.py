@@ -42,7 +42,7 @@ def test_what_files_differ_in_is_left_out_and_named(tmp_path: Path) -> None:
     of_one = {"step": "1", "host": "a"}
     metadata, report = sharded(tmp_path, TITLE | of_one, TITLE | {"step": "2"})
     assert metadata == TITLE
-    assert "metadata that describes single files of the source is not copied: step, host" in report
+    assert "metadata that describes individual files of the source is not copied: step, host" in report
 
 
 def test_files_that_differ_in_their_format_leave_the_usual_one(tmp_path: Path) -> None:

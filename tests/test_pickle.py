@@ -360,8 +360,8 @@ def test_what_shares_storage_is_told_with_what_it_takes(
 ) -> None:
     source = saved_model(tiny_model("gpt2", tie_word_embeddings=True), tmp_path / "source")
     report = shard_checkpoint(source, tmp_path / "out")
-    assert "1 name of tensors that share another's storage in the source: lm_head.weight" in str(report)
-    assert "written by itself, 12.3 KB as stored" in str(report)  # 96 by 32 float32
+    assert "1 tensor sharing the storage of another in the source" in str(report)
+    assert "written separately (12.3 KB more): lm_head.weight" in str(report)  # 96 by 32 float32
     assert report.nbytes == Checkpoint.open(source).total_bytes
 
 
@@ -639,7 +639,7 @@ def test_pickle_that_lacks_a_tensor_of_its_index_is_taken_with_a_note(tmp_path: 
     save({"a": torch.ones(1)}, tmp_path / "pytorch_model-00001-of-00002.bin")
     checkpoint = Checkpoint.open(tmp_path)
     assert list(checkpoint.tensors) == ["a", "b"]
-    assert "pytorch_model.bin.index.json lists 1 tensor that no file holds: w" in str(checkpoint)
+    assert "pytorch_model.bin.index.json lists 1 tensor that no file contains: w" in str(checkpoint)
 
 
 def test_missing_shard_of_a_pickle_is_named(tmp_path: Path) -> None:

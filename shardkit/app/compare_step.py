@@ -16,7 +16,7 @@ from shardkit.app.shard_step import Shard
 from shardkit.app.step import TRUSTS, Area, Step, field, in_the_app
 from shardkit.base.record import escaped
 from shardkit.base.sizes import format_size
-from shardkit.checkpoint.estimate import HOSTS
+from shardkit.checkpoint.hosts import HOSTS
 from shardkit.compare.comparison import Comparison
 from shardkit.compare.experiment import compare_loads
 from shardkit.formats.tensor import CAST_DTYPES

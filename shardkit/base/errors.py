@@ -54,7 +54,7 @@ class SizeError(ShardkitError, ValueError):
 
 
 class PlanError(ShardkitError, ValueError):
-    """A plan was asked for that cannot be made (unknown strategy or dtype, quantised weights)."""
+    """A plan was requested that cannot be made (unknown strategy or dtype, quantized weights)."""
 
 
 class CastError(ShardkitError):

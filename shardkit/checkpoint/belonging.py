@@ -18,7 +18,7 @@ from shardkit.formats.names import is_weights
 from shardkit.sources.fileset import FileSet
 
 OTHER_FORMAT = "the same weights in another format"
-UNREAD = "shards that the index does not name"
+UNREAD = "shards that the index does not list"
 OTHER_RUNTIME = "weights for other runtimes"
 TRAINING = "training state"
 PARTIAL = "partial downloads and backups"
@@ -153,12 +153,11 @@ def _size(files: FileSet, file: str) -> int:
     path = files.where(file)
     if not files.is_file(file):
         raise CheckpointError(
-            f"is a link to {os.readlink(path)}, which is not there: the download was cut", file=path
+            f"is a link to {os.readlink(path)}, which does not exist: the download is incomplete", file=path
         )
     if (real := files.leaves(file)) is not None:
         raise CheckpointError(
-            f"is a link that leaves the folder, to {real}: put a copy in its place, so that what goes with "
-            "the model is what you mean",
+            f"is a link to {real}, outside the folder: if it belongs to the model, replace it with a copy",
             file=path,
         )
     return files.size(file)

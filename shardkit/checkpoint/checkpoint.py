@@ -17,6 +17,7 @@ from shardkit.base.machine import MEMORY_FILESYSTEMS, filesystem
 from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.belonging import Beside, needed_files, sort_out
+from shardkit.checkpoint.config import architecture, config_dtype, plain_json
 from shardkit.checkpoint.estimate import (
     LOAD_BITS,
     Estimate,
@@ -27,13 +28,10 @@ from shardkit.checkpoint.estimate import (
 )
 from shardkit.checkpoint.layout import (
     CONFIG_FILES,
-    architecture,
-    config_dtype,
     find_weights,
     index_notes,
     naming_notes,
     output_stem,
-    plain_json,
     read_config,
 )
 from shardkit.checkpoint.metadata import of_checkpoint
@@ -76,13 +74,15 @@ class Checkpoint(Record):
     aliases
         Tensors of a pickle that share another's storage, by name, and the name of that other.
     notes
-        What a person should be told.
+        For the user.
     file_metadata
         Names of entries of ``__metadata__`` that describe single files.
     index_dtype
         The dtype that the index says its tensors have, where the config says none; None where neither does.
     legacy
         Files that torch wrote before 1.6, each of which a load takes into memory whole.
+    made
+        How its files came about, as the index of an earlier run says: "source", "strategy".
     seen
         State of the weight files just before their headers were read; on this disk alone, so not in JSON.
     derived
@@ -104,6 +104,7 @@ class Checkpoint(Record):
     file_metadata: tuple[str, ...] = ()
     index_dtype: str | None = None
     legacy: tuple[str, ...] = ()
+    made: dict[str, str] = field(default_factory=dict)
     seen: dict[str, State] = field(init=False, default_factory=dict, compare=False, repr=False)
     derived: set[str] = field(init=False, default_factory=set, compare=False, repr=False)
 
@@ -181,6 +182,7 @@ class Checkpoint(Record):
             file_metadata=file_metadata,
             index_dtype=weights.dtype if config_dtype(config) is None else None,
             legacy=legacy,
+            made=dict(weights.made),
         )
         checkpoint.seen.update(seen)
         checkpoint.derived.update(derived)
@@ -330,14 +332,14 @@ class Checkpoint(Record):
         beside = sum(self.side_files.values())
         facts = (
             ("source", shown_path(self.source)),
-            ("architecture", self.architecture or "not said (no config.json)"),
+            ("architecture", self.architecture or "unknown (no config.json)"),
             ("parameters", f"{self.parameters:,} in {plural(len(self.tensors), 'tensor')}"),
             (
                 "weights",
                 f"{format_size(self.total_bytes)} in {plural(len(self.files), 'file')} ({self.format})",
             ),
             ("largest tensor", str(self.largest or "none")),
-            ("config says", self._config_against_files()),
+            ("config dtype", self._config_against_files()),
             ("other files", f"{plural(len(self.side_files), 'file')}, {format_size(beside)}"),
         )
         dtypes = Table(
@@ -353,28 +355,27 @@ class Checkpoint(Record):
         said = config_dtype(self.config)
         held = [DTYPE_NAMES[dtype] for dtype in self.dtypes if dtype in FLOAT_DTYPES]
         if said is None:
-            return "no dtype"
+            return "not set"
         if not held:
-            return f"{said}; the files hold no plain floating-point tensors"
+            return f"{said} (the files contain no plain floating-point tensors)"
         if held[0] == said:
-            return f"{said}, as the files hold"
-        return f"{said}, but the files hold mostly {held[0]}"
+            return f"{said} (matches the files)"
+        return f"{said} (the files are mostly {held[0]})"
 
     def _notes(self) -> tuple[str, ...]:
         notes = list(self.notes)
         if self.aliases:
             notes.append(shared_note(self))
         if self.left_out:
-            notes.append(f"stays behind: {by_kind(self.left_out)}")
+            notes.append(f"not copied: {by_kind(self.left_out)}")
         return tuple(notes)
 
 
 def shared_note(checkpoint: Checkpoint) -> str:
-    """Say what names of a pickle share storage, and what writing each of them takes."""
+    """Return which tensors of a pickle share storage, and how many bytes writing each of them adds."""
     more = format_size(sum(checkpoint.tensors[name].nbytes for name in checkpoint.aliases))
-    count = plural(len(checkpoint.aliases), "name")
-    shared = f"{count} of tensors that share another's storage in the source: {listed(checkpoint.aliases)}"
-    return f"{shared}. Each is written by itself, {more} as stored"
+    count, names = plural(len(checkpoint.aliases), "tensor"), listed(checkpoint.aliases)
+    return f"{count} sharing the storage of another in the source, written separately ({more} more): {names}"
 
 
 def by_kind(left_out: Mapping[str, str]) -> str:

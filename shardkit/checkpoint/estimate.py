@@ -9,25 +9,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from shardkit.base.machine import usable_memory
 from shardkit.base.record import Record, Summary, Table
 from shardkit.base.sizes import format_size
+from shardkit.checkpoint.hosts import HERE, HOSTS, HostFit, fit
 from shardkit.checkpoint.kept import family, listed_patterns
-from shardkit.checkpoint.layout import quantisation
 from shardkit.checkpoint.parts import is_single_expert
+from shardkit.checkpoint.quantized import quantization
 from shardkit.formats.safetensors import DTYPE_BITS
 from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, QUANTISED_DTYPES, parse_dtype
 
 # Anonymous memory of a process that has imported torch and transformers, loaded a small model in a dtype that
 # needs no cast, and given a token: measured with transformers 5.23 and the CPU build of torch 2.13 on Linux.
 RUNTIME_BYTES = 271_000_000
-# What the free hosts say they give (November 2026); the process that watches the load needs some as well.
-HOSTS = {"Colab": 12_700_000_000, "Kaggle": 30_000_000_000, "Binder": 2_000_000_000}
-_USABLE_SHARE = 0.9
-HERE = "this machine"
-
 # Model types of which loads kept the ±5 %, first token included, as stored and cast to float16, with
 # transformers 5.23; from 0.2 to 2.6 GB the error did not grow with the weights. Others may keep buffers,
 # rewrite weights, or need more for the first token, so that nothing is promised of them.
@@ -39,31 +35,22 @@ _MEASURED = frozenset((
     "modernbert", "mpt", "nemotron", "olmo", "olmo2", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3",
     "roberta", "seed_oss", "smollm3", "stablelm", "starcoder2", "t5", "xlm-roberta",
 ))
+# Their tokenizers are Unigram models, which were measured to take three times as much.
+_UNIGRAM = frozenset((
+    "albert", "camembert", "deberta-v2", "mbart", "mt5", "pegasus", "t5", "umt5", "xlm-roberta", "xlnet",
+))
 # fmt: on
 TOLERANCE = 0.05
 # Memory of a tokenizer for each byte of the first of these files that is there, as measured with byte-level
 # BPE of 32,000 to 256,000 tokens; where that matters, it is too rough for a promise.
 _TOKENIZERS = {"tokenizer.json": 10, "tokenizer.model": 60, "vocab.json": 60, "vocab.txt": 40}
 _TOKENIZER_MATTERS = 0.03
-# Their tokenizers are Unigram models, which were measured to take three times as much.
-_UNIGRAM = (
-    "albert",
-    "camembert",
-    "deberta-v2",
-    "mbart",
-    "mt5",
-    "pegasus",
-    "t5",
-    "umt5",
-    "xlm-roberta",
-    "xlnet",
-)
 
 # While it stacks experts, transformers holds some of them twice, for a moment: this share of their bytes,
 # as measured with Mixtral's, Qwen3-MoE's and DeepSeek-V3's shapes, with a cast and without.
 _STACKING_SHARE = {True: 1.0, False: 0.25}
-# Experts that are stacked in the files, but turned: where in their shape the hidden size then stands.
-_TURNED = {"qwen3_vl_moe": {"gate_up_proj": 1, "down_proj": 2}}
+# Experts that are stacked in the files, but transposed: where in their shape the hidden size then stands.
+_TRANSPOSED = {"qwen3_vl_moe": {"gate_up_proj": 1, "down_proj": 2}}
 # Divided in place before the first token, so that pages of the mapping become memory of the process.
 _REWRITTEN = {"rwkv": re.compile(r"attention\.output\.weight|feed_forward\.value\.weight")}
 # Large buffers that no file holds, from the config's numbers, as transformers 5.23 makes them: of GPT-Neo a
@@ -81,8 +68,6 @@ _MASK = re.compile(r"\.(attn|attention)\.bias$")
 # Of what a model can be loaded in.
 LOAD_BITS = {DTYPE_NAMES[dtype]: DTYPE_BITS[dtype] for dtype in FLOAT_DTYPES}
 
-Verdict = Literal["fits", "fits tightly", "does not fit"]
-
 
 class StoredTensor(NamedTuple):
     """What counts of a tensor: its name, number of elements, dtype on disk ("BF16"), and shape.
@@ -95,19 +80,6 @@ class StoredTensor(NamedTuple):
     dtype: str
     shape: tuple[int, ...] = ()
     is_alias: bool = False
-
-
-@dataclass(frozen=True)
-class HostFit:
-    """Whether a load fits a host: its name, its memory in bytes, the verdict and the reason for it.
-
-    Of this machine, the memory is what was left when the estimate was made.
-    """
-
-    name: str
-    memory_bytes: int
-    verdict: Verdict
-    why: str
 
 
 @dataclass(frozen=True)
@@ -129,7 +101,7 @@ class Estimate(Record):
     hosts
         Whether it fits what is left of this machine's memory, and the free hosts; empty where not known.
     notes
-        What a person should be told.
+        For the user.
     tokenizer_bytes, buffer_bytes
         Anonymous memory of the tokenizer beside the weights, and of buffers that no file holds.
     resident_bytes
@@ -175,26 +147,27 @@ class Estimate(Record):
     def summary(self) -> Summary:
         """Return the figures, and a verdict for each host."""
         exact = f" ±{self.tolerance:.0%}".replace("%", " %") if self.tolerance else ""
-        beside = (
+        others = (
             (self.stacking_bytes, "while experts are stacked"),
             (self.tokenizer_bytes, "for the tokenizer"),
-            (self.buffer_bytes, "for buffers that are in no file"),
+            (self.buffer_bytes, "for buffers that no file contains"),
             (self.resident_bytes, "of files on tmpfs, whose pages cannot be evicted"),
         )
+        words = f"{format_size(self.mapped_bytes)} stay in the files; the kernel may evict them"
+        mapped = () if self.resident_bytes else (("mapped", words),)
         facts = (
             ("load in", self.dtype or "the dtype of the files"),
             ("peak anonymous", f"{self.needed}{exact} (cannot be evicted)"),
-            ("of it weights", f"{format_size(self.copied_bytes)} converted while they are loaded"),
-            *(("and", f"{format_size(size)} {words}") for size, words in beside if size),
-            *((("mapped", f"{format_size(self.mapped_bytes)} stay in the files; the kernel may drop them"),))
-            * (not self.resident_bytes),
+            ("of which weights", f"{format_size(self.copied_bytes)} converted during loading"),
+            *(("and", f"{format_size(size)} {what}") for size, what in others if size),
+            *mapped,
         )
         rows = tuple(
             (f"{h.name} (free)" if h.name == HERE else h.name, format_size(h.memory_bytes), h.verdict, h.why)
             for h in self.hosts
         )
         hosts = (Table(("host", "memory", "verdict", "because"), rows),) if rows else ()
-        return Summary("Estimated memory of a load", facts, hosts, self.notes)
+        return Summary("Estimated memory to load", facts, hosts, self.notes)
 
 
 def load_dtype(dtype: object) -> str | None:
@@ -226,7 +199,7 @@ def estimate_load(
     Parameters
     ----------
     config
-        Of the model, which may say that it is quantised, or of a type of which more is known.
+        Of the model, which may say that it is quantized, or of a type of which more is known.
     side_files
         Sizes of the files beside the weights, the tokenizer's among them.
     held_whole
@@ -234,10 +207,10 @@ def estimate_load(
     in_memory
         Whether the files are on tmpfs, so that their pages are memory that cannot be evicted.
     """
-    config, quantised = config or {}, quantisation(config or {})
+    config = config or {}
     stored = [tensor for tensor in tensors if not (_MASK.search(tensor.name) and len(tensor.shape) == 4)]
-    found = next((tensor.dtype for tensor in stored if tensor.dtype in QUANTISED_DTYPES), None)
-    quantised = quantised or (DTYPE_NAMES[found] if found else None)
+    found = (DTYPE_NAMES[tensor.dtype] for tensor in stored if tensor.dtype in QUANTISED_DTYPES)
+    method = quantization(config) or next(found, None)
     copied, stacking, mapped, read = _weights(stored, dtype, config, held_whole)
     buffers = _buffer_bytes(config)
     made = Estimate(
@@ -251,10 +224,8 @@ def estimate_load(
         buffer_bytes=buffers or 0,
         resident_bytes=read if in_memory else 0,
     )
-    if quantised:
-        note = (
-            f"quantised ({quantised}): what a load makes of that is not known from headers; this is the least"
-        )
+    if method:
+        note = f"quantized ({method}): headers do not show what a load makes of it, so this is a lower bound"
         return replace(made, notes=(note,))
     if why := _why_rough(made, config.get("model_type"), buffers):
         return with_hosts(replace(made, notes=(why,)))
@@ -265,14 +236,14 @@ def _weights(
     tensors: Iterable[StoredTensor], dtype: str | None, config: Mapping[str, Any], held_whole: bool
 ) -> tuple[int, int, int, int]:
     """Return bytes of weights: copied, there twice while stacked, mapped, and read through a mapping."""
-    copied = mapped = stacking = turning = read = 0
+    copied = mapped = stacking = transposing = read = 0
     model_type = str(config.get("model_type"))
     patterns = "|".join(sorted(listed_patterns(family(model_type), dtype))) if dtype else ""
     keeps = re.compile(patterns) if patterns else None
     rewritten = _REWRITTEN.get(model_type)
     for name, elements, stored, shape, is_alias in tensors:
         is_expert = is_single_expert(name)
-        is_turned = _is_turned(name, shape, model_type, config)
+        is_transposed = _is_transposed(name, shape, model_type, config)
         target = "float32" if keeps and keeps.search(name) else dtype
         converts = target is not None and stored in FLOAT_DTYPES and DTYPE_NAMES[stored] != target
         in_file = 0 if is_alias else elements * DTYPE_BITS[stored] // 8
@@ -281,18 +252,18 @@ def _weights(
         bits = LOAD_BITS[target] if target is not None and converts else DTYPE_BITS[stored]
         nbytes = elements * bits // 8
         stacking += int(is_expert * _STACKING_SHARE[converts] * nbytes)
-        turning = max(turning, nbytes * is_turned)  # the one at hand is there twice
-        if converts or is_expert or is_turned or (rewritten and rewritten.search(name)):
+        transposing = max(transposing, nbytes * is_transposed)  # the one at hand is there twice
+        if converts or is_expert or is_transposed or (rewritten and rewritten.search(name)):
             copied += nbytes
         elif not held_whole:
             mapped += nbytes
         copied += in_file * held_whole
         read += in_file * (not held_whole)
-    return copied, stacking + turning, mapped, read
+    return copied, stacking + transposing, mapped, read
 
 
-def _is_turned(name: str, shape: tuple[int, ...], model_type: str, config: Mapping[str, Any]) -> bool:
-    place = _TURNED.get(model_type, {}).get(name.rpartition(".experts.")[2])
+def _is_transposed(name: str, shape: tuple[int, ...], model_type: str, config: Mapping[str, Any]) -> bool:
+    place = _TRANSPOSED.get(model_type, {}).get(name.rpartition(".experts.")[2])
     text = config.get("text_config") or {}
     return place is not None and len(shape) == 3 and shape[place] == text.get("hidden_size")
 
@@ -313,17 +284,17 @@ def _why_rough(made: Estimate, model_type: object, buffers: int | None) -> str |
     """Return why no ±5 % can be promised; None if it can."""
     if made.stacking_bytes:
         return (
-            "experts are stacked while they are loaded, and how many are there twice depends on the machine: "
-            "10 % more than this, and 21 % less, was seen"
+            "experts are stacked during loading, and how many exist twice at a time depends on the machine: "
+            "measured peaks were up to 10 % above and 21 % below this estimate"
         )
     if model_type not in _MEASURED or buffers is None:
         kind = f"models of type {str(model_type)[:100]!r}" if model_type else "models of an unknown type"
         return (
-            f"how exact this is was not measured: {kind} may keep buffers that are in no file, rewrite "
-            "weights, or need more for the first token"
+            f"accuracy not measured: {kind} may keep buffers that no file contains, rewrite weights, or need "
+            "more for the first token"
         )
     if made.tokenizer_bytes > _TOKENIZER_MATTERS * made.peak_anonymous_bytes:
-        return "what the tokenizer takes is known roughly, and counts beside so little"
+        return "the tokenizer takes a large share of this, and its memory is known only roughly"
     return None
 
 
@@ -336,33 +307,19 @@ def estimate_adapter(
     if base is None:
         called = str(named or "not named")[:200]
         note = (
-            f"an adapter: its base model ({called}) comes on top, and is not on this machine: inspect it too"
+            f"an adapter: its base model ({called}) is not on this machine and not included: inspect it too"
         )
         return Estimate(source, dtype, RUNTIME_BYTES, copied, 0, 0, notes=(note,))
-    notes = (*base.notes, f"an adapter: this includes its base model, {base.source}")
+    notes = (*base.notes, f"an adapter: the estimate includes its base model, {base.source}")
     both = replace(base, source=source, copied_bytes=base.copied_bytes + copied, notes=notes, tolerance=None)
     return with_hosts(both) if base.hosts else both
 
 
 def with_hosts(made: Estimate) -> Estimate:
     """Return an estimate with its verdicts: what is left of this machine's memory, and the free hosts."""
-    hosts = [
-        fit(name, memory, made.new_bytes, made.mapped_bytes + made.resident_bytes)
-        for name, memory in HOSTS.items()
-    ]
+    files = made.mapped_bytes + made.resident_bytes
+    hosts = [fit(name, memory, made.new_bytes, files) for name, memory in HOSTS.items()]
     if (left := usable_memory()) is not None:
         # Files on tmpfs are part of what is used here already.
         hosts.insert(0, fit(HERE, left, made.new_bytes, made.mapped_bytes))
     return replace(made, hosts=tuple(hosts))
-
-
-def fit(name: str, memory: int, anonymous: int, mapped: int) -> HostFit:
-    """Return whether a load fits a host: all of it, or only if its mapped pages come and go."""
-    usable = int(_USABLE_SHARE * memory)
-    if anonymous > usable:
-        need = f"needs {format_size(anonymous)}, some {format_size(usable)} can be used"
-        return HostFit(name, memory, "does not fit", need)
-    if anonymous + mapped > usable:
-        why = "the weights do not all stay in memory: each token reads from the disk again"
-        return HostFit(name, memory, "fits tightly", why)
-    return HostFit(name, memory, "fits", "with all its weights in memory")

@@ -1,4 +1,4 @@
-"""Which files of a folder are the weights that a load reads, and what the config says of them.
+"""Which files of a folder are the weights that a load reads.
 
 The order is that of transformers (`modeling_utils._get_resolved_checkpoint_files`): a file named by the
 config, then `model.safetensors`, its index, `pytorch_model.bin`, its index; then the stems of diffusers
@@ -12,13 +12,12 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from math import isfinite, isnan
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from shardkit.base.errors import CheckpointError, reading
 from shardkit.base.record import listed, plural
 from shardkit.base.sizes import format_size
-from shardkit.checkpoint.quantized import quantisation as quantisation
 from shardkit.formats.names import is_index, is_weights
 from shardkit.formats.safetensors import JsonBounds, reading_json
 from shardkit.sources.fileset import FileSet, is_inside
@@ -49,9 +48,11 @@ class Weights(NamedTuple):
     weight_map
         Which file holds which tensor, as the index says; empty without an index.
     notes
-        What a person should be told.
+        For the user.
     dtype
         What the index says its tensors have, which transformers believes; None where it does not say.
+    made
+        How its files came about, as an index of ours says; empty where another tool wrote it.
     """
 
     chosen: str
@@ -59,14 +60,19 @@ class Weights(NamedTuple):
     weight_map: dict[str, str]
     notes: tuple[str, ...] = ()
     dtype: str | None = None
+    made: Mapping[str, str] = MappingProxyType({})
+
+
+def _stem(name: str) -> tuple[str, str]:
+    """Return what weights are called without number and ending, and what shards have after their number."""
+    bare = re.sub(r"\.index(\.[^.]+)?\.json$", "", name)
+    shard = _SHARD.fullmatch(bare)
+    return (shard[1], shard[4] or "") if shard else (bare.rpartition(".")[0], "")
 
 
 def family(name: str) -> str:
     """Return what weights are called without number, variant and ending: "model" of ``model.fp16.bin``."""
-    stem = re.sub(r"\.index(\.[^.]+)?\.json$", "", name)
-    if shard := _SHARD.fullmatch(stem):
-        return _VARIANT.sub("", shard[1])
-    return _VARIANT.sub("", stem.rpartition(".")[0])
+    return _VARIANT.sub("", _stem(name)[0])
 
 
 def shard_set(name: str) -> tuple[str | None, ...] | None:
@@ -83,24 +89,6 @@ def output_stem(files: FileSet, chosen: str, config: Mapping[str, Any] | None) -
     return next((stem for stem in CANONICAL_STEMS[1:] if chosen.startswith(stem)), CANONICAL_STEMS[0])
 
 
-def architecture(config: Mapping[str, Any] | None) -> str | None:
-    """Return the model class that a config names, of transformers, diffusers or peft."""
-    config = config or {}
-    named = config.get("architectures")
-    first = named[0] if isinstance(named, list) and named else None
-    found = first or config.get("_class_name") or config.get("peft_type")
-    return str(found) if found else None
-
-
-def config_dtype(config: Mapping[str, Any] | None) -> str | None:
-    """Return the dtype that a config asks for ("bfloat16"), or None."""
-    config = config or {}
-    said = config.get("dtype") or config.get("torch_dtype")
-    if isinstance(said, dict):  # one for each part: that of the model itself, or torch's default
-        said = said.get("", "float32")
-    return said.removeprefix("torch.") if isinstance(said, str) else None
-
-
 def read_json(files: FileSet, name: str) -> Any:
     """Return a JSON document as Python reads it (`Infinity` and `NaN` included), within bounds.
 
@@ -113,12 +101,12 @@ def read_json(files: FileSet, name: str) -> Any:
     with reading(path):
         if (size := files.size(name)) > _MAX_JSON_BYTES:
             raise CheckpointError(
-                f"has {format_size(size)}, at most {format_size(_MAX_JSON_BYTES)} are read", file=path
+                f"is {format_size(size)}, and at most {format_size(_MAX_JSON_BYTES)} is read", file=path
             )
         raw = files.content(name)
     if raw.startswith(b"\xef\xbb\xbf"):
         raise CheckpointError(
-            "begins with a byte order mark, which no loader reads: save it without", file=path
+            "starts with a byte order mark, which no loader accepts: save it without one", file=path
         )
     with reading_json(raw, path, _JSON_BOUNDS):
         document = json.loads(raw.decode("utf-8"))
@@ -137,6 +125,10 @@ def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _texts(value: Mapping[str, Any]) -> dict[str, str]:
+    return {name: text for name, text in value.items() if isinstance(text, str)}
+
+
 def read_config(files: FileSet) -> dict[str, Any] | None:
     """Return the config of transformers, diffusers or peft among `files`; None where there is none."""
     for name in CONFIG_FILES:
@@ -146,49 +138,6 @@ def read_config(files: FileSet) -> dict[str, Any] | None:
                 raise CheckpointError("is not a JSON object", file=files.where(name))
             return config
     return None
-
-
-def adapted_config(config: Mapping[str, Any], dtype: str | None, auto: str | None = None) -> str | None:
-    """Return the JSON of a config that fits the new files; None where it fits as it is.
-
-    `auto` is what a load chooses for the source and would not for the new files: then the config says it.
-
-    A cast is followed by every dtype that the config names, those of its parts included; and a file name
-    of weights (`transformers_weights`) would name one that is gone.
-    """
-    adapted = {key: value for key, value in config.items() if key != "transformers_weights"}
-    if dtype is not None:
-        adapted = _with_dtype(adapted, dtype)
-        if config_dtype(adapted) is None and adapted.keys() & {"architectures", "model_type"}:
-            adapted["dtype"] = dtype
-    elif auto is not None:
-        adapted["dtype"] = auto
-    # A number that is not a number equals no other, nor itself.
-    return json.dumps(adapted, indent=2) + "\n" if repr(adapted) != repr(config) else None
-
-
-def plain_json(value: Any) -> Any:
-    """Return what strict JSON can hold, numbers that are none tagged as transformers writes them."""
-    if isinstance(value, dict):
-        return {key: plain_json(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [plain_json(part) for part in value]
-    if isinstance(value, float) and not isfinite(value):
-        return {"__float__": "NaN" if isnan(value) else "Infinity" if value > 0 else "-Infinity"}
-    return value
-
-
-def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    return {key: _cast_value(key, value, dtype) for key, value in config.items()}
-
-
-def _cast_value(key: str, value: Any, dtype: str) -> Any:
-    is_dtype = key in ("dtype", "torch_dtype")
-    if is_dtype and isinstance(value, str):
-        return dtype
-    if isinstance(value, dict):  # a dtype may be one for each part
-        return {name: _cast_value(key if is_dtype else name, part, dtype) for name, part in value.items()}
-    return [_cast_value("", part, dtype) for part in value] if isinstance(value, list) else value
 
 
 def find_weights(files: FileSet, config: Mapping[str, Any] | None, chosen: str | None = None) -> Weights:
@@ -207,7 +156,7 @@ def find_weights(files: FileSet, config: Mapping[str, Any] | None, chosen: str |
         return Weights(chosen, (chosen,), {})
     for index in sorted(name for name in files.names() if "/" not in name and is_index(name)):
         if family(index) == family(chosen) and chosen in (found := _by_index(files, index)).files:
-            note = f"{chosen} is one of {plural(len(found.files), 'shard')}: all that {index} names are meant"
+            note = f"{chosen} is one of {plural(len(found.files), 'shard')}: all that {index} lists are used"
             return found._replace(notes=(*found.notes, note))
     return _by_number(files, chosen)
 
@@ -243,11 +192,11 @@ def _choose_only_candidate(files: FileSet) -> str:
             if len(canonical or found) == 1:
                 return (canonical or found)[0]
             raise CheckpointError(
-                f"holds several checkpoints ({listed(found)}): give the path of the one you mean",
+                f"contains several checkpoints ({listed(found)}): give the path of one",
                 file=files.name,
             )
     hint = f"; its folders {folders} do: give the path of one" if inside else ""
-    raise CheckpointError(f"holds no weights (no .safetensors, no .bin){hint}", file=files.name)
+    raise CheckpointError(f"contains no weights (no .safetensors, no .bin){hint}", file=files.name)
 
 
 def _by_checkpoint(names: Iterable[str]) -> list[str]:
@@ -269,11 +218,11 @@ def _by_number(files: FileSet, chosen: str) -> Weights:
     if missing or not expected:
         which = f"number {listed(map(str, missing))} of {count} is missing" if missing else "most are missing"
         raise CheckpointError(
-            f"its name says that it is one of {int(count)} shards, of which {plural(len(found), 'file')} "
-            f"can be found: {which}. Download the rest; to shard this file by itself, rename it",
+            f"is named as one of {int(count)} shards, of which {plural(len(found), 'file')} can be found: "
+            f"{which}. Download the rest; to shard this file alone, rename it",
             file=files.where(chosen),
         )
-    note = f"{plural(len(found), 'shard')} without an index: the files themselves say what is in them"
+    note = f"{plural(len(found), 'shard')} without an index: their headers list the tensors"
     names = tuple(found[number] for number in sorted(found))
     return Weights(names[0], names, {}, (note,))
 
@@ -301,12 +250,13 @@ def _by_index(files: FileSet, index: str) -> Weights:
     kinds = {os.path.splitext(file)[1] for file in named}
     if len(kinds) > 1:
         raise CheckpointError(f"mixes formats: {', '.join(sorted(kinds))}", file=where)
-    dtype = _object(document.get("metadata")).get("dtype")
-    return Weights(index, named, weight_map, dtype=dtype if isinstance(dtype, str) else None)
+    metadata = _object(document.get("metadata"))
+    made = _texts(_object(metadata.get("shardkit")))
+    return Weights(index, named, weight_map, dtype=_texts(metadata).get("dtype"), made=made)
 
 
 def index_notes(weights: Weights, held: Mapping[str, str]) -> tuple[str, ...]:
-    """Say where an index is not right about its files: transformers goes by the files, and so do we.
+    """Return where an index is wrong about its files: transformers goes by the files, and so do we.
 
     Parameters
     ----------
@@ -315,29 +265,22 @@ def index_notes(weights: Weights, held: Mapping[str, str]) -> tuple[str, ...]:
     """
     said, notes = weights.weight_map, []
     for problem, names in (
-        ("that no file holds", [name for name in said if name not in held]),
-        ("in another file than they are in", [n for n, file in said.items() if held.get(n, file) != file]),
-        ("not at all, which its files hold", [name for name in held if said and name not in said]),
+        ("lists {} that no file contains", [name for name in said if name not in held]),
+        ("lists {} in the wrong file", [name for name, file in said.items() if held.get(name, file) != file]),
+        ("omits {} that its files contain", [name for name in held if said and name not in said]),
     ):
         if names:
-            notes.append(f"{weights.chosen} lists {plural(len(names), 'tensor')} {problem}: {listed(names)}")
+            found = problem.format(plural(len(names), "tensor"))
+            notes.append(f"{weights.chosen} {found}: {listed(names)}")
     return tuple(notes)
 
 
 def naming_notes(chosen: str, stem: str) -> tuple[str, ...]:
-    """Say that files made from `chosen` are called otherwise, where somebody might look for the name."""
-    bare = re.sub(r"\.index(\.[^.]+)?\.json$", "", chosen)
-    shard = _SHARD.fullmatch(bare)
-    name = (shard[1] + (shard[4] or "")) if shard else bare.rpartition(".")[0]
+    """Return a note where files made from `chosen` get another name, for which somebody might look."""
+    name = "".join(_stem(chosen))
     if name in (stem, "pytorch_model"):
         return ()
-    return (f"shards of {name} are called {stem}, the name that from_pretrained looks for",)
-
-
-def read_made(files: FileSet, index: str) -> dict[str, object]:
-    """Return what an index of ours says of how its files came about; nothing where another tool wrote it."""
-    metadata = _object(_object(read_json(files, index)).get("metadata"))
-    return _object(metadata.get("shardkit"))
+    return (f"shards of {name} are named {stem}, the name that from_pretrained looks for",)
 
 
 def _check_inside(files: FileSet, file: str, named_in: str) -> None:
@@ -349,10 +292,10 @@ def _check_inside(files: FileSet, file: str, named_in: str) -> None:
         if (path := files.path(file)) is not None and path.exists():
             raise CheckpointError(f"names {file!r}, which is not a regular file", file=where)
         raise CheckpointError(
-            f"names {file!r}, which is not there: the download may have been cut", file=where
+            f"names {file!r}, which does not exist: the download may be incomplete", file=where
         )
     if (real := files.leaves(file)) is not None:
         raise CheckpointError(
-            f"names {file!r}, a link that leaves the folder, to {real}: put the file itself in its place",
+            f"names {file!r}, a link to {real}, outside the folder: replace it with the file itself",
             file=where,
         )

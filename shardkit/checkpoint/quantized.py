@@ -24,12 +24,12 @@ _PACKED_DTYPES = ("I8", "U8", "I16", "U16", "I32", "U32")
 _INTEGER_DTYPES = (*_PACKED_DTYPES, "I64", "U64")
 
 
-def quantisation(config: Mapping[str, Any]) -> str | None:
+def quantization(config: Mapping[str, Any]) -> str | None:
     """Return how the weights are quantized, as a config, or one nested in it, says; None if they are not."""
     for key, value in config.items():
         if isinstance(value, dict) and value and _SETTINGS.fullmatch(key):
             return str(value.get("quant_method", key))
-    return next(filter(None, map(quantisation, _nested(config.values()))), None)
+    return next(filter(None, map(quantization, _nested(config.values()))), None)
 
 
 def _nested(values: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
@@ -43,11 +43,11 @@ def _nested(values: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
 def quantized(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> str | None:
     """Return what shows that weights are quantized, as the beginning of an error; None if nothing does."""
     config = config or {}
-    if method := quantisation(config):
+    if method := quantization(config):
         return f"its config says that the weights are quantized ({method})"
     for name, tensor in tensors.items():
         if tensor.dtype in QUANTISED_DTYPES:
-            return f"tensor {name!r} is {DTYPE_NAMES[tensor.dtype]}, quantized with scales that are elsewhere"
+            return f"tensor {name!r} is {DTYPE_NAMES[tensor.dtype]}, quantized with scales in other tensors"
         if _BITSANDBYTES.search(name):
             return f"tensor {name!r} is the state of weights quantized by bitsandbytes"
     # A config that says explicitly that nothing is quantized is believed: integers may have another meaning.

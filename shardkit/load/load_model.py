@@ -10,7 +10,8 @@ from shardkit.base.errors import CheckpointError
 from shardkit.base.machine import usable_memory
 from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.checkpoint.layout import architecture, find_weights, read_config
+from shardkit.checkpoint.config import architecture
+from shardkit.checkpoint.layout import find_weights, read_config
 from shardkit.formats.tensor import CAST_DTYPES, parse_dtype
 from shardkit.load.prefetch import Prefetch
 from shardkit.sources.resolve import resolve

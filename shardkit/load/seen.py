@@ -70,7 +70,7 @@ def _why_not(source: Checkpoint, copy: Checkpoint) -> str:
     if source.config is None or copy.config is None:
         return "no config.json"
     if source.config_file != "config.json":
-        return "an adapter alone is no model"
+        return "an adapter alone is not a model"
     if not source.config.get("architectures"):
         return "config.json names no model class"
     if find_spec("transformers") is None:

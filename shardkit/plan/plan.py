@@ -91,13 +91,13 @@ class ShardPlan(Record):
     stem
         What its files are called: "model" for ``model-00001-of-00008.safetensors``.
     strategy, max_shard_size, dtype
-        As asked for; the size in bytes, dtype None where nothing is cast.
+        As requested; the size in bytes, dtype None where nothing is cast.
     shards
         The files, in order.
     oversized
         Names of tensors too large for `max_shard_size`, each in a file of its own.
     side_bytes
-        Bytes of all that goes along and is not weights.
+        Bytes of all other files, which are also copied.
     metadata
         ``__metadata__`` of every file: that of the source, but for what describes single files of it.
     file_metadata
@@ -155,8 +155,8 @@ class ShardPlan(Record):
     def made(self) -> dict[str, str]:
         """What the index says of how its files came about; a path on this machine it keeps to itself."""
         source = self.source if is_on_hub(self.source) else None
-        told = {"source": source, "strategy": self.strategy, "max_shard_size": str(self.max_shard_size)}
-        return {name: said for name, said in (*told.items(), ("cast_to", self.dtype)) if said}
+        known = {"source": source, "strategy": self.strategy, "max_shard_size": str(self.max_shard_size)}
+        return {name: said for name, said in (*known.items(), ("cast_to", self.dtype)) if said}
 
     @property
     def disk_bytes(self) -> int:
@@ -229,9 +229,9 @@ class ShardPlan(Record):
             )
         if self.file_metadata:
             left = listed(self.file_metadata)
-            notes.append(f"metadata that describes single files of the source is not copied: {left}")
+            notes.append(f"metadata that describes individual files of the source is not copied: {left}")
         if self.stem == "adapter_model" and len(self.shards) > 1:
-            notes.append("peft loads an adapter from one file only: raise max_shard_size to merge it")
+            notes.append("peft loads an adapter from one file only: raise max_shard_size until it fits")
         return tuple(notes)
 
 
@@ -300,8 +300,8 @@ def _check_headers(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
     longest = max(shard.header_bytes for shard in shards)
     if longest > MAX_HEADER_BYTES:
         raise PlanError(
-            f"{checkpoint.source}: so many tensors in {plural(len(shards), 'file')} take a header of "
-            f"{longest:,} bytes, readers accept {MAX_HEADER_BYTES:,}: lower max_shard_size"
+            f"{checkpoint.source}: {plural(len(shards), 'file')} for so many tensors need a header of "
+            f"{longest:,} bytes, and readers accept {MAX_HEADER_BYTES:,}: lower max_shard_size"
         )
 
 

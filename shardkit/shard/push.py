@@ -15,7 +15,7 @@ from shardkit.base.jobs import ProgressCallback, ProgressCount, resumable, run_a
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.checkpoint.layout import CONFIG_FILES, read_made
+from shardkit.checkpoint.layout import CONFIG_FILES
 from shardkit.shard.hub_target import GIT_BYTES, Target, digest_bytes, digest_file, is_same
 from shardkit.shard.model_card import CARD, Story, model_card
 from shardkit.shard.report import ShardReport
@@ -158,8 +158,7 @@ def check_loadable(checkpoint: Checkpoint) -> None:
 
 def _story(checkpoint: Checkpoint, report: ShardReport | None) -> Story:
     """Tell what the index has recorded, and what the run that wrote it says."""
-    index = f"{checkpoint.stem}.safetensors.index.json"
-    made = read_made(checkpoint.place, index) if checkpoint.place.is_file(index) else {}
+    made = checkpoint.made
     if report is None:
         return Story.of(made)
     sizes = {name: state[0] for name, state in checkpoint.seen.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shardkit.base.jobs import Crew
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.checkpoint.layout import adapted_config, config_dtype
+from shardkit.checkpoint.config import adapted_config, config_dtype
 from shardkit.plan.plan import ShardPlan
 from shardkit.shard.copy import file_tasks, run_task, whole_file
 from shardkit.shard.verify import digest_pairs

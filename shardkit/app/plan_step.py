@@ -18,13 +18,9 @@ from shardkit.base.record import Summary
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import CAST_DTYPES
+from shardkit.plan.packing import STRATEGIES
 from shardkit.plan.plan import ShardPlan, plan_shards
 
-STRATEGIES = (
-    ("fill one file after the other", "size"),
-    ("one file for each decoder block", "layer"),
-    ("few files of nearly equal size", "balanced"),
-)
 _MOST_FILES, _USUAL_FILES, _LEAST_BYTES = 200, 8, 1_000_000
 _MANTISSAS = (10, 12, 16, 20, 25, 32, 40, 50, 63, 80)  # ten steps from a size to ten times it
 _ROUND_SIZES = [mantissa * 10**power for power in range(5, 16) for mantissa in _MANTISSAS]
@@ -48,7 +44,8 @@ class Plan(Step):
         self.changed: Callable[[], None] = lambda: None
         self._asked, self._source, self._filling = max_shard_size, "", False
         self.size = field(widgets.SelectionSlider, "Shard size up to", options=[("-", 0)])
-        self.strategy = field(widgets.Dropdown, "Strategy", options=STRATEGIES, value=strategy)
+        strategies = [(packing.words, name) for name, packing in STRATEGIES.items()]
+        self.strategy = field(widgets.Dropdown, "Strategy", options=strategies, value=strategy)
         dtypes = [("as it is stored (bytes are copied)", ""), *((name, name) for name in CAST_DTYPES)]
         self.dtype = field(widgets.Dropdown, "Dtype of shards", options=dtypes, value=dtype or "")
         self.controls = [self.size, self.strategy, self.dtype]

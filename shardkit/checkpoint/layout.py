@@ -125,7 +125,7 @@ def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _texts(value: Mapping[str, Any]) -> dict[str, str]:
+def _strings(value: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in value.items() if isinstance(text, str)}
 
 
@@ -251,8 +251,8 @@ def _by_index(files: FileSet, index: str) -> Weights:
     if len(kinds) > 1:
         raise CheckpointError(f"mixes formats: {', '.join(sorted(kinds))}", file=where)
     metadata = _object(document.get("metadata"))
-    made = _texts(_object(metadata.get("shardkit")))
-    return Weights(index, named, weight_map, dtype=_texts(metadata).get("dtype"), made=made)
+    made = _strings(_object(metadata.get("shardkit")))
+    return Weights(index, named, weight_map, dtype=_strings(metadata).get("dtype"), made=made)
 
 
 def index_notes(weights: Weights, held: Mapping[str, str]) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple
 
 from shardkit.checkpoint.parts import Part, part_of
 from shardkit.formats.safetensors import DTYPE_BITS, entry_text, header_bytes, tensor_bytes
@@ -23,6 +23,7 @@ from shardkit.formats.tensor import FLOAT_DTYPES, TensorInfo
 
 _PADDING = 7  # the most that aligning a header to 8 bytes can add
 _STEPS = 20_000  # about as many tensors are looked at to even out the files of a plan
+Strategy = Literal["size", "layer", "balanced"]
 Weighed = tuple[int, int]  # the most that an item takes of a file, and its place in the source
 _NOTHING: Weighed = (0, -1)
 
@@ -188,3 +189,17 @@ def _exchange(fullest: list[Weighed], other: list[Weighed]) -> bool:
         other.remove(taken)
         fullest.append(taken)
     return True
+
+
+class Packing(NamedTuple):
+    """A strategy: what it does, in words, and the function that does it."""
+
+    words: str
+    pack: Callable[[Sequence[Item], int, int], list[list[Item]]]
+
+
+STRATEGIES: dict[Strategy, Packing] = {
+    "size": Packing("fill one file after the other", pack_by_size),
+    "layer": Packing("one file for each decoder block", pack_by_layer),
+    "balanced": Packing("few files of nearly equal size", pack_balanced),
+}

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
-from typing import Any, Literal, get_args
+from typing import Any
 
 from shardkit.base.errors import PlanError
 from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
@@ -28,10 +28,9 @@ from shardkit.formats.safetensors import (
     empty_header_chars,
 )
 from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused, parse_dtype
-from shardkit.plan.packing import Item, layout, pack_balanced, pack_by_layer, pack_by_size
+from shardkit.plan.packing import STRATEGIES, Item, layout
+from shardkit.plan.packing import Strategy as Strategy
 from shardkit.sources.resolve import is_on_hub
-
-Strategy = Literal["size", "layer", "balanced"]
 
 _SHOWN_SHARDS = 12
 
@@ -271,15 +270,15 @@ def plan_shards(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint)
     limit = parse_size(max_shard_size)
-    if strategy not in get_args(Strategy):
-        raise PlanError(f"strategy {strategy!r} is not one of {', '.join(get_args(Strategy))}")
+    if strategy not in STRATEGIES:
+        raise PlanError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
     target = parse_dtype(dtype)
     kept = _kept(checkpoint, target) if target is not None else {}
     metadata = {**FORMAT_METADATA, **checkpoint.metadata}
     empty = empty_header_chars(metadata)
     with collector_paused():
         items = [Item.of(t, None if t.name in kept else target) for t in checkpoint.tensors.values()]
-        shards = _shards(_STRATEGIES[strategy](items, limit, empty), checkpoint.stem, empty)
+        shards = _shards(STRATEGIES[strategy].pack(items, limit, empty), checkpoint.stem, empty)
     _check_headers(checkpoint, shards)
     return ShardPlan(
         source=checkpoint.source,
@@ -313,13 +312,6 @@ def _kept(checkpoint: Checkpoint, target: str) -> dict[str, str]:
     castable = {name: dtype for name, dtype in floats.items() if dtype != target}
     kept = kept_tensors(castable, checkpoint.config, target)
     return {name: DTYPE_NAMES[dtype] for name, dtype in castable.items() if name in kept}
-
-
-_STRATEGIES: dict[str, Callable[[Sequence[Item], int, int], list[list[Item]]]] = {
-    "size": pack_by_size,
-    "layer": pack_by_layer,
-    "balanced": pack_balanced,
-}
 
 
 def _shards(packed: Sequence[Sequence[Item]], stem: str, empty: int) -> tuple[Shard, ...]:

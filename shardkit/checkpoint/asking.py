@@ -40,7 +40,7 @@ def asked(job: dict[str, Any], mapped_bytes: int = 0) -> Iterator[Callable[[], d
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         # A notebook may have found transformers by a path that it added.
-        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, filter(None, sys.path)))},
     )
     limited = {**job, "memory_bytes": _MEMORY_BYTES + mapped_bytes}
 

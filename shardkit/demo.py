@@ -44,10 +44,13 @@ _WIDTHS = (4096, 3072, 2048, 1536, 1024, 512, 256, 192, 128, 96)
 _FEWEST_LAYERS = 7  # a true width of fewer could miss a size by more than 6%
 _TRUE_VOCAB = 32_000
 _TRUE_VOCAB_FROM = 200_000_000  # parameters; below, its two tables would be most of the model
-_SMALL_VOCAB = 960  # what the tokenizer learns from its text, rounded up to a multiple of 64
+_SMALL_VOCAB = 960  # the 936 tokens of the tokenizer, rounded up to a multiple of 64
 _INITIALIZER_RANGE = 0.02
 _CHUNK_ELEMENTS = 1 << 18
 _MOST_THREADS = 8
+# A byte-level BPE, which can spell any text: trained once, so that a demo needs no tokenizers. Its merges
+# are "a b", which every version reads; before 0.20 tokenizers did not know pairs.
+_TOKENIZER = files("shardkit").joinpath("static/demo_tokenizer.json")
 _RECIPE = 1  # recorded beside the arguments: raise it when the same arguments give other bytes
 _OTHER_BYTES = 1_000_000  # at most, of headers and all that is not weights
 _CARD = """\
@@ -319,33 +322,7 @@ def _side_files(shape: DemoShape, dtype: str, made_by: dict[str, Any]) -> dict[s
         "config.json": config,
         "generation_config.json": ends,
         "README.md": _CARD.format(parameters=shape.parameters, **made_by),
-        "tokenizer.json": _train_tokenizer(),
+        "tokenizer.json": _TOKENIZER.read_text(encoding="utf-8"),
         "tokenizer_config.json": tokenizer_config,
         "special_tokens_map.json": special,
     }
-
-
-def _train_tokenizer() -> dict[str, Any]:
-    """Train a byte-level BPE tokenizer, which can spell any text, on the text held in the package."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=_SMALL_VOCAB,
-        min_frequency=2,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    corpus = files("shardkit").joinpath("static/demo_corpus.txt").read_text(encoding="utf-8")
-    tokenizer.train_from_iterator(corpus.splitlines(keepends=True), trainer)
-    document: dict[str, Any] = json.loads(tokenizer.to_str())
-    # Merges as "a b", which every tokenizers reads; before 0.20 it did not know pairs.
-    merges = document["model"]["merges"]
-    document["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
-    return document

@@ -7,6 +7,7 @@ from .base.errors import CheckpointError as CheckpointError
 from .base.errors import DestinationError as DestinationError
 from .base.errors import DownloadNeededError as DownloadNeededError
 from .base.errors import MeasurementError as MeasurementError
+from .base.errors import MissingPackageError as MissingPackageError
 from .base.errors import PlanError as PlanError
 from .base.errors import ShardkitError as ShardkitError
 from .base.errors import SizeError as SizeError

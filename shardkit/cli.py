@@ -19,6 +19,7 @@ import typer
 
 import shardkit
 from shardkit.base.errors import ShardkitError
+from shardkit.base.extras import require
 from shardkit.base.record import Record, listed, printable
 from shardkit.base.sizes import format_size
 from shardkit.plan.plan import Strategy
@@ -223,15 +224,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Load both in turn, each time in a fresh process, and say what differs."""
-    for path, endings in ((output, (".json", ".html", ".htm")), (plot, (".png", ".svg"))):
-        if path is None:
-            continue
-        if not path.absolute().parent.is_dir():
-            raise ShardkitError(f"{path}: its folder does not exist")
-        if path.is_dir():
-            raise ShardkitError(f"{path}: is a folder: give the name of a file in it")
-        if path.suffix.lower() not in endings:
-            raise ShardkitError(f"{path}: give a name that ends in {' or '.join(endings[:2])}")
+    _require_writable(output, plot)
 
     def progress(done: int, total: int, label: str) -> None:
         print(f"  {done}/{total} {label}", file=sys.stderr)
@@ -286,6 +279,21 @@ def demo(
 ) -> None:
     """Make a small Mistral checkpoint with random weights and a tokenizer, to try things on."""
     _show(shardkit.make_demo_checkpoint(output, size=size), as_json)
+
+
+def _require_writable(output: Path | None, plot: Path | None) -> None:
+    """Refuse files that could not be written or drawn: now, not after minutes of loads."""
+    for path, endings in ((output, (".json", ".html", ".htm")), (plot, (".png", ".svg"))):
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir():
+            raise ShardkitError(f"{path}: its folder does not exist")
+        if path.is_dir():
+            raise ShardkitError(f"{path}: is a folder: give the name of a file in it")
+        if path.suffix.lower() not in endings:
+            raise ShardkitError(f"{path}: give a name that ends in {' or '.join(endings[:2])}")
+        if path.suffix.lower() != ".json":
+            require("notebook", f"drawing {path}", "matplotlib")
 
 
 @contextmanager

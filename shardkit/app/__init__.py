@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import Any
-
-import ipywidgets as widgets
+from typing import TYPE_CHECKING, Any
 
 from shardkit.app import page
-from shardkit.app.choose_step import Choose
-from shardkit.app.compare_step import Compare
 from shardkit.app.job_thread import Worker
-from shardkit.app.plan_step import Plan
-from shardkit.app.shard_step import Shard
-from shardkit.app.step import Step
 from shardkit.base.errors import ShardkitError
+from shardkit.base.extras import require
 from shardkit.base.sizes import parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.compare.comparison import Comparison
 from shardkit.compare.parameters import check_values
 from shardkit.plan.plan import ShardPlan, Strategy
 from shardkit.shard.report import ShardReport
+
+if TYPE_CHECKING:
+    from shardkit.app.step import Step
 
 __all__ = ["ShardApp"]
 
@@ -56,7 +53,7 @@ class ShardApp:
     Raises
     ------
     ShardkitError
-        If a setting is not understood; says what is.
+        If a setting is not understood; says what is. If ipywidgets or matplotlib is not installed.
 
     Attributes
     ----------
@@ -79,6 +76,15 @@ class ShardApp:
         memory_limit: int | str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        require("notebook", "the app", "ipywidgets", "matplotlib")
+        # Imported only here, the class is there without ipywidgets: for `from shardkit import *`, for one.
+        import ipywidgets as widgets
+
+        from shardkit.app.choose_step import Choose
+        from shardkit.app.compare_step import Compare
+        from shardkit.app.plan_step import Plan
+        from shardkit.app.shard_step import Shard
+
         check_values({"strategy": strategy, "cache": cache, "repeats": repeats})
         switches = {
             "overwrite": overwrite,
@@ -162,10 +168,12 @@ class ShardApp:
         display(self.widget)  # type: ignore[no-untyped-call]
 
     def _connect(self) -> None:
+        from ipywidgets import dlink
+
         for step in (self._choose, self._shard, self._compare):
             step.start.on_click(partial(self._begin, step))
         self._plan.changed = self._planned
-        widgets.dlink((self._plan.dtype, "value"), (self._compare.dtype, "value"))
+        dlink((self._plan.dtype, "value"), (self._compare.dtype, "value"))
         self._shard.destination.observe(lambda _: self._refresh(), "value")
         self._shard.destination.observe(self._shard.look, "value")  # after what takes old refusals away
         self._choose.opened, self._shard.written = self._opened, self._compare.clear

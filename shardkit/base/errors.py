@@ -88,5 +88,9 @@ class Interrupted(InOneLine, KeyboardInterrupt):
     """Ctrl-C, or a notebook's stop button, in a job that can be resumed."""
 
 
+class MissingPackageError(InOneLine, ShardkitError, ImportError):
+    """A package that the work needs is not installed; the message names the extra that brings it."""
+
+
 class MeasurementError(ShardkitError):
     """A load could not be measured at all (a load that fails is a result, not an error)."""

@@ -18,6 +18,7 @@ from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Any, Self
 
 from shardkit.base.errors import MeasurementError, ShardkitError
+from shardkit.base.extras import require
 from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.base.sizes import format_size
 from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES
@@ -369,6 +370,7 @@ class Comparison(Record):
 
     def to_frame(self) -> pd.DataFrame:
         """Return the raw samples, one row each; the pair of a warm-up is missing."""
+        require("notebook", "a data frame", "pandas")
         import pandas as pd
 
         rows = [_row(sample, self.arm(sample.arm)) for sample in (*self.warm_ups, *self.samples)]
@@ -449,6 +451,7 @@ def merge_comparisons(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
     MeasurementError
         If there is none, or one cannot be read.
     """
+    require("notebook", "a data frame", "pandas")
     import pandas as pd
 
     frames = []

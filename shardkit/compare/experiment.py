@@ -8,7 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from shardkit.base.errors import Cancelled, CheckpointError, MeasurementError, ShardkitError
+from shardkit.base.errors import (
+    Cancelled,
+    CheckpointError,
+    MeasurementError,
+    MissingPackageError,
+    ShardkitError,
+)
 from shardkit.base.jobs import Crew, worker_count
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint.checkpoint import Checkpoint
@@ -152,6 +158,8 @@ def _options(name: str, common: Mapping[str, Any], changes: Mapping[str, Any]) -
     options = {**common, **own}
     try:
         check_load(**{key: value for key, value in options.items() if key != "prefetch"})
+    except MissingPackageError:  # of no variant's making
+        raise
     except ShardkitError as error:
         raise MeasurementError(f"variant {name!r}: {error}") from None
     python = options["python"] and os.fspath(options["python"])

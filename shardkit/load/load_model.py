@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardkit.base.errors import CheckpointError
+from shardkit.base.extras import require
 from shardkit.base.machine import usable_memory
 from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
@@ -57,7 +58,10 @@ def load_model(
         If the source is not a sound checkpoint, or a file that transformers would not load.
     PlanError
         If `dtype` is text, but no dtype.
+    MissingPackageError
+        If torch or transformers is not installed.
     """
+    require("load", "loading a model", "torch", "transformers")
     if isinstance(dtype, str) and dtype != "auto":
         parse_dtype(dtype)
     folder, files = loaded_files(source)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.base.errors import MeasurementError
+from shardkit.base.extras import require
 from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import read_config
@@ -111,6 +112,8 @@ def measure_load(
         If an argument is not understood, or memory cannot be limited here.
     CheckpointError
         If `source` holds no checkpoint, or is a file that transformers would not load.
+    MissingPackageError
+        If a package that loads or measures is not installed.
     """
     check_load(dtype, device, cache, generate, memory_limit, python, timeout, options)
     limit = None if memory_limit is None else parse_size(memory_limit)
@@ -158,6 +161,8 @@ def check_load(
         raise MeasurementError(f"timeout is {timeout!r}: give seconds, or None to wait")
     if python is not None and not isinstance(python, (str, os.PathLike)):
         raise MeasurementError(f"python is {python!r}: give the path of an interpreter")
+    # Another interpreter loads with packages of its own, but who watches it is here.
+    require("load", "measuring a load", "memory_profiler", *(() if python else ("torch", "transformers")))
     with limited(None if memory_limit is None else parse_size(memory_limit)):
         pass  # so it can be set
     _as_json(options or {})

@@ -18,6 +18,7 @@ from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from shardkit.base.errors import MeasurementError
+from shardkit.base.extras import require
 from shardkit.base.record import plural, printable
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.parts import kind_of
@@ -80,6 +81,7 @@ def _figure(**page: Any) -> Figure:
 
 def _bare_figure() -> type[Figure]:
     """Return the class of figures; its first import fails for an MPLBACKEND that names no backend at all."""
+    require("notebook", "a plot", "matplotlib")
     if "matplotlib" not in sys.modules and (asked := os.environ.pop("MPLBACKEND", None)) is not None:
         import matplotlib as mpl
 

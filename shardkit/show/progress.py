@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, Self
 
 from shardkit.base.jobs import Progress
@@ -32,11 +33,9 @@ class ProgressBar:
     def __call__(self, progress: Progress) -> None:
         """Show where the job stands; a new stage begins a new bar."""
         if progress.stage != self._stage:
-            from tqdm.auto import tqdm
-
             self.close()
             self._stage = progress.stage
-            self._bar = tqdm(
+            self._bar = _bar_class()(
                 total=progress.total_bytes,
                 desc=STAGES.get(progress.stage, progress.stage),
                 unit="B",
@@ -55,3 +54,14 @@ class ProgressBar:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _bar_class() -> Any:
+    """Return the class of a widget in a notebook, of text elsewhere, or where ipywidgets is not there."""
+    if find_spec("ipywidgets") is None:  # which `tqdm.auto` complains of
+        from tqdm import tqdm
+
+        return tqdm
+    from tqdm import auto
+
+    return auto.tqdm

@@ -1,5 +1,6 @@
 # make demo   shard the embedded model, verify, load both, compare; leaves an executed notebook
 # make test   lint, type-check, test, and run the notebooks' own outputs against a fresh run
+# make test-light  the engine in a fresh environment, on what `pip install shardkit` alone brings
 # make test-colab  the notebooks under the versions that Colab brings
 # make badges REPOSITORY=owner/name  stamp the repository's address into README and notebooks
 # make torture  kills, full disks, hostile files, races: at length, in one table
@@ -11,11 +12,12 @@ OUTPUT ?= demo-output
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 MARK := $(VENV)/installed
 COLAB ?= .venv-colab
+LIGHT ?= .venv-light
 COLAB_MARK := $(COLAB)/installed
 NBVAL := -m pytest --nbval-lax --nbval-current-env --nbval-sanitize-with notebooks/sanitize.cfg \
   --nbval-cell-timeout 1200 --timeout 1800
 
-.PHONY: demo test test-colab bench torture notebooks badges lint clean
+.PHONY: demo test test-light test-colab bench torture notebooks badges lint clean
 .DELETE_ON_ERROR:
 
 $(MARK): requirements.txt pyproject.toml
@@ -55,6 +57,17 @@ test: lint
 	rm -rf notebooks/demo-output
 	$(BIN)/python $(NBVAL) $(NOTEBOOKS)
 	rm -rf notebooks/demo-output
+
+# From its folder, so that what runs is what was installed; and without what an earlier build has left.
+test-light:
+	rm -rf $(LIGHT) build
+	$(PYTHON) -m venv $(LIGHT)
+	$(LIGHT)/bin/python -m pip install --quiet .
+	rm -rf build
+	ln -s $(abspath tests) $(LIGHT)/tests
+	cd $(LIGHT) && bin/python -m tests.light_engine work
+	rm -rf $(LIGHT)/work
+	du -sh $(LIGHT)
 
 # The notebook's own first cell installs the package here, as it does on Colab; all else runs what it installed
 # (before that, conftest.py would find neither it nor what it needs).

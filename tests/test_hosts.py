@@ -11,6 +11,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
@@ -159,4 +160,16 @@ def test_binder_takes_the_cpu_build_of_the_torch_that_is_tested():
     pinned = re.search(r"(?m)^torch==(.*)$", (ROOT / "requirements.txt").read_text())[1]
     lines = (ROOT / "binder/requirements.txt").read_text().splitlines()
     assert f"torch=={pinned}+cpu" in lines
-    assert "-e ." in lines
+    assert "-e .[notebook]" in lines
+
+
+def test_lower_bounds_admit_what_colab_brings():
+    """Or the first cell would replace it, and the host would ask for a restart."""
+    lines = (ROOT / "tests/requirements-colab.txt").read_text()
+    brought = dict(re.findall(r"(?m)^(.+)==(.+)$", lines))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = map(Requirement, [*project["dependencies"], *extras["load"], *extras["notebook"]])
+    found = [one for one in wanted if one.name in brought]
+    assert {"torch", "transformers", "numpy", "ipywidgets", "pandas"} <= {one.name for one in found}
+    assert all(brought[one.name] in one.specifier for one in found)

@@ -24,8 +24,8 @@ from .compare.fit import minimum_memory as minimum_memory
 from .demo import make_demo_checkpoint as make_demo_checkpoint
 from .formats.tensor import TensorInfo as TensorInfo
 from .load.load_model import load_model as load_model
-from .measure import LoadMeasurement as LoadMeasurement
-from .measure import measure_load as measure_load
+from .measure.launch import measure_load as measure_load
+from .measure.measurement import LoadMeasurement as LoadMeasurement
 from .plan.plan import Shard as Shard
 from .plan.plan import ShardPlan as ShardPlan
 from .plan.plan import plan_shards as plan_shards

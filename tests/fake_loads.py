@@ -11,9 +11,10 @@ from textwrap import dedent
 import numpy as np
 
 from shardkit.compare.comparison import ORIGINAL, SHARDED, Arm, Comparison, Sample
-from shardkit.measure import CacheState, Environment, LoadMeasurement, MemoryCurve, Phase
+from shardkit.measure.environment import Environment
 from shardkit.measure.launch import WORKER
-from shardkit.measure.measurement import SamplerCost
+from shardkit.measure.measurement import LoadMeasurement, MemoryCurve, Phase, SamplerCost
+from shardkit.measure.page_cache import CacheState
 
 MB = 10**6
 

@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from shardkit.base import machine, pages
 from shardkit.base.errors import CheckpointError, MeasurementError
 from shardkit.demo import make_demo_checkpoint
-from shardkit.measure import LoadMeasurement, launch, measure_load, page_cache, sampler
+from shardkit.measure import launch, page_cache, sampler
 from shardkit.measure.child import ChildEnd
-from shardkit.measure.launch import WORKER
+from shardkit.measure.launch import WORKER, measure_load
+from shardkit.measure.measurement import LoadMeasurement
 from shardkit.measure.sampler import PortableSampler, Reading, parse_status
 from tests.fake_loads import MB, fake_interpreter, fake_load, gone, happens
 

@@ -19,8 +19,7 @@ from shardkit.base.jobs import Crew, worker_count
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.compare.comparison import ORIGINAL, SHARDED, Arm, Comparison, Sample
-from shardkit.measure import measure_load
-from shardkit.measure.launch import check_load
+from shardkit.measure.launch import check_load, measure_load
 from shardkit.shard.verify import compare_tensors
 
 _ProgressCallback = Callable[[int, int, str], bool | None]

@@ -13,7 +13,7 @@ from shardkit.base.machine import usable_memory
 from shardkit.base.record import Record, Summary, Table, plural, shown_path
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.measure import measure_load
+from shardkit.measure.launch import measure_load
 from shardkit.measure.limit import why_unlimited
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement, format_seconds
 

@@ -26,8 +26,8 @@ import numpy as np
 
 from shardkit.base.sizes import format_size
 from shardkit.demo import make_demo_checkpoint
-from shardkit.measure import measure_load
 from shardkit.measure.intervals import Interval, paired_interval
+from shardkit.measure.launch import measure_load
 from tests.fake_loads import fake_interpreter
 
 _PREPARED = """

@@ -248,7 +248,7 @@ def compare(
     if plot is not None:
         found.plot(plot)
     # That a variant dies under a limit is what was asked for; that it does not load at all is not.
-    if found.failures and (memory_limit is None or len(found.failures) == len(found.arms)):
+    if found.failures and (memory_limit is None or len(found.failures) == len(found.variants)):
         raise ShardkitError(found.verdict)
 
 

@@ -59,7 +59,7 @@ def _assigned(cell: str, kind: type[ast.Assign | ast.AnnAssign]) -> list[str]:
 def read_results(folder: str) -> tuple[dict[str, Comparison], pd.DataFrame]:
     """Return every comparison below a folder by its file's name, and their runs, a row each.
 
-    Warm-ups are left out, unless an arm has nothing else.
+    Warm-ups are left out, unless a variant has nothing else.
 
     Raises
     ------
@@ -70,6 +70,6 @@ def read_results(folder: str) -> tuple[dict[str, Comparison], pd.DataFrame]:
     runs = merge_comparisons(files)
     names = {file: printable(str(path.relative_to(folder))) for file, path in files.items()}
     runs.insert(0, "result", runs["file"].map(names))
-    counted = runs.groupby(["file", "arm"])["pair"].transform("count")
+    counted = runs.groupby(["file", "variant"])["pair"].transform("count")
     found = {name: Comparison.load(file) for file, name in names.items()}
     return found, runs[runs["pair"].notna() | (counted == 0)]

@@ -10,7 +10,7 @@ from textwrap import dedent
 
 import numpy as np
 
-from shardkit.compare.comparison import ORIGINAL, SHARDED, Arm, Comparison, Sample
+from shardkit.compare.comparison import ORIGINAL, SHARDED, Comparison, Sample, Variant
 from shardkit.measure.environment import Environment
 from shardkit.measure.launch import WORKER
 from shardkit.measure.measurement import LoadMeasurement, MemoryCurve, Phase, SamplerCost
@@ -19,7 +19,7 @@ from shardkit.measure.page_cache import CacheState
 MB = 10**6
 
 
-ARMS = (ORIGINAL, SHARDED)
+VARIANTS = (ORIGINAL, SHARDED)
 
 
 def fake_load(wall=2.0, anonymous=700 * MB, *, outcome="ok", **changes):
@@ -61,29 +61,29 @@ def fake_load(wall=2.0, anonymous=700 * MB, *, outcome="ok", **changes):
     return LoadMeasurement(**{**fields, **changes})
 
 
-def fake_arm(name, dtype, *, source=None, files=9, nbytes=500 * MB):
-    """Return an arm that stores all its bytes in one dtype."""
-    return Arm(name, source or f"/models/{name}", files, nbytes, {dtype: nbytes}, {"dtype": "float16"})
+def fake_variant(name, dtype, *, source=None, files=9, nbytes=500 * MB):
+    """Return a variant that stores all its bytes in one dtype."""
+    return Variant(name, source or f"/models/{name}", files, nbytes, {dtype: nbytes}, {"dtype": "float16"})
 
 
 def fake_comparison(ratio=1.0, noise=0.01, repeats=5, seed=0, anonymous=(700 * MB, 700 * MB), **changes):
     """Return a comparison whose load times differ by a known ratio, with log-normal noise."""
     noises = np.random.default_rng(seed).normal(0, noise, (repeats, 2))
     samples = [
-        Sample(arm, pair, fake_load(float(base * np.exp(noises[pair, place])), anonymous[place]))
+        Sample(variant, pair, fake_load(float(base * np.exp(noises[pair, place])), anonymous[place]))
         for pair in range(repeats)
-        for place, (arm, base) in enumerate(zip(ARMS, (2.0, 2.0 * ratio), strict=True))
+        for place, (variant, base) in enumerate(zip(VARIANTS, (2.0, 2.0 * ratio), strict=True))
     ]
     fields = {
-        "arms": (fake_arm("original", "BF16", files=2), fake_arm("sharded", "F16")),
+        "variants": (fake_variant("original", "BF16", files=2), fake_variant("sharded", "F16")),
         "margin": 0.05,
         "seed": 0,
         "samples": tuple(samples),
         "warm_ups": (Sample("original", None, fake_load()), Sample("sharded", None, fake_load())),
     }
     fields |= changes
-    names = [arm.name for arm in fields["arms"]]
-    fields |= {runs: tuple(s for s in fields[runs] if s.arm in names) for runs in ("samples", "warm_ups")}
+    names = [variant.name for variant in fields["variants"]]
+    fields |= {runs: tuple(s for s in fields[runs] if s.variant in names) for runs in ("samples", "warm_ups")}
     return Comparison(**fields)
 
 

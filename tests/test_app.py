@@ -559,7 +559,7 @@ class TestCompare:
 class TestBatch:
     def test_does_all_four_steps(self, demo, instant_loads):
         comparison = ShardApp(demo, destination="out", max_shard_size="1MB", repeats=1).run_all()
-        original, sharded = comparison.arms
+        original, sharded = comparison.variants
         assert original.files == 2
         assert sharded.files == len(list(Path("out").glob("*.safetensors"))) > 2
         assert len(instant_loads) == 4

@@ -25,12 +25,12 @@ from shardkit.measure.intervals import (
     student_quantile,
 )
 from shardkit.shard.engine import shard_checkpoint
-from tests.fake_loads import MB, fake_arm, fake_comparison, fake_interpreter, fake_load
+from tests.fake_loads import MB, fake_comparison, fake_interpreter, fake_load, fake_variant
 
 
 @pytest.fixture(scope="module")
-def arms(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("arms")
+def variants(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("variants")
     make_demo_checkpoint(folder / "original", size="5MB")
     shard_checkpoint(folder / "original", folder / "sharded", max_shard_size="1MB")
     return folder / "original", folder / "sharded"
@@ -140,22 +140,22 @@ class TestVerdict:
         assert "geometric mean" in str(comparison)
         assert "median" not in str(comparison)
 
-    def test_figures_are_by_arm(self):
+    def test_figures_are_by_variant(self):
         comparison = fake_comparison(ratio=3.0, noise=0.0)
         ratio = comparison.ratios["load_wall_seconds"]
         assert (ratio.original, ratio.other) == pytest.approx((2.0, 6.0))
 
     def test_warm_ups_do_not_count(self):
-        slow = tuple(Sample(arm, None, fake_load(wall=100.0)) for arm in ("original", "sharded"))
+        slow = tuple(Sample(variant, None, fake_load(wall=100.0)) for variant in ("original", "sharded"))
         changed = fake_comparison(warm_ups=slow)
         assert changed.ratios == fake_comparison().ratios
         assert changed.verdict == fake_comparison().verdict
 
-    def test_arm_that_never_loads_is_the_verdict(self):
+    def test_variant_that_never_loads_is_the_verdict(self):
         samples = tuple(
-            Sample(arm, pair, fake_load(outcome="killed" if arm == "original" else "ok"))
+            Sample(variant, pair, fake_load(outcome="killed" if variant == "original" else "ok"))
             for pair in range(3)
-            for arm in ("original", "sharded")
+            for variant in ("original", "sharded")
         )
         comparison = fake_comparison(samples=samples)
         assert comparison.verdict == (
@@ -167,7 +167,7 @@ class TestVerdict:
     def test_pair_with_a_failed_run_is_left_out_and_said(self):
         whole = fake_comparison(ratio=0.5, noise=0.0)
         broken = Sample("sharded", 0, fake_load(outcome="timeout"))
-        samples = tuple(broken if (s.arm, s.pair) == ("sharded", 0) else s for s in whole.samples)
+        samples = tuple(broken if (s.variant, s.pair) == ("sharded", 0) else s for s in whole.samples)
         comparison = fake_comparison(samples=samples)
         assert comparison.ratios["load_wall_seconds"].ratio == pytest.approx(0.5)
         assert "1 of 10 runs: sharded: timeout" in str(comparison)
@@ -175,9 +175,9 @@ class TestVerdict:
 
     def test_quantity_that_a_system_does_not_report_is_said_to_be_so(self):
         samples = tuple(
-            Sample(arm, pair, fake_load(peak_anonymous_bytes=None, peak_total_bytes=None))
+            Sample(variant, pair, fake_load(peak_anonymous_bytes=None, peak_total_bytes=None))
             for pair in range(2)
-            for arm in ("original", "sharded")
+            for variant in ("original", "sharded")
         )
         found = fake_comparison(samples=samples)
         assert "peak_anonymous_bytes" not in found.ratios
@@ -196,7 +196,7 @@ class TestVerdict:
 
         for generate, said in ((1, True), (0, False)):
             samples = tuple(
-                Sample(arm, 0, without_token(generate=generate)) for arm in ("original", "sharded")
+                Sample(variant, 0, without_token(generate=generate)) for variant in ("original", "sharded")
             )
             rows = fake_comparison(samples=samples).summary().tables[0].rows
             assert (("time to first token", "-", "-", "-", "not measured") in rows) == said
@@ -206,7 +206,7 @@ class TestVerdict:
         run = fake_load()
         load = replace(run.phase("load"), user_seconds=0.0, system_seconds=0.0)
         quick = replace(run, phases=(run.phases[0], load, run.phases[2]))
-        samples = tuple(Sample(arm, 0, quick) for arm in ("original", "sharded"))
+        samples = tuple(Sample(variant, 0, quick) for variant in ("original", "sharded"))
         assert "load CPU time  -" in re.sub(" {2,}", "  ", str(fake_comparison(samples=samples)))
         assert "too small to be measured" in str(fake_comparison(samples=samples))
 
@@ -223,12 +223,12 @@ class TestWords:
         hint = "requested as bfloat16, the stored dtype, they need no cast"
         assert hint in comparison.explain("original")
         assert "no cast" not in comparison.explain("sharded")
-        late = fake_comparison(arms=(fake_arm("original", "BF16", nbytes=300 * MB),))
+        late = fake_comparison(variants=(fake_variant("original", "BF16", nbytes=300 * MB),))
         assert "171 MB of file pages, libraries among them, waited for the first token" in late.explain(
             "original"
         )
 
-    def test_arm_that_is_not_there_is_named_with_those_that_are(self):
+    def test_variant_that_is_not_there_is_named_with_those_that_are(self):
         with pytest.raises(MeasurementError, match="'shraded': there are original, sharded"):
             fake_comparison().explain("shraded")
 
@@ -243,8 +243,10 @@ class TestWords:
 
     def test_run_without_tokens_hides_no_difference_among_the_others(self):
         def said(*given):
-            arms = ("original", "sharded")
-            samples = (Sample(arms[n % 2], n // 2, fake_load(token_ids=ids)) for n, ids in enumerate(given))
+            variants = ("original", "sharded")
+            samples = (
+                Sample(variants[n % 2], n // 2, fake_load(token_ids=ids)) for n, ids in enumerate(given)
+            )
             return "did not give the same tokens" in str(fake_comparison(samples=tuple(samples)))
 
         assert said((7, 8), (9, 8), (), (7, 8))
@@ -253,11 +255,11 @@ class TestWords:
         assert not said((), (), (), ())
 
     def test_small_models_tell_nothing_of_the_kind(self):
-        small = fake_comparison(arms=(fake_arm("original", "BF16", nbytes=5 * MB),))
+        small = fake_comparison(variants=(fake_variant("original", "BF16", nbytes=5 * MB),))
         assert "mapped" not in small.explain("original")
         assert "copied" not in small.explain("original")
 
-    def test_summary_has_time_lines_for_both_arms_and_every_quantity(self):
+    def test_summary_has_time_lines_for_both_variants_and_every_quantity(self):
         text = str(fake_comparison())
         assert text.count("CPU times: user ") == 2
         assert text.count("Wall time: ") == 2
@@ -271,8 +273,8 @@ class TestWords:
             assert word in text
 
     def test_text_and_html_say_the_same_and_hostile_names_are_escaped(self):
-        hostile = fake_arm("sharded", "F16", source="/m/<script>alert(1)</script>&")
-        comparison = fake_comparison(arms=(fake_arm("original", "BF16"), hostile))
+        hostile = fake_variant("sharded", "F16", source="/m/<script>alert(1)</script>&")
+        comparison = fake_comparison(variants=(fake_variant("original", "BF16"), hostile))
         html, text = comparison._repr_html_(), str(comparison)
         assert "<script>" not in html
         assert "<script>alert" not in comparison.to_html()
@@ -286,17 +288,17 @@ class TestWords:
             assert escape(value) in html
 
     def test_names_that_are_no_words_do_no_harm(self):
-        odd = fake_arm("$^$\n", "F16")
+        odd = fake_variant("$^$\n", "F16")
         base = fake_comparison()
-        samples = tuple(replace(s, arm=odd.name) if s.arm == "sharded" else s for s in base.samples)
-        comparison = fake_comparison(arms=(base.arms[0], odd), samples=samples)
+        samples = tuple(replace(s, variant=odd.name) if s.variant == "sharded" else s for s in base.samples)
+        comparison = fake_comparison(variants=(base.variants[0], odd), samples=samples)
         assert "$^$\\n from" in str(comparison)
         assert comparison.to_html()
 
     def test_unproven_cache_and_different_tokens_are_said(self):
         base = fake_comparison()
         odd = fake_load(token_ids=(8,))
-        samples = tuple(Sample("sharded", s.pair, odd) if s.arm == "sharded" else s for s in base.samples)
+        samples = tuple(Sample("sharded", s.pair, odd) if s.variant == "sharded" else s for s in base.samples)
         assert "did not give the same tokens" in str(fake_comparison(samples=samples))
         assert "did not give the same tokens" not in str(base)
 
@@ -310,10 +312,10 @@ class TestPrefetched:
         third = [
             Sample("ahead", s.pair, fake_load(wall=0.1, prefetch=True))
             for s in base.samples
-            if s.arm == "sharded"
+            if s.variant == "sharded"
         ]
-        arms = (*base.arms, fake_arm("ahead", "F16"))
-        return fake_comparison(noise=0.0, arms=arms, samples=(*base.samples, *third))
+        variants = (*base.variants, fake_variant("ahead", "F16"))
+        return fake_comparison(noise=0.0, variants=variants, samples=(*base.samples, *third))
 
     def test_quantities_count_from_process_start(self, found):
         ratios = found.ratios_of("ahead")
@@ -356,7 +358,20 @@ class TestKeeping:
         assert data["verdict"] == comparison.verdict
         told, known = data["ratios"]["sharded"]["load_wall_seconds"], comparison.ratios["load_wall_seconds"]
         assert (told["ratio"], told["conclusion"]) == (known.ratio, known.conclusion)
-        assert data["schema"] == "shardkit/Comparison/1"
+        assert data["schema"] == "shardkit/Comparison/2"
+
+    def test_results_of_the_first_version_are_still_read(self, tmp_path):
+        comparison = fake_comparison(0.7, 0.03)
+        data = comparison.to_dict() | {"schema": "shardkit/Comparison/1"}
+        data["arms"] = data.pop("variants")
+        for sample in (*data["samples"], *data["warm_ups"]):
+            sample["arm"] = sample.pop("variant")
+        (tmp_path / "old.json").write_text(json.dumps(data))
+        assert Comparison.load(tmp_path / "old.json") == comparison
+        for damage in ({"arms": 3}, {"samples": [5]}, {"warm_ups": None}):
+            (tmp_path / "old.json").write_text(json.dumps(data | damage))
+            with pytest.raises(ShardkitError, match="not readable"):
+                Comparison.load(tmp_path / "old.json")
 
     def test_card_needs_no_other_file_and_carries_the_result(self, tmp_path):
         comparison = fake_comparison(0.7, notes=("a note with </script> in it",))
@@ -393,21 +408,21 @@ class TestKeeping:
         assert len(frame) == 2 + 8
         assert frame["pair"].isna().sum() == 2
         counted = frame[frame["pair"].notna()]
-        walls = counted.loc[counted["arm"] == "sharded", "load_wall_seconds"]
+        walls = counted.loc[counted["variant"] == "sharded", "load_wall_seconds"]
         assert list(walls) == [m.load_wall_seconds for m in comparison.measurements("sharded")]
         assert frame["first_token_wall_seconds"].notna().all()
 
 
 class TestExperiment:
-    def test_arms_take_turns_and_progress_counts_up_to_the_end(self, arms, monkeypatch):
+    def test_variants_take_turns_and_progress_counts_up_to_the_end(self, variants, monkeypatch):
         order, told = [], []
 
         def measure(folder, **_):
-            order.append("A" if folder == str(arms[0]) else "B")
+            order.append("A" if folder == str(variants[0]) else "B")
             return fake_load()
 
         monkeypatch.setattr(compare, "measure_load", measure)
-        comparison = compare_loads(*arms, repeats=4, progress=lambda *now: told.append(now))
+        comparison = compare_loads(*variants, repeats=4, progress=lambda *now: told.append(now))
         assert "".join(order) == "AB" + "ABBA" * 2
         assert [now[0] for now in told] == list(range(11))
         assert {now[1] for now in told} == {10}
@@ -415,7 +430,7 @@ class TestExperiment:
         assert [s.pair for s in comparison.samples] == [0, 0, 1, 1, 2, 2, 3, 3]
         assert len(comparison.warm_ups) == 2
 
-    def test_more_arms_are_each_compared_with_the_original(self, arms, monkeypatch):
+    def test_more_variants_are_each_compared_with_the_original(self, variants, monkeypatch):
         seen, partial = [], []
 
         def measure(_, *, prefetch, **__):
@@ -424,7 +439,7 @@ class TestExperiment:
 
         monkeypatch.setattr(compare, "measure_load", measure)
         others = {"prefetched": {"prefetch": True}}
-        found = compare_loads(*arms, repeats=3, others=others, on_sample=partial.append)
+        found = compare_loads(*variants, repeats=3, others=others, on_sample=partial.append)
         assert found.names == ("original", "sharded", "prefetched")
         assert seen == [False, False, True, *(False, False, True, True, False, False) * 1, False, False, True]
         ratios = found.ratios_of("prefetched")  # which worked before its load: 4 s against 5, not 1 against 2
@@ -447,14 +462,16 @@ class TestExperiment:
             (["x"], "others is"),
         ],
     )
-    def test_arms_that_make_no_sense_are_refused_before_any_load(self, arms, monkeypatch, others, says):
+    def test_variants_that_make_no_sense_are_refused_before_any_load(
+        self, variants, monkeypatch, others, says
+    ):
         monkeypatch.setattr(compare, "measure_load", lambda *_, **__: pytest.fail("a load was run"))
         with pytest.raises(MeasurementError, match=says):
-            compare_loads(*arms, others=others)
+            compare_loads(*variants, others=others)
 
     @pytest.mark.parametrize("same_size", [True, False])
-    def test_files_that_changed_meanwhile_are_said(self, arms, monkeypatch, tmp_path, same_size):
-        sharded = shutil.copytree(arms[1], tmp_path / "sharded")
+    def test_files_that_changed_meanwhile_are_said(self, variants, monkeypatch, tmp_path, same_size):
+        sharded = shutil.copytree(variants[1], tmp_path / "sharded")
         weights = max(sharded.glob("*.safetensors"))
         data = weights.read_bytes()
 
@@ -463,11 +480,11 @@ class TestExperiment:
             return fake_load()
 
         monkeypatch.setattr(compare, "measure_load", measure)
-        assert "the files of sharded changed" in str(compare_loads(arms[0], sharded, repeats=1))
+        assert "the files of sharded changed" in str(compare_loads(variants[0], sharded, repeats=1))
         monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())
-        assert "changed" not in str(compare_loads(*arms, repeats=1))
+        assert "changed" not in str(compare_loads(*variants, repeats=1))
 
-    def test_arm_that_vanishes_keeps_what_was_measured_before(self, arms, monkeypatch):
+    def test_variant_that_vanishes_keeps_what_was_measured_before(self, variants, monkeypatch):
         runs = [fake_load()] * 4
 
         def measure(folder, **_):
@@ -476,7 +493,7 @@ class TestExperiment:
             return runs.pop()
 
         monkeypatch.setattr(compare, "measure_load", measure)
-        found = compare_loads(*arms, repeats=5)
+        found = compare_loads(*variants, repeats=5)
         assert len(found.samples) == 2
         assert "ended before its time: " in str(found)
 
@@ -484,62 +501,62 @@ class TestExperiment:
         base = fake_comparison(repeats=2)
         dead = {("original", 0), ("sharded", 1)}
         samples = tuple(
-            replace(s, measurement=fake_load(outcome="killed")) if (s.arm, s.pair) in dead else s
+            replace(s, measurement=fake_load(outcome="killed")) if (s.variant, s.pair) in dead else s
             for s in base.samples
         )
         assert "there is no pair in which both loaded" in fake_comparison(samples=samples).verdict
 
-    def test_arm_that_loaded_in_its_warm_up_alone_is_not_said_to_have_failed_twice(self):
+    def test_variant_that_loaded_in_its_warm_up_alone_is_not_said_to_have_failed_twice(self):
         base = fake_comparison(repeats=3)
         samples = tuple(
-            replace(s, measurement=fake_load(outcome="failed")) if s.arm == "sharded" else s
+            replace(s, measurement=fake_load(outcome="failed")) if s.variant == "sharded" else s
             for s in base.samples
         )
         told = str(fake_comparison(samples=samples))
         assert "sharded did load in its warm-up" in told
         assert "was not run again" not in told
 
-    def test_other_weights_under_the_same_names_are_refused(self, arms, tmp_path):
+    def test_other_weights_under_the_same_names_are_refused(self, variants, tmp_path):
         make_demo_checkpoint(tmp_path / "other", size="5MB", seed=1)
         with pytest.raises(ShardkitError, match="differ in their values"):
-            compare_loads(arms[0], tmp_path / "other")
+            compare_loads(variants[0], tmp_path / "other")
 
-    def test_weights_are_compared_however_large_the_first_tensor(self, arms, tmp_path, monkeypatch):
+    def test_weights_are_compared_however_large_the_first_tensor(self, variants, tmp_path, monkeypatch):
         monkeypatch.setattr(compare, "_COMPARED_BYTES", 300_000)  # lm_head sorts first, and is larger
         make_demo_checkpoint(tmp_path / "other", size="5MB", seed=1)
         with pytest.raises(ShardkitError, match="differ in their values"):
-            compare_loads(arms[0], tmp_path / "other")
+            compare_loads(variants[0], tmp_path / "other")
         monkeypatch.setattr(compare, "_COMPARED_BYTES", 1)
-        assert len(compare._sample_of(Checkpoint.open(arms[0]))) == 1
+        assert len(compare._sample_of(Checkpoint.open(variants[0]))) == 1
 
-    def test_verdict_on_the_way_knows_what_has_loaded(self, arms, monkeypatch):
+    def test_verdict_on_the_way_knows_what_has_loaded(self, variants, monkeypatch):
         monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())
         verdicts = []
-        compare_loads(*arms, repeats=2, on_sample=lambda found: verdicts.append(found.verdict))
+        compare_loads(*variants, repeats=2, on_sample=lambda found: verdicts.append(found.verdict))
         assert not any("does not load" in verdict for verdict in verdicts)
 
-    def test_a_cast_is_the_same_model_whichever_comes_first(self, arms, tmp_path, monkeypatch):
+    def test_a_cast_is_the_same_model_whichever_comes_first(self, variants, tmp_path, monkeypatch):
         monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())
-        shard_checkpoint(arms[0], tmp_path / "cast", dtype="float16", allow_overflow=True)
-        assert compare_loads(arms[0], tmp_path / "cast", repeats=1).samples
-        assert compare_loads(tmp_path / "cast", arms[0], repeats=1).samples
+        shard_checkpoint(variants[0], tmp_path / "cast", dtype="float16", allow_overflow=True)
+        assert compare_loads(variants[0], tmp_path / "cast", repeats=1).samples
+        assert compare_loads(tmp_path / "cast", variants[0], repeats=1).samples
 
-    def test_progress_that_says_no_stops_it(self, arms, monkeypatch):
+    def test_progress_that_says_no_stops_it(self, variants, monkeypatch):
         monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())
         with pytest.raises(Cancelled, match="after 3 of 12 runs"):
-            compare_loads(*arms, progress=lambda done, *_: done < 3)
+            compare_loads(*variants, progress=lambda done, *_: done < 3)
 
-    def test_other_model_is_refused_unless_told(self, arms, tmp_path, monkeypatch):
+    def test_other_model_is_refused_unless_told(self, variants, tmp_path, monkeypatch):
         monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())
         make_demo_checkpoint(tmp_path / "other", size="7MB")
         with pytest.raises(ShardkitError, match=r"not the same model: \d+ tensors"):
-            compare_loads(arms[0], tmp_path / "other")
-        allowed = compare_loads(arms[0], tmp_path / "other", repeats=1, same_model=False)
+            compare_loads(variants[0], tmp_path / "other")
+        allowed = compare_loads(variants[0], tmp_path / "other", repeats=1, same_model=False)
         assert "not required to hold the same model" in str(allowed)
 
-    def test_what_neither_arm_loads_is_tried_once(self, arms, monkeypatch):
+    def test_what_neither_variant_loads_is_tried_once(self, variants, monkeypatch):
         monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load(outcome="failed"))
-        comparison = compare_loads(*arms)
+        comparison = compare_loads(*variants)
         assert len(comparison.warm_ups) == 2
         assert comparison.samples == ()
         assert "the original does not load" in comparison.verdict
@@ -547,14 +564,16 @@ class TestExperiment:
         assert comparison.to_frame()["outcome"].tolist() == ["failed", "failed"]
         assert comparison._repr_html_()
 
-    def test_an_arm_that_fails_twice_is_not_run_again(self, arms, monkeypatch):
+    def test_a_variant_that_fails_twice_is_not_run_again(self, variants, monkeypatch):
         monkeypatch.setattr(
             compare,
             "measure_load",
-            lambda folder, **_: fake_load(outcome="killed" if folder == str(arms[0]) else "ok"),
+            lambda folder, **_: fake_load(outcome="killed" if folder == str(variants[0]) else "ok"),
         )
-        found = compare_loads(*arms, repeats=4)
-        assert [s.measurement.outcome for s in (*found.warm_ups, *found.samples) if s.arm == "original"] == [
+        found = compare_loads(*variants, repeats=4)
+        assert [
+            s.measurement.outcome for s in (*found.warm_ups, *found.samples) if s.variant == "original"
+        ] == [
             "killed",
             "killed",
         ]
@@ -568,10 +587,10 @@ class TestExperiment:
     def test_where_the_original_dies_the_others_are_compared_with_the_first_that_lives(self):
         base = fake_comparison(ratio=0.5, noise=0.0)
         dead = [Sample("original", s.pair, fake_load(outcome="killed")) for s in base.samples[:2]]
-        lives = [s for s in base.samples if s.arm == "sharded"]
+        lives = [s for s in base.samples if s.variant == "sharded"]
         third = [Sample("prefetched", s.pair, fake_load(wall=0.25)) for s in lives]
-        arms = (*base.arms, fake_arm("prefetched", "F16"))
-        found = fake_comparison(arms=arms, samples=(*dead, *lives, *third), warm_ups=())
+        variants = (*base.variants, fake_variant("prefetched", "F16"))
+        found = fake_comparison(variants=variants, samples=(*dead, *lives, *third), warm_ups=())
         assert found.reference == "sharded"
         assert "prefetched against sharded, load time: 4x faster" in found.verdict
         assert "the original does not load" in found.verdict
@@ -583,7 +602,7 @@ class TestExperiment:
     def test_what_both_load_and_neither_told_is_not_measured(self):
         base = fake_comparison()
         samples = tuple(
-            Sample(s.arm, s.pair, replace(s.measurement, phases=s.measurement.phases[:2]))
+            Sample(s.variant, s.pair, replace(s.measurement, phases=s.measurement.phases[:2]))
             for s in base.samples
         )
         told = fake_comparison(samples=samples).findings()["sharded"]
@@ -599,12 +618,12 @@ class TestExperiment:
         ],
         ids=str,
     )
-    def test_wrong_numbers_are_refused(self, arms, wrong):
+    def test_wrong_numbers_are_refused(self, variants, wrong):
         with pytest.raises(MeasurementError):
-            compare_loads(*arms, **wrong)
+            compare_loads(*variants, **wrong)
 
     @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-    def test_real_processes_with_a_known_difference_are_told_apart(self, arms, tmp_path):
+    def test_real_processes_with_a_known_difference_are_told_apart(self, variants, tmp_path):
         script = """
             sharded = job["folder"].endswith("sharded")
             with reporter.phase("load"):
@@ -614,7 +633,7 @@ class TestExperiment:
                 time.sleep(0.2)
             reporter.send("done")
         """
-        comparison = compare_loads(*arms, repeats=4, python=fake_interpreter(tmp_path, script))
+        comparison = compare_loads(*variants, repeats=4, python=fake_interpreter(tmp_path, script))
         ratios = comparison.ratios
         assert ratios["load_wall_seconds"].conclusion == "less", comparison
         assert ratios["time_to_first_token_seconds"].conclusion == "less", comparison
@@ -622,7 +641,7 @@ class TestExperiment:
         assert math.isclose(ratios["peak_anonymous_bytes"].original, 165 * MB, rel_tol=0.1)
 
     @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-    def test_the_same_twice_is_no_difference_and_a_slowdown_is_called(self, arms, tmp_path):
+    def test_the_same_twice_is_no_difference_and_a_slowdown_is_called(self, variants, tmp_path):
         """Of what is known here: sleeps and bytes. `make torture` does it with real loads, and counts."""
         load = """
             with reporter.phase("load"):
@@ -636,8 +655,8 @@ class TestExperiment:
             fake_interpreter(tmp_path, load.format(seconds=seconds), f"python-{seconds}")
             for seconds in (1.2, 1.56)
         )
-        others = {"slowed": {"source": arms[0], "python": slow}}
-        found = compare_loads(arms[0], arms[0], repeats=6, python=usual, others=others)
+        others = {"slowed": {"source": variants[0], "python": slow}}
+        found = compare_loads(variants[0], variants[0], repeats=6, python=usual, others=others)
         assert found.ratios["load_wall_seconds"].conclusion in ("same", "undecided"), found
         assert found.ratios["peak_anonymous_bytes"].conclusion == "same", found
         slowed = found.ratios_of("slowed")

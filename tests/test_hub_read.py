@@ -597,7 +597,7 @@ class TestDownload:
         make_demo_checkpoint(tmp_path / "demo", size="5MB")
         hub.add_model("org/demo", tmp_path / "demo")
         compared = compare_loads("org/demo", tmp_path / "demo", repeats=1, python="/bin/false")
-        assert compared.arms[0].source.startswith("hf://org/demo@")
+        assert compared.variants[0].source.startswith("hf://org/demo@")
         assert {"config.json", *Checkpoint.open(tmp_path / "demo").files} <= in_cache()
         hub.requests.clear()
         measured = measure_load("org/demo", generate=0)

@@ -18,7 +18,7 @@ from papermill import inspect_notebook
 from shardkit import Comparison
 from shardkit.compare.comparison import SHARDED, Sample
 from shardkit.notebook import ParameterError, check_parameters
-from tests.fake_loads import ARMS, fake_arm, fake_comparison, fake_load
+from tests.fake_loads import VARIANTS, fake_comparison, fake_load, fake_variant
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
@@ -64,7 +64,7 @@ def test_notebook_does_the_whole_job_that_its_parameters_say(parameters, limit, 
     assert set(runs["dtype"]) == {given.get("dtype", "float16")}
     assert set(runs["cache"]) == {given.get("cache", "cold")}
     shards = list((tmp_path / "made/sharded").glob("*.safetensors"))
-    assert set(runs[runs["arm"] == "sharded"]["files"]) == {len(shards)}
+    assert set(runs[runs["variant"] == "sharded"]["files"]) == {len(shards)}
     assert len(shards) > 1
     assert max(shard.stat().st_size for shard in shards) <= limit
     assert (tmp_path / "made/comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -92,7 +92,7 @@ def test_batch_report_merges_what_lies_below_a_folder(tmp_path):
         fake_comparison(ratio=ratio).save(tmp_path / "runs" / run / "comparison.json")
     done = papermill(REPORT, tmp_path, results="runs", output_folder="runs")
     assert done.returncode == 0, done.stderr
-    medians = pd.read_csv(tmp_path / "runs/medians.csv").set_index(["result", "arm"])["load time (s)"]
+    medians = pd.read_csv(tmp_path / "runs/medians.csv").set_index(["result", "variant"])["load time (s)"]
     assert medians["b/comparison.json", "sharded"] == pytest.approx(2.0, rel=0.05)
     assert medians["a/comparison.json", "sharded"] == pytest.approx(1.0, rel=0.05)
     assert (tmp_path / "runs/medians.png").read_bytes().startswith(b"\x89PNG")
@@ -104,15 +104,15 @@ def test_batch_report_merges_what_lies_below_a_folder(tmp_path):
 @pytest.mark.parametrize("below", ["", "nothing loads"])
 def test_batch_report_shows_what_does_not_load_or_was_not_measured(below, tmp_path):
     hostile = "<img src=x onerror=alert(1)>$x_"
-    killed = tuple(Sample(arm, None, fake_load(outcome="killed")) for arm in ARMS)
+    killed = tuple(Sample(variant, None, fake_load(outcome="killed")) for variant in VARIANTS)
     whole = fake_comparison()
-    sharded = tuple(sample for sample in whole.samples if sample.arm == SHARDED)
-    third = {"arms": (*whole.arms, fake_arm("mine", "F16"))}
+    sharded = tuple(sample for sample in whole.samples if sample.variant == SHARDED)
+    third = {"variants": (*whole.variants, fake_variant("mine", "F16"))}
     for name, found in {
         "nothing loads": fake_comparison(samples=(), warm_ups=killed),
         "original killed": fake_comparison(samples=sharded, warm_ups=killed[:1]),
         hostile: replace(
-            whole, samples=(*whole.samples, *(replace(sample, arm="mine") for sample in sharded)), **third
+            whole, samples=(*whole.samples, *(replace(sample, variant="mine") for sample in sharded)), **third
         ),
     }.items():
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -127,7 +127,7 @@ def test_batch_report_shows_what_does_not_load_or_was_not_measured(below, tmp_pa
     assert "image/png" in picture
     assert not [shown for shown in data if hostile in shown.get("text/html", "")]
     medians = pd.read_csv(tmp_path / "made/here/medians.csv")
-    assert list(medians["arm"]) == ([] if below else ["original", "sharded", "mine", "sharded"])
+    assert list(medians["variant"]) == ([] if below else ["original", "sharded", "mine", "sharded"])
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ def test_batch_report_shows_what_does_not_load_or_was_not_measured(below, tmp_pa
         (None, "MeasurementError: no results to merge"),
         ("{}", r"ShardkitError: .*runs/comparison\.json: this is None, not 'shardkit/Comparison/\d+'"),
         (
-            fake_comparison().to_dict() | {"arms": 3},
-            r"ShardkitError: .*comparison\.json: .*not readable: .*arms",
+            fake_comparison().to_dict() | {"variants": 3},
+            r"ShardkitError: .*comparison\.json: .*not readable: .*variants",
         ),
     ],
     ids=["none", "another file", "damaged"],

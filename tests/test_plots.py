@@ -28,7 +28,7 @@ from shardkit.show.plots import (
     plot_memory,
     plot_shards,
 )
-from tests.fake_loads import ARMS, MB, fake_arm, fake_comparison, fake_load
+from tests.fake_loads import MB, VARIANTS, fake_comparison, fake_load, fake_variant
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_bars_show_means_and_every_run():
         (peaks, ("peak_anonymous_bytes", "peak_total_bytes"), 1e9),
     ):
         heights = sorted(bar.get_height() for bar in axes.patches)
-        means = sorted(comparison.mean(arm, q) / scale for arm in ARMS for q in quantities)
+        means = sorted(comparison.mean(variant, q) / scale for variant in VARIANTS for q in quantities)
         assert heights == pytest.approx(means)
         dots = [found for found in axes.collections if isinstance(found, PathCollection)]
         assert sum(len(found.get_offsets()) for found in dots) == 4 * 5
@@ -63,7 +63,7 @@ def test_bars_show_means_and_every_run():
     assert {"4 GB", "400 MB", "peak anonymous", "peak total", "GB"} <= set(labels)
 
 
-def test_arms_differ_by_more_than_colour():
+def test_variants_differ_by_more_than_colour():
     times, _ = plot_bars(fake_comparison())
     assert len({bar.get_hatch() or "" for bar in times.patches}) == 2
     curves = plot_memory(fake_comparison())
@@ -93,20 +93,20 @@ def test_given_axes_are_drawn_on():
     assert plt.get_fignums() == [figure.number]
 
 
-def with_arms(count):
-    """Return a comparison of many arms, some with names that matplotlib reads in its own way."""
+def with_variants(count):
+    """Return a comparison of many variants, some with names that matplotlib reads in its own way."""
     names = ["original", "sharded", "_hidden", "a" * 150, "$x^2$", "bell\a", "seventh", "eighth"][:count]
     runs = [
         Sample(name, pair, fake_load(wall=1.0 + place))
         for pair in range(3)
         for place, name in enumerate(names)
     ]
-    return fake_comparison(arms=tuple(fake_arm(name, "F16") for name in names), samples=tuple(runs))
+    return fake_comparison(variants=tuple(fake_variant(name, "F16") for name in names), samples=tuple(runs))
 
 
 @pytest.mark.parametrize("count", [3, 4, 6, 8])
-def test_every_arm_has_a_name_and_a_look_of_its_own(count):
-    times, _, curves = plot_comparison(with_arms(count))
+def test_every_variant_has_a_name_and_a_look_of_its_own(count):
+    times, _, curves = plot_comparison(with_variants(count))
     shown = {text.get_text() for text in times.get_legend().get_texts()}
     assert len(shown) == count
     looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in times.patches}
@@ -122,7 +122,12 @@ def test_every_arm_has_a_name_and_a_look_of_its_own(count):
 
 @pytest.mark.parametrize(
     "comparison",
-    [fake_comparison(anonymous=(14_523 * MB, 1_234 * MB)), with_arms(3), with_arms(4), with_arms(8)],
+    [
+        fake_comparison(anonymous=(14_523 * MB, 1_234 * MB)),
+        with_variants(3),
+        with_variants(4),
+        with_variants(8),
+    ],
     ids=["two", "three", "four", "eight"],
 )
 def test_all_text_lies_inside_the_figure_and_tick_labels_keep_apart(comparison):
@@ -149,7 +154,7 @@ def test_all_text_lies_inside_the_figure_and_tick_labels_keep_apart(comparison):
 )
 def test_variants_whose_names_are_alike_when_short_are_all_drawn(names):
     runs = [Sample(name, 0, fake_load(wall=1.0 + place)) for place, name in enumerate(names)]
-    found = fake_comparison(arms=tuple(fake_arm(name, "F16") for name in names), samples=tuple(runs))
+    found = fake_comparison(variants=tuple(fake_variant(name, "F16") for name in names), samples=tuple(runs))
     times, peaks, curves = plot_comparison(found)
     assert len(times.patches) == len(peaks.patches) == 3 * 2
     assert len({text.get_text() for text in times.get_legend().get_texts()}) == 3
@@ -165,7 +170,7 @@ def test_where_a_variant_reads_ahead_times_start_with_the_process():
     runs = [
         Sample(name, pair, fake_load(prefetch=name == "sharded", wall=0.5))
         for pair in (0, 1)
-        for name in ARMS
+        for name in VARIANTS
     ]
     found = fake_comparison(samples=tuple(runs))
     times, _, curves = plot_comparison(found)
@@ -181,7 +186,7 @@ def test_where_a_variant_reads_ahead_times_start_with_the_process():
 
 
 def test_bars_that_a_system_does_not_report_are_missed_aloud():
-    runs = [Sample(name, 0, fake_load(peak_anonymous_bytes=None)) for name in ARMS]
+    runs = [Sample(name, 0, fake_load(peak_anonymous_bytes=None)) for name in VARIANTS]
     found = fake_comparison(samples=tuple(runs))
     _, peaks, _ = plot_comparison(found)
     assert "peak anonymous\n(not reported by this system)" in "".join(t.get_text() for t in texts(peaks))
@@ -243,10 +248,10 @@ def test_picture_that_cannot_be_written_is_an_error_of_ours(tmp_path):
             fake_comparison().plot(path)
 
 
-def test_killed_arm_is_drawn_as_far_as_it_came():
+def test_killed_variant_is_drawn_as_far_as_it_came():
     killed = tuple(
-        Sample(arm, 0, fake_load(outcome="killed" if arm == "original" else "ok"))
-        for arm in ("original", "sharded")
+        Sample(variant, 0, fake_load(outcome="killed" if variant == "original" else "ok"))
+        for variant in ("original", "sharded")
     )
     axes = plot_comparison(fake_comparison(samples=killed))
     assert "killed" in {text.get_text() for text in axes[2].texts}
@@ -279,23 +284,25 @@ def test_memory_is_told_in_words_too():
     assert "first token done after 1 s" in words
 
 
-def test_three_arms_fit_into_the_picture():
+def test_three_variants_fit_into_the_picture():
     base = fake_comparison()
-    third = tuple(Sample("prefetched", s.pair, s.measurement) for s in base.samples if s.arm == "sharded")
-    found = fake_comparison(arms=(*base.arms, fake_arm("prefetched", "F16")), samples=(*base.samples, *third))
+    third = tuple(Sample("prefetched", s.pair, s.measurement) for s in base.samples if s.variant == "sharded")
+    found = fake_comparison(
+        variants=(*base.variants, fake_variant("prefetched", "F16")), samples=(*base.samples, *third)
+    )
     times, *_ = plot_comparison(found)
     assert len(times.patches) == 3 * 2
     assert len({bar.get_hatch() or "" for bar in times.patches}) == 3
 
 
 @pytest.mark.parametrize("count", [1, 700])
-def test_medians_of_many_results_have_a_bar_for_each_arm_in_its_colour(count):
-    names = [(f"$run_{number}", arm) for number in range(count) for arm in (*ARMS, "mine")]
-    index = pd.MultiIndex.from_tuples(names[1:], names=["result", "arm"])  # one original does not load
+def test_medians_of_many_results_have_a_bar_for_each_variant_in_its_colour(count):
+    names = [(f"$run_{number}", variant) for number in range(count) for variant in (*VARIANTS, "mine")]
+    index = pd.MultiIndex.from_tuples(names[1:], names=["result", "variant"])  # one original does not load
     medians = pd.DataFrame(
         {"load (s)": range(1, len(names)), "peak (GB)": [None, *range(2, len(names))]}, index
     )
-    figure = plot_medians(medians, [*ARMS, "mine"])
+    figure = plot_medians(medians, [*VARIANTS, "mine"])
     assert [len(axes.patches) for axes in figure.axes] == [len(names) - 1, len(names) - 2]
     assert figure.axes[0].patches[-1].get_facecolor()[:3] == pytest.approx(mpl.colors.to_rgb(GREEN))
     assert figure.get_figheight() * 300 < 2**16
@@ -303,6 +310,6 @@ def test_medians_of_many_results_have_a_bar_for_each_arm_in_its_colour(count):
 
 
 def test_no_medians_are_said_rather_than_drawn():
-    index = pd.MultiIndex.from_tuples([], names=["result", "arm"])
-    axes, _ = plot_medians(pd.DataFrame({"load (s)": [], "peak (GB)": []}, index), ARMS).axes
+    index = pd.MultiIndex.from_tuples([], names=["result", "variant"])
+    axes, _ = plot_medians(pd.DataFrame({"load (s)": [], "peak (GB)": []}, index), VARIANTS).axes
     assert "nothing was measured" in [text.get_text() for text in texts(axes)]

@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from statistics import geometric_mean, median
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from shardkit.base.errors import MeasurementError, ShardkitError
 from shardkit.base.extras import require
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 ORIGINAL, SHARDED = "original", "sharded"
 
 _ASKED = ("dtype", "device", "generate", "prefetch", "memory_limit_bytes")
+_FIRST_SCHEMA = "shardkit/Comparison/1"
 # How a card carries the result that it shows.
 CARRIED_IN = '<script type="application/json" id="shardkit-comparison">'
 _CARRIED = re.compile(re.escape(CARRIED_IN) + "(.*?)</script>", re.DOTALL)
@@ -48,7 +49,7 @@ _TELLING_SHARE, _TELLING_BYTES = 0.25, 64_000_000
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """One of the checkpoints: where it is, how it is stored, and what its loads are asked for.
 
     `dtypes` maps dtype to bytes; `options` are the arguments of `measure_load`.
@@ -69,9 +70,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class Sample:
-    """One run: of which arm, in which pair (None for the warm-up, which counts for nothing)."""
+    """One run: of which variant, in which pair (None for the warm-up, which counts for nothing)."""
 
-    arm: str
+    variant: str
     pair: int | None
     measurement: LoadMeasurement
 
@@ -82,7 +83,7 @@ class Comparison(Record):
 
     Attributes
     ----------
-    arms
+    variants
         The original, which the others are compared with, the sharded, and any more.
     margin
         Smallest difference that matters: 0.05 for 5 %.
@@ -94,7 +95,9 @@ class Comparison(Record):
         What a person should be told.
     """
 
-    arms: tuple[Arm, ...]
+    schema: ClassVar[int] = 2
+
+    variants: tuple[Variant, ...]
     margin: float
     seed: int
     samples: tuple[Sample, ...]
@@ -102,35 +105,35 @@ class Comparison(Record):
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        told = {sample.arm for sample in (*self.samples, *self.warm_ups)}
+        told = {sample.variant for sample in (*self.samples, *self.warm_ups)}
         if not told <= set(self.names) or not 0 < self.margin < math.inf or self.seed < 0:
             raise MeasurementError("runs of variants that it does not have, or a margin or seed below zero")
 
-    def arm(self, name: str) -> Arm:
-        """Return an arm by its name, which `MeasurementError` asks for where there is none of that name."""
+    def variant(self, name: str) -> Variant:
+        """Return a variant by its name; a `MeasurementError` lists the names that there are."""
         if name not in self.names:
             raise MeasurementError(f"no variant is called {name!r}: there are {listed(self.names)}")
-        return self.arms[self.names.index(name)]
+        return self.variants[self.names.index(name)]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the arms, in order."""
-        return tuple(arm.name for arm in self.arms)
+        """Names of the variants, in order."""
+        return tuple(variant.name for variant in self.variants)
 
-    def measurements(self, arm: str) -> list[LoadMeasurement]:
-        """Return the counted loads of one arm that succeeded."""
-        return [s.measurement for s in self.samples if s.arm == arm and s.measurement.ok]
+    def measurements(self, variant: str) -> list[LoadMeasurement]:
+        """Return the counted loads of one variant that succeeded."""
+        return [s.measurement for s in self.samples if s.variant == variant and s.measurement.ok]
 
-    def _runs(self, arm: str) -> list[LoadMeasurement]:
-        """Return the counted loads of one arm; where there is none, its warm-up."""
-        counted = [s.measurement for s in self.samples if s.arm == arm]
-        return counted or [s.measurement for s in self.warm_ups if s.arm == arm]
+    def _runs(self, variant: str) -> list[LoadMeasurement]:
+        """Return the counted loads of one variant; where there is none, its warm-up."""
+        counted = [s.measurement for s in self.samples if s.variant == variant]
+        return counted or [s.measurement for s in self.warm_ups if s.variant == variant]
 
     @property
     def reads_ahead(self) -> bool:
         """Whether a variant prefetches: it works before the load does, so all count from process start."""
         runs = (*self.samples, *self.warm_ups)
-        asked = any(arm.options.get("prefetch") for arm in self.arms)
+        asked = any(variant.options.get("prefetch") for variant in self.variants)
         return asked or any(sample.measurement.prefetch for sample in runs)
 
     @property
@@ -147,14 +150,14 @@ class Comparison(Record):
     def _main(self) -> tuple[str, ...]:
         return (*self.times, "peak_anonymous_bytes")
 
-    def mean(self, arm: str, quantity: str) -> float | None:
-        """Return the geometric mean of a `LoadMeasurement` property over one arm's loads; None if unknown."""
-        values = [getattr(measurement, quantity) for measurement in self.measurements(arm)]
+    def mean(self, variant: str, quantity: str) -> float | None:
+        """Return the geometric mean of a `LoadMeasurement` property over a variant's loads; None if none."""
+        values = [getattr(measurement, quantity) for measurement in self.measurements(variant)]
         return geometric_mean(known) if (known := [value for value in values if value]) else None
 
-    def median(self, arm: str, quantity: str) -> float | None:
-        """Return the median of a `LoadMeasurement` property over one arm's loads; None if never told."""
-        values = [getattr(measurement, quantity) for measurement in self.measurements(arm)]
+    def median(self, variant: str, quantity: str) -> float | None:
+        """Return the median of a `LoadMeasurement` property over one variant's loads; None if never told."""
+        values = [getattr(measurement, quantity) for measurement in self.measurements(variant)]
         return median(told) if (told := [value for value in values if value is not None]) else None
 
     @property
@@ -162,25 +165,27 @@ class Comparison(Record):
         """What was found of the sharded, by quantity."""
         return self.ratios_of(SHARDED)
 
-    def ratios_of(self, arm: str) -> dict[str, Ratio]:
-        """Return what was found of an arm by quantity; one that was not told by both is left out."""
-        return self._all_ratios.get(arm, {})
+    def ratios_of(self, variant: str) -> dict[str, Ratio]:
+        """Return what was found of a variant by quantity; one that was not told by both is left out."""
+        return self._all_ratios.get(variant, {})
 
     @cached_property
     def _all_ratios(self) -> dict[str, dict[str, Ratio]]:
         # Kept: verdict, tables and JSON all ask, and each interval takes 10,000 resamplings.
-        others = [arm for arm in self.names if arm != self.reference]
+        others = [variant for variant in self.names if variant != self.reference]
         asked = self._quantities
-        return {arm: {q: ratio for q in asked if (ratio := self._ratio(arm, q))} for arm in others}
+        return {
+            variant: {q: ratio for q in asked if (ratio := self._ratio(variant, q))} for variant in others
+        }
 
     @property
     def reference(self) -> str:
-        """Name of the arm that the others are compared with: the original, or the first that loads."""
+        """Name of the variant that the others are compared with: the original, or the first that loads."""
         return next((name for name in self.names if self.measurements(name)), ORIGINAL)
 
-    def missing(self, arm: str, quantity: str) -> str:
+    def missing(self, variant: str, quantity: str) -> str:
         """Say why loads that succeeded have no value of a quantity; "" if they have, or need none."""
-        for name in (self.reference, arm):
+        for name in (self.reference, variant):
             runs = self.measurements(name)
             values = [getattr(run, quantity) for run in runs]
             if runs and not any(values):
@@ -192,16 +197,16 @@ class Comparison(Record):
                     return "not measured"
         return ""
 
-    def _ratio(self, arm: str, quantity: str) -> Ratio | None:
+    def _ratio(self, variant: str, quantity: str) -> Ratio | None:
         told = {
-            (s.arm, s.pair): value
+            (s.variant, s.pair): value
             for s in self.samples
             if s.measurement.ok and (value := getattr(s.measurement, quantity))
         }
-        pairs = [pair for name, pair in told if name == arm and (self.reference, pair) in told]
+        pairs = [pair for name, pair in told if name == variant and (self.reference, pair) in told]
         if not pairs:
             return None
-        first, second = ([told[name, pair] for pair in pairs] for name in (self.reference, arm))
+        first, second = ([told[name, pair] for pair in pairs] for name in (self.reference, variant))
         interval = paired_interval(first, second, self.seed)
         return Ratio(
             quantity=quantity,
@@ -215,7 +220,7 @@ class Comparison(Record):
 
     @property
     def failures(self) -> dict[str, str]:
-        """Arms of which no load succeeded, and why."""
+        """Variants of which no load succeeded, and why."""
         return {
             name: f"{runs[-1].outcome}: {runs[-1].reason}"
             for name in self.names
@@ -223,7 +228,7 @@ class Comparison(Record):
         }
 
     def _partial_failures(self) -> Iterator[str]:
-        """Say of which arms only some counted runs succeeded: the figures are of those."""
+        """Say of which variants only some counted runs succeeded: the figures are of those."""
         for name in self.names:
             ends = Counter(run.outcome for run in self._runs(name))
             bad = [f"{outcome} in {count}" for outcome, count in ends.items() if outcome != "ok"]
@@ -233,13 +238,13 @@ class Comparison(Record):
 
     @property
     def verdict(self) -> str:
-        """What the others do compared with the original, in words; arms are parted by "; "."""
+        """What the others do compared with the original, in words; variants are parted by "; "."""
         return "; ".join(self._verdicts())
 
     def _verdicts(self) -> list[str]:
         words = self._dead(self.names)
         if words:
-            words += [f"the {arm} one does" for arm in self.names if self.measurements(arm)]
+            words += [f"the {variant} one does" for variant in self.names if self.measurements(variant)]
         words += self._partial_failures()
         for name in self.names:
             ratios = self.ratios_of(name)
@@ -248,63 +253,71 @@ class Comparison(Record):
                 told += [f"{QUANTITIES[q][0]}: {why}" for q in self._main if (why := self.missing(name, q))]
             elif name != self.reference and self.measurements(name):
                 told = ["there is no pair in which both loaded"]
-            words += [f"{name}{self._against}, {line}" for line in told] if len(self.arms) > 2 else told
+            words += [f"{name}{self._against}, {line}" for line in told] if len(self.variants) > 2 else told
         return words or ["nothing was measured"]
 
-    def _dead(self, arms: Iterable[str]) -> list[str]:
-        return [f"the {arm} does not load ({why})" for arm, why in self.failures.items() if arm in arms]
+    def _dead(self, variants: Iterable[str]) -> list[str]:
+        return [
+            f"the {variant} does not load ({why})"
+            for variant, why in self.failures.items()
+            if variant in variants
+        ]
 
     @property
     def _against(self) -> str:
         return "" if self.reference == ORIGINAL else f" against {self.reference}"
 
     def findings(self) -> dict[str, dict[str, str]]:
-        """Return the verdict on each main quantity by arm, in words; where there is none, why."""
+        """Return the verdict on each main quantity by variant, in words; where there is none, why."""
         return {
-            f"{arm}{self._against}": {QUANTITIES[q][0]: self._finding(arm, q) for q in self._main}
-            for arm in self.names
-            if arm != self.reference
+            f"{variant}{self._against}": {QUANTITIES[q][0]: self._finding(variant, q) for q in self._main}
+            for variant in self.names
+            if variant != self.reference
         }
 
-    def _finding(self, arm: str, quantity: str) -> str:
-        if ratio := self.ratios_of(arm).get(quantity):
+    def _finding(self, variant: str, quantity: str) -> str:
+        if ratio := self.ratios_of(variant).get(quantity):
             return ratio.words()
-        return "; ".join(self._dead((self.reference, arm))) or self.missing(arm, quantity) or "not measured"
+        return (
+            "; ".join(self._dead((self.reference, variant)))
+            or self.missing(variant, quantity)
+            or "not measured"
+        )
 
-    def typical(self, arm: str, by: str | None = None) -> LoadMeasurement | None:
-        """Return an arm's run with the median of a quantity (the load's time); else its first failure."""
+    def typical(self, variant: str, by: str | None = None) -> LoadMeasurement | None:
+        """Return a variant's run with the median of a quantity (the load's time); else its first failure."""
         quantity = by or self.times[0]
-        loads = sorted(self.measurements(arm), key=lambda m: getattr(m, quantity) or 0.0)
-        return loads[len(loads) // 2] if loads else next(iter(self._runs(arm)), None)
+        loads = sorted(self.measurements(variant), key=lambda m: getattr(m, quantity) or 0.0)
+        return loads[len(loads) // 2] if loads else next(iter(self._runs(variant)), None)
 
-    def explain(self, arm: str) -> str:
-        """Say where an arm's figures come from, as far as they tell: copied or mapped, read late or not."""
-        stored = self.arm(arm)
-        run = self.typical(arm)
+    def explain(self, variant: str) -> str:
+        """Say where a variant's figures come from, where they show it: copied or mapped, read late or not."""
+        stored = self.variant(variant)
+        run = self.typical(variant)
         asked = f"requested {run.asked_for()}" if run else "never run"
         words = f"{stored.dtype or 'no plain floats'} in {plural(stored.files, 'file')}, {asked}"
         if stored.total_bytes < _TELLING_BYTES:
             return words
         telling = _TELLING_SHARE * stored.total_bytes
         weights = format_size(stored.total_bytes)
-        if (grown := self._median_growth(arm, LOAD, "anonymous_bytes")) is not None:
-            on_gpu = self.median(arm, "peak_device_bytes")
+        if (grown := self._median_growth(variant, LOAD, "anonymous_bytes")) is not None:
+            on_gpu = self.median(variant, "peak_device_bytes")
             fate = "weights stay mapped from the file" if on_gpu is None else "weights go to the GPU"
             fate = "weights copied into memory" if grown > telling else fate
             words += f": {fate} ({format_size(max(grown, 0))} of new anonymous memory for {weights})"
             if run and grown > telling and run.dtype and stored.dtype not in (None, run.dtype):
                 words += f"; requested as {stored.dtype}, the stored dtype, they need no cast"
-        touched = self._median_growth(arm, FIRST_TOKEN, "file_bytes")
+        touched = self._median_growth(variant, FIRST_TOKEN, "file_bytes")
         if touched is not None and touched > telling:
             words += (
                 f"; {format_size(touched)} of file pages, libraries among them, waited for the first token"
             )
         return words
 
-    def _median_growth(self, arm: str, name: str, part: str) -> float | None:
+    def _median_growth(self, variant: str, name: str, part: str) -> float | None:
         """Return by how much a phase's peak exceeds what was there when it began; `part` as in the curve."""
         grown = []
-        for measurement in self.measurements(arm):
+        for measurement in self.measurements(variant):
             phase, curve = measurement.phase(name), measurement.curve
             if phase is None or (peak := getattr(phase, f"peak_{part}")) is None:
                 continue
@@ -313,7 +326,7 @@ class Comparison(Record):
         return median(grown) if grown else None
 
     def summary(self) -> Summary:
-        """Return the verdict, all arms' times, and every quantity with its interval."""
+        """Return the verdict, all variants' times, and every quantity with its interval."""
         counted = self.samples or self.warm_ups
         pairs = plural(len({sample.pair for sample in self.samples}), "pair")
         told = ", ".join(dict.fromkeys(f"{s.measurement.cache.asked} page cache" for s in counted))
@@ -321,36 +334,36 @@ class Comparison(Record):
         machines = dict.fromkeys(str(s.measurement.environment) for s in counted)
         facts = (
             *(("verdict" if not line else "", words) for line, words in enumerate(self._verdicts())),
-            *((f"{arm}, a typical run", self._line(run)) for arm in self.names if (run := self.typical(arm))),
-            *((f"{arm}, means", self._means(arm)) for arm in self.names if self.failures),
-            *((f"{arm.name} from", shown_path(arm.source)) for arm in self.arms),
-            *((f"{arm} stored", self.explain(arm)) for arm in self.names),
+            *((f"{n}, a typical run", self._line(run)) for n in self.names if (run := self.typical(n))),
+            *((f"{name}, means", self._means(name)) for name in self.names if self.failures),
+            *((f"{variant.name} from", shown_path(variant.source)) for variant in self.variants),
+            *((f"{name} stored", self.explain(name)) for name in self.names),
             ("runs", f"{pairs} in ABBA order, one warm-up each, {told}"),
             ("figures", "geometric means, whose ratio is the geometric mean of the pairs' ratios"),
             ("stack", " | ".join(stacks) or "unknown"),
             ("machine", " | ".join(machines) or "unknown"),
         )  # fmt: skip
-        tables = tuple(self._table(arm) for arm in self.names if self.ratios_of(arm))
+        tables = tuple(self._table(variant) for variant in self.names if self.ratios_of(variant))
         return Summary("Comparison of loads", facts, tables, tuple(self._warnings()))
 
     def _line(self, run: LoadMeasurement) -> str:
         return run.start_line() if self.reads_ahead else run.time_line()
 
-    def _means(self, arm: str) -> str:
-        """Return an arm's own figures, for when there is nothing to compare them with."""
-        means = ((quantity, self.mean(arm, quantity)) for quantity in self._main)
+    def _means(self, variant: str) -> str:
+        """Return a variant's own figures, for when there is nothing to compare them with."""
+        means = ((quantity, self.mean(variant, quantity)) for quantity in self._main)
         told = (f"{QUANTITIES[q][0]} {format_quantity(q, value)}" for q, value in means if value is not None)
         return ", ".join(told) or "none"
 
-    def _table(self, arm: str) -> Table:
+    def _table(self, variant: str) -> Table:
         verdict = f"verdict (95 % interval, ±{100 * self.margin:.3g} %)"
-        ratios = self.ratios_of(arm)
+        ratios = self.ratios_of(variant)
         rows = tuple(
-            ratios[q].row() if q in ratios else (QUANTITIES[q][0], "-", "-", "-", self.missing(arm, q))
+            ratios[q].row() if q in ratios else (QUANTITIES[q][0], "-", "-", "-", self.missing(variant, q))
             for q in self._quantities
-            if q in ratios or self.missing(arm, q)
+            if q in ratios or self.missing(variant, q)
         )
-        return Table(("geometric mean", self.reference, arm, "ratio", verdict), rows)
+        return Table(("geometric mean", self.reference, variant, "ratio", verdict), rows)
 
     def _warnings(self) -> Iterator[str]:
         yield from self.notes
@@ -358,27 +371,34 @@ class Comparison(Record):
         if any(one != other for pair in combinations(tokens, 2) for one, other in zip(*pair, strict=False)):
             yield "the variants did not give the same tokens for the fixed prompt"
         weak = Counter(warning for s in self.samples for warning in s.measurement.warnings())
-        weak += Counter(f"{s.arm}: {s.measurement.outcome}" for s in self.samples if not s.measurement.ok)
+        weak += Counter(f"{s.variant}: {s.measurement.outcome}" for s in self.samples if not s.measurement.ok)
         for what, count in weak.items():
             yield f"{count} of {plural(len(self.samples), 'run')}: {what}"
-        for arm in self.failures:
-            runs = [s.measurement for s in (*self.warm_ups, *self.samples) if s.arm == arm]
+        for variant in self.failures:
+            runs = [s.measurement for s in (*self.warm_ups, *self.samples) if s.variant == variant]
             if any(run.ok for run in runs):
-                yield f"{arm} did load in its warm-up"
+                yield f"{variant} did load in its warm-up"
             else:
-                yield f"{arm} failed {'twice' if len(runs) > 1 else 'once'}, and was not run again"
+                yield f"{variant} failed {'twice' if len(runs) > 1 else 'once'}, and was not run again"
 
     def to_frame(self) -> pd.DataFrame:
         """Return the raw samples, one row each; the pair of a warm-up is missing."""
         require("notebook", "a data frame", "pandas")
         import pandas as pd
 
-        rows = [_row(sample, self.arm(sample.arm)) for sample in (*self.warm_ups, *self.samples)]
+        rows = [_row(sample, self.variant(sample.variant)) for sample in (*self.warm_ups, *self.samples)]
         return pd.DataFrame(rows).convert_dtypes()
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Return the record that `to_dict` wrote, now or when variants were called arms (schema 1)."""
+        return super().from_dict(_renamed(data) if data.get("schema") == _FIRST_SCHEMA else data)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON-ready data, with verdict and ratios for those who read the JSON alone."""
-        ratios = {arm: {q: asdict(r) for q, r in found.items()} for arm, found in self._all_ratios.items()}
+        ratios = {
+            variant: {q: asdict(r) for q, r in found.items()} for variant, found in self._all_ratios.items()
+        }
         return {**super().to_dict(), "verdict": self.verdict, "ratios": ratios}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -464,7 +484,19 @@ def merge_comparisons(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _row(sample: Sample, arm: Arm) -> dict[str, Any]:
+def _renamed(data: dict[str, Any]) -> dict[str, Any]:
+    """Return what the first version wrote under the names that this one reads."""
+    try:
+        runs = {
+            kind: [{**sample, "variant": sample["arm"]} for sample in data[kind]]
+            for kind in ("samples", "warm_ups")
+        }
+        return {**data, **runs, "variants": data["arms"], "schema": Comparison._schema_name()}
+    except (KeyError, TypeError) as error:
+        raise ShardkitError(f"{_FIRST_SCHEMA}: not readable: {error!r}") from None
+
+
+def _row(sample: Sample, variant: Variant) -> dict[str, Any]:
     measurement, environment = sample.measurement, sample.measurement.environment
     clocked = {
         f"{phase.name.replace(' ', '_')}_{what}": getattr(phase, what)
@@ -472,13 +504,13 @@ def _row(sample: Sample, arm: Arm) -> dict[str, Any]:
         for what in ("wall_seconds", "user_seconds", "system_seconds", "major_faults", "read_bytes")
     }
     row = {
-        "arm": sample.arm,
+        "variant": sample.variant,
         "pair": sample.pair,
         "outcome": measurement.outcome,
-        "source": arm.source,
-        "stored_dtype": arm.dtype,
-        "files": arm.files,
-        "bytes": arm.total_bytes,
+        "source": variant.source,
+        "stored_dtype": variant.dtype,
+        "files": variant.files,
+        "bytes": variant.total_bytes,
         **{name: getattr(measurement, name) for name in (*_ASKED, *QUANTITIES, "peak_file_bytes")},
         "cache": measurement.cache.asked,
         "cache_proven": measurement.cache.proven,

@@ -18,7 +18,7 @@ from shardkit.base.errors import (
 from shardkit.base.jobs import Crew, worker_count
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.compare.comparison import ORIGINAL, SHARDED, Arm, Comparison, Sample
+from shardkit.compare.comparison import ORIGINAL, SHARDED, Comparison, Sample, Variant
 from shardkit.measure.launch import check_load, measure_load
 from shardkit.shard.verify import compare_tensors
 
@@ -108,13 +108,13 @@ def compare_loads(
     if same_model:
         for name in [*opened][1:]:
             _require_same_model(opened[ORIGINAL], opened[name])
-    arms = tuple(_arm(name, checkpoint, asked[name]) for name, checkpoint in opened.items())
+    variants = tuple(_variant(name, checkpoint, asked[name]) for name, checkpoint in opened.items())
     notes = () if same_model else ("the variants were not required to hold the same model",)
-    found = Comparison(arms, margin, seed, (), (), notes)
+    found = Comparison(variants, margin, seed, (), (), notes)
     # A model of the Hub is loaded from where it was downloaded to, and shown by its id.
     paths = {name: c.source if os.path.exists(c.source) else c.folder for name, c in opened.items()}
     try:
-        for sample in _run_all(arms, paths, repeats, progress, stop):
+        for sample in _run_all(variants, paths, repeats, progress, stop):
             if sample.pair is None:
                 found = replace(found, warm_ups=(*found.warm_ups, sample))
             else:
@@ -140,7 +140,9 @@ def _check_experiment(repeats: object, margin: object, seed: object, others: obj
         raise MeasurementError(f"margin is {margin!r}: give a share above zero, 0.05 for 5 %")
     if type(seed) is not int or seed < 0:
         raise MeasurementError(f"seed is {seed!r}: give a whole number, 0 or above")
-    if not isinstance(others, Mapping) or not all(isinstance(arm, Mapping) for arm in others.values()):
+    if not isinstance(others, Mapping) or not all(
+        isinstance(variant, Mapping) for variant in others.values()
+    ):
         raise MeasurementError(f"others is {others!r}: give arguments by name, for each variant by its name")
     for name in others:
         if not isinstance(name, str) or not name or name in (ORIGINAL, SHARDED):
@@ -150,7 +152,7 @@ def _check_experiment(repeats: object, margin: object, seed: object, others: obj
 
 
 def _options(name: str, common: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of an arm's loads, checked before anything is opened."""
+    """Return the arguments of a variant's loads, checked before anything is opened."""
     own = {key: value for key, value in changes.items() if key != "source"}
     if unknown := sorted(map(str, own.keys() - common.keys())):
         raise MeasurementError(f"variant {name!r}: {listed(unknown)} is no argument of measure_load")
@@ -165,32 +167,32 @@ def _options(name: str, common: Mapping[str, Any], changes: Mapping[str, Any]) -
     return {**options, "python": python, "options": dict(options["options"] or {})}
 
 
-def _arm(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> Arm:
+def _variant(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> Variant:
     files, nbytes = len(checkpoint.files), checkpoint.total_bytes
-    return Arm(name, checkpoint.source, files, nbytes, checkpoint.dtypes, options)
+    return Variant(name, checkpoint.source, files, nbytes, checkpoint.dtypes, options)
 
 
 def _run_all(
-    arms: Sequence[Arm],
+    variants: Sequence[Variant],
     paths: Mapping[str, str],
     repeats: int,
     progress: _ProgressCallback | None,
     stop: Callable[[], bool] | None,
 ) -> Iterator[Sample]:
-    order: list[tuple[Arm, int | None]] = [(arm, None) for arm in arms]
+    order: list[tuple[Variant, int | None]] = [(variant, None) for variant in variants]
     for number in range(repeats):
-        order += [(arm, number) for arm in (arms if number % 2 == 0 else arms[::-1])]
-    ends: dict[str, list[bool]] = {arm.name: [] for arm in arms}
-    for done, (arm, pair) in enumerate(order):
-        if done == len(arms) and not any(map(any, ends.values())):
+        order += [(variant, number) for variant in (variants if number % 2 == 0 else variants[::-1])]
+    ends: dict[str, list[bool]] = {variant.name: [] for variant in variants}
+    for done, (variant, pair) in enumerate(order):
+        if done == len(variants) and not any(map(any, ends.values())):
             break  # what none loads needs no statistics
-        if len(ends[arm.name]) > 1 and not any(ends[arm.name]):
+        if len(ends[variant.name]) > 1 and not any(ends[variant.name]):
             continue  # twice, and never loaded: that is its result
         which = "warm-up" if pair is None else f"pair {pair + 1}"
-        _report(progress, done, len(order), f"{arm.name}, {which}")
-        measurement = measure_load(paths[arm.name], **arm.options, stop=stop)
-        ends[arm.name].append(measurement.ok)
-        yield Sample(arm.name, pair, measurement)
+        _report(progress, done, len(order), f"{variant.name}, {which}")
+        measurement = measure_load(paths[variant.name], **variant.options, stop=stop)
+        ends[variant.name].append(measurement.ok)
+        yield Sample(variant.name, pair, measurement)
     _report(progress, len(order), len(order), "done")
 
 

@@ -1,4 +1,4 @@
-"""One quantity of two arms: which there are, what their ratio says, and how people read it."""
+"""One quantity of two variants: which there are, what their ratio says, and how people read it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def format_quantity(quantity: str, value: float) -> str:
 
 @dataclass(frozen=True)
 class Ratio:
-    """One quantity of one arm, to that of the original (or of the first arm that loads).
+    """One quantity of one variant, to that of the original (or of the first variant that loads).
 
     Attributes
     ----------

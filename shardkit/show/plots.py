@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _COLORS = (BLUE, VERMILION, GREEN, PURPLE)
-_HATCHES = ("", "///", "...", "xx", "--")  # one more than colours: twenty arms before two look the same
+_HATCHES = ("", "///", "...", "xx", "--")  # one more than colours: twenty variants before two look the same
 _DASHES = ("--", ":", "-.")
-_SIDE_BY_SIDE = 3  # with more arms, what stands side by side stands one below the other
+_SIDE_BY_SIDE = 3  # with more variants, what stands side by side stands one below the other
 _LONGEST_NAME = 20
 _PEAKS, _PEAK_GPU = ("peak_anonymous_bytes", "peak_total_bytes"), "peak_device_bytes"
-_GROUP_WIDTH = 0.88  # of all arms' bars for one quantity
+_GROUP_WIDTH = 0.88  # of all variants' bars for one quantity
 _TALLEST_INCHES = 200  # matplotlib draws no more than 65,535 pixels
 _LEAD_SECONDS = 0.2
 _PROFILER_MARKS = 24
@@ -99,7 +99,7 @@ def _new_axes(rows: int = 1, columns: int = 1, height: float = 4) -> Any:
 
 
 def _is_crowded(comparison: Comparison) -> bool:
-    return len(comparison.arms) > _SIDE_BY_SIDE
+    return len(comparison.variants) > _SIDE_BY_SIDE
 
 
 def _page(comparison: Comparison) -> dict[str, Any]:
@@ -132,9 +132,9 @@ def _plain(text: str) -> str:
     return f" {text}".replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
 
 
-def _look(arm: int) -> dict[str, Any]:
-    """Return how the bars of an arm, by its number, are told from the others'."""
-    return {"color": _COLORS[arm % len(_COLORS)], "hatch": _HATCHES[arm % len(_HATCHES)]}
+def _look(variant: int) -> dict[str, Any]:
+    """Return how the bars of a variant, by its number, are told from the others'."""
+    return {"color": _COLORS[variant % len(_COLORS)], "hatch": _HATCHES[variant % len(_HATCHES)]}
 
 
 def _tidy(ax: Axes, unit: str, title: str) -> None:
@@ -159,7 +159,7 @@ def plot_bars(comparison: Comparison, ax: Sequence[Axes] | None = None) -> Seque
         beside = not _is_crowded(comparison)
         ax = _new_axes(columns=2, height=3.6) if beside else _new_axes(rows=2, height=7.2)
     _plot_quantities(comparison, ax[0], comparison.times, 1, "seconds", "Wall time")
-    on_gpu = any(comparison.median(arm, _PEAK_GPU) is not None for arm in comparison.names)
+    on_gpu = any(comparison.median(variant, _PEAK_GPU) is not None for variant in comparison.names)
     _plot_quantities(comparison, ax[1], (*_PEAKS, _PEAK_GPU) if on_gpu else _PEAKS, 1e9, "GB", "Peak memory")
     return ax
 
@@ -169,16 +169,16 @@ def _plot_quantities(
 ) -> None:
     ink, ticks = _ink(ax), {}
     labels = dict(zip(comparison.names, _labels(comparison.names), strict=True))
-    step = _GROUP_WIDTH / len(comparison.arms)
+    step = _GROUP_WIDTH / len(comparison.variants)
     for place, quantity in enumerate(quantities):
-        for number, arm in enumerate(comparison.names):
-            told = [getattr(measurement, quantity) for measurement in comparison.measurements(arm)]
+        for number, variant in enumerate(comparison.names):
+            told = [getattr(measurement, quantity) for measurement in comparison.measurements(variant)]
             if values := [value / scale for value in told if value]:
-                x = place + (number - (len(comparison.arms) - 1) / 2) * step
-                _bar(ax, x, 0.96 * step, values, labels.pop(arm, None), number)
+                x = place + (number - (len(comparison.variants) - 1) / 2) * step
+                _bar(ax, x, 0.96 * step, values, labels.pop(variant, None), number)
                 ticks[x] = format_quantity(quantity, geometric_mean(values) * scale)
     # Means stand under their bars, where neither a dot nor a neighbour can be in the way.
-    upright = len(comparison.arms) > _SIDE_BY_SIDE + 1
+    upright = len(comparison.variants) > _SIDE_BY_SIDE + 1
     ax.set_xticks(list(ticks), list(ticks.values()), fontsize=9 if step / len(quantities) > 0.15 else 7)
     ax.tick_params(axis="x", which="major", rotation=90 if upright else 0)
     names = [f"\n{_caption(comparison, quantity)}" for quantity in quantities]
@@ -188,7 +188,7 @@ def _plot_quantities(
     ax.tick_params(axis="x", which="minor", pad=24 if upright else 4)
     ax.set_xlim(-0.6, len(quantities) - 0.4)
     ax.set_ylim(0, ax.get_ylim()[1] * 1.15)
-    enough = any(len(comparison.measurements(arm)) > 2 for arm in comparison.names)
+    enough = any(len(comparison.measurements(variant)) > 2 for variant in comparison.names)
     caption = "bar: geometric mean, dots: runs" + (", line: 95 % interval" if enough else "")
     ax.set_xlabel(caption, fontsize=8, color=ink)
     _tidy(ax, unit, title)
@@ -201,7 +201,7 @@ def _plot_quantities(
 
 def _caption(comparison: Comparison, quantity: str) -> str:
     """Return the name of a quantity for its bars; where none has any, with the reason."""
-    missing = [comparison.missing(arm, quantity) for arm in comparison.names]
+    missing = [comparison.missing(variant, quantity) for variant in comparison.names]
     why = missing[0] if all(missing) else ""
     # Two captions stand side by side.
     name = QUANTITIES[quantity][0].replace(" from ", "\nfrom ")
@@ -227,14 +227,14 @@ def plot_memory(source: Comparison | Sequence[LoadMeasurement], ax: Axes | None 
     Parameters
     ----------
     source
-        A comparison, of which each arm's run with the median time to first token is drawn; or
+        A comparison, of which each variant's run with the median time to first token is drawn; or
         measurements.
     ax
         Axes to draw on; None makes a figure.
     """
     ax = _new_axes() if ax is None else ax
     if isinstance(source, Comparison):
-        runs = [source.typical(arm, source.times[1]) for arm in source.names]
+        runs = [source.typical(variant, source.times[1]) for variant in source.names]
         chosen = [(label, run) for label, run in zip(_labels(source.names), runs, strict=True) if run]
         ahead = source.reads_ahead
     else:
@@ -303,8 +303,8 @@ def _explain_marks(ax: Axes, runs: int) -> None:
 def describe_memory(comparison: Comparison) -> str:
     """Return in words what `plot_memory` draws."""
     words = []
-    for arm in comparison.names:
-        if (run := comparison.typical(arm, comparison.times[1])) is None:
+    for variant in comparison.names:
+        if (run := comparison.typical(variant, comparison.times[1])) is None:
             continue
         peaks = (run.peak_anonymous_bytes, run.peak_total_bytes)
         anonymous, total = ("unknown" if peak is None else format_size(peak) for peak in peaks)
@@ -314,7 +314,7 @@ def describe_memory(comparison: Comparison) -> str:
             for p in run.phases
             if p.name in _MARKERS
         ]
-        line = [f"{arm}: at most {anonymous} anonymous, {total} with file pages", *ends]
+        line = [f"{variant}: at most {anonymous} anonymous, {total} with file pages", *ends]
         words.append(", ".join(line if run.ok else [*line, f"{run.outcome}: {run.reason}"]))
     return "; ".join(words) or "nothing was measured"
 
@@ -343,17 +343,17 @@ def plot_comparison(
     return axes
 
 
-def plot_medians(medians: pd.DataFrame, arms: Sequence[str]) -> Figure:
-    """Draw the medians of many results: axes for each column, a bar for each arm of each result.
+def plot_medians(medians: pd.DataFrame, variants: Sequence[str]) -> Figure:
+    """Draw the medians of many results: axes for each column, a bar for each variant of each result.
 
     Parameters
     ----------
     medians
-        Indexed by result and arm; the columns' names say their units.
-    arms
+        Indexed by result and variant; the columns' names say their units.
+    variants
         All that there are, in the order of their colours.
     """
-    results, step = list(medians.index.unique(0)), _GROUP_WIDTH / len(arms)
+    results, step = list(medians.index.unique(0)), _GROUP_WIDTH / len(variants)
     size = (11, min(1.3 + 0.7 * len(results), _TALLEST_INCHES))
     with _white():
         figure = _figure(figsize=size, layout="constrained")
@@ -361,9 +361,9 @@ def plot_medians(medians: pd.DataFrame, arms: Sequence[str]) -> Figure:
     for ax, column in zip(axes, medians.columns, strict=True):
         ax.set_title(column, fontsize=11)
         values = medians[column].dropna()
-        for number, (arm, name) in enumerate(zip(arms, _labels(arms), strict=True)):
-            told = values[values.index.get_level_values(1) == arm]
-            middle = (number - (len(arms) - 1) / 2) * step
+        for number, (variant, name) in enumerate(zip(variants, _labels(variants), strict=True)):
+            told = values[values.index.get_level_values(1) == variant]
+            middle = (number - (len(variants) - 1) / 2) * step
             places = [results.index(result) + middle for result in told.index.get_level_values(0)]
             label = None if told.empty else name
             ax.barh(places, told, step, edgecolor="black", label=label, **_look(number))

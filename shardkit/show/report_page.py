@@ -58,7 +58,7 @@ def _runs(comparison: Comparison) -> Table:
         times = [getattr(m, quantity) for quantity in comparison.times]
         rows.append(
             (
-                sample.arm,
+                sample.variant,
                 "warm-up" if sample.pair is None else str(sample.pair + 1),
                 *map(format_seconds, times),
                 *("-" if peak is None else format_size(peak) for peak in peaks),

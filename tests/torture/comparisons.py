@@ -1,4 +1,4 @@
-"""Comparisons whose truth is known: the same checkpoint in two arms, and a third made 1.3 x slower."""
+"""Comparisons whose truth is known: the same checkpoint in two variants, and a third made 1.3 x slower."""
 
 import stat
 import sys
@@ -61,7 +61,7 @@ def _compare(place: Place, **more: Any) -> Comparison:
 # Two at once: more would disturb each other. By chance, one in twenty may find a difference that is none, and
 # two may miss one.
 SAME = Kind(
-    "the same checkpoint in both arms", _same_twice, 20, 0, _prepare, workers=2, seconds=900, tolerated=1
+    "the same checkpoint in both variants", _same_twice, 20, 0, _prepare, workers=2, seconds=900, tolerated=1
 )
 SLOWED = Kind(
     f"loads made {SLOWDOWN} x longer", _slowed, 20, 0, _prepare, workers=2, seconds=900, tolerated=2

@@ -10,7 +10,8 @@ from textwrap import dedent
 
 import numpy as np
 
-from shardkit.compare.comparison import ORIGINAL, SHARDED, Comparison, Sample, Variant
+from shardkit.compare.comparison import Comparison
+from shardkit.compare.variant import ORIGINAL, SHARDED, Sample, Variant
 from shardkit.measure.environment import Environment
 from shardkit.measure.launch import WORKER
 from shardkit.measure.measurement import LoadMeasurement, MemoryCurve, Phase, SamplerCost

@@ -14,8 +14,9 @@ import pytest
 from shardkit.base.errors import Cancelled, CheckpointError, MeasurementError, ShardkitError
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.compare import experiment as compare
-from shardkit.compare.comparison import CARRIED_IN, Sample, merge_comparisons
-from shardkit.compare.experiment import Comparison, compare_loads
+from shardkit.compare.comparison import Comparison, merge_comparisons
+from shardkit.compare.experiment import compare_loads
+from shardkit.compare.variant import Sample
 from shardkit.demo import make_demo_checkpoint
 from shardkit.measure.intervals import (
     Interval,
@@ -25,6 +26,7 @@ from shardkit.measure.intervals import (
     student_quantile,
 )
 from shardkit.shard.engine import shard_checkpoint
+from shardkit.show.report_page import CARRIED_IN
 from tests.fake_loads import MB, fake_comparison, fake_interpreter, fake_load, fake_variant
 
 
@@ -66,10 +68,10 @@ class TestStatistics:
             (0.97, 1.03, "same"),
             (0.5, 0.9, "less"),
             (1.1, 1.4, "more"),
-            (0.8, 1.2, "undecided"),
-            (0.90, 0.97, "undecided"),
-            (1.02, 1.30, "undecided"),
-            (None, None, "undecided"),
+            (0.8, 1.2, "inconclusive"),
+            (0.90, 0.97, "inconclusive"),
+            (1.02, 1.30, "inconclusive"),
+            (None, None, "inconclusive"),
         ],
     )
     def test_conclusion_needs_the_whole_interval(self, low, high, conclusion):
@@ -87,7 +89,7 @@ class TestStatistics:
         decided = 0
         for _ in range(40):
             first, second = np.exp(rng.normal(0, 0.05, (2, 4 * needed)))
-            decided += conclude(paired_interval(first, second, 0), 0.05) != "undecided"
+            decided += conclude(paired_interval(first, second, 0), 0.05) != "inconclusive"
         assert decided > 30
 
     def test_difference_as_large_as_the_margin_is_never_decided(self):
@@ -224,7 +226,7 @@ class TestWords:
         assert hint in comparison.explain("original")
         assert "no cast" not in comparison.explain("sharded")
         late = fake_comparison(variants=(fake_variant("original", "BF16", nbytes=300 * MB),))
-        assert "171 MB of file pages, libraries among them, waited for the first token" in late.explain(
+        assert "171 MB of file pages, including libraries, read for the first token" in late.explain(
             "original"
         )
 
@@ -657,7 +659,7 @@ class TestExperiment:
         )
         others = {"slowed": {"source": variants[0], "python": slow}}
         found = compare_loads(variants[0], variants[0], repeats=6, python=usual, others=others)
-        assert found.ratios["load_wall_seconds"].conclusion in ("same", "undecided"), found
+        assert found.ratios["load_wall_seconds"].conclusion in ("same", "inconclusive"), found
         assert found.ratios["peak_anonymous_bytes"].conclusion == "same", found
         slowed = found.ratios_of("slowed")
         assert slowed["load_wall_seconds"].conclusion == "more", found

@@ -17,7 +17,7 @@ from shardkit.base.errors import DestinationError, ShardkitError
 from shardkit.base.jobs import Progress
 from shardkit.base.record import plural, shown_path
 from shardkit.base.sizes import format_size
-from shardkit.measure.measurement import format_seconds
+from shardkit.measure.quantities import format_seconds
 from shardkit.shard.destination import leftovers
 from shardkit.shard.engine import shard_checkpoint
 from shardkit.shard.report import ShardReport

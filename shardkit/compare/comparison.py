@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -20,61 +18,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from shardkit.base.errors import MeasurementError, ShardkitError
 from shardkit.base.extras import require
 from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
-from shardkit.base.sizes import format_size
-from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES
-from shardkit.measure.intervals import conclude, paired_interval, repeats_to_decide
-from shardkit.measure.measurement import FIRST_TOKEN, LOAD, NOT_REPORTED, LoadMeasurement
-from shardkit.measure.quantities import QUANTITIES, Ratio, format_quantity
+from shardkit.compare.variant import ORIGINAL, SHARDED, Sample, Variant
+from shardkit.measure.measurement import LoadMeasurement
+from shardkit.measure.quantities import QUANTITIES, Quantity, Ratio, compared, why_missing
+from shardkit.show.plots import plot_comparison
+from shardkit.show.report_page import carried, result_page
+from shardkit.show.runs import Runs
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ORIGINAL, SHARDED = "original", "sharded"
-
-_ASKED = ("dtype", "device", "generate", "prefetch", "memory_limit_bytes")
 _FIRST_SCHEMA = "shardkit/Comparison/1"
-# How a card carries the result that it shows.
-CARRIED_IN = '<script type="application/json" id="shardkit-comparison">'
-_CARRIED = re.compile(re.escape(CARRIED_IN) + "(.*?)</script>", re.DOTALL)
-_LOADED, _FIRST, _CPU = "load_wall_seconds", "time_to_first_token_seconds", "load_cpu_seconds"
-# The same of loads of which some began to read before the load did: nothing counts for one side alone.
-_FROM_START = {
-    _LOADED: "start_to_load_seconds",
-    _FIRST: "start_to_first_token_seconds",
-    _CPU: "process_cpu_seconds",
-}
-_OF_FIRST_TOKEN = (_FIRST, _FROM_START[_FIRST], _FROM_START[_CPU])
-# Growth below a quarter of the weights is not a copy of them, and below this size not telling.
-_TELLING_SHARE, _TELLING_BYTES = 0.25, 64_000_000
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One of the checkpoints: where it is, how it is stored, and what its loads are asked for.
-
-    `dtypes` maps dtype to bytes; `options` are the arguments of `measure_load`.
-    """
-
-    name: str
-    source: str
-    files: int
-    total_bytes: int
-    dtypes: dict[str, int]
-    options: dict[str, Any]
-
-    @property
-    def dtype(self) -> str | None:
-        """The floating-point dtype that most of it is stored in, in torch's words."""
-        return next((DTYPE_NAMES[dtype] for dtype in self.dtypes if dtype in FLOAT_DTYPES), None)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One run: of which variant, in which pair (None for the warm-up, which counts for nothing)."""
-
-    variant: str
-    pair: int | None
-    measurement: LoadMeasurement
 
 
 @dataclass(frozen=True)
@@ -92,7 +46,7 @@ class Comparison(Record):
     samples, warm_ups
         Every run in the order it was made, raw.
     notes
-        What a person should be told.
+        Warnings.
     """
 
     schema: ClassVar[int] = 2
@@ -137,18 +91,19 @@ class Comparison(Record):
         return asked or any(sample.measurement.prefetch for sample in runs)
 
     @property
-    def times(self) -> tuple[str, str]:
+    def times(self) -> tuple[str, ...]:
         """The quantities by which loads are compared: time to the end of the load, and to the first token."""
-        return (_FROM_START[_LOADED], _FROM_START[_FIRST]) if self.reads_ahead else (_LOADED, _FIRST)
+        return tuple(quantity.name for quantity in self._main if quantity.unit == "seconds")
 
     @property
-    def _quantities(self) -> tuple[str, ...]:
-        left_out = _FROM_START.keys() if self.reads_ahead else {_FROM_START[_LOADED], _FROM_START[_CPU]}
-        return tuple(quantity for quantity in QUANTITIES if quantity not in left_out)
+    def _main(self) -> tuple[Quantity, ...]:
+        return compared(self.reads_ahead, "main")
 
     @property
-    def _main(self) -> tuple[str, ...]:
-        return (*self.times, "peak_anonymous_bytes")
+    def runs(self) -> Runs:
+        """What is drawn: the loads that count, and of each variant the run with the median last time."""
+        typical = {name: run for name in self.names if (run := self.typical(name, self.times[1]))}
+        return Runs({name: self.measurements(name) for name in self.names}, typical, self.reads_ahead)
 
     def mean(self, variant: str, quantity: str) -> float | None:
         """Return the geometric mean of a `LoadMeasurement` property over a variant's loads; None if none."""
@@ -172,11 +127,19 @@ class Comparison(Record):
     @cached_property
     def _all_ratios(self) -> dict[str, dict[str, Ratio]]:
         # Kept: verdict, tables and JSON all ask, and each interval takes 10,000 resamplings.
-        others = [variant for variant in self.names if variant != self.reference]
-        asked = self._quantities
-        return {
-            variant: {q: ratio for q in asked if (ratio := self._ratio(variant, q))} for variant in others
-        }
+        return {name: dict(self._ratios(name)) for name in self.names if name != self.reference}
+
+    def _ratios(self, variant: str) -> Iterator[tuple[str, Ratio]]:
+        for quantity in compared(self.reads_ahead):
+            known = {
+                (s.variant, s.pair): value
+                for s in self.samples
+                if s.measurement.ok and (value := quantity.of(s.measurement))
+            }
+            pairs = [pair for name, pair in known if name == variant and (self.reference, pair) in known]
+            if pairs:
+                first, second = ([known[name, pair] for pair in pairs] for name in (self.reference, variant))
+                yield quantity.name, Ratio.of_pairs(quantity, first, second, self.margin, self.seed)
 
     @property
     def reference(self) -> str:
@@ -185,38 +148,8 @@ class Comparison(Record):
 
     def missing(self, variant: str, quantity: str) -> str:
         """Say why loads that succeeded have no value of a quantity; "" if they have, or need none."""
-        for name in (self.reference, variant):
-            runs = self.measurements(name)
-            values = [getattr(run, quantity) for run in runs]
-            if runs and not any(values):
-                if any(quantity in run.unreported() for run in runs):
-                    return NOT_REPORTED
-                if 0 in values:
-                    return "too small to be measured"
-                if quantity in _OF_FIRST_TOKEN and any(run.generate for run in runs):
-                    return "not measured"
-        return ""
-
-    def _ratio(self, variant: str, quantity: str) -> Ratio | None:
-        told = {
-            (s.variant, s.pair): value
-            for s in self.samples
-            if s.measurement.ok and (value := getattr(s.measurement, quantity))
-        }
-        pairs = [pair for name, pair in told if name == variant and (self.reference, pair) in told]
-        if not pairs:
-            return None
-        first, second = ([told[name, pair] for pair in pairs] for name in (self.reference, variant))
-        interval = paired_interval(first, second, self.seed)
-        return Ratio(
-            quantity=quantity,
-            original=geometric_mean(first),
-            other=geometric_mean(second),
-            **vars(interval),
-            conclusion=conclude(interval, self.margin),
-            margin=self.margin,
-            repeats_to_decide=repeats_to_decide(first, second, self.margin),
-        )
+        sides = (self.measurements(name) for name in (self.reference, variant))
+        return next(filter(None, (why_missing(runs, QUANTITIES[quantity]) for runs in sides)), "")
 
     @property
     def failures(self) -> dict[str, str]:
@@ -248,20 +181,16 @@ class Comparison(Record):
         words += self._partial_failures()
         for name in self.names:
             ratios = self.ratios_of(name)
-            told = [f"{QUANTITIES[q][0]}: {ratios[q].words()}" for q in self._main if q in ratios]
-            if told:
-                told += [f"{QUANTITIES[q][0]}: {why}" for q in self._main if (why := self.missing(name, q))]
+            lines = [f"{q.label}: {ratios[q.name].words()}" for q in self._main if q.name in ratios]
+            if lines:
+                lines += [f"{q.label}: {why}" for q in self._main if (why := self.missing(name, q.name))]
             elif name != self.reference and self.measurements(name):
-                told = ["there is no pair in which both loaded"]
-            words += [f"{name}{self._against}, {line}" for line in told] if len(self.variants) > 2 else told
+                lines = ["there is no pair in which both loaded"]
+            words += [f"{name}{self._against}, {line}" for line in lines] if len(self.names) > 2 else lines
         return words or ["nothing was measured"]
 
-    def _dead(self, variants: Iterable[str]) -> list[str]:
-        return [
-            f"the {variant} does not load ({why})"
-            for variant, why in self.failures.items()
-            if variant in variants
-        ]
+    def _dead(self, names: Iterable[str]) -> list[str]:
+        return [f"the {name} does not load ({why})" for name, why in self.failures.items() if name in names]
 
     @property
     def _against(self) -> str:
@@ -270,19 +199,16 @@ class Comparison(Record):
     def findings(self) -> dict[str, dict[str, str]]:
         """Return the verdict on each main quantity by variant, in words; where there is none, why."""
         return {
-            f"{variant}{self._against}": {QUANTITIES[q][0]: self._finding(variant, q) for q in self._main}
-            for variant in self.names
-            if variant != self.reference
+            f"{name}{self._against}": {q.label: self._finding(name, q.name) for q in self._main}
+            for name in self.names
+            if name != self.reference
         }
 
     def _finding(self, variant: str, quantity: str) -> str:
         if ratio := self.ratios_of(variant).get(quantity):
             return ratio.words()
-        return (
-            "; ".join(self._dead((self.reference, variant)))
-            or self.missing(variant, quantity)
-            or "not measured"
-        )
+        dead = "; ".join(self._dead((self.reference, variant)))
+        return dead or self.missing(variant, quantity) or "not measured"
 
     def typical(self, variant: str, by: str | None = None) -> LoadMeasurement | None:
         """Return a variant's run with the median of a quantity (the load's time); else its first failure."""
@@ -291,39 +217,8 @@ class Comparison(Record):
         return loads[len(loads) // 2] if loads else next(iter(self._runs(variant)), None)
 
     def explain(self, variant: str) -> str:
-        """Say where a variant's figures come from, where they show it: copied or mapped, read late or not."""
-        stored = self.variant(variant)
-        run = self.typical(variant)
-        asked = f"requested {run.asked_for()}" if run else "never run"
-        words = f"{stored.dtype or 'no plain floats'} in {plural(stored.files, 'file')}, {asked}"
-        if stored.total_bytes < _TELLING_BYTES:
-            return words
-        telling = _TELLING_SHARE * stored.total_bytes
-        weights = format_size(stored.total_bytes)
-        if (grown := self._median_growth(variant, LOAD, "anonymous_bytes")) is not None:
-            on_gpu = self.median(variant, "peak_device_bytes")
-            fate = "weights stay mapped from the file" if on_gpu is None else "weights go to the GPU"
-            fate = "weights copied into memory" if grown > telling else fate
-            words += f": {fate} ({format_size(max(grown, 0))} of new anonymous memory for {weights})"
-            if run and grown > telling and run.dtype and stored.dtype not in (None, run.dtype):
-                words += f"; requested as {stored.dtype}, the stored dtype, they need no cast"
-        touched = self._median_growth(variant, FIRST_TOKEN, "file_bytes")
-        if touched is not None and touched > telling:
-            words += (
-                f"; {format_size(touched)} of file pages, libraries among them, waited for the first token"
-            )
-        return words
-
-    def _median_growth(self, variant: str, name: str, part: str) -> float | None:
-        """Return by how much a phase's peak exceeds what was there when it began; `part` as in the curve."""
-        grown = []
-        for measurement in self.measurements(variant):
-            phase, curve = measurement.phase(name), measurement.curve
-            if phase is None or (peak := getattr(phase, f"peak_{part}")) is None:
-                continue
-            if began := bisect_right(curve.seconds, phase.start_seconds):
-                grown.append(peak - getattr(curve, part)[began - 1])
-        return median(grown) if grown else None
+        """Say where a variant's figures come from: copied or mapped weights, read late or not."""
+        return self.variant(variant).explain(self.measurements(variant), self.typical(variant))
 
     def summary(self) -> Summary:
         """Return the verdict, all variants' times, and every quantity with its interval."""
@@ -351,19 +246,18 @@ class Comparison(Record):
 
     def _means(self, variant: str) -> str:
         """Return a variant's own figures, for when there is nothing to compare them with."""
-        means = ((quantity, self.mean(variant, quantity)) for quantity in self._main)
-        told = (f"{QUANTITIES[q][0]} {format_quantity(q, value)}" for q, value in means if value is not None)
-        return ", ".join(told) or "none"
+        means = ((quantity, self.mean(variant, quantity.name)) for quantity in self._main)
+        return ", ".join(f"{q.label} {q.format(value)}" for q, value in means if value is not None) or "none"
 
     def _table(self, variant: str) -> Table:
         verdict = f"verdict (95 % interval, ±{100 * self.margin:.3g} %)"
-        ratios = self.ratios_of(variant)
-        rows = tuple(
-            ratios[q].row() if q in ratios else (QUANTITIES[q][0], "-", "-", "-", self.missing(variant, q))
-            for q in self._quantities
-            if q in ratios or self.missing(variant, q)
-        )
-        return Table(("geometric mean", self.reference, variant, "ratio", verdict), rows)
+        ratios, rows = self.ratios_of(variant), []
+        for quantity in compared(self.reads_ahead):
+            if quantity.name in ratios:
+                rows.append(ratios[quantity.name].row())
+            elif why := self.missing(variant, quantity.name):
+                rows.append((quantity.label, "-", "-", "-", why))
+        return Table(("geometric mean", self.reference, variant, "ratio", verdict), tuple(rows))
 
     def _warnings(self) -> Iterator[str]:
         yield from self.notes
@@ -386,7 +280,7 @@ class Comparison(Record):
         require("notebook", "a data frame", "pandas")
         import pandas as pd
 
-        rows = [_row(sample, self.variant(sample.variant)) for sample in (*self.warm_ups, *self.samples)]
+        rows = [sample.row(self.variant(sample.variant)) for sample in (*self.warm_ups, *self.samples)]
         return pd.DataFrame(rows).convert_dtypes()
 
     @classmethod
@@ -411,13 +305,13 @@ class Comparison(Record):
         """
         is_card = os.fspath(path).lower().endswith((".html", ".htm"))
         text = self.to_html() if is_card else json.dumps(self.to_dict()) + "\n"
-        beside = Path(f"{os.fspath(path)}.part")  # an earlier result stays until the new one is whole
+        part = Path(f"{os.fspath(path)}.part")  # an earlier result stays until the new one is complete
         try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
         except OSError as error:
             with suppress(OSError):
-                beside.unlink()
+                part.unlink()
             raise MeasurementError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
 
     @classmethod
@@ -433,7 +327,7 @@ class Comparison(Record):
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
-            data = json.loads(carried.group(1) if (carried := _CARRIED.search(text)) else text)
+            data = json.loads(carried(text) or text)
         except (OSError, ValueError, RecursionError) as error:
             raise MeasurementError(f"{os.fspath(path)} cannot be read as a comparison: {error}") from error
         try:
@@ -442,10 +336,9 @@ class Comparison(Record):
             raise ShardkitError(f"{os.fspath(path)}: {error}") from None
 
     def to_html(self) -> str:
-        """Return one HTML page with figures, pictures and raw data that needs no other file, to be mailed."""
-        from shardkit.show.report_page import comparison_card
-
-        return comparison_card(self)
+        """Return one HTML page with figures, pictures and raw data that needs no other file, to share."""
+        every_run = ((s.variant, s.pair, s.measurement) for s in (*self.warm_ups, *self.samples))
+        return result_page(self.runs, self.summary(), every_run, self.to_dict())
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draw times, peaks and memory curves; save them if `path` is given (``.png``, ``.svg``).
@@ -454,9 +347,7 @@ class Comparison(Record):
         -------
         The three axes: times, peaks, curves.
         """
-        from shardkit.show.plots import plot_comparison
-
-        return plot_comparison(self, path)
+        return plot_comparison(self.runs, path)
 
 
 def merge_comparisons(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
@@ -494,28 +385,3 @@ def _renamed(data: dict[str, Any]) -> dict[str, Any]:
         return {**data, **runs, "variants": data["arms"], "schema": Comparison._schema_name()}
     except (KeyError, TypeError) as error:
         raise ShardkitError(f"{_FIRST_SCHEMA}: not readable: {error!r}") from None
-
-
-def _row(sample: Sample, variant: Variant) -> dict[str, Any]:
-    measurement, environment = sample.measurement, sample.measurement.environment
-    clocked = {
-        f"{phase.name.replace(' ', '_')}_{what}": getattr(phase, what)
-        for phase in measurement.phases
-        for what in ("wall_seconds", "user_seconds", "system_seconds", "major_faults", "read_bytes")
-    }
-    row = {
-        "variant": sample.variant,
-        "pair": sample.pair,
-        "outcome": measurement.outcome,
-        "source": variant.source,
-        "stored_dtype": variant.dtype,
-        "files": variant.files,
-        "bytes": variant.total_bytes,
-        **{name: getattr(measurement, name) for name in (*_ASKED, *QUANTITIES, "peak_file_bytes")},
-        "cache": measurement.cache.asked,
-        "cache_proven": measurement.cache.proven,
-        **clocked,
-        "cpu": environment.cpu,
-        "cores": environment.cores,
-    }
-    return row | {name: version for name, version in environment.versions.items() if name not in row}

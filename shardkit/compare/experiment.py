@@ -18,7 +18,8 @@ from shardkit.base.errors import (
 from shardkit.base.jobs import Crew, worker_count
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.compare.comparison import ORIGINAL, SHARDED, Comparison, Sample, Variant
+from shardkit.compare.comparison import Comparison
+from shardkit.compare.variant import ORIGINAL, SHARDED, Sample, Variant
 from shardkit.measure.launch import check_load, measure_load
 from shardkit.shard.verify import compare_tensors
 

@@ -15,7 +15,8 @@ from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.measure.launch import measure_load
 from shardkit.measure.limit import why_unlimited
-from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement, format_seconds
+from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement
+from shardkit.measure.quantities import format_seconds
 
 TOLERANCE = 0.05
 _FINEST, _SMALLEST_LIMIT = 0.01, 1_000_000

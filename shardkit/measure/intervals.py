@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
-Conclusion = Literal["less", "more", "same", "undecided"]
+Conclusion = Literal["less", "more", "same", "inconclusive"]
 
 _RESAMPLES = 10_000
 _MOST_REPEATS = 200
@@ -62,13 +62,13 @@ def conclude(interval: Interval, margin: float) -> Conclusion:
     nobody can tell yet.
     """
     if interval.low is None or interval.high is None:
-        return "undecided"
+        return "inconclusive"
     if interval.high < 1 / (1 + margin):
         return "less"
     if interval.low > 1 + margin:
         return "more"
     inside = 1 / (1 + margin) <= interval.low and interval.high <= 1 + margin
-    return "same" if inside else "undecided"
+    return "same" if inside else "inconclusive"
 
 
 def repeats_to_decide(first: Sequence[float], second: Sequence[float], margin: float) -> int | None:

@@ -10,20 +10,15 @@ from shardkit.base.record import Record, Summary, Table, listed
 from shardkit.base.sizes import format_size
 from shardkit.measure.environment import Environment
 from shardkit.measure.page_cache import CacheState
+from shardkit.measure.quantities import NOT_REPORTED, QUANTITIES, format_seconds
 
 Outcome = Literal["ok", "failed", "killed", "timeout"]
 
 LOAD = "load"
 FIRST_TOKEN = "first token"  # noqa: S105 - a phase, not a password
 
-NOT_REPORTED = "not reported by this system"
-
 _AHEAD = " (files were read ahead before it: compare times from process start)"
-_PEAKS = {
-    "peak_anonymous_bytes": "peak anonymous",
-    "peak_file_bytes": "peak file-backed",
-    "peak_total_bytes": "peak total",
-}
+_PEAKS = ("peak_anonymous_bytes", "peak_file_bytes", "peak_total_bytes")
 _UNMEASURED_DEVICES = ("mps", "xpu", "npu", "hpu")
 _LONG_GAP_SECONDS = 0.1
 # A spike of this length is meant to be seen.
@@ -248,19 +243,24 @@ class LoadMeasurement(Record):
             return {}
         # Of a process that could not be sampled only the kernel's own peak is known, and a note says why.
         seen = self.curve.profiler_seconds or self.curve.seconds
-        missing = {name: words for name, words in _PEAKS.items() if seen and getattr(self, name) is None}
+        missing = {name: QUANTITIES[name].label for name in _PEAKS if seen and getattr(self, name) is None}
         if (load := self.phase(LOAD)) and load.read_bytes is None:
             missing["read_bytes"] = "bytes read from the disk"
         if self.peak_device_bytes is None and self.device.partition(":")[0] in _UNMEASURED_DEVICES:
-            missing["peak_device_bytes"] = "peak GPU"
+            missing["peak_device_bytes"] = QUANTITIES["peak_device_bytes"].label
         return missing
 
     def summary(self) -> Summary:
         """Return outcome, times and peaks, phase by phase."""
         gap = self.sampler.longest_gap_seconds or 0.0
         unseen = f"; spikes under {format_seconds(gap)} may be missing" if gap > _SPIKE_SECONDS else ""
-        on_gpu = f"{_size(self.peak_device_bytes)} (allocated by torch, without what CUDA itself takes)"
-        total_by = "the kernel's own figure" if self.peak_is_kernels else "as sampled"
+        peaks = {
+            "peak_anonymous_bytes": f"cannot be evicted{unseen}",
+            "peak_file_bytes": "pages that the kernel may drop",
+            "peak_total_bytes": "the kernel's own figure" if self.peak_is_kernels else "as sampled",
+        }
+        if self.peak_device_bytes is not None:
+            peaks["peak_device_bytes"] = "allocated by torch, without what CUDA itself takes"
         facts = (
             ("source", self.source),
             ("requested", self.asked_for()),
@@ -268,10 +268,7 @@ class LoadMeasurement(Record):
             ("load", self.time_line() + (_AHEAD if self.prefetch else "")),
             ("time to first token", format_seconds(self.time_to_first_token_seconds)),
             ("from process start", format_seconds(self.start_to_first_token_seconds)),
-            ("peak anonymous", self._peak("peak_anonymous_bytes", f"cannot be evicted{unseen}")),
-            ("peak file-backed", self._peak("peak_file_bytes", "pages that the kernel may drop")),
-            ("peak total", self._peak("peak_total_bytes", total_by)),
-            *((("peak GPU", on_gpu),) if self.peak_device_bytes is not None else ()),
+            *((QUANTITIES[name].label, self._peak(name, meaning)) for name, meaning in peaks.items()),
             ("page cache", f"{self.cache.asked}, {'proven' if self.cache.proven else 'not proven'}"),
             ("stack", self.stack()),
             ("machine", str(self.environment)),
@@ -326,17 +323,6 @@ class LoadMeasurement(Record):
         if gap is not None and gap > _LONG_GAP_SECONDS:
             notes.append("memory was not seen for more than 100 ms at a time: a short peak may be missing")
         return tuple(notes)
-
-
-def format_seconds(seconds: float | None) -> str:
-    """Return a time as people read it: ``2.31 s``, ``345 ms``, ``2 min 5 s``."""
-    if seconds is None:
-        return "-"
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.3g} ms"
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    return f"{round(seconds) // 60} min {round(seconds) % 60} s"
 
 
 def _size(number: int | None) -> str:

@@ -1,30 +1,109 @@
-"""One quantity of two variants: which there are, what their ratio says, and how people read it."""
+"""The figures of a load that are compared and shown: one table, and what the ratio of two says.
+
+A new figure is a property of `LoadMeasurement` and a line of the table.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import geometric_mean
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from shardkit.base.sizes import format_size
-from shardkit.measure.intervals import Conclusion
-from shardkit.measure.measurement import format_seconds
+from shardkit.measure.intervals import Conclusion, conclude, paired_interval, repeats_to_decide
 
-# A property of LoadMeasurement: what people call it, and the words for less and more of it.
-QUANTITIES = {
-    "load_wall_seconds": ("load time", "faster", "slower"),
-    "load_cpu_seconds": ("load CPU time", "less", "more"),
-    "time_to_first_token_seconds": ("time to first token", "faster", "slower"),
-    "start_to_load_seconds": ("load from process start", "faster", "slower"),
-    "start_to_first_token_seconds": ("first token from process start", "faster", "slower"),
-    "process_cpu_seconds": ("CPU time from process start", "less", "more"),
-    "peak_anonymous_bytes": ("peak anonymous", "smaller", "larger"),
-    "peak_total_bytes": ("peak total", "smaller", "larger"),
-    "peak_device_bytes": ("peak GPU", "smaller", "larger"),
-}
+if TYPE_CHECKING:
+    from shardkit.measure.measurement import LoadMeasurement
+
+NOT_REPORTED = "not reported by this system"
+
+Unit = Literal["seconds", "bytes"]
+Role = Literal["main", "drawn", "listed"]
 
 
-def format_quantity(quantity: str, value: float) -> str:
-    """Return a value of one of `QUANTITIES` as people read it."""
-    return format_size(value) if quantity.endswith("_bytes") else format_seconds(value)
+@dataclass(frozen=True)
+class Quantity:
+    """One figure of a load.
+
+    Attributes
+    ----------
+    name
+        The property of `LoadMeasurement` that holds it.
+    label, less, more
+        What people call it, and less and more of it.
+    plain, ahead
+        Its place in a comparison of plain loads, and in one where a variant works before its load does:
+        "main" (verdict, picture and tables), "drawn" (picture and tables, where it is known), "listed"
+        (tables alone); None leaves it out.
+    is_of_token
+        Whether only a load that is followed by a first token has it.
+    """
+
+    name: str
+    label: str
+    unit: Unit
+    less: str = "less"
+    more: str = "more"
+    plain: Role | None = None
+    ahead: Role | None = None
+    is_of_token: bool = False
+
+    def of(self, measurement: LoadMeasurement) -> float | None:
+        """Return the value that one load has; None if unknown."""
+        value: float | None = getattr(measurement, self.name)
+        return value
+
+    def format(self, value: float | None) -> str:
+        """Return a value as people read it."""
+        if value is None:
+            return "-"
+        return format_size(value) if self.unit == "bytes" else format_seconds(value)
+
+
+_WALL: dict[str, Any] = {"unit": "seconds", "less": "faster", "more": "slower"}
+_PEAK: dict[str, Any] = {"unit": "bytes", "less": "smaller", "more": "larger"}
+_TABLE = (
+    Quantity("load_wall_seconds", "load time", **_WALL, plain="main"),
+    Quantity("load_cpu_seconds", "load CPU time", "seconds", plain="listed"),
+    Quantity("time_to_first_token_seconds", "time to first token", **_WALL, plain="main", is_of_token=True),
+    # Where reading begins before the load does, only what counts from process start counts all of it.
+    Quantity("start_to_load_seconds", "load from process start", **_WALL, ahead="main"),
+    Quantity(
+        "start_to_first_token_seconds",
+        "first token from process start",
+        **_WALL,
+        plain="listed",
+        ahead="main",
+        is_of_token=True,
+    ),
+    Quantity(
+        "process_cpu_seconds", "CPU time from process start", "seconds", ahead="listed", is_of_token=True
+    ),
+    Quantity("peak_anonymous_bytes", "peak anonymous", **_PEAK, plain="main", ahead="main"),
+    Quantity("peak_total_bytes", "peak total", **_PEAK, plain="drawn", ahead="drawn"),
+    Quantity("peak_device_bytes", "peak GPU", **_PEAK, plain="drawn", ahead="drawn"),
+    Quantity("peak_file_bytes", "peak file-backed", **_PEAK),
+)
+QUANTITIES = {quantity.name: quantity for quantity in _TABLE}
+
+
+def compared(ahead: bool, *roles: Role) -> tuple[Quantity, ...]:
+    """Return what is compared, in these roles (in any): of plain loads, or where a variant works ahead."""
+    places = ((quantity, quantity.ahead if ahead else quantity.plain) for quantity in _TABLE)
+    return tuple(quantity for quantity, role in places if role in (roles or ("main", "drawn", "listed")))
+
+
+def why_missing(runs: Sequence[LoadMeasurement], quantity: Quantity) -> str:
+    """Return why no load that succeeded has a value of a quantity; "" if one has, or none needs any."""
+    values = [quantity.of(run) for run in runs]
+    if not runs or any(values):
+        return ""
+    if any(quantity.name in run.unreported() for run in runs):
+        return NOT_REPORTED
+    if 0 in values:
+        return "too small to be measured"
+    return "not measured" if quantity.is_of_token and any(run.generate for run in runs) else ""
 
 
 @dataclass(frozen=True)
@@ -41,9 +120,9 @@ class Ratio:
         ``other / original``, which is the geometric mean of the pairs' ratios too, and its 95 % interval
         (None with fewer than two pairs).
     conclusion
-        "less", "more", "same" (within `margin`) or "undecided".
+        "less", "more", "same" (within `margin`) or "inconclusive".
     repeats_to_decide
-        If undecided: about how many repeats would decide; None if more than 200.
+        If inconclusive: about how many repeats would decide; None if more than 200.
     """
 
     quantity: str
@@ -56,22 +135,50 @@ class Ratio:
     margin: float
     repeats_to_decide: int | None
 
+    @classmethod
+    def of_pairs(
+        cls, quantity: Quantity, first: Sequence[float], second: Sequence[float], margin: float, seed: int
+    ) -> Self:
+        """Return the ratio of paired values, its bootstrap seeded."""
+        interval = paired_interval(first, second, seed)
+        return cls(
+            quantity=quantity.name,
+            original=geometric_mean(first),
+            other=geometric_mean(second),
+            **vars(interval),
+            conclusion=conclude(interval, margin),
+            margin=margin,
+            repeats_to_decide=repeats_to_decide(first, second, margin),
+        )
+
     def words(self) -> str:
         """Return the verdict: ``3.61x faster (3.1x to 4.2x)``."""
-        _, less, more = QUANTITIES[self.quantity]
+        quantity = QUANTITIES[self.quantity]
         if self.low is None or self.high is None:
             return f"inconclusive: {self.ratio:.3g}x in a single pair"
         if self.conclusion == "same":
             return f"no difference within ±{100 * self.margin:.3g} %"
         if self.conclusion == "less":
-            return f"{1 / self.ratio:.3g}x {less} ({1 / self.high:.3g}x to {1 / self.low:.3g}x)"
+            return f"{1 / self.ratio:.3g}x {quantity.less} ({1 / self.high:.3g}x to {1 / self.low:.3g}x)"
         if self.conclusion == "more":
-            return f"{self.ratio:.3g}x {more} ({self.low:.3g}x to {self.high:.3g}x)"
+            return f"{self.ratio:.3g}x {quantity.more} ({self.low:.3g}x to {self.high:.3g}x)"
         count = self.repeats_to_decide
         enough = f"about {count} repeats would decide" if count else "more than 200 repeats would be needed"
         return f"inconclusive ({self.low:.3g}x to {self.high:.3g}x): {enough}"
 
     def row(self) -> tuple[str, ...]:
         """Return what it is, both means, their ratio and the verdict, as people read them."""
-        means = (format_quantity(self.quantity, value) for value in (self.original, self.other))
-        return QUANTITIES[self.quantity][0], *means, f"{self.ratio:.3g}x", self.words()
+        quantity = QUANTITIES[self.quantity]
+        means = map(quantity.format, (self.original, self.other))
+        return quantity.label, *means, f"{self.ratio:.3g}x", self.words()
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Return a time as people read it: ``2.31 s``, ``345 ms``, ``2 min 5 s``."""
+    if seconds is None:
+        return "-"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.3g} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    return f"{round(seconds) // 60} min {round(seconds) % 60} s"

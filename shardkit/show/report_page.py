@@ -1,17 +1,21 @@
-"""A comparison as one HTML page: figures, pictures, raw samples, and the result itself, in a single file."""
+"""Runs as one HTML page: summary, picture, every run, and the result itself as data, in a single file."""
 
 from __future__ import annotations
 
 import base64
 import json
+import re
+from collections.abc import Iterable
 from html import escape
+from typing import Any
 
-from shardkit.base.record import Table
-from shardkit.base.sizes import format_size
-from shardkit.compare.comparison import CARRIED_IN, Comparison
-from shardkit.measure.measurement import format_seconds
-from shardkit.measure.quantities import QUANTITIES
-from shardkit.show.plots import comparison_png, describe_memory
+from shardkit.base.record import Summary, Table
+from shardkit.measure.measurement import LoadMeasurement
+from shardkit.show.plots import comparison_png
+from shardkit.show.runs import Runs
+
+CARRIED_IN = '<script type="application/json" id="shardkit-comparison">'
+_CARRIED = re.compile(re.escape(CARRIED_IN) + "(.*?)</script>", re.DOTALL)
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -22,50 +26,65 @@ summary { cursor: pointer; margin: .8em 0; }
 """
 
 
-def comparison_card(comparison: Comparison) -> str:
-    """Return the page. What it shows is escaped; what it carries, `Comparison.load` reads back."""
+def result_page(
+    runs: Runs,
+    summary: Summary,
+    every_run: Iterable[tuple[str, int | None, LoadMeasurement]],
+    data: dict[str, Any],
+) -> str:
+    """Return the page. What it shows is escaped; what it carries, `carried` gives back.
+
+    Parameters
+    ----------
+    runs
+        What the picture shows.
+    every_run
+        Variant, number of its pair (None for a warm-up), and measurement.
+    data
+        What the page carries, ready for JSON.
+    """
     # A "<" in a name could end the element that carries it.
-    carried = json.dumps(comparison.to_dict()).replace("<", "\\u003c")
-    picture = base64.b64encode(comparison_png(comparison)).decode()
+    text = json.dumps(data).replace("<", "\\u003c")
+    picture = base64.b64encode(comparison_png(runs)).decode()
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>shardkit: {escape(" and ".join(comparison.names))}</title>
+<title>shardkit: {escape(" and ".join(runs.names))}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
-{comparison.summary().html()}
-<p><img alt="{escape(alternative(comparison))}" src="data:image/png;base64,{picture}"></p>
-<details><summary>Every run</summary><div class="shardkit">{_runs(comparison).html()}</div></details>
-{CARRIED_IN}{carried}</script>
+{summary.html()}
+<p><img alt="{escape(alternative(runs))}" src="data:image/png;base64,{picture}"></p>
+<details><summary>Every run</summary><div class="shardkit">{_table(runs, every_run).html()}</div></details>
+{CARRIED_IN}{text}</script>
 </body>
 </html>
 """
 
 
-def alternative(comparison: Comparison) -> str:
+def carried(page: str) -> str | None:
+    """Return the JSON that a page carries; None if the text is no such page."""
+    return found.group(1) if (found := _CARRIED.search(page)) else None
+
+
+def alternative(runs: Runs) -> str:
     """Return the words that stand for the picture."""
-    return f"Wall times and peaks as in the table above, and memory over time: {describe_memory(comparison)}"
+    return f"Wall times and peaks as in the table above, and memory over time: {runs.describe_memory()}"
 
 
-def _runs(comparison: Comparison) -> Table:
-    rows = []
-    for sample in (*comparison.warm_ups, *comparison.samples):
-        m = sample.measurement
-        peaks = (m.peak_anonymous_bytes, m.peak_total_bytes)
-        times = [getattr(m, quantity) for quantity in comparison.times]
-        rows.append(
-            (
-                sample.variant,
-                "warm-up" if sample.pair is None else str(sample.pair + 1),
-                *map(format_seconds, times),
-                *("-" if peak is None else format_size(peak) for peak in peaks),
-                f"{m.cache.asked}, {'proven' if m.cache.proven else 'not proven'}",
-                f"{m.outcome}: {m.reason}" if m.reason else m.outcome,
-            )
+def _table(runs: Runs, every_run: Iterable[tuple[str, int | None, LoadMeasurement]]) -> Table:
+    quantities = runs.drawn()
+    rows = [
+        (
+            variant,
+            "warm-up" if pair is None else str(pair + 1),
+            *(quantity.format(quantity.of(run)) for quantity in quantities),
+            f"{run.cache.asked}, {'proven' if run.cache.proven else 'not proven'}",
+            f"{run.outcome}: {run.reason}" if run.reason else run.outcome,
         )
-    load, token = (QUANTITIES[quantity][0] for quantity in comparison.times)
-    columns = ("variant", "pair", load, token, "peak anonymous", "peak total", "page cache", "outcome")
-    return Table(columns, tuple(rows))
+        for variant, pair, run in every_run
+    ]
+    labels = (quantity.label for quantity in quantities)
+    return Table(("variant", "pair", *labels, "page cache", "outcome"), tuple(rows))

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shardkit.compare.experiment import Comparison, compare_loads
+from shardkit.compare.comparison import Comparison
+from shardkit.compare.experiment import compare_loads
 from shardkit.demo import make_demo_checkpoint
 from shardkit.measure.launch import WORKER
 from tests.torture.bench import Fault, Finding, Kind, Most, Place, Seen

@@ -70,7 +70,7 @@ def slow_disk(monkeypatch):
 def instant_loads(monkeypatch):
     """Loads that never happened, and what was asked of them."""
     asked = []
-    monkeypatch.setattr(compare, "measure_load", lambda *_, **how: asked.append(how) or fake_load())
+    monkeypatch.setattr(compare, "run_load", lambda _, spec, **__: asked.append(spec) or fake_load())
     return asked
 
 
@@ -468,9 +468,7 @@ class TestCompare:
         app._compare._picture.observe(lambda change: seen.append(change["new"]), "value")
         comparison = app.run_all()
         assert len(instant_loads) == 6
-        assert {(how["cache"], how["dtype"], how["generate"]) for how in instant_loads} == {
-            ("warm", "float16", 1)
-        }
+        assert {(how.cache, how.dtype, how.generate) for how in instant_loads} == {("warm", "float16", 1)}
         assert len([shown for shown in seen if shown.startswith("<img")]) >= 6
         said = html(app)
         assert comparison.verdict in said
@@ -484,7 +482,7 @@ class TestCompare:
     @pytest.mark.parametrize("trusted", [True, False])
     def test_code_of_the_checkpoint_runs_where_its_box_is_ticked(self, demo, instant_loads, trusted):
         ShardApp(demo, repeats=1, trust_remote_code=trusted).run_all()
-        assert {str(how["options"]) for how in instant_loads} == {
+        assert {str(how.options) for how in instant_loads} == {
             "{'trust_remote_code': True}" if trusted else "{}"
         }
 
@@ -542,7 +540,7 @@ class TestCompare:
             time.sleep(0.05)
             return fake_load()
 
-        monkeypatch.setattr(compare, "measure_load", measure)
+        monkeypatch.setattr(compare, "run_load", measure)
         app = opened(demo, repeats=20)
         button(app, "Shard").click()
         assert app.wait(PATIENCE)
@@ -576,7 +574,7 @@ class TestBatch:
         app.run_all()
         assert (app.plan.max_shard_size, size.index) == (size.value, 1)
         assert app.report.destination.endswith("/own")
-        assert {how["dtype"] for how in instant_loads} == {"float32"}
+        assert {how.dtype for how in instant_loads} == {"float32"}
 
     def test_failing_step_raises(self, demo, instant_loads):
         Path("out").mkdir()

@@ -419,11 +419,11 @@ class TestExperiment:
     def test_variants_take_turns_and_progress_counts_up_to_the_end(self, variants, monkeypatch):
         order, told = [], []
 
-        def measure(folder, **_):
+        def measure(folder, *_, **__):
             order.append("A" if folder == str(variants[0]) else "B")
             return fake_load()
 
-        monkeypatch.setattr(compare, "measure_load", measure)
+        monkeypatch.setattr(compare, "run_load", measure)
         comparison = compare_loads(*variants, repeats=4, progress=lambda *now: told.append(now))
         assert "".join(order) == "AB" + "ABBA" * 2
         assert [now[0] for now in told] == list(range(11))
@@ -435,11 +435,11 @@ class TestExperiment:
     def test_more_variants_are_each_compared_with_the_original(self, variants, monkeypatch):
         seen, partial = [], []
 
-        def measure(_, *, prefetch, **__):
-            seen.append(prefetch)
-            return fake_load(wall=1.0 if prefetch else 2.0)
+        def measure(_, spec, **__):
+            seen.append(spec.prefetch)
+            return fake_load(wall=1.0 if spec.prefetch else 2.0)
 
-        monkeypatch.setattr(compare, "measure_load", measure)
+        monkeypatch.setattr(compare, "run_load", measure)
         others = {"prefetched": {"prefetch": True}}
         found = compare_loads(*variants, repeats=3, others=others, on_sample=partial.append)
         assert found.names == ("original", "sharded", "prefetched")
@@ -455,19 +455,19 @@ class TestExperiment:
     @pytest.mark.parametrize(
         ("others", "says"),
         [
-            ({"x": {"colour": "red"}}, "variant 'x': colour is no argument"),
-            ({"x": {"dtype": "int7"}}, "variant 'x': dtype is 'int7'"),
-            ({"x": {"memory_limit": "bad"}}, "variant 'x': 'bad' is not a size"),
+            ({"x": {"colour": "red"}}, "variant 'x': colour is not an argument"),
+            ({"x": {"dtype": "int7"}}, "variant 'x': dtype: 'int7'"),
+            ({"x": {"memory_limit": "bad"}}, "variant 'x': memory_limit: 'bad' is not a size"),
             ({"original": {"prefetch": True}}, "is named 'original'"),
             ({5: {}}, "is named 5"),
-            ({"x": None}, "others is"),
-            (["x"], "others is"),
+            ({"x": None}, "others: "),
+            (["x"], "others: "),
         ],
     )
     def test_variants_that_make_no_sense_are_refused_before_any_load(
         self, variants, monkeypatch, others, says
     ):
-        monkeypatch.setattr(compare, "measure_load", lambda *_, **__: pytest.fail("a load was run"))
+        monkeypatch.setattr(compare, "run_load", lambda *_, **__: pytest.fail("a load was run"))
         with pytest.raises(MeasurementError, match=says):
             compare_loads(*variants, others=others)
 
@@ -481,20 +481,20 @@ class TestExperiment:
             weights.write_bytes(data if same_size else data + b"x")
             return fake_load()
 
-        monkeypatch.setattr(compare, "measure_load", measure)
+        monkeypatch.setattr(compare, "run_load", measure)
         assert "the files of sharded changed" in str(compare_loads(variants[0], sharded, repeats=1))
-        monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())
+        monkeypatch.setattr(compare, "run_load", lambda *_, **__: fake_load())
         assert "changed" not in str(compare_loads(*variants, repeats=1))
 
     def test_variant_that_vanishes_keeps_what_was_measured_before(self, variants, monkeypatch):
         runs = [fake_load()] * 4
 
-        def measure(folder, **_):
+        def measure(folder, *_, **__):
             if not runs:
                 raise CheckpointError("no weights", file=folder)
             return runs.pop()
 
-        monkeypatch.setattr(compare, "measure_load", measure)
+        monkeypatch.setattr(compare, "run_load", measure)
         found = compare_loads(*variants, repeats=5)
         assert len(found.samples) == 2
         assert "ended before its time: " in str(found)
@@ -532,24 +532,24 @@ class TestExperiment:
         assert len(compare._sample_of(Checkpoint.open(variants[0]))) == 1
 
     def test_verdict_on_the_way_knows_what_has_loaded(self, variants, monkeypatch):
-        monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())
+        monkeypatch.setattr(compare, "run_load", lambda *_, **__: fake_load())
         verdicts = []
         compare_loads(*variants, repeats=2, on_sample=lambda found: verdicts.append(found.verdict))
         assert not any("does not load" in verdict for verdict in verdicts)
 
     def test_a_cast_is_the_same_model_whichever_comes_first(self, variants, tmp_path, monkeypatch):
-        monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())
+        monkeypatch.setattr(compare, "run_load", lambda *_, **__: fake_load())
         shard_checkpoint(variants[0], tmp_path / "cast", dtype="float16", allow_overflow=True)
         assert compare_loads(variants[0], tmp_path / "cast", repeats=1).samples
         assert compare_loads(tmp_path / "cast", variants[0], repeats=1).samples
 
     def test_progress_that_says_no_stops_it(self, variants, monkeypatch):
-        monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())
+        monkeypatch.setattr(compare, "run_load", lambda *_, **__: fake_load())
         with pytest.raises(Cancelled, match="after 3 of 12 runs"):
             compare_loads(*variants, progress=lambda done, *_: done < 3)
 
     def test_other_model_is_refused_unless_told(self, variants, tmp_path, monkeypatch):
-        monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load())
+        monkeypatch.setattr(compare, "run_load", lambda *_, **__: fake_load())
         make_demo_checkpoint(tmp_path / "other", size="7MB")
         with pytest.raises(ShardkitError, match=r"not the same model: \d+ tensors"):
             compare_loads(variants[0], tmp_path / "other")
@@ -557,7 +557,7 @@ class TestExperiment:
         assert "not required to hold the same model" in str(allowed)
 
     def test_what_neither_variant_loads_is_tried_once(self, variants, monkeypatch):
-        monkeypatch.setattr(compare, "measure_load", lambda *_, **__: fake_load(outcome="failed"))
+        monkeypatch.setattr(compare, "run_load", lambda *_, **__: fake_load(outcome="failed"))
         comparison = compare_loads(*variants)
         assert len(comparison.warm_ups) == 2
         assert comparison.samples == ()
@@ -569,8 +569,8 @@ class TestExperiment:
     def test_a_variant_that_fails_twice_is_not_run_again(self, variants, monkeypatch):
         monkeypatch.setattr(
             compare,
-            "measure_load",
-            lambda folder, **_: fake_load(outcome="killed" if folder == str(variants[0]) else "ok"),
+            "run_load",
+            lambda folder, *_, **__: fake_load(outcome="killed" if folder == str(variants[0]) else "ok"),
         )
         found = compare_loads(*variants, repeats=4)
         assert [

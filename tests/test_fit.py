@@ -115,51 +115,53 @@ def test_load_that_fails_anyway_is_refused(demo):
 
 @pytest.mark.parametrize("tolerance", [0, -0.05, 1e-9, float("nan"), float("inf"), "x"])
 def test_tolerance_that_nobody_can_reach_is_refused_before_any_load(demo, monkeypatch, tolerance):
-    monkeypatch.setattr(fit, "measure_load", lambda *_, **__: pytest.fail("a load was run"))
+    monkeypatch.setattr(fit, "run_load", lambda *_, **__: pytest.fail("a load was run"))
     with pytest.raises(MeasurementError, match="tolerance is"):
         minimum_memory(demo, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("lives", [True, False])
 def test_limit_that_decides_nothing_is_an_error_with_how_loads_ended(demo, monkeypatch, lives):
-    def measure(*_, memory_limit=None, **__):
-        return fake_load(outcome="ok" if lives or memory_limit is None else "killed")
+    def measure(_, spec):
+        return fake_load(outcome="ok" if lives or spec.memory_limit is None else "killed")
 
     monkeypatch.setattr(fit, "why_unlimited", lambda: None)
-    monkeypatch.setattr(fit, "measure_load", measure)
+    monkeypatch.setattr(fit, "run_load", measure)
     with pytest.raises(MeasurementError, match=r"no smallest memory limit .* ended as (ok|killed)"):
         minimum_memory(demo)
 
 
 def test_what_weakens_the_load_without_a_limit_is_told(demo, monkeypatch):
-    def measure(*_, memory_limit=10**9, **__):
-        return fake_load(outcome="ok" if memory_limit > 300 * MB else "killed", notes=("made at random",))
+    def measure(_, spec):
+        return fake_load(
+            outcome="ok" if (spec.memory_limit or 10**9) > 300 * MB else "killed", notes=("made at random",)
+        )
 
     monkeypatch.setattr(fit, "why_unlimited", lambda: None)
-    monkeypatch.setattr(fit, "measure_load", measure)
+    monkeypatch.setattr(fit, "run_load", measure)
     assert "! made at random" in str(minimum_memory(demo))
 
 
 def test_options_go_with_every_load(demo, monkeypatch):
     seen = []
 
-    def measure(*_, memory_limit=10**9, options, **__):
-        seen.append(options)
-        return fake_load(outcome="ok" if memory_limit > 300 * MB else "killed")
+    def measure(_, spec):
+        seen.append(spec.options)
+        return fake_load(outcome="ok" if (spec.memory_limit or 10**9) > 300 * MB else "killed")
 
     monkeypatch.setattr(fit, "why_unlimited", lambda: None)
-    monkeypatch.setattr(fit, "measure_load", measure)
+    monkeypatch.setattr(fit, "run_load", measure)
     floor = minimum_memory(demo, options={"trust_remote_code": True})
     assert seen == [{"trust_remote_code": True}] * (1 + len(floor.runs))
 
 
 def test_model_without_a_first_token_is_not_said_to_need_memory_for_it(demo, monkeypatch):
-    def measure(*_, memory_limit=10**9, **__):
-        run = fake_load(outcome="ok" if memory_limit > 300 * MB else "killed")
+    def measure(_, spec):
+        run = fake_load(outcome="ok" if (spec.memory_limit or 10**9) > 300 * MB else "killed")
         return dataclasses.replace(run, phases=run.phases[:2])
 
     monkeypatch.setattr(fit, "why_unlimited", lambda: None)
-    monkeypatch.setattr(fit, "measure_load", measure)
+    monkeypatch.setattr(fit, "run_load", measure)
     floor = minimum_memory(demo)
     assert not floor.has_first_token
     assert dict(floor.summary().facts)["to the first token"] == "not reached without a limit either"

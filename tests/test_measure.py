@@ -490,9 +490,9 @@ class TestBadEnds:
         for value in (object(), {1, 2}, b"x", float("nan"), OrderedDict(a=1), ast.Load):
             with pytest.raises(MeasurementError, match=r"'device_map' is .* give text"):
                 measure_load(demo, options={"device_map": value})
-        with pytest.raises(MeasurementError, match="option 5 is"):
+        with pytest.raises(MeasurementError, match="options: 5 is"):
             measure_load(demo, options={5: 1})
-        with pytest.raises(MeasurementError, match="options is"):
+        with pytest.raises(MeasurementError, match=r"options: \['x'\]: give"):
             measure_load(demo, options=["x"])
         with pytest.raises(CheckpointError, match="neither a folder nor a file here"):
             measure_load(tmp_path / "nowhere")

@@ -9,6 +9,8 @@ import matplotlib as mpl
 import pandas as pd
 import pytest
 
+from shardkit.checkpoint.parts import kind_of
+
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt

@@ -85,15 +85,9 @@ class ShardApp:
         from shardkit.app.plan_step import Plan
         from shardkit.app.shard_step import Shard
 
-        check_values({"strategy": strategy, "cache": cache, "repeats": repeats})
-        switches = {
-            "overwrite": overwrite,
-            "first_token": first_token,
-            "trust_remote_code": trust_remote_code,
-        }
-        check_values(switches)
-        if dtype is not None:
-            check_values({"dtype": dtype})
+        settings = {"strategy": strategy, "cache": cache, "repeats": repeats, "overwrite": overwrite}
+        settings |= {"first_token": first_token, "trust_remote_code": trust_remote_code}
+        check_values(settings if dtype is None else settings | {"dtype": dtype})
         limit = None if memory_limit is None else parse_size(memory_limit)
         size = None if max_shard_size is None else parse_size(max_shard_size)
         self._choose = Choose(_path("source", source))

@@ -6,13 +6,13 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from shardkit.base.errors import (
     Cancelled,
     CheckpointError,
     MeasurementError,
-    MissingPackageError,
     ShardkitError,
 )
 from shardkit.base.jobs import Crew, worker_count
@@ -20,7 +20,9 @@ from shardkit.base.record import listed, plural
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.compare.comparison import Comparison
 from shardkit.compare.variant import ORIGINAL, SHARDED, Sample, Variant
-from shardkit.measure.launch import check_load, measure_load
+from shardkit.measure.launch import run_load
+from shardkit.measure.measurement import LoadMeasurement
+from shardkit.measure.spec import LoadSpec, Rule, check, whole_number
 from shardkit.shard.verify import compare_tensors
 
 _ProgressCallback = Callable[[int, int, str], bool | None]
@@ -90,32 +92,26 @@ def compare_loads(
     Cancelled
         If `progress` or `stop` asked for it.
     """
-    _check_experiment(repeats, margin, seed, others or {})
-    common = {
-        "dtype": dtype,
-        "device": device,
-        "cache": cache,
-        "generate": generate,
-        "prefetch": prefetch,
-        "memory_limit": memory_limit,
-        "python": python,
-        "timeout": timeout,
-        "options": options or {},
-    }
+    check({"repeats": repeats, "margin": margin, "seed": seed, "others": others or {}}, _RULES)
+    common = LoadSpec(dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options or {})
     wanted = {ORIGINAL: {"source": original}, SHARDED: {"source": sharded}, **(others or {})}
-    asked = {name: _options(name, common, changes) for name, changes in wanted.items()}
+    specs = {name: _spec(name, common, changes) for name, changes in wanted.items()}
     sources = {name: changes.get("source", sharded) for name, changes in wanted.items()}
     opened = {name: Checkpoint.open(source, download=True) for name, source in sources.items()}
     if same_model:
         for name in [*opened][1:]:
             _require_same_model(opened[ORIGINAL], opened[name])
-    variants = tuple(_variant(name, checkpoint, asked[name]) for name, checkpoint in opened.items())
+    variants = tuple(
+        Variant(name, c.source, len(c.files), c.total_bytes, c.dtypes, specs[name].arguments())
+        for name, c in opened.items()
+    )
     notes = () if same_model else ("the variants were not required to hold the same model",)
     found = Comparison(variants, margin, seed, (), (), notes)
     # A model of the Hub is loaded from where it was downloaded to, and shown by its id.
     paths = {name: c.source if os.path.exists(c.source) else c.folder for name, c in opened.items()}
+    loads = {name: partial(run_load, path, specs[name], stop=stop) for name, path in paths.items()}
     try:
-        for sample in _run_all(variants, paths, repeats, progress, stop):
+        for sample in _run_all(loads, repeats, progress):
             if sample.pair is None:
                 found = replace(found, warm_ups=(*found.warm_ups, sample))
             else:
@@ -134,66 +130,57 @@ def compare_loads(
     return replace(found, notes=(*found.notes, *changed))
 
 
-def _check_experiment(repeats: object, margin: object, seed: object, others: object) -> None:
-    if type(repeats) is not int or repeats < 1:
-        raise MeasurementError(f"repeats is {repeats!r}: give a number of pairs")
-    if not (isinstance(margin, (int, float)) and 0 < margin < math.inf):
-        raise MeasurementError(f"margin is {margin!r}: give a share above zero, 0.05 for 5 %")
-    if type(seed) is not int or seed < 0:
-        raise MeasurementError(f"seed is {seed!r}: give a whole number, 0 or above")
-    if not isinstance(others, Mapping) or not all(
-        isinstance(variant, Mapping) for variant in others.values()
-    ):
-        raise MeasurementError(f"others is {others!r}: give arguments by name, for each variant by its name")
+def _is_margin(value: object) -> None:
+    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        raise MeasurementError(f"{value!r} is not a share above zero: give 0.05 for 5 %")
+
+
+def _are_variants(others: object) -> None:
+    if not isinstance(others, Mapping) or not all(isinstance(one, Mapping) for one in others.values()):
+        raise MeasurementError(f"{others!r}: give arguments by name, for each variant by its name")
     for name in others:
         if not isinstance(name, str) or not name or name in (ORIGINAL, SHARDED):
             raise MeasurementError(
-                f"a variant of others is named {name!r}: give a text other than {ORIGINAL} and {SHARDED}"
+                f"a variant is named {name!r}: give a text other than {ORIGINAL} and {SHARDED}"
             )
 
 
-def _options(name: str, common: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a variant's loads, checked before anything is opened."""
+_RULES: dict[str, Rule] = {
+    "repeats": whole_number(1),
+    "margin": _is_margin,
+    "seed": whole_number(0),
+    "others": _are_variants,
+}
+
+
+def _spec(name: str, common: LoadSpec, changes: Mapping[str, Any]) -> LoadSpec:
     own = {key: value for key, value in changes.items() if key != "source"}
-    if unknown := sorted(map(str, own.keys() - common.keys())):
-        raise MeasurementError(f"variant {name!r}: {listed(unknown)} is no argument of measure_load")
-    options = {**common, **own}
+    if unknown := sorted(map(str, own.keys() - vars(common).keys())):
+        raise MeasurementError(f"variant {name!r}: {listed(unknown)} is not an argument of measure_load")
     try:
-        check_load(**{key: value for key, value in options.items() if key != "prefetch"})
-    except MissingPackageError:  # of no variant's making
-        raise
-    except ShardkitError as error:
+        return replace(common, **own)
+    except MeasurementError as error:
         raise MeasurementError(f"variant {name!r}: {error}") from None
-    python = options["python"] and os.fspath(options["python"])
-    return {**options, "python": python, "options": dict(options["options"] or {})}
-
-
-def _variant(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> Variant:
-    files, nbytes = len(checkpoint.files), checkpoint.total_bytes
-    return Variant(name, checkpoint.source, files, nbytes, checkpoint.dtypes, options)
 
 
 def _run_all(
-    variants: Sequence[Variant],
-    paths: Mapping[str, str],
-    repeats: int,
-    progress: _ProgressCallback | None,
-    stop: Callable[[], bool] | None,
+    loads: Mapping[str, Callable[[], LoadMeasurement]], repeats: int, progress: _ProgressCallback | None
 ) -> Iterator[Sample]:
-    order: list[tuple[Variant, int | None]] = [(variant, None) for variant in variants]
+    names = tuple(loads)
+    order: list[tuple[str, int | None]] = [(name, None) for name in names]
     for number in range(repeats):
-        order += [(variant, number) for variant in (variants if number % 2 == 0 else variants[::-1])]
-    ends: dict[str, list[bool]] = {variant.name: [] for variant in variants}
-    for done, (variant, pair) in enumerate(order):
-        if done == len(variants) and not any(map(any, ends.values())):
+        order += [(name, number) for name in (names if number % 2 == 0 else names[::-1])]
+    ends: dict[str, list[bool]] = {name: [] for name in names}
+    for done, (name, pair) in enumerate(order):
+        if done == len(names) and not any(map(any, ends.values())):
             break  # what none loads needs no statistics
-        if len(ends[variant.name]) > 1 and not any(ends[variant.name]):
+        if len(ends[name]) > 1 and not any(ends[name]):
             continue  # twice, and never loaded: that is its result
         which = "warm-up" if pair is None else f"pair {pair + 1}"
-        _report(progress, done, len(order), f"{variant.name}, {which}")
-        measurement = measure_load(paths[variant.name], **variant.options, stop=stop)
-        ends[variant.name].append(measurement.ok)
-        yield Sample(variant.name, pair, measurement)
+        _report(progress, done, len(order), f"{name}, {which}")
+        measurement = loads[name]()
+        ends[name].append(measurement.ok)
+        yield Sample(name, pair, measurement)
     _report(progress, len(order), len(order), "done")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shardkit.base.errors import Cancelled, MeasurementError
@@ -13,10 +13,11 @@ from shardkit.base.machine import usable_memory
 from shardkit.base.record import Record, Summary, Table, plural, shown_path
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.measure.launch import measure_load
+from shardkit.measure.launch import run_load
 from shardkit.measure.limit import why_unlimited
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement
 from shardkit.measure.quantities import format_seconds
+from shardkit.measure.spec import LoadSpec
 
 TOLERANCE = 0.05
 _FINEST, _SMALLEST_LIMIT = 0.01, 1_000_000
@@ -145,14 +146,14 @@ def minimum_memory(
     """
     if not (isinstance(tolerance, (int, float)) and _FINEST <= tolerance < 1):
         raise MeasurementError(f"tolerance is {tolerance!r}: give a share from {_FINEST} to 1, 0.05 for 5 %")
+    spec = LoadSpec(dtype, python=python, options=options or {})
     predicted = Checkpoint.open(source).estimate(dtype).peak_anonymous_bytes
     if why := why_unlimited():
         raise MeasurementError(
             f"no memory limit can be set here: {why}; from the headers, loading {source} takes about "
             f"{format_size(predicted)} of anonymous memory"
         )
-    asked: dict[str, Any] = {"dtype": dtype, "python": python, "options": options}
-    free = measure_load(source, **asked)
+    free = run_load(source, spec)
     if not free.ok:
         raise MeasurementError(f"{source} does not load without a limit: {free.reason}")
     free_seconds = free.start_to_first_token_seconds or _seconds(free)
@@ -160,7 +161,7 @@ def minimum_memory(
     runs: list[LimitedRun] = []
 
     def run(limit: int) -> LimitedRun:
-        found = measure_load(source, memory_limit=limit, timeout=patience, **asked)
+        found = run_load(source, replace(spec, memory_limit=limit, timeout=patience))
         runs.append(_limited_run(limit, found))
         if progress is not None and progress(runs[-1]) is False:
             raise Cancelled(f"stopped as asked, after {plural(len(runs), 'limited load')}")

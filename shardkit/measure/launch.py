@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import json
-import math
 import os
-import re
-import reprlib
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,19 +10,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from shardkit.base.errors import MeasurementError
-from shardkit.base.extras import require
-from shardkit.base.sizes import format_size, parse_size
+from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import read_config
-from shardkit.formats.tensor import CAST_DTYPES
 from shardkit.load.load_model import loaded_files, loader_names, prefetch_bytes
 from shardkit.measure import page_cache
 from shardkit.measure.child import ChildEnd, run_child
 from shardkit.measure.environment import describe_machine
-from shardkit.measure.limit import limited
 from shardkit.measure.measurement import LOAD, LoadMeasurement, MemoryCurve, Outcome, Phase, SamplerCost
 from shardkit.measure.sampler import Reading
+from shardkit.measure.spec import LoadSpec
 from shardkit.sources.local import LocalFiles
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -45,7 +37,6 @@ UNTRUSTED = (
 _SIGKILL = getattr(signal, "SIGKILL", 9)  # which Windows does not have
 _KILLED = (-_SIGKILL, 128 + _SIGKILL)  # as a wrapper's shell says it
 _SIGNALS = {int(number): number.name for number in signal.Signals}
-_DEVICE = re.compile(r"cpu|auto|balanced(_low_0)?|sequential|(cuda|mps|xpu|npu|hpu)(:\d+)?")
 _NOT_STARTED = (126, 127)  # as a shell says it
 _AS_TOLD = (
     "wall_seconds", "user_seconds", "system_seconds", "peak_total_bytes", "major_faults", "read_bytes",
@@ -115,75 +106,34 @@ def measure_load(
     MissingPackageError
         If a package that loads or measures is not installed.
     """
-    check_load(dtype, device, cache, generate, memory_limit, python, timeout, options)
-    limit = None if memory_limit is None else parse_size(memory_limit)
-    given = _as_json(options or {})
+    spec = LoadSpec(dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options or {})
+    return run_load(source, spec, stop=stop)
+
+
+def run_load(
+    source: str | os.PathLike[str], spec: LoadSpec, *, stop: Callable[[], bool] | None = None
+) -> LoadMeasurement:
+    """Load a checkpoint as `measure_load` does, its arguments checked before."""
+    limit, given = spec.memory_limit_bytes, spec.options
     folder, files = loaded_files(source)
     job = {
         "folder": folder,
-        "dtype": dtype,
-        "device": device,
-        "generate": generate,
-        "options": given,
+        "dtype": spec.dtype,
+        "device": spec.device,
+        "generate": spec.generate,
+        "options": repr(given),  # JSON would make text of the numbers of GPUs
         "loaders": loader_names(read_config(LocalFiles(folder)), bool(given.get("trust_remote_code"))),
-        "prefetch": _prefetch_job(folder, files, dtype, limit) if prefetch else None,
+        "prefetch": _prefetch_job(folder, files, spec.dtype, limit) if spec.prefetch else None,
     }
-    command = [os.path.expanduser(python or sys.executable), str(WORKER)]
-    state = page_cache.prepare(files, cache)
-    told = {**job, "options": repr(given)}  # JSON would make text of the numbers of GPUs
-    end = run_child(command, told, timeout=timeout, environment=_ENVIRONMENT, memory_limit=limit, stop=stop)
-    state = page_cache.conclude(state, files, None if prefetch else _read_since_load(end))
+    command = [os.path.expanduser(spec.python or sys.executable), str(WORKER)]
+    state = page_cache.prepare(files, spec.cache)
+    end = run_child(
+        command, job, timeout=spec.timeout, environment=_ENVIRONMENT, memory_limit=limit, stop=stop
+    )
+    state = page_cache.conclude(state, files, None if spec.prefetch else _read_since_load(end))
     if chosen := [name for name in _FILE_OPTIONS if name in given]:
         state = page_cache.doubt(state, f"with {', '.join(chosen)} other files may have been loaded")
-    return _measurement(job, limit, state, end)
-
-
-def check_load(
-    dtype: object,
-    device: object,
-    cache: object,
-    generate: object,
-    memory_limit: int | str | None,
-    python: object,
-    timeout: object,
-    options: Mapping[str, Any] | None,
-) -> None:
-    """Refuse what `measure_load` does not understand, before anything is opened or run."""
-    if cache not in ("cold", "warm"):
-        raise MeasurementError(f'cache is {cache!r}: give "cold" or "warm"')
-    if dtype not in (None, "auto", *CAST_DTYPES):
-        raise MeasurementError(f"dtype is {dtype!r}: give auto, {', '.join(CAST_DTYPES)}, or nothing")
-    if not isinstance(device, str) or not _DEVICE.fullmatch(device):
-        raise MeasurementError(f'device is {device!r}: give "cpu", "cuda", "cuda:1" or "auto"')
-    if type(generate) is not int or generate < 0:
-        raise MeasurementError(f"generate is {generate!r}: give a number of tokens, or 0 for none")
-    if timeout is not None and not (isinstance(timeout, (int, float)) and 0 <= timeout < math.inf):
-        raise MeasurementError(f"timeout is {timeout!r}: give seconds, or None to wait")
-    if python is not None and not isinstance(python, (str, os.PathLike)):
-        raise MeasurementError(f"python is {python!r}: give the path of an interpreter")
-    # Another interpreter loads with packages of its own, but who watches it is here.
-    require("load", "measuring a load", "memory_profiler", *(() if python else ("torch", "transformers")))
-    with limited(None if memory_limit is None else parse_size(memory_limit)):
-        pass  # so it can be set
-    _as_json(options or {})
-
-
-def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options that reach another process just as they are; the first that would not is refused."""
-    if not isinstance(options, Mapping):
-        raise MeasurementError(f"options is {options!r:.200}: give arguments of from_pretrained by name")
-    for name, value in options.items():
-        try:
-            arrives = type(name) is str and ast.literal_eval(repr(value)) == value
-            json.dumps(value, allow_nan=False)  # as which results are kept
-        except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
-            arrives = False
-        if not arrives:
-            raise MeasurementError(
-                f"option {name!r} is {reprlib.repr(value)}: it goes to another process, so give text, "
-                "numbers, booleans or None, or lists, tuples and dicts of them"
-            )
-    return dict(options)
+    return _measurement(folder, spec, state, end)
 
 
 def _prefetch_job(folder: str, files: list[str], dtype: str | None, limit: int | None) -> dict[str, Any]:
@@ -200,16 +150,15 @@ def _read_since_load(end: ChildEnd) -> int | None:
     return None if None in counts else sum(counts)
 
 
-def _measurement(
-    job: dict[str, Any], limit: int | None, cache: page_cache.CacheState, end: ChildEnd
-) -> LoadMeasurement:
+def _measurement(folder: str, spec: LoadSpec, cache: page_cache.CacheState, end: ChildEnd) -> LoadMeasurement:
+    limit = spec.memory_limit_bytes
     last = {kind: events[-1] for kind, events in end.events.items() if events}
     begun = [event for event in end.events["begin"] if event["name"] == LOAD][-1:]
     # Where it never came to the load, what it held before says at least how far it came.
     load: dict[str, Any] = begun[0] if begun else {"at": end.started_at, "peak_reset": True}
     peaks = _peaks(end, load["at"], load["peak_reset"])
     outcome, reason = _outcome(end, limit, peaks)
-    if outcome == "failed" and "trust_remote_code" in reason and not job["options"].get("trust_remote_code"):
+    if outcome == "failed" and "trust_remote_code" in reason and not spec.options.get("trust_remote_code"):
         reason = f"{UNTRUSTED}{_where(end)}"
     notes = [event["text"] for event in end.events["note"]]
     if not peaks["peak_is_kernels"]:
@@ -220,9 +169,12 @@ def _measurement(
             "and file memory are unknown"
         )
     return LoadMeasurement(
-        source=job["folder"],
-        **{name: job[name] for name in ("dtype", "device", "generate", "options")},
-        prefetch=job["prefetch"] is not None,
+        source=folder,
+        dtype=spec.dtype,
+        device=spec.device,
+        generate=spec.generate,
+        options=dict(spec.options),
+        prefetch=spec.prefetch,
         memory_limit_bytes=limit,
         outcome=outcome,
         reason=reason,
@@ -235,7 +187,7 @@ def _measurement(
         token_ids=tuple(last.get("tokens", {}).get("ids", ())),
         curve=_curve(end),
         sampler=_sampler_cost(end, load["at"]),
-        environment=describe_machine(job["folder"], limit, **last.get("stack", {})),
+        environment=describe_machine(folder, limit, **last.get("stack", {})),
         output="" if outcome == "ok" else end.output,
         notes=tuple(notes),
     )

@@ -515,7 +515,7 @@ class TestExperiment:
             for s in base.samples
         )
         told = str(fake_comparison(samples=samples))
-        assert "sharded did load in its warm-up" in told
+        assert "sharded loaded in its warm-up" in told
         assert "was not run again" not in told
 
     def test_other_weights_under_the_same_names_are_refused(self, variants, tmp_path):

@@ -109,19 +109,19 @@ class Load:
         """Take all steps; what goes wrong is raised."""
         with self.reporter.phase("imports"):
             self.imports()
-        self.noted("versions unknown", lambda: self.reporter.send("stack", **self.stack()))
+        self._noted("versions unknown", lambda: self.reporter.send("stack", **self._stack()))
         if any(os.path.exists(os.path.join(self.folder, name)) for name in TOKENIZER_FILES):
             with self.reporter.phase("tokenizer"):
                 self.load_tokenizer()
         ids = self.prompt_ids()
         try:
-            self.load()
+            self._load()
             if self.job["generate"]:
-                self.reporter.send("tokens", ids=self.tokens(ids))
+                self.reporter.send("tokens", ids=self._tokens(ids))
         finally:  # how much a GPU held counts most where it was not enough
-            self.noted("peak of the GPU unknown", self.say_device_peak)
+            self._noted("peak of the GPU unknown", self._say_device_peak)
 
-    def noted(self, what: str, step: Callable[[], Any], otherwise: Any = None) -> Any:
+    def _noted(self, what: str, step: Callable[[], Any], otherwise: Any = None) -> Any:
         """Take a step that only the report needs: one that fails is noted, and no failure of the load."""
         try:
             return step()
@@ -130,7 +130,7 @@ class Load:
             return otherwise
 
     def imports(self) -> None:
-        """Import all that the load will need: it costs seconds, once, and is none of the load's doing."""
+        """Import all that the load will need: that costs seconds, once, and is not the load's doing."""
         import safetensors.torch  # noqa: F401
         import torch
         import transformers
@@ -143,14 +143,13 @@ class Load:
         )
         self.config: Any = None
         with suppress(Exception):  # what cannot be read so, the load may not need, or it says why itself
-            self.config = transformers.AutoConfig.from_pretrained(self.folder, **self.code_options())
-        self.noted("what the model imports may count as load", self.import_model)
+            self.config = transformers.AutoConfig.from_pretrained(self.folder, **self._code_options())
+        self._noted("what the model imports may count as load", self._import_model)
         _ = transformers.AutoTokenizer
-        for gpu in self.gpus():
+        for gpu in self._gpus():
             torch.zeros(1, device=f"cuda:{gpu}")
 
-    def import_model(self) -> None:
-        """Import the modules of the model and of its parts, its own code where that is trusted."""
+    def _import_model(self) -> None:
         for module in {type(config).__module__ for config in _with_parts(self.config)}:
             if module.startswith("transformers."):
                 with suppress(ImportError):
@@ -160,11 +159,11 @@ class Load:
             from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
             reference = own[self.loader.__name__]
-            model = get_class_from_dynamic_module(reference, self.folder, **self.code_options())
+            model = get_class_from_dynamic_module(reference, self.folder, **self._code_options())
             with self.torch.device("meta"):  # what it imports only when it is made
                 model(self.config)
 
-    def gpus(self) -> list[int]:
+    def _gpus(self) -> list[int]:
         """Return the numbers of the GPUs that the load may use; the others are not so much as woken."""
         cuda, options = self.torch.cuda, self.job["options"]
         kind, _, number = self.job["device"].partition(":")
@@ -174,8 +173,7 @@ class Load:
             return []
         return [int(number or 0)] if kind == "cuda" else list(range(cuda.device_count()))
 
-    def stack(self) -> dict[str, Any]:
-        """Return the versions that the figures belong to."""
+    def _stack(self) -> dict[str, Any]:
         from importlib.metadata import PackageNotFoundError, version
 
         versions = {"python": sys.version.split()[0], "torch": self.torch.__version__}
@@ -185,19 +183,19 @@ class Load:
         return {
             "versions": versions,
             "threads": self.torch.get_num_threads(),
-            "gpu": " + ".join(map(self.torch.cuda.get_device_name, self.gpus())) or None,
+            "gpu": " + ".join(map(self.torch.cuda.get_device_name, self._gpus())) or None,
         }
 
     def load_tokenizer(self) -> None:
-        """Load the tokenizer; one that does not load is noted, and the load does without."""
-        load = self.transformers.AutoTokenizer.from_pretrained
-        self.tokenizer = self.noted("tokenizer not loaded", lambda: load(self.folder, **self.code_options()))
+        """Load the tokenizer; the load does without one that does not load."""
+        load, options = self.transformers.AutoTokenizer.from_pretrained, self._code_options()
+        self.tokenizer = self._noted("tokenizer not loaded", lambda: load(self.folder, **options))
 
     def prompt_ids(self) -> Any:
         """Return the prompt's token ids; without a tokenizer the same count of fixed ids."""
         ids: Any = None
         if self.tokenizer is not None:
-            ids = self.noted(
+            ids = self._noted(
                 "prompt not tokenized", lambda: [int(i) for i in self.tokenizer(PROMPT)["input_ids"]]
             )
         # A part of the model may know fewer tokens than another: the smallest suits all.
@@ -205,13 +203,12 @@ class Load:
         vocabulary = min((size for size in sizes if isinstance(size, int) and size > 0), default=2)
         return self.torch.tensor([[token % vocabulary for token in ids or range(1, 10)]])
 
-    def code_options(self) -> dict[str, Any]:
+    def _code_options(self) -> dict[str, Any]:
         """Return the options that config and tokenizer need too, where the model brings its own code."""
         options = self.job["options"]
         return {name: options[name] for name in CODE_OPTIONS if name in options}
 
-    def options(self) -> dict[str, Any]:
-        """Return what `from_pretrained` is given: what was asked for, in its version's words."""
+    def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {**self.job["options"]}
         if self.job["dtype"] is not None:
             name = "dtype" if int(self.transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
@@ -220,32 +217,29 @@ class Load:
             options["device_map"] = self.job["device"]
         return options
 
-    def load(self) -> None:
-        """Load the model, until it is where it was asked to be."""
-        options = self.options()
+    def _load(self) -> None:
+        options = self._options()
         try:
-            loaded = self.clocked({**options, "output_loading_info": True})
+            loaded = self._clocked({**options, "output_loading_info": True})
         except TypeError as error:  # a model's own code may have no ear for that
             if "output_loading_info" not in str(error):
                 raise
-            loaded = self.clocked(options)
+            loaded = self._clocked(options)
         self.model, told = loaded if isinstance(loaded, tuple) else (loaded, {})
         self.reporter.send("model", name=type(self.model).__name__)
-        self.noted("whether all tensors fit is unknown", lambda: self.say_what_did_not_fit(told))
+        self._noted("whether all tensors fit is unknown", lambda: self._say_what_did_not_fit(told))
 
-    def clocked(self, options: dict[str, Any]) -> Any:
-        """Return what `from_pretrained` gives for some options, once the device is done."""
+    def _clocked(self, options: dict[str, Any]) -> Any:
         with self.reporter.phase("load"):
             loaded = self.loader.from_pretrained(self.folder, **options)
-            self.synchronize()
+            self._synchronize()
         return loaded
 
-    def say_device_peak(self) -> None:
-        """Report how much torch has held on the GPUs."""
-        if gpus := self.gpus():
+    def _say_device_peak(self) -> None:
+        if gpus := self._gpus():
             self.reporter.send("device", peak_bytes=sum(map(self.torch.cuda.max_memory_allocated, gpus)))
 
-    def say_what_did_not_fit(self, told: dict[str, Any]) -> None:
+    def _say_what_did_not_fit(self, told: dict[str, Any]) -> None:
         """Note tensors that the files lack, or hold in vain: transformers takes that for no failure."""
         for kind, words in (
             ("missing_keys", "not in the files, so initialized at random: {} of the model's {} tensors"),
@@ -257,19 +251,19 @@ class Load:
                 count = words.format(len(names), len(self.model.state_dict()))
                 self.reporter.send("note", text=f"{count}, such as {names[0][:200]}")
 
-    def synchronize(self) -> None:
-        """Wait for the device, which works behind the clock's back."""
-        for gpu in self.gpus():
+    def _synchronize(self) -> None:  # the device works behind the clock's back
+        for gpu in self._gpus():
             self.torch.cuda.synchronize(gpu)
         kind = self.job["device"].partition(":")[0]
         if kind in OTHER_DEVICES and hasattr(self.torch, kind):
             getattr(self.torch, kind).synchronize()
 
-    def tokens(self, ids: Any) -> list[int]:
+    def _tokens(self, ids: Any) -> list[int]:
         """Return the tokens that the model gives; where it gives fewer, or none, a note says why."""
         tokens: list[int] = []
         try:
-            self.first_and_further_tokens(ids, tokens)
+            with self.torch.inference_mode():
+                self._generate(ids, tokens)
         except Exception as error:
             if _lacks_memory(error):
                 raise
@@ -279,56 +273,49 @@ class Load:
             self.reporter.send("note", text=f"forward pass failed, the load did not: {_one_line(error)}{why}")
         return tokens
 
-    def first_and_further_tokens(self, ids: Any, tokens: list[int]) -> None:
+    def _generate(self, ids: Any, tokens: list[int]) -> None:
         """Run the first forward pass, which pays for what the load put off, then greedy steps."""
-        asked = self.job["generate"]
+        wanted, generates = self.job["generate"], self._generates()
         place = getattr(self.model, "device", None)
         # Weights offloaded to the disk are on no device until they are used, and inputs follow them.
         device = "cpu" if place is None or place.type == "meta" else place
-        generates = self.generates()
-        inputs: dict[str, Any] = {"input_ids": ids.to(device)}
-        prompt = "input_ids"
+        inputs, prompt = {"input_ids": ids.to(device)}, "input_ids"
         config = getattr(self.model, "config", self.config)
         if getattr(config, "is_encoder_decoder", False):
             prompt, start = "decoder_input_ids", getattr(config, "decoder_start_token_id", None) or 0
             inputs[prompt] = self.torch.tensor([[start]], device=device)
-        cached = {"use_cache": True} if generates and self.takes("use_cache") else {}
-        with self.torch.inference_mode():
-            with self.reporter.phase("first token"):
-                output = self.model(**inputs, **cached)
-                self.collect(output, tokens if generates else None)
-            if generates and asked > 1 and getattr(output, "past_key_values", None) is not None:
-                encoded = getattr(output, "encoder_last_hidden_state", None)
-                kept = {} if encoded is None else {"encoder_outputs": (encoded,)}
-                with self.reporter.phase("further tokens"):
-                    while len(tokens) < asked:
-                        last = self.torch.tensor([[tokens[-1]]], device=device)
-                        cache = output.past_key_values
-                        output = self.model(**{prompt: last}, past_key_values=cache, **cached, **kept)
-                        self.collect(output, tokens)
-        if asked > max(1, len(tokens)):
+        takes = inspect.signature(self.model.forward).parameters
+        cached = {"use_cache": True} if generates and "use_cache" in takes else {}
+        with self.reporter.phase("first token"):
+            output = self.model(**inputs, **cached)
+            self._collect(output, tokens if generates else None)
+        if generates and wanted > 1 and getattr(output, "past_key_values", None) is not None:
+            encoded = getattr(output, "encoder_last_hidden_state", None)
+            kept = cached if encoded is None else {**cached, "encoder_outputs": (encoded,)}
+            with self.reporter.phase("further tokens"):
+                while len(tokens) < wanted:
+                    last = self.torch.tensor([[tokens[-1]]], device=device)
+                    output = self.model(**{prompt: last}, past_key_values=output.past_key_values, **kept)
+                    self._collect(output, tokens)
+        if wanted > max(1, len(tokens)):
             why = "only a language model that returns past_key_values can continue"
-            self.reporter.send("note", text=f"{len(tokens)} of {asked} tokens generated: {why}")
+            self.reporter.send("note", text=f"{len(tokens)} of {wanted} tokens generated: {why}")
 
-    def generates(self) -> bool:
+    def _generates(self) -> bool:
         """Whether the model gives token after token: its class's name says so, or transformers does."""
         name = type(self.model).__name__
         if name.endswith("ForCausalLM"):
             return True
         # transformers before 4.45 says so of masked models too.
         able = getattr(self.model, "can_generate", lambda: False)
-        return "Masked" not in name and bool(self.noted("whether it generates is unknown", able, False))
+        return "Masked" not in name and bool(self._noted("whether it generates is unknown", able, False))
 
-    def takes(self, name: str) -> bool:
-        """Whether the model's forward pass has an argument of this name."""
-        return name in inspect.signature(self.model.forward).parameters
-
-    def collect(self, output: Any, tokens: list[int] | None) -> None:
+    def _collect(self, output: Any, tokens: list[int] | None) -> None:
         """Append the likeliest token, if tokens are wanted; asking for it also waits for the device."""
         if tokens is not None:
             logits = output.logits if hasattr(output, "logits") else output[0]
             tokens.append(int(logits[0, -1].argmax()))
-        self.synchronize()
+        self._synchronize()
 
 
 def _with_parts(config: Any) -> list[Any]:

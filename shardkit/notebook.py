@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from shardkit.base.record import listed, plural, printable
 from shardkit.compare.comparison import Comparison, merge_comparisons
 from shardkit.compare.parameters import RULES, ParameterError, check_values
+from shardkit.measure.quantities import compared
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,3 +74,26 @@ def read_results(folder: str) -> tuple[dict[str, Comparison], pd.DataFrame]:
     counted = runs.groupby(["file", "variant"])["pair"].transform("count")
     found = {name: Comparison.load(file) for file, name in names.items()}
     return found, runs[runs["pair"].notna() | (counted == 0)]
+
+
+def median_figures(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the medians of the main figures by result and variant, over the counted loads that succeeded.
+
+    Parameters
+    ----------
+    runs
+        As `read_results` returns them.
+
+    Returns
+    -------
+    Seconds and gigabytes, as the columns' names say: "load time (s)".
+    """
+    main = compared(False, "main")
+    names = [quantity.name for quantity in main]
+    loaded = runs[(runs["outcome"] == "ok") & runs["pair"].notna()].astype(dict.fromkeys(names, "Float64"))
+    medians = loaded.groupby(["result", "variant"], sort=False)[names].median()
+    for quantity in main:
+        scale, unit = (1, "s") if quantity.unit == "seconds" else (1e9, "GB")
+        medians[quantity.name] /= scale
+        medians = medians.rename(columns={quantity.name: f"{quantity.label} ({unit})"})
+    return medians

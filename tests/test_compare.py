@@ -497,7 +497,7 @@ class TestExperiment:
         monkeypatch.setattr(compare, "run_load", measure)
         found = compare_loads(*variants, repeats=5)
         assert len(found.samples) == 2
-        assert "ended before its time: " in str(found)
+        assert "ended early: " in str(found)
 
     def test_pairs_of_which_one_always_failed_give_no_figures_and_say_so(self):
         base = fake_comparison(repeats=2)

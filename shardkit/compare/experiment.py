@@ -90,7 +90,7 @@ def compare_loads(
     ShardkitError
         If the checkpoints do not hold the same model, or an argument is not understood.
     Cancelled
-        If `progress` or `stop` asked for it.
+        If `progress` or `stop` said so.
     """
     check({"repeats": repeats, "margin": margin, "seed": seed, "others": others or {}}, _RULES)
     common = LoadSpec(dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options or {})
@@ -121,7 +121,7 @@ def compare_loads(
     except CheckpointError as error:  # it could be opened, and now it cannot
         if not found.warm_ups:
             raise
-        found = replace(found, notes=(*found.notes, f"ended before its time: {error}"))
+        found = replace(found, notes=(*found.notes, f"ended early: {error}"))
     changed = (
         f"the files of {name} changed while they were compared: the figures mix both"
         for name, checkpoint in opened.items()

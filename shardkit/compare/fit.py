@@ -79,7 +79,7 @@ class MemoryFloor(Record):
     has_first_token: bool = True
 
     def summary(self) -> Summary:
-        """Return the floors beside the prediction, and every run."""
+        """Return the floors, the prediction, and every run."""
         token, end = _between(self.first_token_bytes, self.first_token_failed_bytes), "first token"
         if not self.has_first_token:
             token, end = "not reached without a limit either", "its end"
@@ -140,7 +140,7 @@ def minimum_memory(
         If memory cannot be limited here, or the load fails without a limit; the first says what is
         predicted.
     CheckpointError
-        If `source` holds no checkpoint.
+        If `source` is not a checkpoint.
     Cancelled
         If `progress` asked to stop.
     """

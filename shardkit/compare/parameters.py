@@ -1,4 +1,4 @@
-"""What a comparison is asked for, in notebooks and in the app: checked before any work begins."""
+"""Parameters of notebooks and of the app, checked before any work begins."""
 
 from __future__ import annotations
 

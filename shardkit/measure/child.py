@@ -1,4 +1,4 @@
-"""A child process that is watched while it runs, and never outlives the one who asked for it."""
+"""A child process that is watched while it runs, and never outlives its caller."""
 
 from __future__ import annotations
 

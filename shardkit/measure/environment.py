@@ -16,7 +16,7 @@ from shardkit.base.sizes import format_size
 
 @dataclass(frozen=True)
 class Environment:
-    """Machine and software under which a load was measured; None where the system does not tell.
+    """Machine and software under which a load was measured; None where the system does not report it.
 
     Attributes
     ----------
@@ -52,8 +52,8 @@ class Environment:
         return ", ".join([*filter(None, words), self.filesystem or "unknown file system"])
 
 
-def describe_machine(folder: str, limit: int | None, **told: Any) -> Environment:
-    """Return the environment of a load from `folder` under `limit`, with what the child told of itself."""
+def describe_machine(folder: str, limit: int | None, **stack: Any) -> Environment:
+    """Return the environment of a load from `folder` under `limit`, with what its process reported."""
     import psutil
 
     affinity = getattr(os, "sched_getaffinity", None)
@@ -65,7 +65,7 @@ def describe_machine(folder: str, limit: int | None, **told: Any) -> Environment
         memory_limit_bytes=min(filter(None, (limit, limit_in_force())), default=None),
         filesystem=filesystem(folder),
         read_ahead_bytes=_read_ahead(folder),
-        **told,
+        **stack,
     )
 
 

@@ -33,16 +33,16 @@ _FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
 
 
 def read_events(lines: bytes) -> dict[str, list[dict[str, Any]]]:
-    """Return the events in whole lines, by kind; what is none, or lacks what its kind has, is left out."""
+    """Return the events in complete lines, by kind; what is not one, or lacks a field, is left out."""
     events: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _FIELDS}
     for line in lines.split(b"\n")[:-1]:
         with suppress(ValueError, RecursionError):
             event = json.loads(line)
             kind = event.get("event") if isinstance(event, dict) else None
             if isinstance(kind, str) and kind in _FIELDS:
-                told = {name: event.get(name) for name in _FIELDS[kind]}
-                if all(_fits(told[name], types) for name, types in _FIELDS[kind].items()):
-                    events[kind].append(told)
+                fields = {name: event.get(name) for name in _FIELDS[kind]}
+                if all(_fits(fields[name], types) for name, types in _FIELDS[kind].items()):
+                    events[kind].append(fields)
     return events
 
 

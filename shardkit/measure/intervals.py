@@ -1,4 +1,4 @@
-"""Ratios of paired samples with an honest interval, and what may be concluded from them."""
+"""Ratios of paired samples with an honest interval, and the conclusion to draw from them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def conclude(interval: Interval, margin: float) -> Conclusion:
     """Return what an interval says of a difference of `margin` (0.05 for 5 %).
 
     All of it within the margin: the same. All of it outside, on one side: a difference. Otherwise
-    nobody can tell yet.
+    it is inconclusive.
     """
     if interval.low is None or interval.high is None:
         return "inconclusive"

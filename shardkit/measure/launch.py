@@ -31,14 +31,14 @@ _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRA
 
 # transformers names what its own function would be given.
 UNTRUSTED = (
-    "it brings code of its own, which runs only if you trust it: "
+    "it comes with its own code, which runs only if you trust it: "
     'allow it with options={"trust_remote_code": True} (--trust-remote-code)'
 )
 _SIGKILL = getattr(signal, "SIGKILL", 9)  # which Windows does not have
 _KILLED = (-_SIGKILL, 128 + _SIGKILL)  # as a wrapper's shell says it
 _SIGNALS = {int(number): number.name for number in signal.Signals}
 _NOT_STARTED = (126, 127)  # as a shell says it
-_AS_TOLD = (
+_AS_REPORTED = (
     "wall_seconds", "user_seconds", "system_seconds", "peak_total_bytes", "major_faults", "read_bytes",
     "process_cpu_seconds",
 )  # fmt: skip
@@ -70,7 +70,7 @@ def measure_load(
         A checkpoint's folder, or the weights or index file in it that transformers loads; or a model on
         the Hub, which is downloaded first.
     dtype
-        Asked of `from_pretrained`: "float16", "bfloat16", "float32", "auto"; None asks for nothing.
+        What `from_pretrained` is given: "float16", "bfloat16", "float32", "auto"; None leaves it out.
     device
         "cpu", or a `device_map` of transformers: "cuda", "cuda:1", "auto".
     cache
@@ -102,7 +102,7 @@ def measure_load(
     MeasurementError
         If an argument is not understood, or memory cannot be limited here.
     CheckpointError
-        If `source` holds no checkpoint, or is a file that transformers would not load.
+        If `source` is not a checkpoint, or is a file that transformers would not load.
     MissingPackageError
         If a package that loads or measures is not installed.
     """
@@ -142,7 +142,7 @@ def _prefetch_job(folder: str, files: list[str], dtype: str | None, limit: int |
 
 
 def _read_since_load(end: ChildEnd) -> int | None:
-    """Return the bytes that came from the disk from the load on; None if that is not told."""
+    """Return the bytes that came from the disk from the load on; None if unknown."""
     names = [phase["name"] for phase in end.events["end"]]
     if LOAD not in names or not end.events["done"]:
         return None
@@ -165,7 +165,7 @@ def _measurement(folder: str, spec: LoadSpec, cache: page_cache.CacheState, end:
         notes.append("the kernel's own memory peak is unknown: peaks are sampled, short ones may be missing")
     if end.events["hello"] and not end.readings and not end.portable_readings:
         notes.append(
-            "the process that loads could not be sampled (a wrapper must `exec` it): its peaks of anonymous "
+            "the loading process could not be sampled (a wrapper must `exec` it): its peaks of anonymous "
             "and file memory are unknown"
         )
     return LoadMeasurement(
@@ -201,14 +201,14 @@ def _outcome(end: ChildEnd, limit: int | None, peaks: Mapping[str, int | None]) 
     if end.return_code is None:
         return "failed", f"the interpreter could not be started: {end.output}"
     if end.return_code in _NOT_STARTED and not end.events["hello"]:
-        return "failed", f"the interpreter could not be started: {last or 'it does not say why'}"
+        return "failed", f"the interpreter could not be started: {last or 'no reason given'}"
     if end.timed_out:
         return "timeout", f"stopped{when}{memory}"
     if errors := end.events["error"]:
         return "failed", f"{errors[-1]['reason']}{where}"
     if end.return_code in _KILLED and end.limit_kills and limit is not None:
         size = format_size(limit)
-        return "killed", f"by the kernel for its memory limit of {size}{when}{anonymous} anonymous"
+        return "killed", f"by the kernel at its memory limit of {size}{when}{anonymous} anonymous"
     if end.return_code < 0:
         name = _SIGNALS.get(-end.return_code, f"signal {-end.return_code}")
         hint = ": as the kernel does when memory runs out" if name == "SIGKILL" else ""
@@ -237,7 +237,7 @@ def _phase(event: Mapping[str, Any], end: ChildEnd) -> Phase:
     return Phase(
         name=event["name"],
         start_seconds=start - end.started_at,
-        **{name: event[name] for name in _AS_TOLD},
+        **{name: event[name] for name in _AS_REPORTED},
         **_split_peaks(end, [event], inside),
     )
 

@@ -81,7 +81,7 @@ class MemoryCurve:
     seconds
         Since the process was started.
     anonymous_bytes, file_bytes
-        The split that Linux tells; empty elsewhere.
+        The split that Linux reports; empty elsewhere.
     profiler_seconds, profiler_bytes
         All resident memory as memory_profiler reads it, on every system.
     """
@@ -120,7 +120,7 @@ class LoadMeasurement(Record):
     Attributes
     ----------
     source, dtype, device, generate, prefetch, memory_limit_bytes, options
-        What was asked for; dtype None leaves the choice to transformers, `options` went to
+        What was requested; dtype None leaves the choice to transformers, `options` went to
         `from_pretrained` as they are.
     outcome
         "ok"; "failed" (it raised, or ended without a result), "killed" (by a signal), "timeout".
@@ -149,7 +149,7 @@ class LoadMeasurement(Record):
     output
         The end of what the process printed, kept where it did not end well.
     notes
-        What a person should be told.
+        Warnings.
     """
 
     source: str
@@ -179,7 +179,7 @@ class LoadMeasurement(Record):
 
     @property
     def ok(self) -> bool:
-        """Whether everything that was asked for was done."""
+        """Whether everything requested was done."""
         return self.outcome == "ok"
 
     def phase(self, name: str) -> Phase | None:
@@ -293,7 +293,7 @@ class LoadMeasurement(Record):
         return f"{_size(getattr(self, name))} ({meaning})"
 
     def asked_for(self) -> str:
-        """Return what was asked for, in words: ``float16 on cpu, prefetch, within 12.7 GB``."""
+        """Return what was requested, in words: ``float16 on cpu, prefetch, within 12.7 GB``."""
         words = [f"{self.dtype or 'no dtype'} on {self.device}"]
         words += ["prefetch"] * self.prefetch
         words += [f"{name}={value}" for name, value in self.options.items()]
@@ -303,8 +303,8 @@ class LoadMeasurement(Record):
     def stack(self) -> str:
         """Return what loaded, in short: ``transformers 5.23.0, torch 2.13.0``."""
         versions = self.environment.versions
-        told = [f"{name} {versions[name]}" for name in ("transformers", "torch") if name in versions]
-        return ", ".join(told) or "unknown"
+        known = (f"{name} {versions[name]}" for name in ("transformers", "torch") if name in versions)
+        return ", ".join(known) or "unknown"
 
     def warnings(self) -> tuple[str, ...]:
         """Return what makes the figures weaker than they look."""
@@ -316,7 +316,9 @@ class LoadMeasurement(Record):
         if self.memory_limit_bytes and self.cache.asked == "warm":
             notes.append("the memory limit does not count what was in the page cache before: use cold")
         if self.memory_limit_bytes and (self.peak_total_bytes or 0) > self.memory_limit_bytes:
-            notes.append("peak total exceeds the limit: libraries that others use too do not count in it")
+            notes.append(
+                "peak total exceeds the limit: libraries shared with other processes do not count in it"
+            )
         gap = self.sampler.longest_gap_seconds
         if self.load_start_seconds is not None and gap is None and "peak_anonymous_bytes" not in unreported:
             notes.append("memory was not seen from outside during the load: short peaks may be missing")

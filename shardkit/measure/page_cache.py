@@ -14,7 +14,7 @@ from shardkit.base.sizes import format_size
 _TOLERANCE = 0.01
 # A file system that compresses reads less than it shows: only what goes well beyond was read by others.
 _UNREAD_SHARE = 0.25
-# What a load may read beside its weights, such as libraries.
+# What a load may read besides its weights, such as libraries.
 _OTHER_READS = 64_000_000
 
 
@@ -32,7 +32,7 @@ class CacheState:
     why_not
         If not proven: the reason.
     total_bytes, resident_bytes_before, resident_bytes_after
-        Of the weight files; None where the system does not tell.
+        Of the weight files; None where the system does not report it.
     """
 
     asked: str
@@ -64,20 +64,20 @@ def prepare(files: Iterable[str], asked: str) -> CacheState:
 def conclude(state: CacheState, files: Iterable[str], read_bytes: int | None) -> CacheState:
     """Add what is resident after the load, and whether the load's own `read_bytes` explain it.
 
-    They cannot where somebody else read the files between the proof and the load. None: not told, or read
+    They cannot where somebody else read the files between the proof and the load. None: unknown, or read
     ahead on purpose.
     """
     resident = resident_bytes(files)
     state = replace(state, resident_bytes_after=resident)
     if resident is None and state.proven:
-        return doubt(state, "the files could not be looked at again after the load")
+        return doubt(state, "the files could not be checked again after the load")
     if state.asked == "cold" and resident is not None and read_bytes is not None:
         unread = resident - read_bytes
         if unread > _UNREAD_SHARE * state.total_bytes:
             share = f"{unread / state.total_bytes:.0%}"
-            return doubt(state, f"{share} came into memory without the load reading it, as the kernel counts")
+            return doubt(state, f"{share} came into memory without the load reading it (kernel's count)")
     if state.asked == "warm" and (read_bytes or 0) > max(_OTHER_READS, _UNREAD_SHARE * state.total_bytes):
-        return doubt(state, f"{format_size(read_bytes or 0)} came from the disk all the same")
+        return doubt(state, f"{format_size(read_bytes or 0)} came from the disk even so")
     return state
 
 

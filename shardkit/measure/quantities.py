@@ -55,7 +55,7 @@ class Quantity:
         return value
 
     def format(self, value: float | None) -> str:
-        """Return a value as people read it."""
+        """Return a value with its unit."""
         if value is None:
             return "-"
         return format_size(value) if self.unit == "bytes" else format_seconds(value)
@@ -167,14 +167,14 @@ class Ratio:
         return f"inconclusive ({self.low:.3g}x to {self.high:.3g}x): {enough}"
 
     def row(self) -> tuple[str, ...]:
-        """Return what it is, both means, their ratio and the verdict, as people read them."""
+        """Return what it is, both means, their ratio and the verdict, as a table shows them."""
         quantity = QUANTITIES[self.quantity]
         means = map(quantity.format, (self.original, self.other))
         return quantity.label, *means, f"{self.ratio:.3g}x", self.words()
 
 
 def format_seconds(seconds: float | None) -> str:
-    """Return a time as people read it: ``2.31 s``, ``345 ms``, ``2 min 5 s``."""
+    """Return a time with its unit: ``2.31 s``, ``345 ms``, ``2 min 5 s``."""
     if seconds is None:
         return "-"
     if seconds < 0.9995:

@@ -1,6 +1,6 @@
 """One load of one checkpoint, timed phase by phase, in a process of its own.
 
-Stands alone: it is run by path with whatever interpreter is asked for (Python 3.9 up, transformers 4.37
+Stands alone: it is run by path with whatever interpreter it is given (Python 3.9 up, transformers 4.37
 to 5.x), so it imports nothing of shardkit and nothing beyond the standard library, torch and transformers.
 
 The job comes as JSON in the file that the last argument names. What happened goes, an event a line, to the
@@ -54,7 +54,7 @@ def _bytes(status: dict[str, int], *names: str) -> int | None:
 
 
 def _counters() -> dict[str, Any]:
-    """Return CPU seconds of all threads, major page faults, and bytes read from the disk, where told."""
+    """Return CPU seconds of all threads, major page faults, and bytes read from the disk, where known."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "user_seconds": usage.ru_utime,
@@ -221,13 +221,13 @@ class Load:
         options = self._options()
         try:
             loaded = self._clocked({**options, "output_loading_info": True})
-        except TypeError as error:  # a model's own code may have no ear for that
+        except TypeError as error:  # a model's own code may not know that argument
             if "output_loading_info" not in str(error):
                 raise
             loaded = self._clocked(options)
-        self.model, told = loaded if isinstance(loaded, tuple) else (loaded, {})
+        self.model, found = loaded if isinstance(loaded, tuple) else (loaded, {})
         self.reporter.send("model", name=type(self.model).__name__)
-        self._noted("whether all tensors fit is unknown", lambda: self._say_what_did_not_fit(told))
+        self._noted("whether all tensors fit is unknown", lambda: self._say_what_did_not_fit(found))
 
     def _clocked(self, options: dict[str, Any]) -> Any:
         with self.reporter.phase("load"):
@@ -239,15 +239,15 @@ class Load:
         if gpus := self._gpus():
             self.reporter.send("device", peak_bytes=sum(map(self.torch.cuda.max_memory_allocated, gpus)))
 
-    def _say_what_did_not_fit(self, told: dict[str, Any]) -> None:
-        """Note tensors that the files lack, or hold in vain: transformers takes that for no failure."""
+    def _say_what_did_not_fit(self, found: dict[str, Any]) -> None:
+        """Note tensors that the files lack, or do not need: transformers does not take that for a failure."""
         for kind, words in (
             ("missing_keys", "not in the files, so initialized at random: {} of the model's {} tensors"),
             ("mismatched_keys", "of another shape, so initialized at random: {} of the model's {} tensors"),
             ("unexpected_keys", "not in the model, so not loaded: {} of the files' tensors"),
         ):
-            # Of one that does not match, its shapes are told behind the name.
-            if names := sorted(key if isinstance(key, str) else key[0] for key in told.get(kind) or ()):
+            # Of one that does not match, its shapes follow the name.
+            if names := sorted(key if isinstance(key, str) else key[0] for key in found.get(kind) or ()):
                 count = words.format(len(names), len(self.model.state_dict()))
                 self.reporter.send("note", text=f"{count}, such as {names[0][:200]}")
 

@@ -189,7 +189,7 @@ def _plot_curve(
 
 
 def _explain_marks(ax: Axes, runs: int) -> None:
-    """Put the legend where no curve can be: under the axes, or beside them where there are many runs."""
+    """Put the legend where no curve can be: under the axes, or next to them where there are many runs."""
     for name, marker in _MARKERS.items():
         ax.plot([], [], marker, color="none", markeredgecolor=ink(ax), label=f"end of {name}")
     ax.plot([], [], "x", color=ink(ax), markersize=4, label="memory_profiler")
@@ -267,7 +267,8 @@ def plot_medians(medians: pd.DataFrame, variants: Sequence[str]) -> Figure:
     variants
         All that there are, in the order of their colors.
     """
-    results, step = list(medians.index.unique(0)), _GROUP_WIDTH / len(variants)
+    results = {result: row for row, result in enumerate(medians.index.unique(0))}
+    step = _GROUP_WIDTH / len(variants)
     size = (11, min(1.3 + 0.7 * len(results), _TALLEST_INCHES))
     with white():
         figure = new_figure(figsize=size, layout="constrained")
@@ -276,15 +277,15 @@ def plot_medians(medians: pd.DataFrame, variants: Sequence[str]) -> Figure:
         ax.set_title(column, fontsize=11)
         values = medians[column].dropna()
         for number, (variant, name) in enumerate(zip(variants, short_names(variants), strict=True)):
-            told = values[values.index.get_level_values(1) == variant]
+            own = values[values.index.get_level_values(1) == variant]
             middle = (number - (len(variants) - 1) / 2) * step
-            places = [results.index(result) + middle for result in told.index.get_level_values(0)]
-            label = None if told.empty else name
-            ax.barh(places, told, step, edgecolor="black", label=label, **look(number))
+            places = [results[result] + middle for result in own.index.get_level_values(0)]
+            label = None if own.empty else name
+            ax.barh(places, own, step, edgecolor="black", label=label, **look(number))
     axes[0].set_yticks(range(len(results)), short_names(results))
     axes[0].invert_yaxis()
     if results:
-        handles, labels = axes[0].get_legend_handlesshort_names()
+        handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     else:
         say_empty(axes[0])

@@ -492,7 +492,7 @@ class TestBadEnds:
                 measure_load(demo, options={"device_map": value})
         with pytest.raises(MeasurementError, match="options: 5 is"):
             measure_load(demo, options={5: 1})
-        with pytest.raises(MeasurementError, match=r"options: \['x'\]: give"):
+        with pytest.raises(MeasurementError, match=r"options: \['x'\] is not arguments"):
             measure_load(demo, options=["x"])
         with pytest.raises(CheckpointError, match="neither a folder nor a file here"):
             measure_load(tmp_path / "nowhere")

@@ -22,7 +22,7 @@ from shardkit.compare.comparison import Comparison
 from shardkit.compare.variant import ORIGINAL, SHARDED, Sample, Variant
 from shardkit.measure.launch import run_load
 from shardkit.measure.measurement import LoadMeasurement
-from shardkit.measure.spec import LoadSpec, Rule, check, whole_number
+from shardkit.measure.spec import LoadSpec, Rule, check, must, optional, share, whole_number
 from shardkit.shard.verify import compare_tensors
 
 _ProgressCallback = Callable[[int, int, str], bool | None]
@@ -92,54 +92,47 @@ def compare_loads(
     Cancelled
         If `progress` or `stop` said so.
     """
-    check({"repeats": repeats, "margin": margin, "seed": seed, "others": others or {}}, _RULES)
+    check({"repeats": repeats, "margin": margin, "seed": seed, "others": others}, _RULES)
     common = LoadSpec(dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options or {})
     wanted = {ORIGINAL: {"source": original}, SHARDED: {"source": sharded}, **(others or {})}
     specs = {name: _spec(name, common, changes) for name, changes in wanted.items()}
     sources = {name: changes.get("source", sharded) for name, changes in wanted.items()}
     opened = {name: Checkpoint.open(source, download=True) for name, source in sources.items()}
-    if same_model:
-        for name in [*opened][1:]:
-            _require_same_model(opened[ORIGINAL], opened[name])
+    for name in [*opened][1:] if same_model else ():
+        _require_same_model(opened[ORIGINAL], opened[name])
     variants = tuple(
         Variant(name, c.source, len(c.files), c.total_bytes, c.dtypes, specs[name].arguments())
         for name, c in opened.items()
     )
     notes = () if same_model else ("the variants were not required to hold the same model",)
-    found = Comparison(variants, margin, seed, (), (), notes)
     # A model of the Hub is loaded from where it was downloaded to, and shown by its id.
     paths = {name: c.source if os.path.exists(c.source) else c.folder for name, c in opened.items()}
     loads = {name: partial(run_load, path, specs[name], stop=stop) for name, path in paths.items()}
+    found = Comparison(variants, margin, seed, (), (), notes)
     try:
         for sample in _run_all(loads, repeats, progress):
-            if sample.pair is None:
-                found = replace(found, warm_ups=(*found.warm_ups, sample))
-            else:
-                found = replace(found, samples=(*found.samples, sample))
+            found = found.with_sample(sample)
             if on_sample is not None:
                 on_sample(found)
     except CheckpointError as error:  # it could be opened, and now it cannot
         if not found.warm_ups:
             raise
         found = replace(found, notes=(*found.notes, f"ended early: {error}"))
-    changed = (
-        f"the files of {name} changed while they were compared: the figures mix both"
-        for name, checkpoint in opened.items()
-        if checkpoint.has_changed()
+    changed = (name for name, checkpoint in opened.items() if checkpoint.has_changed())
+    mixed = (
+        f"the files of {name} changed while they were compared: the figures mix both" for name in changed
     )
-    return replace(found, notes=(*found.notes, *changed))
+    return replace(found, notes=(*found.notes, *mixed))
 
 
-def _is_margin(value: object) -> None:
-    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-        raise MeasurementError(f"{value!r} is not a share above zero: give 0.05 for 5 %")
+def _are_by_name(others: object) -> bool:
+    return isinstance(others, Mapping) and all(isinstance(one, Mapping) for one in others.values())
 
 
-def _are_variants(others: object) -> None:
-    if not isinstance(others, Mapping) or not all(isinstance(one, Mapping) for one in others.values()):
-        raise MeasurementError(f"{others!r}: give arguments by name, for each variant by its name")
+def _have_names(others: Mapping[object, object]) -> None:
+    must(_are_by_name, "arguments by name, for each variant by its name")(others)
     for name in others:
-        if not isinstance(name, str) or not name or name in (ORIGINAL, SHARDED):
+        if not isinstance(name, str) or name in ("", ORIGINAL, SHARDED):
             raise MeasurementError(
                 f"a variant is named {name!r}: give a text other than {ORIGINAL} and {SHARDED}"
             )
@@ -147,9 +140,9 @@ def _are_variants(others: object) -> None:
 
 _RULES: dict[str, Rule] = {
     "repeats": whole_number(1),
-    "margin": _is_margin,
+    "margin": share(0, math.inf),
     "seed": whole_number(0),
-    "others": _are_variants,
+    "others": optional(_have_names),
 }
 
 

@@ -17,10 +17,10 @@ from shardkit.measure.launch import run_load
 from shardkit.measure.limit import why_unlimited
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement
 from shardkit.measure.quantities import format_seconds
-from shardkit.measure.spec import LoadSpec
+from shardkit.measure.spec import LoadSpec, check, share
 
 TOLERANCE = 0.05
-_FINEST, _SMALLEST_LIMIT = 0.01, 1_000_000
+_TOO_FINE, _SMALLEST_LIMIT = 0.005, 1_000_000
 _FAR = 32  # times the prediction, where the system does not say what memory it has
 _WIDEST_STEP = 12
 _GOALS = ("loaded", "generated")
@@ -144,8 +144,7 @@ def minimum_memory(
     Cancelled
         If `progress` asked to stop.
     """
-    if not (isinstance(tolerance, (int, float)) and _FINEST <= tolerance < 1):
-        raise MeasurementError(f"tolerance is {tolerance!r}: give a share from {_FINEST} to 1, 0.05 for 5 %")
+    check({"tolerance": tolerance}, {"tolerance": share(_TOO_FINE, 1)})
     spec = LoadSpec(dtype, python=python, options=options or {})
     predicted = Checkpoint.open(source).estimate(dtype).peak_anonymous_bytes
     if why := why_unlimited():
@@ -172,15 +171,15 @@ def minimum_memory(
             f"no smallest memory limit for {source}: with a limit of {format_size(odd.limit_bytes)} "
             f"the load still ended as {odd.end}"
         )
-    load, token = (_bracket(_tried(runs, goal)) for goal in _GOALS)
+    (load_failed, load), (token_failed, token) = (_bracket(_tried(runs, goal)) for goal in _GOALS)
     return MemoryFloor(
         source=free.source,
         dtype=dtype,
         predicted_bytes=predicted,
-        load_bytes=load[1],
-        load_failed_bytes=load[0],
-        first_token_bytes=token[1],
-        first_token_failed_bytes=token[0],
+        load_bytes=load,
+        load_failed_bytes=load_failed,
+        first_token_bytes=token,
+        first_token_failed_bytes=token_failed,
         free_seconds=free_seconds,
         runs=tuple(runs),
         stack=free.stack(),
@@ -196,7 +195,7 @@ def _limited_run(limit: int, found: LoadMeasurement) -> LimitedRun:
 
 
 def _seconds(found: LoadMeasurement) -> float:
-    ends = (phase.start_seconds + phase.wall_seconds for phase in found.phases)
+    ends = (phase.end_seconds for phase in found.phases)
     return max((*found.curve.seconds, *ends), default=0.0)
 
 

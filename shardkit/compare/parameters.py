@@ -10,7 +10,7 @@ from shardkit.base.errors import InOneLine, MeasurementError, ShardkitError
 from shardkit.base.sizes import parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import CAST_DTYPES
-from shardkit.measure.spec import CACHES, Rule, check, one_of, whole_number
+from shardkit.measure.spec import CACHES, Rule, check, must, one_of, whole_number
 from shardkit.plan.plan import Strategy
 
 
@@ -26,21 +26,15 @@ def check_values(values: Mapping[str, Any]) -> None:
         raise ParameterError(f"parameter {error}") from None
 
 
-def _is_text(value: object) -> None:
-    if not isinstance(value, str) or not value:
-        raise ShardkitError(f"{value!r} is not text (papermill's -r passes a number as text)")
+_is_text = must(
+    lambda value: isinstance(value, str) and value != "", "text (papermill's -r passes a number as text)"
+)
 
 
 def _is_checkpoint(value: Any) -> None:
     if value != "":  # the demo model
         _is_text(value)
         Checkpoint.open(value)
-
-
-def _is_folder(value: Any) -> None:
-    _is_text(value)
-    if not Path(value).is_dir():
-        raise ShardkitError(f"{value!r} is not a folder that exists")
 
 
 RULES: dict[str, Rule] = {
@@ -55,5 +49,7 @@ RULES: dict[str, Rule] = {
     "first_token": one_of(True, False),
     "trust_remote_code": one_of(True, False),
     "output_folder": _is_text,
-    "results": _is_folder,
+    "results": must(
+        lambda value: isinstance(value, str) and value != "" and Path(value).is_dir(), "a folder that exists"
+    ),
 }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import geometric_mean, median
+from typing import Self
 
 from shardkit.base.errors import MeasurementError
 from shardkit.base.record import listed
@@ -31,6 +32,12 @@ class Samples:
         named = {sample.variant for sample in (*self.samples, *self.warm_ups)}
         if not named <= set(self.names) or not 0 < self.margin < math.inf or self.seed < 0:
             raise MeasurementError("runs of variants that it does not have, or a margin or seed below zero")
+
+    def with_sample(self, sample: Sample) -> Self:
+        """Return the same with one run more."""
+        if sample.pair is None:
+            return replace(self, warm_ups=(*self.warm_ups, sample))
+        return replace(self, samples=(*self.samples, sample))
 
     def variant(self, name: str) -> Variant:
         """Return a variant by its name; a `MeasurementError` lists the names that there are."""

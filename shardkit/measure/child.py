@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,14 @@ class ChildEnd:
     started_at: float
     ended_at: float
     return_code: int | None
-    timed_out: bool
-    limit_kills: int | None
-    events: dict[str, list[dict[str, Any]]]
-    output: str
-    readings: list[Reading]
-    portable_readings: list[tuple[float, int]]
-    sampler_cpu_seconds: float
-    sampled_until: float
+    timed_out: bool = False
+    limit_kills: int | None = None
+    events: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: read_events(b""))
+    output: str = ""
+    readings: Sequence[Reading] = ()
+    portable_readings: Sequence[tuple[float, int]] = ()
+    sampler_cpu_seconds: float = 0.0
+    sampled_until: float = 0.0
 
 
 def run_child(
@@ -122,9 +122,7 @@ def run_child(
         try:
             child = _start([*command, str(folder / "job")], limit, printed, environment)
         except (OSError, ValueError) as error:
-            nothing = read_events(b"")
-            now = time.monotonic()
-            return ChildEnd(started_at, now, None, False, None, nothing, str(error), [], [], 0.0, 0.0)
+            return ChildEnd(started_at, time.monotonic(), None, output=str(error))
         fine, portable = StatusSampler(child.pid), PortableSampler(child)
         with _gone_after(child, folder, limit.group):
             for sampler in (fine, portable):
@@ -143,8 +141,8 @@ def run_child(
             limit.kills(),
             events,
             _read_tail(printed),
-            fine.readings if is_child else [],
-            portable.readings if is_child else [],
+            fine.readings if is_child else (),
+            portable.readings if is_child else (),
             fine.cpu_seconds,
             fine.ended_at,
         )

@@ -32,52 +32,47 @@ def check(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
             raise MeasurementError(f"{name}: {error}") from None
 
 
-def one_of(*choices: object) -> Rule:
-    """Return the rule of a value that is one of a few."""
+def must(hold: Callable[[Any], bool], words: str) -> Rule:
+    """Return a rule: what has to hold of a value, and what the value has to be, in words."""
 
     def rule(value: object) -> None:
-        if value not in choices:
-            raise MeasurementError(f"{value!r} is not one of {', '.join(map(str, choices))}")
+        if not hold(value):
+            raise MeasurementError(f"{value!r} is not {words}")
 
     return rule
+
+
+def one_of(*choices: object) -> Rule:
+    """Return the rule of a value that is one of a few."""
+    return must(lambda value: value in choices, f"one of {', '.join(map(str, choices))}")
 
 
 def whole_number(least: int) -> Rule:
     """Return the rule of a whole number, 0 or 1 at least."""
-    words = "above zero" if least else "of zero or more"
-
-    def rule(value: object) -> None:
-        if type(value) is not int or value < least:
-            raise MeasurementError(f"{value!r} is not a whole number {words}")
-
-    return rule
+    words = f"a whole number {'above zero' if least else 'of zero or more'}"
+    return must(lambda value: type(value) is int and value >= least, words)
 
 
-def _is_device(value: object) -> None:
-    if not isinstance(value, str) or not _DEVICE.fullmatch(value):
-        raise MeasurementError(f'{value!r} is not a device: give "cpu", "cuda", "cuda:1" or "auto"')
+def share(low: float, high: float) -> Rule:
+    """Return the rule of a share between two numbers."""
+    words = f"a share above {low:g}{f' and below {high:g}' if high < math.inf else ''}, such as 0.05 for 5 %"
+    return must(lambda value: isinstance(value, (int, float)) and low < value < high, words)
 
 
-def _can_be_set(limit: int | str | None) -> None:
-    with limited(None if limit is None else parse_size(limit)):
+def optional(rule: Rule) -> Rule:
+    """Return the rule of a value that may be None."""
+    return lambda value: None if value is None else rule(value)
+
+
+def _can_be_set(limit: int | str) -> None:
+    with limited(parse_size(limit)):
         pass
 
 
-def _is_interpreter(value: object) -> None:
-    if value is not None and not isinstance(value, (str, os.PathLike)):
-        raise MeasurementError(f"{value!r} is not the path of an interpreter")
-
-
-def _is_timeout(value: object) -> None:
-    if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-        raise MeasurementError(f"{value!r} is not a number of seconds; None waits as long as it takes")
-
-
-def _arrive(options: Mapping[str, Any] | None) -> None:
+def _arrive(options: Mapping[str, Any]) -> None:
     """Refuse options that would not reach another process just as they are."""
-    if not isinstance(options or {}, Mapping):
-        raise MeasurementError(f"{reprlib.repr(options)}: give arguments of from_pretrained by name")
-    for name, value in (options or {}).items():
+    must(lambda value: isinstance(value, Mapping), "arguments of from_pretrained by name")(options)
+    for name, value in options.items():
         try:
             arrives = type(name) is str and ast.literal_eval(repr(value)) == value
             json.dumps(value, allow_nan=False)  # as which results are kept
@@ -93,14 +88,19 @@ def _arrive(options: Mapping[str, Any] | None) -> None:
 CACHES = ("cold", "warm")
 _RULES: dict[str, Rule] = {
     "dtype": one_of(None, "auto", *CAST_DTYPES),
-    "device": _is_device,
+    "device": must(
+        lambda value: isinstance(value, str) and bool(_DEVICE.fullmatch(value)),
+        'a device: "cpu", "cuda", "cuda:1", "auto"',
+    ),
     "cache": one_of(*CACHES),
     "generate": whole_number(0),
     "prefetch": one_of(True, False),
-    "memory_limit": _can_be_set,
-    "python": _is_interpreter,
-    "timeout": _is_timeout,
-    "options": _arrive,
+    "memory_limit": optional(_can_be_set),
+    "python": optional(must(lambda value: isinstance(value, (str, os.PathLike)), "a path of an interpreter")),
+    "timeout": optional(
+        must(lambda value: isinstance(value, (int, float)) and 0 <= value < math.inf, "a number of seconds")
+    ),
+    "options": optional(_arrive),
 }
 
 

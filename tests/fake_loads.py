@@ -11,11 +11,11 @@ from textwrap import dedent
 import numpy as np
 
 from shardkit.compare.comparison import Comparison
-from shardkit.compare.variant import ORIGINAL, SHARDED, Sample, Variant
 from shardkit.measure.environment import Environment
 from shardkit.measure.launch import WORKER
 from shardkit.measure.measurement import LoadMeasurement, MemoryCurve, Phase, SamplerCost
 from shardkit.measure.page_cache import CacheState
+from shardkit.measure.samples import ORIGINAL, SHARDED, Sample, Variant
 
 MB = 10**6
 

@@ -16,7 +16,6 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.compare import experiment as compare
 from shardkit.compare.comparison import Comparison, merge_comparisons
 from shardkit.compare.experiment import compare_loads
-from shardkit.compare.variant import Sample
 from shardkit.demo import make_demo_checkpoint
 from shardkit.measure.intervals import (
     Interval,
@@ -25,6 +24,7 @@ from shardkit.measure.intervals import (
     repeats_to_decide,
     student_quantile,
 )
+from shardkit.measure.samples import Sample
 from shardkit.shard.engine import shard_checkpoint
 from shardkit.show.report_page import CARRIED_IN
 from tests.fake_loads import MB, fake_comparison, fake_interpreter, fake_load, fake_variant

@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from papermill import inspect_notebook
 
 from shardkit import Comparison
-from shardkit.compare.variant import SHARDED, Sample
+from shardkit.measure.samples import SHARDED, Sample
 from shardkit.notebook import ParameterError, check_parameters
 from tests.fake_loads import VARIANTS, fake_comparison, fake_load, fake_variant
 
@@ -245,7 +245,7 @@ def test_every_picture_appears_under_its_cell(tmp_path):
     fake_comparison().save(tmp_path / "comparison.json")
     cells = ["import shardkit; from shardkit.show.plots import plot_bars, plot_memory"]
     cells += ["found = shardkit.Comparison.load('comparison.json')"]
-    cells += ["plot_bars(found.runs);", "plot_memory(found.runs);", "found.plot();"]
+    cells += ["plot_bars(found);", "plot_memory(found);", "found.plot();"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}).execute()
     pictures = [[output for output in cell.outputs if "image/png" in output.data] for cell in notebook.cells]

@@ -18,10 +18,11 @@ from matplotlib.collections import PathCollection
 
 from shardkit import plan_shards
 from shardkit.base.errors import MeasurementError
-from shardkit.compare.variant import Sample
+from shardkit.measure.samples import Sample
 from shardkit.show.canvas import GREEN
 from shardkit.show.plots import (
     comparison_png,
+    describe_memory,
     plot_bars,
     plot_comparison,
     plot_medians,
@@ -49,7 +50,7 @@ def texts(axes):
 
 def test_bars_show_means_and_every_run():
     comparison = fake_comparison(ratio=0.5, noise=0.02, anonymous=(4000 * MB, 400 * MB))
-    times, peaks = plot_bars(comparison.runs)
+    times, peaks = plot_bars(comparison)
     for axes, quantities, scale in (
         (times, ("load_wall_seconds", "time_to_first_token_seconds"), 1),
         (peaks, ("peak_anonymous_bytes", "peak_total_bytes"), 1e9),
@@ -64,14 +65,14 @@ def test_bars_show_means_and_every_run():
 
 
 def test_variants_differ_by_more_than_colour():
-    times, _ = plot_bars(fake_comparison().runs)
+    times, _ = plot_bars(fake_comparison())
     assert len({bar.get_hatch() or "" for bar in times.patches}) == 2
-    curves = plot_memory(fake_comparison().runs)
+    curves = plot_memory(fake_comparison())
     assert len({area.get_hatch() or "" for area in curves.collections}) == 2
 
 
 def test_curves_start_with_the_load_and_mark_its_phases():
-    axes = plot_memory(fake_comparison().runs)
+    axes = plot_memory(fake_comparison())
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     for label in ("original: anonymous", "sharded: with file pages", "end of load", "end of first token"):
         assert label in labels
@@ -88,8 +89,8 @@ def test_measurements_alone_can_be_drawn():
 
 def test_given_axes_are_drawn_on():
     figure, axes = plt.subplots(1, 3)
-    assert list(plot_bars(fake_comparison().runs, axes[:2])) == list(axes[:2])
-    assert plot_memory(fake_comparison().runs, axes[2]) is axes[2]
+    assert list(plot_bars(fake_comparison(), axes[:2])) == list(axes[:2])
+    assert plot_memory(fake_comparison(), axes[2]) is axes[2]
     assert plt.get_fignums() == [figure.number]
 
 
@@ -106,7 +107,7 @@ def with_variants(count):
 
 @pytest.mark.parametrize("count", [3, 4, 6, 8])
 def test_every_variant_has_a_name_and_a_look_of_its_own(count):
-    times, _, curves = plot_comparison(with_variants(count).runs)
+    times, _, curves = plot_comparison(with_variants(count))
     shown = {text.get_text() for text in times.get_legend().get_texts()}
     assert len(shown) == count
     looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in times.patches}
@@ -131,7 +132,7 @@ def test_every_variant_has_a_name_and_a_look_of_its_own(count):
     ids=["two", "three", "four", "eight"],
 )
 def test_all_text_lies_inside_the_figure_and_tick_labels_keep_apart(comparison):
-    axes = plot_comparison(comparison.runs)
+    axes = plot_comparison(comparison)
     figure = axes[0].figure
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()
@@ -155,7 +156,7 @@ def test_all_text_lies_inside_the_figure_and_tick_labels_keep_apart(comparison):
 def test_variants_whose_names_are_alike_when_short_are_all_drawn(names):
     runs = [Sample(name, 0, fake_load(wall=1.0 + place)) for place, name in enumerate(names)]
     found = fake_comparison(variants=tuple(fake_variant(name, "F16") for name in names), samples=tuple(runs))
-    times, peaks, curves = plot_comparison(found.runs)
+    times, peaks, curves = plot_comparison(found)
     assert len(times.patches) == len(peaks.patches) == 3 * 2
     assert len({text.get_text() for text in times.get_legend().get_texts()}) == 3
     lines = [line.get_label() for line in curves.lines if "with file pages" in line.get_label()]
@@ -173,7 +174,7 @@ def test_where_a_variant_reads_ahead_times_start_with_the_process():
         for name in VARIANTS
     ]
     found = fake_comparison(samples=tuple(runs))
-    times, _, curves = plot_comparison(found.runs)
+    times, _, curves = plot_comparison(found)
     assert {bar.get_height() for bar in times.patches} == {3.5, 4.5}
     shown = " ".join(text.get_text() for text in texts(times))
     assert "load\nfrom process start" in shown
@@ -181,16 +182,16 @@ def test_where_a_variant_reads_ahead_times_start_with_the_process():
     assert curves.get_xlabel() == "seconds since the start of the process"
     marks = [line for line in curves.lines if line.get_marker() == "o" and len(line.get_xdata())]
     assert [mark.get_xdata()[0] for mark in marks] == [3.5, 3.5]
-    assert "load done after 3.5 s, first token done after 4.5 s" in found.runs.describe_memory()
+    assert "load done after 3.5 s, first token done after 4.5 s" in describe_memory(found)
     assert plot_memory([runs[1].measurement]).get_xlabel() == "seconds since the start of the process"
 
 
 def test_bars_that_a_system_does_not_report_are_missed_aloud():
     runs = [Sample(name, 0, fake_load(peak_anonymous_bytes=None)) for name in VARIANTS]
     found = fake_comparison(samples=tuple(runs))
-    _, peaks, _ = plot_comparison(found.runs)
+    _, peaks, _ = plot_comparison(found)
     assert "peak anonymous\n(not reported by this system)" in "".join(t.get_text() for t in texts(peaks))
-    assert "at most unknown anonymous" in found.runs.describe_memory()
+    assert "at most unknown anonymous" in describe_memory(found)
 
 
 @pytest.mark.parametrize("backend", ["module://not_here.backend", "nonsense"])
@@ -200,7 +201,7 @@ def test_pictures_need_no_backend_of_a_screen(tmp_path, backend):
         "import sys; from shardkit import Comparison; from shardkit.show.plots import plot_bars\n"
         "found = Comparison.load(sys.argv[1] + '/c.json')\n"
         "found.plot(sys.argv[1] + '/a.png'); found.save(sys.argv[1] + '/a.html')\n"
-        "plot_bars(found.runs)[0].figure.savefig(sys.argv[1] + '/b.png')"
+        "plot_bars(found)[0].figure.savefig(sys.argv[1] + '/b.png')"
     )
     environment = {**os.environ, "MPLBACKEND": backend}
     subprocess.run([sys.executable, "-c", script, tmp_path], env=environment, check=True)
@@ -211,16 +212,16 @@ def test_pictures_need_no_backend_of_a_screen(tmp_path, backend):
 
 def test_own_figures_are_black_on_white_in_a_dark_theme():
     with plt.style.context("dark_background"):
-        axes = plot_comparison(fake_comparison().runs)
+        axes = plot_comparison(fake_comparison())
     assert mpl.colors.to_hex(axes[0].figure.get_facecolor()) == "#ffffff"
     assert {mpl.colors.to_hex(text.get_color()) for one in axes for text in texts(one)} == {"#000000"}
 
 
 def test_picture_for_a_page_is_the_same_in_any_theme_and_leaves_pyplot_alone():
-    light = comparison_png(fake_comparison().runs)
+    light = comparison_png(fake_comparison())
     with plt.style.context(["dark_background", {"savefig.facecolor": "black"}]):
         before = dict(mpl.rcParams)
-        dark = comparison_png(fake_comparison().runs)
+        dark = comparison_png(fake_comparison())
         assert dict(mpl.rcParams) == before
     assert plt.get_fignums() == []
     first, second = (plt.imread(BytesIO(png))[..., :3] for png in (light, dark))
@@ -231,8 +232,8 @@ def test_picture_for_a_page_is_the_same_in_any_theme_and_leaves_pyplot_alone():
 def test_given_axes_keep_the_ink_of_their_theme():
     with plt.style.context("dark_background"):
         _, axes = plt.subplots(1, 3)
-        plot_bars(fake_comparison().runs, axes[:2])
-        plot_memory(fake_comparison().runs, axes[2])
+        plot_bars(fake_comparison(), axes[:2])
+        plot_memory(fake_comparison(), axes[2])
     assert {mpl.colors.to_hex(text.get_color()) for one in axes for text in texts(one)} == {"#ffffff"}
 
 
@@ -253,13 +254,13 @@ def test_killed_variant_is_drawn_as_far_as_it_came():
         Sample(variant, 0, fake_load(outcome="killed" if variant == "original" else "ok"))
         for variant in ("original", "sharded")
     )
-    axes = plot_comparison(fake_comparison(samples=killed).runs)
+    axes = plot_comparison(fake_comparison(samples=killed))
     assert "killed" in {text.get_text() for text in axes[2].texts}
     assert len(axes[0].patches) == 2
 
 
 def test_nothing_measured_is_said_rather_than_drawn():
-    axes = plot_comparison(fake_comparison(samples=(), warm_ups=()).runs)
+    axes = plot_comparison(fake_comparison(samples=(), warm_ups=()))
     assert "nothing was measured" in {text.get_text() for text in axes[0].texts}
 
 
@@ -278,7 +279,7 @@ def test_layout_map_has_a_bar_for_each_file_as_long_as_its_data(demo):
 
 
 def test_memory_is_told_in_words_too():
-    words = fake_comparison(anonymous=(4000 * MB, 400 * MB)).runs.describe_memory()
+    words = describe_memory(fake_comparison(anonymous=(4000 * MB, 400 * MB)))
     assert "original: at most 4 GB anonymous" in words
     assert "sharded: at most 400 MB anonymous" in words
     assert "first token done after 1 s" in words
@@ -290,7 +291,7 @@ def test_three_variants_fit_into_the_picture():
     found = fake_comparison(
         variants=(*base.variants, fake_variant("prefetched", "F16")), samples=(*base.samples, *third)
     )
-    times, *_ = plot_comparison(found.runs)
+    times, *_ = plot_comparison(found)
     assert len(times.patches) == 3 * 2
     assert len({bar.get_hatch() or "" for bar in times.patches}) == 3
 

@@ -126,7 +126,7 @@ class Compare(Step):
         self.comparison = comparison
         self.stopped = "What was found until then stays below. Compare starts over."
         self._verdict.fill(in_the_app(comparison.summary().html(), escaped))
-        self._picture.value = page.picture(comparison_png(comparison.runs), alternative(comparison.runs))
+        self._picture.value = page.picture(comparison_png(comparison), alternative(comparison))
 
 
 def _limits(asked: int | None) -> list[tuple[str, int]]:
@@ -141,6 +141,6 @@ def _downloads(comparison: Comparison) -> list[str]:
     document = json.dumps(comparison.to_dict(), ensure_ascii=False)
     return [
         page.download("comparison.json", "application/json", document.encode()),
-        page.download("comparison.png", "image/png", comparison_png(comparison.runs)),
+        page.download("comparison.png", "image/png", comparison_png(comparison)),
         page.download("comparison.html", "text/html", comparison.to_html().encode()),
     ]

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from shardkit.base.errors import MeasurementError, ShardkitError
 from shardkit.base.extras import require
 from shardkit.base.record import Record, Summary, Table, plural, shown_path
-from shardkit.compare.samples import Samples
-from shardkit.compare.variant import ORIGINAL
 from shardkit.measure.measurement import LoadMeasurement
 from shardkit.measure.quantities import compared
+from shardkit.measure.samples import ORIGINAL, Samples
 from shardkit.show.plots import plot_comparison
 from shardkit.show.report_page import carried, result_page
 
@@ -69,9 +68,9 @@ class Comparison(Samples, Record):
         words += self._partial_failures()
         for name in self.names:
             ratios = self.ratios_of(name)
-            lines = [f"{q.label}: {ratios[q.name].words()}" for q in self._main if q.name in ratios]
+            lines = [f"{q.label}: {ratios[q.name].words()}" for q in self.main if q.name in ratios]
             if lines:
-                lines += [f"{q.label}: {why}" for q in self._main if (why := self.missing(name, q.name))]
+                lines += [f"{q.label}: {why}" for q in self.main if (why := self.missing(name, q.name))]
             elif name != self.reference and self.measurements(name):
                 lines = ["there is no pair in which both loaded"]
             words += [f"{name}{self._against}, {line}" for line in lines] if len(self.names) > 2 else lines
@@ -87,7 +86,7 @@ class Comparison(Samples, Record):
     def findings(self) -> dict[str, dict[str, str]]:
         """Return the verdict on each main quantity by variant, in words; where there is none, why."""
         return {
-            f"{name}{self._against}": {q.label: self._finding(name, q.name) for q in self._main}
+            f"{name}{self._against}": {q.label: self._finding(name, q.name) for q in self.main}
             for name in self.names
             if name != self.reference
         }
@@ -128,7 +127,7 @@ class Comparison(Samples, Record):
 
     def _means(self, variant: str) -> str:
         """Return a variant's own figures, for when there is nothing to compare them with."""
-        means = ((quantity, self.mean(variant, quantity.name)) for quantity in self._main)
+        means = ((quantity, self.mean(variant, quantity.name)) for quantity in self.main)
         return ", ".join(f"{q.label} {q.format(value)}" for q, value in means if value is not None) or "none"
 
     def _table(self, variant: str) -> Table:
@@ -219,8 +218,7 @@ class Comparison(Samples, Record):
 
     def to_html(self) -> str:
         """Return one HTML page with figures, pictures and raw data that needs no other file, to share."""
-        every_run = ((s.variant, s.pair, s.measurement) for s in (*self.warm_ups, *self.samples))
-        return result_page(self.runs, self.summary(), every_run, self.to_dict())
+        return result_page(self, self.summary(), self.to_dict())
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draw times, peaks and memory curves; save them if `path` is given (``.png``, ``.svg``).
@@ -229,7 +227,7 @@ class Comparison(Samples, Record):
         -------
         The three axes: times, peaks, curves.
         """
-        return plot_comparison(self.runs, path)
+        return plot_comparison(self, path)
 
 
 def merge_comparisons(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:

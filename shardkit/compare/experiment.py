@@ -19,9 +19,9 @@ from shardkit.base.jobs import Crew, worker_count
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.compare.comparison import Comparison
-from shardkit.compare.variant import ORIGINAL, SHARDED, Sample, Variant
 from shardkit.measure.launch import run_load
 from shardkit.measure.measurement import LoadMeasurement
+from shardkit.measure.samples import ORIGINAL, SHARDED, Sample, Variant
 from shardkit.measure.spec import LoadSpec, Rule, check, must, optional, share, whole_number
 from shardkit.shard.verify import compare_tensors
 

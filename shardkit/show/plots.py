@@ -15,8 +15,9 @@ from shardkit.base.record import plural
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.parts import kind_of
 from shardkit.measure.intervals import mean_interval
-from shardkit.measure.measurement import LoadMeasurement
-from shardkit.measure.quantities import Quantity, Unit
+from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement
+from shardkit.measure.quantities import Quantity, Unit, format_seconds
+from shardkit.measure.samples import Samples
 from shardkit.plan.plan import ShardPlan
 from shardkit.show.canvas import (
     BLUE,
@@ -33,7 +34,6 @@ from shardkit.show.canvas import (
     tidy,
     white,
 )
-from shardkit.show.runs import MARKED, Runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,16 +50,16 @@ _GROUP_WIDTH = 0.88  # of all variants' bars for one quantity
 _TALLEST_INCHES = 200  # matplotlib draws no more than 65,535 pixels
 _LEAD_SECONDS = 0.2
 _PROFILER_MARKS = 24
-_MARKERS = dict(zip(MARKED, "oD", strict=True))
+_MARKERS = {LOAD: "o", FIRST_TOKEN: "D"}
 
 
-def plot_bars(runs: Runs, ax: Sequence[Axes] | None = None) -> Sequence[Axes]:
+def plot_bars(runs: Samples, ax: Sequence[Axes] | None = None) -> Sequence[Axes]:
     """Draw wall time and peak memory side by side: a bar for the geometric mean, a dot for each run.
 
     Parameters
     ----------
     runs
-        Such as `Comparison.runs`.
+        Such as a `Comparison`.
     ax
         Two axes, for times and for peaks; None makes a figure.
 
@@ -74,17 +74,18 @@ def plot_bars(runs: Runs, ax: Sequence[Axes] | None = None) -> Sequence[Axes]:
     return ax
 
 
-def _is_crowded(runs: Runs) -> bool:
+def _is_crowded(runs: Samples) -> bool:
     return len(runs.names) > _SIDE_BY_SIDE
 
 
-def _plot_quantities(runs: Runs, ax: Axes, unit: Unit) -> None:
+def _plot_quantities(runs: Samples, ax: Axes, unit: Unit) -> None:
     scale, shown_unit, title = _BARS[unit]
     quantities = [quantity for quantity in runs.drawn() if quantity.unit == unit]
     labels = dict(zip(runs.names, short_names(runs.names), strict=True))
     step, ticks = _GROUP_WIDTH / len(labels), {}
     for place, quantity in enumerate(quantities):
-        for number, (variant, loads) in enumerate(runs.loads.items()):
+        for number, variant in enumerate(runs.names):
+            loads = runs.measurements(variant)
             if values := [value / scale for load in loads if (value := quantity.of(load))]:
                 x = place + (number - (len(runs.names) - 1) / 2) * step
                 _bar(ax, x, 0.96 * step, values, labels.pop(variant, None), number)
@@ -103,14 +104,14 @@ def _plot_quantities(runs: Runs, ax: Axes, unit: Unit) -> None:
     _explain_bars(ax, runs) if ticks else say_empty(ax)
 
 
-def _caption(runs: Runs, quantity: Quantity) -> str:
+def _caption(runs: Samples, quantity: Quantity) -> str:
     """Return the name of a quantity for its bars, in lines: two stand side by side; or why there are none."""
     name = "\n" + quantity.label.replace(" from ", "\nfrom ")
     return f"{name}\n({why})" if (why := runs.why_missing(quantity)) else name
 
 
-def _explain_bars(ax: Axes, runs: Runs) -> None:
-    enough = any(len(loads) > 2 for loads in runs.loads.values())
+def _explain_bars(ax: Axes, runs: Samples) -> None:
+    enough = any(len(runs.measurements(variant)) > 2 for variant in runs.names)
     caption = "bar: geometric mean, dots: runs" + (", line: 95 % interval" if enough else "")
     ax.set_xlabel(caption, fontsize=8, color=ink(ax))
     place: dict[str, Any] = {"bbox_to_anchor": (1, 1)} if _is_crowded(runs) else {"ncols": 3}
@@ -125,7 +126,7 @@ def _bar(ax: Axes, x: float, width: float, values: list[float], label: str | Non
         ax.vlines(x + 0.4 * width, *interval, color=ink(ax), linewidth=1.4, zorder=4)
 
 
-def plot_memory(source: Runs | Sequence[LoadMeasurement], ax: Axes | None = None) -> Axes:
+def plot_memory(source: Samples | Sequence[LoadMeasurement], ax: Axes | None = None) -> Axes:
     """Draw resident memory over time, all loads on one axis of time that starts with each load.
 
     Where a variant prefetches, and so works before its load, it starts with each process.
@@ -136,14 +137,14 @@ def plot_memory(source: Runs | Sequence[LoadMeasurement], ax: Axes | None = None
     Parameters
     ----------
     source
-        Runs, such as `Comparison.runs`, of which each variant's typical one is drawn; or measurements.
+        Runs, such as a `Comparison`, of which each variant's typical one is drawn; or measurements.
     ax
         Axes to draw on; None makes a figure.
     """
     ax = new_axes() if ax is None else ax
-    if isinstance(source, Runs):
+    if isinstance(source, Samples):
         labels = dict(zip(source.names, short_names(source.names), strict=True))
-        chosen = [(labels[name], run) for name, run in source.typical.items()]
+        chosen = [(labels[name], run) for name, run in source.typical_runs.items()]
         ahead = source.reads_ahead
     else:
         chosen = [(f"run {number}", run) for number, run in enumerate(source, 1)]
@@ -209,7 +210,22 @@ def _explain_marks(ax: Axes, runs: int) -> None:
     )
 
 
-def plot_comparison(runs: Runs, path: str | os.PathLike[str] | BinaryIO | None = None) -> Sequence[Axes]:
+def describe_memory(runs: Samples) -> str:
+    """Return in words what `plot_memory` draws."""
+    words = []
+    for name, run in runs.typical_runs.items():
+        peaks = (run.peak_anonymous_bytes, run.peak_total_bytes)
+        anonymous, total = ("unknown" if peak is None else format_size(peak) for peak in peaks)
+        line = [f"{name}: at most {anonymous} anonymous, {total} with file pages"]
+        for phase in run.phases:
+            if phase.name in _MARKERS:
+                end = phase.end_seconds if runs.reads_ahead else phase.wall_seconds
+                line.append(f"{phase.name} done after {format_seconds(end)}")
+        words.append(", ".join(line if run.ok else [*line, f"{run.outcome}: {run.reason}"]))
+    return "; ".join(words) or "nothing was measured"
+
+
+def plot_comparison(runs: Samples, path: str | os.PathLike[str] | BinaryIO | None = None) -> Sequence[Axes]:
     """Draw times, peaks and memory curves in one figure; save it if `path` (or a binary file) is given.
 
     Returns
@@ -231,7 +247,7 @@ def plot_comparison(runs: Runs, path: str | os.PathLike[str] | BinaryIO | None =
     return axes
 
 
-def comparison_png(runs: Runs) -> bytes:
+def comparison_png(runs: Samples) -> bytes:
     """Return what `plot_comparison` draws, made without pyplot, whose state is the main thread's."""
     figure = bare_figure()(**_page(runs))
     _draw_comparison(runs, figure)
@@ -240,11 +256,11 @@ def comparison_png(runs: Runs) -> bytes:
         return file.getvalue()
 
 
-def _page(runs: Runs) -> dict[str, Any]:
+def _page(runs: Samples) -> dict[str, Any]:
     return {"figsize": (8, 11 if _is_crowded(runs) else 7), "layout": "constrained", "facecolor": "white"}
 
 
-def _draw_comparison(runs: Runs, figure: Figure) -> list[Axes]:
+def _draw_comparison(runs: Samples, figure: Figure) -> list[Axes]:
     if _is_crowded(runs):
         axes = list(figure.subplots(3, 1))
     else:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterable
 from html import escape
 from typing import Any
 
 from shardkit.base.record import Summary, Table
-from shardkit.measure.measurement import LoadMeasurement
-from shardkit.show.plots import comparison_png
-from shardkit.show.runs import Runs
+from shardkit.measure.samples import Samples
+from shardkit.show.plots import comparison_png, describe_memory
 
 CARRIED_IN = '<script type="application/json" id="shardkit-comparison">'
 _CARRIED = re.compile(re.escape(CARRIED_IN) + "(.*?)</script>", re.DOTALL)
@@ -26,23 +24,8 @@ summary { cursor: pointer; margin: .8em 0; }
 """
 
 
-def result_page(
-    runs: Runs,
-    summary: Summary,
-    every_run: Iterable[tuple[str, int | None, LoadMeasurement]],
-    data: dict[str, Any],
-) -> str:
-    """Return the page. What it shows is escaped; what it carries, `carried` gives back.
-
-    Parameters
-    ----------
-    runs
-        What the picture shows.
-    every_run
-        Variant, number of its pair (None for a warm-up), and measurement.
-    data
-        What the page carries, ready for JSON.
-    """
+def result_page(runs: Samples, summary: Summary, data: dict[str, Any]) -> str:
+    """Return the page. What it shows is escaped; the data that it carries, `carried` gives back."""
     # A "<" in a name could end the element that carries it.
     text = json.dumps(data).replace("<", "\\u003c")
     picture = base64.b64encode(comparison_png(runs)).decode()
@@ -57,7 +40,7 @@ def result_page(
 <body>
 {summary.html()}
 <p><img alt="{escape(alternative(runs))}" src="data:image/png;base64,{picture}"></p>
-<details><summary>Every run</summary><div class="shardkit">{_table(runs, every_run).html()}</div></details>
+<details><summary>Every run</summary><div class="shardkit">{_table(runs).html()}</div></details>
 {CARRIED_IN}{text}</script>
 </body>
 </html>
@@ -69,22 +52,23 @@ def carried(page: str) -> str | None:
     return found.group(1) if (found := _CARRIED.search(page)) else None
 
 
-def alternative(runs: Runs) -> str:
+def alternative(runs: Samples) -> str:
     """Return the words that stand for the picture."""
-    return f"Wall times and peaks as in the table above, and memory over time: {runs.describe_memory()}"
+    return f"Wall times and peaks as in the table above, and memory over time: {describe_memory(runs)}"
 
 
-def _table(runs: Runs, every_run: Iterable[tuple[str, int | None, LoadMeasurement]]) -> Table:
+def _table(runs: Samples) -> Table:
     quantities = runs.drawn()
     rows = [
         (
-            variant,
-            "warm-up" if pair is None else str(pair + 1),
+            sample.variant,
+            "warm-up" if sample.pair is None else str(sample.pair + 1),
             *(quantity.format(quantity.of(run)) for quantity in quantities),
             f"{run.cache.asked}, {'proven' if run.cache.proven else 'not proven'}",
             f"{run.outcome}: {run.reason}" if run.reason else run.outcome,
         )
-        for variant, pair, run in every_run
+        for sample in (*runs.warm_ups, *runs.samples)
+        for run in (sample.measurement,)
     ]
     labels = (quantity.label for quantity in quantities)
     return Table(("variant", "pair", *labels, "page cache", "outcome"), tuple(rows))

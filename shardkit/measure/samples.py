@@ -1,20 +1,101 @@
-"""The runs of a comparison, and what follows from them in numbers."""
+"""Runs of several variants of a checkpoint, and what follows from them in numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import geometric_mean, median
-from typing import Self
+from typing import Any, Self
 
 from shardkit.base.errors import MeasurementError
-from shardkit.base.record import listed
-from shardkit.compare.variant import ORIGINAL, SHARDED, Sample, Variant
-from shardkit.measure.measurement import LoadMeasurement
+from shardkit.base.record import listed, plural
+from shardkit.base.sizes import format_size
+from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES
+from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement
 from shardkit.measure.quantities import QUANTITIES, Quantity, Ratio, compared, why_missing
-from shardkit.show.runs import Runs
+
+ORIGINAL, SHARDED = "original", "sharded"
+
+_ASKED = ("dtype", "device", "generate", "prefetch", "memory_limit_bytes")
+_CLOCKED = ("wall_seconds", "user_seconds", "system_seconds", "major_faults", "read_bytes")
+# Growth below a quarter of the weights is not a copy of them, and weights below this size show nothing.
+_TELLING_SHARE, _TELLING_BYTES = 0.25, 64_000_000
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the checkpoints: where it is, how it is stored, and how it is loaded.
+
+    `dtypes` maps dtype to bytes; `options` are the arguments of `measure_load`.
+    """
+
+    name: str
+    source: str
+    files: int
+    total_bytes: int
+    dtypes: dict[str, int]
+    options: dict[str, Any]
+
+    @property
+    def dtype(self) -> str | None:
+        """The floating-point dtype that most of it is stored in, in torch's words."""
+        return next((DTYPE_NAMES[dtype] for dtype in self.dtypes if dtype in FLOAT_DTYPES), None)
+
+    def explain(self, loads: Sequence[LoadMeasurement], typical: LoadMeasurement | None) -> str:
+        """Say where the figures of its loads come from: copied or mapped weights, read late or not."""
+        requested = f"requested {typical.asked_for()}" if typical else "never run"
+        words = f"{self.dtype or 'no plain floats'} in {plural(self.files, 'file')}, {requested}"
+        if self.total_bytes < _TELLING_BYTES:
+            return words
+        telling = _TELLING_SHARE * self.total_bytes
+        if (grown := _median_growth(loads, LOAD, "anonymous_bytes")) is not None:
+            on_gpu = any(load.peak_device_bytes is not None for load in loads)
+            fate = "weights go to the GPU" if on_gpu else "weights stay mapped from the file"
+            fate = "weights copied into memory" if grown > telling else fate
+            new, weights = format_size(max(grown, 0)), format_size(self.total_bytes)
+            words += f": {fate} ({new} of new anonymous memory for {weights})"
+            if typical and grown > telling and typical.dtype and self.dtype not in (None, typical.dtype):
+                words += f"; requested as {self.dtype}, the stored dtype, they need no cast"
+        touched = _median_growth(loads, FIRST_TOKEN, "file_bytes")
+        if touched is not None and touched > telling:
+            words += f"; {format_size(touched)} of file pages, including libraries, read for the first token"
+        return words
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run: of which variant, in which pair (None for the warm-up, which counts for nothing)."""
+
+    variant: str
+    pair: int | None
+    measurement: LoadMeasurement
+
+    def row(self, variant: Variant) -> dict[str, Any]:
+        """Return all that a table of raw samples has of it."""
+        run, environment = self.measurement, self.measurement.environment
+        row = {
+            "variant": self.variant,
+            "pair": self.pair,
+            "outcome": run.outcome,
+            "source": variant.source,
+            "stored_dtype": variant.dtype,
+            "files": variant.files,
+            "bytes": variant.total_bytes,
+            **{name: getattr(run, name) for name in (*_ASKED, *QUANTITIES)},
+            "cache": run.cache.asked,
+            "cache_proven": run.cache.proven,
+            **{
+                f"{phase.name.replace(' ', '_')}_{what}": getattr(phase, what)
+                for phase in run.phases
+                for what in _CLOCKED
+            },
+            "cpu": environment.cpu,
+            "cores": environment.cores,
+        }
+        return row | {name: version for name, version in environment.versions.items() if name not in row}
 
 
 @dataclass(frozen=True)
@@ -69,17 +150,27 @@ class Samples:
     @property
     def times(self) -> tuple[str, ...]:
         """The quantities by which loads are compared: time to the end of the load, and to the first token."""
-        return tuple(quantity.name for quantity in self._main if quantity.unit == "seconds")
+        return tuple(quantity.name for quantity in self.main if quantity.unit == "seconds")
 
     @property
-    def _main(self) -> tuple[Quantity, ...]:
+    def main(self) -> tuple[Quantity, ...]:
+        """The quantities that the verdict is about."""
         return compared(self.reads_ahead, "main")
 
+    def drawn(self) -> tuple[Quantity, ...]:
+        """Return what pictures show: the main quantities, and others where they are known or missed."""
+        drawn = compared(self.reads_ahead, "drawn")
+        return (*self.main, *(quantity for quantity in drawn if self.why_missing(quantity) is not None))
+
+    def why_missing(self, quantity: Quantity) -> str | None:
+        """Return why no load has a quantity; "" if one has, None if none needs any."""
+        loads = [load for name in self.names for load in self.measurements(name)]
+        return why_missing(loads, quantity) or ("" if any(map(quantity.of, loads)) else None)
+
     @property
-    def runs(self) -> Runs:
-        """What is drawn: the loads that count, and of each variant the run with the median last time."""
-        typical = {name: run for name in self.names if (run := self.typical(name, self.times[1]))}
-        return Runs({name: self.measurements(name) for name in self.names}, typical, self.reads_ahead)
+    def typical_runs(self) -> dict[str, LoadMeasurement]:
+        """The run that stands for each variant that was run: that with the median last time."""
+        return {name: run for name in self.names if (run := self.typical(name, self.times[1]))}
 
     def mean(self, variant: str, quantity: str) -> float | None:
         """Return the geometric mean of a `LoadMeasurement` property over a variant's loads; None if none."""
@@ -141,3 +232,15 @@ class Samples:
         quantity = by or self.times[0]
         loads = sorted(self.measurements(variant), key=lambda m: getattr(m, quantity) or 0.0)
         return loads[len(loads) // 2] if loads else next(iter(self._runs(variant)), None)
+
+
+def _median_growth(loads: Sequence[LoadMeasurement], name: str, part: str) -> float | None:
+    """Return by how much a phase's peak exceeds what was there when it began; `part` as in the curve."""
+    grown = []
+    for load in loads:
+        phase, curve = load.phase(name), load.curve
+        if phase is None or (peak := getattr(phase, f"peak_{part}")) is None:
+            continue
+        if began := bisect_right(curve.seconds, phase.start_seconds):
+            grown.append(peak - getattr(curve, part)[began - 1])
+    return median(grown) if grown else None

@@ -24,8 +24,11 @@ from shardkit.measure.intervals import (
     repeats_to_decide,
     student_quantile,
 )
+from shardkit.measure.measurement import LoadMeasurement
+from shardkit.measure.quantities import QUANTITIES, Quantity
 from shardkit.measure.samples import Sample
 from shardkit.shard.engine import shard_checkpoint
+from shardkit.show.plots import plot_bars
 from shardkit.show.report_page import CARRIED_IN
 from tests.fake_loads import MB, fake_comparison, fake_interpreter, fake_load, fake_variant
 
@@ -211,6 +214,21 @@ class TestVerdict:
         samples = tuple(Sample(variant, 0, quick) for variant in ("original", "sharded"))
         assert "load CPU time  -" in re.sub(" {2,}", "  ", str(fake_comparison(samples=samples)))
         assert "too small to be measured" in str(fake_comparison(samples=samples))
+
+    def test_a_quantity_that_is_added_to_the_table_is_found_everywhere(self, monkeypatch):
+        waited = Quantity("waited_seconds", "time waited", "seconds", plain="main", ahead="main")
+        half = property(lambda run: 0.5 * run.load_wall_seconds)
+        monkeypatch.setattr(LoadMeasurement, waited.name, half, raising=False)
+        monkeypatch.setitem(QUANTITIES, waited.name, waited)
+        found = fake_comparison(ratio=0.5, noise=0.0)
+        assert "time waited: 2x less" in found.verdict
+        assert found.findings()["sharded"]["time waited"].startswith("2x less")
+        assert "time waited" in {row[0] for row in found.summary().tables[0].rows}
+        assert found.to_dict()["ratios"]["sharded"]["waited_seconds"]["ratio"] == pytest.approx(0.5)
+        assert found.to_frame()["waited_seconds"].notna().all()
+        assert "time waited</th>" in found.to_html()
+        times, _ = plot_bars(found)
+        assert "time waited" in {label.get_text().strip() for label in times.get_xticklabels(minor=True)}
 
 
 class TestWords:

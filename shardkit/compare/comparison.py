@@ -48,7 +48,6 @@ class Comparison(Samples, Record):
     schema: ClassVar[int] = 2
 
     def _partial_failures(self) -> Iterator[str]:
-        """Say of which variants only some counted runs succeeded: the figures are of those."""
         for name in self.names:
             ends = Counter(run.outcome for run in self._runs(name))
             bad = [f"{outcome} in {count}" for outcome, count in ends.items() if outcome != "ok"]

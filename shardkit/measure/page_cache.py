@@ -95,7 +95,6 @@ def _evict(file: str) -> None:
 
 
 def _read_through(file: str) -> None:
-    """Read a file into the page cache through a small buffer."""
     buffer = bytearray(2**20)
     with open(file, "rb", buffering=0) as handle:
         while handle.readinto(buffer):

@@ -90,7 +90,7 @@ QUANTITIES = {quantity.name: quantity for quantity in _TABLE}
 
 def compared(ahead: bool, *roles: Role) -> tuple[Quantity, ...]:
     """Return what is compared, in these roles (in any): of plain loads, or where a variant works ahead."""
-    places = ((quantity, quantity.ahead if ahead else quantity.plain) for quantity in _TABLE)
+    places = ((quantity, quantity.ahead if ahead else quantity.plain) for quantity in QUANTITIES.values())
     return tuple(quantity for quantity, role in places if role in (roles or ("main", "drawn", "listed")))
 
 

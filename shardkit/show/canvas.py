@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from shardkit.base.record import printable
@@ -23,23 +23,6 @@ BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _COLORS = (BLUE, VERMILION, GREEN, PURPLE)
 _HATCHES = ("", "///", "...", "xx", "--")  # one more than colors: twenty variants before two look the same
 _LONGEST_NAME = 20
-
-
-@contextmanager
-def white() -> Iterator[None]:
-    """Draw black on white in here, whatever theme the notebook has set."""
-    bare_figure()
-    import matplotlib as mpl
-
-    with suppress(Exception):  # `new_figure` does without
-        import matplotlib.pyplot as plt
-
-        plt.draw_if_interactive()  # loads the backend, whose own settings must outlive the context
-    black = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    with mpl.rc_context(
-        {"figure.facecolor": "white", "axes.facecolor": "white", **dict.fromkeys(black, "black")}
-    ):
-        yield
 
 
 def new_figure(**page: Any) -> Figure:
@@ -70,10 +53,13 @@ def bare_figure() -> type[Figure]:
     return Figure
 
 
-def new_axes(rows: int = 1, columns: int = 1, height: float = 4) -> Any:
+def new_axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 4), **options: Any) -> Any:
     """Make axes, black on white, on a figure of their own."""
-    with white():
-        return new_figure(figsize=(8, height), layout="constrained").subplots(rows, columns)
+    figure = new_figure(figsize=size, layout="constrained", facecolor="white")
+    axes = figure.subplots(rows, columns, **options)
+    for ax in figure.axes:
+        blacken(ax)
+    return axes
 
 
 def blacken(ax: Axes) -> None:

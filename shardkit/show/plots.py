@@ -32,7 +32,6 @@ from shardkit.show.canvas import (
     say_empty,
     short_names,
     tidy,
-    white,
 )
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def plot_bars(runs: Samples, ax: Sequence[Axes] | None = None) -> Sequence[Axes]
     The two axes.
     """
     if ax is None:
-        ax = new_axes(rows=2, height=7.2) if _is_crowded(runs) else new_axes(columns=2, height=3.6)
+        ax = new_axes(2, 1, (8, 7.2)) if _is_crowded(runs) else new_axes(1, 2, (8, 3.6))
     for one, unit in zip(ax, _BARS, strict=True):
         _plot_quantities(runs, one, unit)
     return ax
@@ -286,11 +285,10 @@ def plot_medians(medians: pd.DataFrame, variants: Sequence[str]) -> Figure:
     results = {result: row for row, result in enumerate(medians.index.unique(0))}
     step = _GROUP_WIDTH / len(variants)
     size = (11, min(1.3 + 0.7 * len(results), _TALLEST_INCHES))
-    with white():
-        figure = new_figure(figsize=size, layout="constrained")
-        axes = figure.subplots(1, medians.shape[1], sharey=True)
+    axes = new_axes(1, medians.shape[1], size, sharey=True)
+    figure: Figure = axes[0].figure
     for ax, column in zip(axes, medians.columns, strict=True):
-        ax.set_title(column, fontsize=11)
+        ax.set_title(column, fontsize=11, color=ink(ax))
         values = medians[column].dropna()
         for number, (variant, name) in enumerate(zip(variants, short_names(variants), strict=True)):
             own = values[values.index.get_level_values(1) == variant]
@@ -302,7 +300,7 @@ def plot_medians(medians: pd.DataFrame, variants: Sequence[str]) -> Figure:
     axes[0].invert_yaxis()
     if results:
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor="black")
     else:
         say_empty(axes[0])
     return figure
@@ -327,7 +325,7 @@ def plot_shards(plan: ShardPlan, ax: Axes | None = None) -> Axes:
     The plan's own text and HTML say the same in numbers. More than 40 files are drawn as the first 40.
     """
     shown = plan.shards[:_SHOWN_SHARDS]
-    ax = new_axes(height=1.1 + 0.26 * max(3, len(shown))) if ax is None else ax
+    ax = new_axes(size=(8, 1.1 + 0.26 * max(3, len(shown)))) if ax is None else ax
     scale, unit = (1e9, "GB") if plan.largest_file.nbytes >= 1e9 else (1e6, "MB")
     for row, shard in enumerate(shown):
         tensors = ((kind_of(t.source.name), t.begin, t.nbytes) for t in shard.tensors)

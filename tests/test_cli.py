@@ -19,12 +19,14 @@ import shardkit
 from shardkit import Checkpoint, Comparison, ShardkitError, cli, plan_shards
 from shardkit.demo import make_demo_checkpoint
 from shardkit.measure.limit import why_unlimited
+from tests.unasked import COMMAND
 
-SHARDKIT = [sys.executable, "-c", "from shardkit.__main__ import main; main()"]
+SHARDKIT = COMMAND
+ASKING = (sys.executable, "-c", "from shardkit.__main__ import main; main()")
 
 
-def run(*arguments, **options):
-    return subprocess.run([*SHARDKIT, *map(str, arguments)], capture_output=True, text=True, **options)
+def run(*arguments, shardkit=SHARDKIT, **options):
+    return subprocess.run([*shardkit, *map(str, arguments)], capture_output=True, text=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,8 @@ def test_the_whole_job_from_demo_to_verified_shards(tmp_path):
         "271 MB of anonymous memory (cannot be evicted) to load the shards as float16, 281 MB to load the "
         "checkpoint as it is now"
     ) in planned
-    done = run("shard", source, target, "--max-shard-size", "3MB", "--dtype", "float16")
+    job = ("shard", source, target, "--max-shard-size", "3MB", "--dtype", "float16")
+    done = run(*job, shardkit=ASKING)
     assert done.returncode == 0, done.stderr
     assert max(file.stat().st_size for file in target.glob("*.safetensors")) <= 3_000_000
     assert "equal" in done.stdout

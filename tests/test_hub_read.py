@@ -48,6 +48,7 @@ from shardkit.sources.hub_cache import must_stream
 from tests.hub_store import Blob
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.support import read_checkpoint
+from tests.unasked import COMMAND
 
 ID = "org/model"
 COUNT = 8
@@ -934,8 +935,7 @@ for source in "org/own", "org/own", "org/download", "org/wrong", "other/gated", 
 @pytest.mark.usefixtures("hub")
 def test_command_line_takes_an_id_for_a_source(sha: str, tmp_path: Path) -> None:
     def run(*words: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from shardkit.cli import main; main()", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True, check=False)
 
     inspected = run("inspect", ID, "--json")
     assert json.loads(inspected.stdout)["source"] == f"hf://{ID}@{sha}"

@@ -24,6 +24,7 @@ from shardkit.shard.engine import shard_on_hub
 from shardkit.shard.push import push_checkpoint
 from tests.loopback_hub import LoopbackHub
 from tests.support import Tensor, read_checkpoint, write_checkpoint
+from tests.unasked import COMMAND
 
 REPO = "me/sharded"
 SENT = "PUT storage"
@@ -900,7 +901,7 @@ def test_what_killed_runs_left_is_cleaned_up_and_what_lives_is_left_alone(
 
 
 def cli(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from shardkit.cli import main; main()", *map(str, arguments)]
+    command = [*COMMAND, *map(str, arguments)]
     variables = os.environ | environment
     return subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
 

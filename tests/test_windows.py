@@ -60,8 +60,8 @@ def test_checkpoint_is_sharded_resumed_replaced_and_verified(
     told = on_windows(*shard)
     assert "reused" in told
     assert "this system does not show whether files were in memory" in told
-    on_windows(*shard, "--overwrite", "--no-resume")
-    assert "equal" in on_windows("verify", source, out)
+    on_windows("--unasked", *shard, "--overwrite", "--no-resume")
+    assert "equal" in on_windows("--unasked", "verify", source, out)
     assert verify_checkpoint(source, out).equal
     assert [path.name for path in tmp_path.iterdir() if "shardkit" in path.name] == []
     assert (out / "tokenizer" / "vocab.txt").read_bytes() == b"a\nb\r\n"
@@ -69,5 +69,5 @@ def test_checkpoint_is_sharded_resumed_replaced_and_verified(
         assert read_checkpoint(out) == read_checkpoint(source)
     empty = tmp_path / "empty"
     empty.mkdir()
-    on_windows("shard", source, empty, "--max-shard-size", "1GB")
+    on_windows("--unasked", "shard", source, empty, "--max-shard-size", "1GB")
     assert verify_checkpoint(source, empty).equal

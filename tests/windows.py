@@ -1,5 +1,7 @@
 """``python -m tests.windows inspect FOLDER``: the command line, with what Windows lacks and refuses.
 
+After ``--unasked``, transformers is not asked what a model gets (see ``unasked``).
+
 What it does not play: names (``\\``, case, ``:``), and locks that keep others from reading.
 """
 
@@ -150,6 +152,11 @@ def play() -> None:
 
 if __name__ == "__main__":
     play()
+    if sys.argv[1] == "--unasked":
+        from tests.unasked import ask_no_models
+
+        del sys.argv[1]
+        ask_no_models()
     from shardkit.__main__ import main
 
     main()

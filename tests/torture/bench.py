@@ -19,8 +19,7 @@ from typing import NamedTuple, Self
 
 import xxhash
 
-from shardkit.checkpoint import kept
-from shardkit.load import seen
+from tests.unasked import ask_no_models
 
 
 class Fault(str):
@@ -53,12 +52,6 @@ class Place(NamedTuple):
 
 Finding = Fault | Seen | Most
 Trial = Callable[[Place], Iterator[Finding]]
-
-
-def ask_no_models() -> None:
-    """Leave transformers out of this process and what it starts: no trial is about what a model gets."""
-    seen._why_not = lambda *_: "no trial is about that"
-    kept._asked = lambda *_: None
 
 
 class Kind(NamedTuple):

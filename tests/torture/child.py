@@ -21,7 +21,7 @@ from typing import Any
 import shardkit.formats.cast  # noqa: F401  before ctypes is wrapped: numpy uses it
 from shardkit.base.errors import ShardkitError
 from shardkit.shard.engine import shard_checkpoint
-from tests.torture.bench import ask_no_models
+from tests.unasked import ask_no_models
 
 ROOT = Path(__file__).parents[2]
 CALLS = ("rename", "unlink", "rmdir", "mkdir", "fsync", "truncate", "pwrite", "copy_file_range", "sendfile")

@@ -14,7 +14,13 @@ from tests.torture.bench import Fault, Finding, Kind, Most, Place, Seen, Skip, b
 from tests.torture.child import end, start, start_child
 from tests.torture.kills import DTYPES, LIMIT, cancel_after, go_on, make_model, spec_of, whole
 
-_MAIN = "from shardkit.__main__ import main; print('ready', flush=True); main()"
+_MAIN = """
+from tests.unasked import ask_no_models
+from shardkit.__main__ import main
+ask_no_models()
+print("ready", flush=True)
+main()
+"""
 _TMPFS = ("-t", "tmpfs", "-o", "size=200m", "none")
 _HOLE = 4_600_000_000
 _ERRORS = ("EXDEV", "ENOSYS", "EINVAL", "EOPNOTSUPP", "EPERM", "EBADF")

@@ -1,0 +1,23 @@
+"""shardkit where a test is not about what a model gets: transformers, which takes seconds, is not asked."""
+
+import sys
+
+COMMAND = (sys.executable, "-P", __file__)  # the command line
+
+
+def ask_no_models() -> None:
+    """Leave transformers out of this process and what it starts."""
+    from shardkit.checkpoint import kept
+    from shardkit.load import seen
+
+    assert callable(kept._asked)
+    assert callable(seen._why_not)
+    kept._asked = lambda *_: None
+    seen._why_not = lambda *_: "no test is about that"
+
+
+if __name__ == "__main__":
+    ask_no_models()
+    from shardkit.__main__ import main
+
+    main()

@@ -1,6 +1,5 @@
 """Fixtures that every test may use."""
 
-import json
 import os
 import signal
 import tempfile
@@ -18,6 +17,7 @@ from hypothesis import HealthCheck
 
 from shardkit.checkpoint import asking
 from shardkit.demo import make_demo_checkpoint
+from tests.fake_loads import asked_here
 from tests.loopback_hub import LoopbackHub
 from tests.support import FreshFolder
 
@@ -38,6 +38,11 @@ hypothesis.settings.load_profile("suite")
 # A runner that a shell has started in the background ignores interrupts, and so would all that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that no worker waits for it in the end."""
+    items.sort(key=lambda item: "begun_first" not in item.keywords)
 
 
 @pytest.fixture(scope="session")
@@ -90,17 +95,23 @@ def tiny_model() -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture(autouse=True)
-def _models_are_asked_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+_asked_in_a_process = asking.asked
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _models_are_asked_here() -> Iterator[None]:
     """Ask transformers in this process what a model gets, which takes no seconds of imports each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asking, "asked", asked_here)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _but_not_where_the_process_matters(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if "asks_a_process" in request.keywords:
-        return
-
-    @contextmanager
-    def asked(job: dict[str, Any], _: int = 0) -> Iterator[Callable[[], dict[str, Any]]]:
-        yield lambda: asking.asked_here(json.loads(json.dumps(job)))
-
-    monkeypatch.setattr(asking, "asked", asked)
+        monkeypatch.setattr(asking, "asked", _asked_in_a_process)
 
 
 @pytest.fixture

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import numpy as np
 
+from shardkit.checkpoint import asking
 from shardkit.compare.comparison import Comparison
 from shardkit.measure.environment import Environment
 from shardkit.measure.launch import WORKER
@@ -102,6 +106,30 @@ def fake_interpreter(folder: Path, script: str, name: str = "python") -> Path:
     path.write_text(dedent(head) + dedent(script))
     path.chmod(0o755)
     return path
+
+
+@contextmanager
+def asked_here(job: dict[str, Any], _: int = 0) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Ask transformers in this process what a model gets, which takes no seconds of imports each time."""
+    yield lambda: asking.asked_here(json.loads(json.dumps(job)))
+
+
+def ask_here() -> None:
+    """Let this process ask transformers itself."""
+    assert callable(asking.asked)
+    asking.asked = asked_here
+
+
+def load_nothing() -> None:
+    """Let this process compare loads that never happened, each as if it had been asked for."""
+    from shardkit.compare import experiment
+
+    def fake(source, spec, **_):
+        cache = CacheState(spec.cache, True, "", 500 * MB, 0, 0)
+        return fake_load(source=str(source), dtype=spec.dtype, cache=cache)
+
+    assert callable(experiment.run_load)
+    experiment.run_load = fake
 
 
 def happens(condition: Callable[[], bool], seconds: float) -> bool:

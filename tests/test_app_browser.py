@@ -194,6 +194,16 @@ def look(app: App, folder: Path, name: str) -> None:
             app.root.screenshot(path=folder / f"{name}-{theme.lower()}-{width}.png")
 
 
+# Where the page is what matters: one test below shards and compares in full.
+QUICK = """\
+from tests.fake_loads import load_nothing
+from tests.unasked import ask_no_models
+
+ask_no_models()
+load_nothing()
+"""
+
+
 def code(**settings: object) -> str:
     given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
     return f"import shardkit\nshardkit.ShardApp({given})"
@@ -233,7 +243,7 @@ def test_by_mouse_through_all_four_steps(page, lab, tmp_path):
 
 
 def test_by_keyboard_alone(page, lab):
-    app = open_in_lab(page, lab, "keyboard", code(repeats=1, destination="by-keyboard"))
+    app = open_in_lab(page, lab, "keyboard", QUICK + code(repeats=1, destination="by-keyboard"))
     app.root.get_by_role("combobox", name="Suggestions").focus()
 
     def go_to(label: str) -> None:
@@ -277,7 +287,8 @@ def go_wrong(app: App, text: str) -> None:
 
 
 def test_wrong_name_cancel_in_the_middle_and_second_click(page, lab, tmp_path):
-    app = open_in_lab(page, lab, "wrong", SLOW_DISK + code(max_shard_size="300KB", destination="cancelled"))
+    slow = QUICK + SLOW_DISK + code(max_shard_size="300KB", destination="cancelled")
+    app = open_in_lab(page, lab, "wrong", slow)
     go_wrong(app, "no/such/model")
     look(app, tmp_path, "wrong")
     page.set_viewport_size({"width": 1280, "height": 3600})
@@ -304,7 +315,7 @@ def test_wrong_name_cancel_in_the_middle_and_second_click(page, lab, tmp_path):
 def test_in_voila(page, tmp_path):
     folder = tmp_path / "voila"
     folder.mkdir()
-    write_notebook(folder / "app.ipynb", code(repeats=1))
+    write_notebook(folder / "app.ipynb", QUICK + code(repeats=1))
     with serving(folder, "voila", "app.ipynb", "--theme=dark") as address:
         page.goto(address)
         app = App(page)

@@ -1,7 +1,9 @@
 """Notebooks as they are run: unattended with parameters, in a kernel that dies, and read without running."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -23,22 +25,56 @@ from tests.fake_loads import VARIANTS, fake_comparison, fake_load, fake_variant
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 STORY = ROOT / "notebooks/01_shard_and_compare.ipynb"
+HUB = ROOT / "notebooks/02_hub.ipynb"
 REPORT = ROOT / "notebooks/batch_report.ipynb"
 
 
-def papermill(notebook, folder, **parameters):
-    """Run a notebook with parameters in a folder, as a shell would.
+def run_kernel(*command, **options):
+    """Run what starts a kernel, and return how that ended.
 
     A kernel binds ports that were free when its client looked; where many processes open ports at once
     another may take one in between, and the kernel is never heard. Such a run is started once more.
     """
-    given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", folder, notebook]
-    command += [folder / "out.ipynb", *given]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if re.search("RuntimeError: Kernel (didn't respond|died before replying)", done.stderr):
-        done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", *command]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    if re.search("RuntimeError: Kernel (didn't respond|died before replying)", done.stdout + done.stderr):
+        done = subprocess.run(command, capture_output=True, text=True, **options)
     return done
+
+
+def papermill(notebook, folder, environment=None, **parameters):
+    """Run a notebook with parameters in a folder, as a shell would."""
+    given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    command = ["papermill", "--no-progress-bar", "--cwd", folder, notebook, folder / "out.ipynb", *given]
+    return run_kernel(*command, env={**os.environ, **(environment or {})})
+
+
+@pytest.fixture(scope="module")
+def quick_kernels(tmp_path_factory):
+    """What makes kernels show loads that never happened; all else is done, and done there."""
+    home = tmp_path_factory.mktemp("ipython")
+    startup = home / "profile_default/startup/quick.py"
+    startup.parent.mkdir(parents=True)
+    fakes = str(Path(__file__).with_name("fake_loads.py"))
+    startup.write_text(
+        f"fakes = __import__('runpy').run_path({fakes!r})\n"
+        "fakes['ask_here'](), fakes['load_nothing']()\ndel fakes\n"
+    )
+    return {"IPYTHONDIR": str(home)}
+
+
+def did_what_it_was_given(given, limit, made):
+    """Whether what a run of the first notebook left behind is what its parameters say."""
+    runs = Comparison.load(made / "comparison.json").to_frame()
+    assert set(runs["outcome"]) == {"ok"}
+    assert set(runs["pair"].dropna()) == set(range(given["repeats"]))
+    assert set(runs["dtype"]) == {given.get("dtype", "float16")}
+    assert set(runs["cache"]) == {given.get("cache", "cold")}
+    shards = list((made / "sharded").glob("*.safetensors"))
+    assert set(runs[runs["arm"] == "sharded"]["files"]) == {len(shards)}
+    assert len(shards) > 1
+    assert max(shard.stat().st_size for shard in shards) <= limit
+    assert (made / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
@@ -52,22 +88,58 @@ def papermill(notebook, folder, **parameters):
     ],
     ids=["files_by_size", "files_by_layer", "balanced_files", "a_model_of_ones_own"],
 )
-def test_notebook_does_the_whole_job_that_its_parameters_say(parameters, limit, minilm, tmp_path):
+def test_notebook_does_the_whole_job_that_its_parameters_say(
+    parameters, limit, minilm, quick_kernels, tmp_path
+):
+    """How its loads go is seen below."""
     given = {"repeats": 1, "output_folder": tmp_path / "made", **parameters}
     if "model" in given:
         given["model"] = minilm
-    done = papermill(STORY, tmp_path, **given)
+    done = papermill(STORY, tmp_path, quick_kernels, **given)
     assert done.returncode == 0, done.stderr
-    runs = Comparison.load(tmp_path / "made/comparison.json").to_frame()
-    assert set(runs["outcome"]) == {"ok"}
-    assert set(runs["pair"].dropna()) == set(range(given["repeats"]))
-    assert set(runs["dtype"]) == {given.get("dtype", "float16")}
-    assert set(runs["cache"]) == {given.get("cache", "cold")}
-    shards = list((tmp_path / "made/sharded").glob("*.safetensors"))
-    assert set(runs[runs["variant"] == "sharded"]["files"]) == {len(shards)}
-    assert len(shards) > 1
-    assert max(shard.stat().st_size for shard in shards) <= limit
-    assert (tmp_path / "made/comparison.png").read_bytes().startswith(b"\x89PNG")
+    did_what_it_was_given(given, limit, tmp_path / "made")
+
+
+def run_as_stored(notebook, folder, *changes):
+    """Run a notebook in a folder, with its own parameters or others, and hold against it what is stored."""
+    text = notebook.read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / notebook.name).write_text(text)
+    command = ["pytest", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout", "1200"]
+    command += ["--nbval-sanitize-with", ROOT / "notebooks/sanitize.cfg", "-p", "no:cacheprovider"]
+    done = run_kernel(*command, notebook.name, cwd=folder)
+    cells = [cell for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "code"]
+    assert done.returncode == 0, done.stdout
+    assert re.search(rf"\b{len(cells)} passed", done.stdout), done.stdout
+
+
+@pytest.fixture
+def notebook_folder(tmp_path):
+    """A folder for what notebooks write, which is much."""
+    yield tmp_path
+    shutil.rmtree(tmp_path / "demo-output", ignore_errors=True)
+
+
+@pytest.mark.begun_first
+@pytest.mark.timeout(1800)
+def test_fresh_runs_of_story_and_report_show_what_is_stored(notebook_folder):
+    """Each load once; for the report, which counts loads, each stands for as many as there are by default."""
+    made = notebook_folder / "demo-output"
+    run_as_stored(STORY, notebook_folder, ("repeats: int = 4", "repeats: int = 1"))
+    did_what_it_was_given({"repeats": 1}, 100 * 10**6, made)
+    for name, repeats in (("comparison.json", 4), ("only_files_comparison.json", 3)):
+        found = Comparison.load(made / name)
+        pairs = [replace(sample, pair=pair) for pair in range(repeats) for sample in found.samples]
+        replace(found, samples=tuple(pairs)).save(made / name)
+    run_as_stored(REPORT, notebook_folder)
+
+
+@pytest.mark.begun_first
+@pytest.mark.timeout(1800)
+def test_fresh_run_from_hub_to_hub_shows_what_is_stored(notebook_folder):
+    run_as_stored(HUB, notebook_folder)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,11 @@ def measured(demo):
     return measure_load(demo, dtype="float16", generate=3)
 
 
+@pytest.fixture(scope="module")
+def encoder():
+    return measure_load(MINILM, cache="warm", generate=3)
+
+
 def rewrite_config(folder: Path, **changes):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
@@ -96,14 +101,13 @@ class TestRealLoad:
     def test_survives_json(self, measured):
         assert LoadMeasurement.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
 
-    def test_encoder_without_causal_head_gets_a_forward_pass(self):
-        measurement = measure_load(MINILM, cache="warm")
-        assert measurement.outcome == "ok", measurement
-        assert measurement.model_class == "BertModel"
-        assert measurement.token_ids == ()
-        assert measurement.phase("first token").wall_seconds > 0
-        assert measurement.cache.proven
-        assert measurement.cache.resident_bytes_before == measurement.cache.total_bytes
+    def test_encoder_without_causal_head_gets_a_forward_pass(self, encoder):
+        assert encoder.outcome == "ok", encoder
+        assert encoder.model_class == "BertModel"
+        assert encoder.token_ids == ()
+        assert encoder.phase("first token").wall_seconds > 0
+        assert encoder.cache.proven
+        assert encoder.cache.resident_bytes_before == encoder.cache.total_bytes
 
     def test_forward_pass_that_fails_is_no_failed_load(self, tmp_path):
         folder = tmp_path / "model"
@@ -226,10 +230,9 @@ class TestRealLoad:
             own = model.generate(torch.tensor([list(range(1, 10))]), max_new_tokens=4, do_sample=False)
             assert measurement.token_ids == tuple(own[0, 9:].tolist())
 
-    def test_fewer_tokens_than_asked_for_are_explained(self):
-        measurement = measure_load(MINILM, cache="warm", generate=3)
-        assert measurement.ok, measurement
-        assert "0 of 3 tokens generated" in str(measurement)
+    def test_fewer_tokens_than_asked_for_are_explained(self, encoder):
+        assert encoder.ok, encoder
+        assert "0 of 3 tokens generated" in str(encoder)
 
     def test_damaged_weights_are_a_failed_result(self, tmp_path):
         folder = tmp_path / "model"

@@ -1,21 +1,22 @@
 """The command line: the package's functions under the same names, and nothing else.
 
 Exit status: 0 done; 1 it could not be done, or did not verify (one line on stderr); 2 wrong usage.
+
+Python's own argparse, because Typer with what it needs would be a fifth of all that is installed.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any, get_args
 
 import shardkit
 from shardkit.base.errors import ShardkitError
@@ -30,57 +31,88 @@ from shardkit.sources.resolve import is_on_hub
 if TYPE_CHECKING:
     from shardkit.compare.fit import LimitedRun
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
+Argument = tuple[str, dict[str, Any]]
+
+_PARSER = argparse.ArgumentParser(
+    prog="shardkit",
+    description="Reshard any Hugging Face checkpoint without loading it, and prove that nothing was lost.",
+    allow_abbrev=False,
 )
+_PARSER.add_argument(
+    "--version", action="version", version=shardkit.__version__, help="Print the version and exit."
+)
+_COMMANDS = _PARSER.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
 
-@app.callback(invoke_without_command=True)
-def version(
-    show: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
-) -> None:
-    """Reshard any Hugging Face checkpoint without loading it, and prove that nothing was lost."""
-    if show:
-        print(shardkit.__version__)
-        raise typer.Exit
+class _WrongUsageError(Exception):
+    """Options that do not go together."""
 
 
-Source = Annotated[
-    str, typer.Argument(help="A folder, a weights file, or a model on the Hub: org/name, org/name@revision.")
-]
-MaxShardSize = Annotated[str, typer.Option(help='The most bytes a file may have: "500MB", "1.5GiB".')]
-StrategyOption = Annotated[
-    Strategy, typer.Option(help="Fill files in order, write one per layer, or few of nearly equal size.")
-]
-Dtype = Annotated[str | None, typer.Option(help="Cast floating-point tensors: float16, bfloat16 or float32.")]
-LoadDtype = Annotated[str | None, typer.Option(help="What to load in: float16, bfloat16 or float32.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Threads at work (default: up to 4).")]
-Public = Annotated[bool, typer.Option("--public", help="The repository on the Hub is, or shall be, public.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
+def _argument(name: str, told: str, **options: Any) -> Argument:
+    """Declare an argument, or an option if its name begins with dashes; its default is shown in its help."""
+    shown = " (default: %(default)s)" if options.get("default") not in (None, argparse.SUPPRESS) else ""
+    return name, {"help": told.replace("%", "%%") + shown, **options}
 
 
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code", help="Run the code that the checkpoint brings: only if you trust it."
-    ),
-]
+def _switch(name: str, told: str, **options: Any) -> Argument:
+    """Declare an option without a value."""
+    return name, {"help": told, "action": "store_true", **options}
+
+
+def _without(option: str, told: str) -> Argument:
+    """Declare an option that only switches something off."""
+    return _switch(f"--no-{option}", told, action="store_false", dest=option.replace("-", "_"))
+
+
+def _at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _command(*arguments: Argument) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function; its docstring is the help, its parameters are the arguments."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        told = (function.__doc__ or "").replace("%", "%%")
+        parser = _COMMANDS.add_parser(
+            function.__name__, help=told.partition("\n")[0], description=told, allow_abbrev=False
+        )
+        for name, options in arguments:
+            parser.add_argument(name, **options)
+        parser.set_defaults(command=function, parser=parser)
+        return function
+
+    return add
+
+
+_A_SOURCE = "A folder, a weights file, or a model on the Hub: org/name, org/name@revision."
+SOURCE = _argument("source", _A_SOURCE)
+MAX_SHARD_SIZE = _argument(
+    "--max-shard-size", 'The most bytes a file may have: "500MB", "1.5GiB".', default="2GB", metavar="SIZE"
+)
+STRATEGY = _argument(
+    "--strategy",
+    "Fill files in order, write one per layer, or few of nearly equal size.",
+    choices=get_args(Strategy),
+    default="size",
+)
+DTYPE = _argument("--dtype", "Cast floating-point tensors: float16, bfloat16 or float32.")
+LOAD_DTYPE = _argument("--dtype", "What to load in: float16, bfloat16 or float32.")
+WORKERS = _argument("--workers", "Threads at work (default: up to 4).", type=_at_least_one, metavar="N")
+PUBLIC = _switch("--public", "The repository on the Hub is, or will be, public.")
+JSON = _switch("--json", "Print one JSON object, and nothing else.", dest="as_json")
+TRUST_REMOTE_CODE = _switch(
+    "--trust-remote-code", "Run the code that the checkpoint brings: only if you trust it."
+)
 
 
 def _load_options(trust_remote_code: bool) -> dict[str, Any] | None:
     return {"trust_remote_code": True} if trust_remote_code else None
 
 
-def _without(option: str, told: str) -> Any:
-    """Declare an option that only switches something off."""
-    return typer.Option(f" /{option}", show_default=False, help=told)
-
-
-@app.command()
-def inspect(source: Source, dtype: LoadDtype = None, as_json: Json = False) -> None:
+@_command(SOURCE, LOAD_DTYPE, JSON)
+def inspect(source: str, dtype: str | None, as_json: bool) -> None:
     """Show what a checkpoint contains, and what loading it takes, from its headers alone."""
     if left := leftovers(source):
         _say(
@@ -92,14 +124,8 @@ def inspect(source: Source, dtype: LoadDtype = None, as_json: Json = False) -> N
     _show(checkpoint, as_json, estimate, estimate=estimate.to_dict())
 
 
-@app.command()
-def plan(
-    source: Source,
-    max_shard_size: MaxShardSize = "2GB",
-    strategy: StrategyOption = "size",
-    dtype: Dtype = None,
-    as_json: Json = False,
-) -> None:
+@_command(SOURCE, MAX_SHARD_SIZE, STRATEGY, DTYPE, JSON)
+def plan(source: str, max_shard_size: str, strategy: Strategy, dtype: str | None, as_json: bool) -> None:
     """Dry run: show the files that would be written."""
     checkpoint = shardkit.Checkpoint.open(source)
     made = shardkit.plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
@@ -121,67 +147,67 @@ def plan(
     )
 
 
-@app.command()
+@_command(
+    SOURCE,
+    _argument("destination", "A folder that does not exist yet, or is empty; or hf://owner/name."),
+    MAX_SHARD_SIZE,
+    STRATEGY,
+    DTYPE,
+    WORKERS,
+    _switch("--overwrite", "Replace an existing checkpoint, once the new one is complete."),
+    _without("resume", "Start over instead of resuming."),
+    _without("verify", "Skip reading both sides again at the end."),
+    _switch("--allow-overflow", "Let a cast turn finite values into infinities."),
+    _switch("--stream", "Stream a model on the Hub into shards, without downloading it.", default=None),
+    _switch(
+        "--download",
+        "Download it first (default: where the disk has room for both).",
+        action="store_false",
+        dest="stream",
+        default=None,
+    ),
+    PUBLIC,
+    JSON,
+)
 def shard(
-    source: Source,
-    destination: Annotated[
-        str, typer.Argument(help="A folder that does not exist yet, or is empty; or hf://owner/name.")
-    ],
-    max_shard_size: MaxShardSize = "2GB",
-    strategy: StrategyOption = "size",
-    dtype: Dtype = None,
-    workers: Workers = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint that is there, once this one is whole.")
-    ] = False,
-    resume: Annotated[bool, _without("--no-resume", "Write again what an interrupted run finished.")] = True,
-    verify: Annotated[bool, _without("--no-verify", "Skip reading both sides again at the end.")] = True,
-    allow_overflow: Annotated[
-        bool, typer.Option("--allow-overflow", help="Let a cast turn finite values into infinities.")
-    ] = False,
-    stream: Annotated[
-        bool | None,
-        typer.Option(
-            "--stream/--download",
-            show_default=False,
-            help="Make shards of a model on the Hub straight from ranged reads, or download it first "
-            "(default: where the disk has room for both).",
-        ),
-    ] = None,
-    public: Public = False,
-    as_json: Json = False,
+    source: str,
+    destination: str,
+    overwrite: bool,
+    resume: bool,
+    stream: bool | None,
+    public: bool,
+    as_json: bool,
+    **common: Any,
 ) -> None:
     """Rewrite a checkpoint as shards, without loading it, and verify them."""
-    common: dict[str, Any] = {"max_shard_size": max_shard_size, "strategy": strategy, "dtype": dtype}
-    common |= {"workers": workers, "verify": verify, "allow_overflow": allow_overflow}
     with _told_how_to_go_on(), _progress_bar() as bar:
         common["progress"] = bar
         if is_on_hub(destination):
             if overwrite or not resume or stream is not None:
-                raise typer.BadParameter("--overwrite, --no-resume, --stream, --download are for folders")
+                raise _WrongUsageError("--overwrite, --no-resume, --stream, --download are for folders")
             report = shardkit.shard_on_hub(source, destination[5:], private=not public, **common)
         else:
             if public:
-                raise typer.BadParameter("--public is for hf:// destinations")
+                raise _WrongUsageError("--public is for hf:// destinations")
             common |= {"overwrite": overwrite, "resume": resume, "stream": stream}
             report = shardkit.shard_checkpoint(source, destination, **common)
     _show(report, as_json)
 
 
-@app.command()
-def push(
-    folder: Annotated[str, typer.Argument(help="A folder that shardkit has written, or like one.")],
-    repo_id: Annotated[str, typer.Argument(help="owner/name; made, private, where it is not there.")],
-    public: Public = False,
-) -> None:
+@_command(
+    _argument("folder", "A folder that shardkit has written, or like one."),
+    _argument("repo_id", "owner/name; made, private, where it is not there.", metavar="repo-id"),
+    PUBLIC,
+)
+def push(folder: str, repo_id: str, public: bool) -> None:
     """Put a sharded checkpoint on the Hub, in one commit, and print its URL."""
     with _told_how_to_go_on(), _progress_bar() as bar:
         url = shardkit.push_checkpoint(folder, repo_id, private=not public, progress=bar)
     print(url)
 
 
-@app.command()
-def verify(source: Source, destination: Source, workers: Workers = None, as_json: Json = False) -> None:
+@_command(SOURCE, _argument("destination", _A_SOURCE), WORKERS, JSON)
+def verify(source: str, destination: str, workers: int | None, as_json: bool) -> None:
     """Compare the tensors of two checkpoints, however they are laid out; after a cast, source first."""
     with _progress_bar() as bar:
         found = shardkit.verify_checkpoint(source, destination, workers=workers, progress=bar)
@@ -190,38 +216,41 @@ def verify(source: Source, destination: Source, workers: Workers = None, as_json
         raise ShardkitError(f"{destination} is not what {source} is: {found.why_unequal}")
 
 
-@app.command()
-def clean(destination: Annotated[str, typer.Argument(help="The folder that was being written.")]) -> None:
+@_command(_argument("destination", "The folder that was being written."))
+def clean(destination: str) -> None:
     """Remove what interrupted runs have left beside a destination; the destination itself stays."""
     removed = remove_leftovers(destination)
     print("\n".join(f"removed {printable(str(path))}" for path in removed) or "nothing to be removed")
 
 
-@app.command()
+@_command(
+    _argument("original", _A_SOURCE),
+    _argument("sharded", _A_SOURCE),
+    LOAD_DTYPE,
+    _argument("--repeats", "Pairs of loads.", type=_at_least_one, default=5, metavar="N"),
+    _argument("--cache", "cold: read from the disk; warm: from the page cache.", default="cold"),
+    _argument("--device", "Where both are loaded to: cpu, cuda, cuda:1, auto.", default="cpu"),
+    _argument("--memory-limit", 'Memory that each load may have: "12.7GB" to simulate Colab\'s limit.'),
+    _switch(
+        "--prefetch",
+        "Load the sharded a third way, its files read ahead; times then count from process start.",
+    ),
+    TRUST_REMOTE_CODE,
+    _without("same-model", "Compare different models all the same."),
+    _argument("--output", "Write everything here: .json, or .html to share.", type=Path, metavar="FILE"),
+    _argument("--plot", "Draw it here: .png or .svg.", type=Path, metavar="FILE"),
+    JSON,
+)
 def compare(
-    original: Source,
-    sharded: Source,
-    dtype: LoadDtype = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of loads.")] = 5,
-    cache: Annotated[str, typer.Option(help="cold: read from the disk; warm: from the page cache.")] = "cold",
-    device: Annotated[str, typer.Option(help="Where both are loaded to: cpu, cuda, cuda:1, auto.")] = "cpu",
-    memory_limit: Annotated[
-        str | None, typer.Option(help='Memory that each load may have: "12.7GB" to simulate Colab\'s limit.')
-    ] = None,
-    prefetch: Annotated[
-        bool,
-        typer.Option(
-            "--prefetch",
-            help="Load the sharded a third way, its files read ahead; times then count from process start.",
-        ),
-    ] = False,
-    trust_remote_code: TrustRemoteCode = False,
-    same_model: Annotated[bool, _without("--no-same-model", "Compare different models all the same.")] = True,
-    output: Annotated[
-        Path | None, typer.Option(help="Write everything here: .json, or .html to share.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw it here: .png or .svg.")] = None,
-    as_json: Json = False,
+    original: str,
+    sharded: str,
+    memory_limit: str | None,
+    prefetch: bool,
+    trust_remote_code: bool,
+    output: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    **asked: Any,
 ) -> None:
     """Load both in turn, each time in a fresh process, and say what differs."""
     _require_writable(output, plot)
@@ -232,12 +261,8 @@ def compare(
     found = shardkit.compare_loads(
         original,
         sharded,
-        dtype=dtype,
-        repeats=repeats,
-        cache=cache,
-        device=device,
+        **asked,
         memory_limit=memory_limit,
-        same_model=same_model,
         others={"prefetched": {"prefetch": True}} if prefetch else None,
         options=_load_options(trust_remote_code),
         progress=progress,
@@ -252,13 +277,8 @@ def compare(
         raise ShardkitError(found.verdict)
 
 
-@app.command()
-def fit(
-    source: Source,
-    dtype: LoadDtype = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-) -> None:
+@_command(SOURCE, LOAD_DTYPE, TRUST_REMOTE_CODE, JSON)
+def fit(source: str, dtype: str | None, trust_remote_code: bool, as_json: bool) -> None:
     """Find the smallest memory limit under which it loads, by real loads: it takes minutes.
 
     A load that takes five times as long as without a limit, and at least a minute, counts as failed.
@@ -271,12 +291,12 @@ def fit(
     _show(shardkit.minimum_memory(source, dtype=dtype, options=options, progress=progress), as_json)
 
 
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="The folder to make it in.")] = Path("mistral-demo"),
-    size: Annotated[str, typer.Option(help="Bytes of its weights, from 5MB to 14.5GB.")] = "512MB",
-    as_json: Json = False,
-) -> None:
+@_command(
+    _argument("--output", "The folder to make it in.", type=Path, default=Path("mistral-demo")),
+    _argument("--size", "Bytes of its weights, from 5MB to 14.5GB.", default="512MB"),
+    JSON,
+)
+def demo(output: Path, size: str, as_json: bool) -> None:
     """Make a small Mistral checkpoint with random weights and a tokenizer, to try things on."""
     _show(shardkit.make_demo_checkpoint(output, size=size), as_json)
 
@@ -315,6 +335,19 @@ def _show(record: Record, as_json: bool, *more: object, **fields: object) -> Non
     print(json.dumps(record.to_dict() | fields) if as_json else "\n\n".join(map(str, (record, *more))))
 
 
+def run(words: Sequence[str]) -> None:
+    """Do what the words of a command line say; wrong usage ends in status 2."""
+    if not words:
+        _PARSER.print_help()
+        sys.exit(2)
+    asked = vars(_PARSER.parse_args(words))
+    command, parser = asked.pop("command"), asked.pop("parser")
+    try:
+        command(**asked)
+    except _WrongUsageError as error:
+        parser.error(str(error))
+
+
 def main() -> None:
     """Run the command line; every error that is not a bug ends in one line and status 1."""
     for stream in (sys.stdout, sys.stderr):
@@ -323,7 +356,8 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the Hub's client is imported
     try:
-        app()  # which ends in an exit of its own
+        run(sys.argv[1:])
+        sys.exit(0)
     except ShardkitError as error:
         _say("; ".join((str(error), *getattr(error, "__notes__", ()))))
     except BrokenPipeError:

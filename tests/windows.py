@@ -129,7 +129,6 @@ def play() -> None:
 
     import numpy as np  # noqa: F401
     import psutil  # noqa: F401
-    import typer  # noqa: F401
 
     filelock.FileLock = Lock
     free = shutil.disk_usage("/")

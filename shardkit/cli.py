@@ -33,6 +33,16 @@ if TYPE_CHECKING:
 
 Argument = tuple[str, dict[str, Any]]
 
+# What messages advise in Python's words, in those of the command line.
+_IN_THE_TERMINAL = {
+    'options={"trust_remote_code": True}': "--trust-remote-code",
+    "allow_overflow=True": "--allow-overflow",
+    "overwrite=True": "--overwrite",
+    "private=False": "--public",
+    "same_model=False": "--no-same-model",
+    "stream=True": "--stream",
+}
+
 _PARSER = argparse.ArgumentParser(
     prog="shardkit",
     description="Reshard any Hugging Face checkpoint without loading it, and prove that nothing was lost.",
@@ -332,7 +342,8 @@ def _progress_bar() -> ProgressBar:
 
 def _show(record: Record, as_json: bool, *more: object, **fields: object) -> None:
     """Print a record and more as text, or as JSON with the fields that stand for more."""
-    print(json.dumps(record.to_dict() | fields) if as_json else "\n\n".join(map(str, (record, *more))))
+    text = "\n\n".join(map(str, (record, *more)))
+    print(json.dumps(record.to_dict() | fields) if as_json else _in_the_terminal(text))
 
 
 def run(words: Sequence[str]) -> None:
@@ -369,7 +380,13 @@ def main() -> None:
 
 
 def _say(message: str) -> None:
-    print(f"shardkit: {printable(message)}", file=sys.stderr)
+    print(f"shardkit: {printable(_in_the_terminal(message))}", file=sys.stderr)
+
+
+def _in_the_terminal(text: str) -> str:
+    for words, here in _IN_THE_TERMINAL.items():
+        text = text.replace(words, here)
+    return text
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from shardkit.base.errors import Cancelled, ShardkitError
 TRUSTS = "Run the code that the checkpoint brings, which I trust"
 # Messages name what to write in Python or a shell; the app has controls for it.
 _IN_THE_APP = {
-    "replace it (overwrite=True, --overwrite)": 'tick "Replace a checkpoint that is there"',
+    "replace it with overwrite=True": 'tick "Replace a checkpoint that is there"',
     "leave out dtype": 'set "Dtype of shards" to "as it is stored" (step 2)',
-    ", or allow it with allow_overflow=True (--allow-overflow)": "",
+    ", or allow it with allow_overflow=True": "",
     "lower max_shard_size": "take a smaller shard size (step 2)",
-    'allow it with options={"trust_remote_code": True} (--trust-remote-code)': f'tick "{TRUSTS}"',
-    "same_model=False (--no-same-model) compares them anyway": "shard this one into another folder (step 3)",
+    'allow it with options={"trust_remote_code": True}': f'tick "{TRUSTS}"',
+    "same_model=False compares them anyway": "shard this one into another folder (step 3)",
 }
 _WIDE = {"width": "100%", "max_width": "46rem", "margin": "2px 0"}
 

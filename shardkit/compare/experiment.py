@@ -183,7 +183,7 @@ def _report(progress: _ProgressCallback | None, done: int, total: int, label: st
 
 
 def _require_same_model(original: Checkpoint, other: Checkpoint) -> None:
-    anyway = "same_model=False (--no-same-model) compares them anyway"
+    anyway = "same_model=False compares them anyway"
     between = f"between {original.source} and {other.source}; {anyway}"
     first, second = _shapes(original), _shapes(other)
     if differ := sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name)):

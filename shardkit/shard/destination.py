@@ -82,8 +82,8 @@ def check_free(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise DestinationError(
-            f"{target}: already exists and is not empty; give another folder, or replace it "
-            "(overwrite=True, --overwrite)"
+            f"{target}: already exists and is not empty; give another folder, or "
+            "replace it with overwrite=True"
         )
     if not any(is_weights(entry.name) for entry in target.iterdir()):
         raise DestinationError(

@@ -115,8 +115,8 @@ class Target:
         self.persist(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
         if private and not self.persist(lambda: self.api.model_info(self.repo_id).private):
             raise DestinationError(
-                f"{self.folder}: already exists and is public: say that you mean it "
-                "(private=False, --public), or give another name"
+                f"{self.folder}: already exists and is public: confirm with private=False, "
+                "or give another name"
             )
 
     def head(self, branch: str = MAIN) -> str:

@@ -58,7 +58,7 @@ class Job:
             named = listed(f"{loss.tensor} ({plural(loss.overflowed, 'value')})" for loss in hit)
             raise CastError(
                 f"{self.plan.source}: a cast to {self.plan.dtype} makes finite values infinite in {named}; "
-                f"{self._wider(hit)}leave out dtype, or allow it with allow_overflow=True (--allow-overflow)"
+                f"{self._wider(hit)}leave out dtype, or allow it with allow_overflow=True"
             )
 
     def _wider(self, hit: Sequence[Lost]) -> str:

@@ -227,7 +227,7 @@ def _check_space(repository: Repository, folder: str, nbytes: int, needed: Seque
     free = shutil.disk_usage(_existing(folder)).free
     if nbytes > free:
         can_stream = ".safetensors" in needed[0]  # the weights, or their index
-        instead = ", or shard without downloading (stream=True, --stream)" if can_stream else ""
+        instead = ", or shard without downloading (stream=True)" if can_stream else ""
         raise SpaceError(
             f"{repository.name}: the download takes {nbytes:,} bytes ({format_size(nbytes)}), the disk of "
             f"{folder} has {free:,} ({format_size(free)}) free: move the cache (HF_HOME){instead}"

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from shardkit.base.errors import CheckpointError, DownloadNeededError
-from shardkit.base.jobs import run_all
 from shardkit.base.machine import MEMORY_FILESYSTEMS, filesystem
 from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.base.sizes import format_size
@@ -35,10 +34,9 @@ from shardkit.checkpoint.layout import (
     read_config,
 )
 from shardkit.checkpoint.metadata import of_checkpoint
-from shardkit.checkpoint.torch_scan import confirm_offsets, scan_torch_files, twice_note
-from shardkit.formats.safetensors import Header
+from shardkit.checkpoint.scan import confirm_offsets, format_of
 from shardkit.formats.strided import MAX_RECEIVED_SPAN
-from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused
+from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
 from shardkit.sources.fileset import FileSet, State
 from shardkit.sources.resolve import resolve
 
@@ -91,7 +89,7 @@ class Checkpoint(Record):
 
     source: str
     place: FileSet
-    format: Literal["safetensors", "pickle"]
+    format: str
     stem: str
     files: tuple[str, ...]
     tensors: dict[str, TensorInfo]
@@ -150,16 +148,8 @@ class Checkpoint(Record):
         is_alone = chosen is not None and config is None
         weights = find_weights(folder, config, chosen)
         seen = _states(folder, weights.files)
-        is_pickle = not weights.files[0].endswith(".safetensors")
-        aliases: dict[str, str] = {}
-        legacy: tuple[str, ...] = ()
-        derived: tuple[str, ...] = ()
-        if is_pickle:
-            tensors, aliases, said, legacy, derived = scan_torch_files(folder, weights.files)
-            found: list[dict[str, str]] = []
-        else:
-            with collector_paused():
-                tensors, found, said = _scan_safetensors(folder, weights.files)
+        form = format_of(weights.files[0])
+        tensors, found, said, aliases, legacy, derived = form.scan(folder, weights.files)
         metadata, file_metadata = of_checkpoint(found, tensors)
         held = {name: tensor.file for name, tensor in tensors.items()}
         stem = output_stem(folder, weights.chosen, config)
@@ -169,7 +159,7 @@ class Checkpoint(Record):
         checkpoint = cls(
             source=source,
             place=folder,
-            format="pickle" if is_pickle else "safetensors",
+            format=form.name,
             stem=stem,
             files=weights.files,
             tensors=tensors,
@@ -177,7 +167,7 @@ class Checkpoint(Record):
             config=config,
             side_files=beside.side_files,
             left_out=beside.left_out,
-            aliases=aliases,
+            aliases=dict(aliases),
             notes=(*notes, *told, *beside.notes),
             file_metadata=file_metadata,
             index_dtype=weights.dtype if config_dtype(config) is None else None,
@@ -422,28 +412,3 @@ def _open_base(named: str) -> Checkpoint | None:
 
 def _states(files: FileSet, names: tuple[str, ...]) -> dict[str, State]:
     return {name: files.state(name) for name in names}
-
-
-def _scan_safetensors(
-    folder: FileSet, files: tuple[str, ...]
-) -> tuple[dict[str, TensorInfo], list[dict[str, str]], tuple[str, ...]]:
-    tensors: dict[str, TensorInfo] = {}
-    metadata = []
-    notes = []
-    for file, (entries, found, start) in _headers(folder, files):
-        metadata.append(found)
-        for name, dtype, shape, begin, end in entries:
-            if (other := tensors.pop(name, None)) is not None:
-                notes.append(twice_note(name, other.file, file))
-            tensors[name] = TensorInfo(name, dtype, shape, file, start + begin, end - begin)
-    return tensors, metadata, tuple(notes)
-
-
-def _headers(folder: FileSet, files: tuple[str, ...]) -> Iterator[tuple[str, Header]]:
-    """Read headers one by one; on the Hub, where each costs a round trip, some at a time."""
-    if folder.folder is not None:
-        yield from ((file, folder.header(file)) for file in files)
-        return
-    with run_all(folder.header, files, _HEADERS_AT_ONCE) as results:
-        read = dict(results)
-    yield from ((file, read.pop(file)) for file in files)

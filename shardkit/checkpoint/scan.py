@@ -1,42 +1,46 @@
-"""The tensors of files that torch saved, wherever the files are."""
+"""The tensors of weight files, wherever they are: one reader for each format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from shardkit.base.errors import CheckpointError, reading
 from shardkit.base.jobs import ResultT, TaskT, run_all
 from shardkit.formats.ranged import Span
-from shardkit.formats.tensor import TensorInfo
+from shardkit.formats.tensor import TensorInfo, collector_paused
 from shardkit.formats.torch_file import TorchFile, read_torch_file
 from shardkit.sources.fileset import FileSet
 
 _AT_ONCE = 8  # on the Hub, where each read costs a round trip
 
 
-class TorchScan(NamedTuple):
-    """What files of torch's hold together.
+class Scan(NamedTuple):
+    """What weight files hold together.
 
     Attributes
     ----------
-    tensors, aliases, notes
-        As of `TorchFile`, of all files.
-    legacy
-        Files from before torch 1.6, which a load takes into memory whole.
-    derived
-        Files on the Hub whose offsets are to be confirmed before their bytes are used.
+    tensors
+        By name, in order of file and offset.
+    metadata
+        ``__metadata__`` of each file that has any.
+    notes
+        What a person should be told.
+    aliases, legacy, derived
+        As of `Checkpoint`.
     """
 
     tensors: dict[str, TensorInfo]
-    aliases: dict[str, str]
-    notes: tuple[str, ...]
-    legacy: tuple[str, ...]
-    derived: tuple[str, ...]
+    metadata: tuple[dict[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = {}
+    legacy: tuple[str, ...] = ()
+    derived: tuple[str, ...] = ()
 
 
-def scan_torch_files(files: FileSet, names: Sequence[str]) -> TorchScan:
+def _scan_torch(files: FileSet, names: Sequence[str]) -> Scan:
     """List the tensors of files that torch saved; on the Hub, by a few ranged reads of each.
 
     Raises
@@ -61,7 +65,41 @@ def scan_torch_files(files: FileSet, names: Sequence[str]) -> TorchScan:
         aliases |= read[name].aliases
     legacy = tuple(name for name in names if not read[name].is_archive)
     derived = tuple(name for name in names if not read[name].is_exact)
-    return TorchScan(tensors, aliases, tuple(notes), legacy, derived)
+    return Scan(tensors, (), tuple(notes), aliases, legacy, derived)
+
+
+def _scan_safetensors(files: FileSet, names: Sequence[str]) -> Scan:
+    """List the tensors of safetensors files, by their headers."""
+    is_here = files.folder is not None
+    headers = dict(_all(files.header, names, is_here)) if not is_here else {}
+    tensors: dict[str, TensorInfo] = {}
+    metadata, notes = [], []
+    with collector_paused():
+        for name in names:
+            entries, found, start = headers.pop(name) if name in headers else files.header(name)
+            metadata.append(found)
+            for tensor, dtype, shape, begin, end in entries:
+                if (other := tensors.pop(tensor, None)) is not None:
+                    notes.append(twice_note(tensor, other.file, name))
+                tensors[tensor] = TensorInfo(tensor, dtype, shape, name, start + begin, end - begin)
+    return Scan(tensors, tuple(metadata), tuple(notes))
+
+
+class Format(NamedTuple):
+    """A format of weight files: its name, and what reads them."""
+
+    name: str
+    scan: Callable[[FileSet, Sequence[str]], Scan]
+
+
+# By the ending of a file's name; a file that was given by name and has another is torch's.
+FORMATS = {".safetensors": Format("safetensors", _scan_safetensors)}
+FORMATS |= dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), Format("pickle", _scan_torch))
+
+
+def format_of(file: str) -> Format:
+    """Return the format of a weight file."""
+    return FORMATS.get(os.path.splitext(file)[1], FORMATS[".bin"])
 
 
 def confirm_offsets(files: FileSet, names: Iterable[str], tensors: Iterable[TensorInfo]) -> None:

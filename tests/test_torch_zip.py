@@ -211,6 +211,28 @@ def test_file_of_a_big_endian_machine_is_turned_round(tmp_path: Path) -> None:
     assert contents(path) == {name: raw(tensor) for name, tensor in state.items()}
 
 
+def test_part_of_a_storage_and_a_map_of_pairs_are_read_as_torch_reads_them(tmp_path: Path) -> None:
+    # As torch wrote slices of a storage before 0.4, and as Python 2 wrote an OrderedDict.
+    part = pickles._tuple(pickles.text("part"), pickles._number(1), pickles._number(3))
+    tensor = pickles._tensor(pickles._saved(more=part), shape=2, offset=1)
+    pairs = b"](](" + pickles.text("weight") + tensor + b"ee"
+    state = b"\x80\x02" + pickles._global("collections.OrderedDict") + pairs + b"\x85R."
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(pickles._legacy(state)[:-16] + raw(torch.arange(4.0)))
+    check(path)
+    assert contents(path) == {"weight": raw(torch.tensor([2.0, 3.0]))}
+
+
+def test_file_that_is_cut_while_it_is_read_is_said_to_be(tmp_path: Path) -> None:
+    path = save({"w": torch.randn(300, 200).t()}, tmp_path / "pytorch_model.bin")
+    (tensor,) = Counted(path).open().tensors
+    assert tensor.layout is not None
+    for size in (100_000, 0):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(CheckpointError, match=f"ends at byte {size}, .*cut short while it was read"):
+            next(strided.read_strided(str(path), tensor.offset, tensor.layout, 0, tensor.nbytes))
+
+
 # Memory ------------------------------------------------------------------------------------------------
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shardkit.base.errors import reading
+from shardkit.base.errors import CheckpointError, reading
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,6 +64,12 @@ def read_strided(path: str, offset: int, layout: Layout, begin: int, nbytes: int
     Pieces have at most `PIECE_BYTES`, or one item; their buffer is used again.
     """
     with reading(path), open(path, "rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) < offset + layout.span:
+            raise CheckpointError(
+                f"ends at byte {size}, the data goes on to {offset + layout.span}: it was cut short while it "
+                "was read",
+                file=path,
+            )
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     # Left to be closed when nothing views it any more: who stops in the middle keeps a view.
     yield from gather(mapped, offset, layout, begin, nbytes)

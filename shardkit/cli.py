@@ -16,14 +16,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import shardkit
 from shardkit.base.errors import ShardkitError
 from shardkit.base.extras import require
 from shardkit.base.record import Record, listed, printable
 from shardkit.base.sizes import format_size
-from shardkit.plan.plan import Strategy
+from shardkit.plan.packing import STRATEGIES, Strategy
 from shardkit.shard.destination import free_bytes, leftovers, remove_leftovers
 from shardkit.show.progress import ProgressBar
 from shardkit.sources.resolve import is_on_hub
@@ -104,7 +104,7 @@ MAX_SHARD_SIZE = _argument(
 STRATEGY = _argument(
     "--strategy",
     "Fill files in order, write one per layer, or few of nearly equal size.",
-    choices=get_args(Strategy),
+    choices=list(STRATEGIES),
     default="size",
 )
 DTYPE = _argument("--dtype", "Cast floating-point tensors: float16, bfloat16 or float32.")

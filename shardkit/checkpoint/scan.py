@@ -132,7 +132,7 @@ def _read(files: FileSet, name: str, *, exact: bool) -> TorchFile:
         size = files.size(name)
 
     def read(span: Span) -> bytes:
-        return b"".join(map(bytes, files.read(name, *span)))  # each piece is in the same buffer
+        return files.read_bytes(name, *span)
 
     def read_all(spans: Sequence[Span]) -> Iterable[bytes]:
         found = dict(_all(read, spans, files.folder is not None))

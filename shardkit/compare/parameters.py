@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from shardkit.base.errors import InOneLine, MeasurementError, ShardkitError
 from shardkit.base.sizes import parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import CAST_DTYPES
 from shardkit.measure.spec import CACHES, Rule, check, must, one_of, whole_number
-from shardkit.plan.plan import Strategy
+from shardkit.plan.packing import STRATEGIES
 
 
 class ParameterError(InOneLine, ShardkitError, ValueError):
@@ -41,7 +41,7 @@ RULES: dict[str, Rule] = {
     "model": _is_checkpoint,
     "demo_size": parse_size,
     "max_shard_size": parse_size,
-    "strategy": one_of(*get_args(Strategy)),
+    "strategy": one_of(*STRATEGIES),
     "dtype": one_of(*CAST_DTYPES),
     "repeats": whole_number(1),
     "cache": one_of(*CACHES),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import xxhash
 import yaml  # type: ignore[import-untyped]
@@ -21,7 +21,7 @@ from shardkit.base.record import plural
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES
-from shardkit.plan.plan import Strategy
+from shardkit.plan.packing import STRATEGIES
 from shardkit.sources.hub import RemoteFile
 from shardkit.sources.resolve import commit_of, hub_name
 
@@ -68,7 +68,7 @@ class Story:
         )
         return cls(
             source=source if commit_of(source or "") else None,
-            strategy=strategy if strategy in get_args(Strategy) else None,
+            strategy=strategy if strategy in STRATEGIES else None,
             max_shard_size=int(size) if re.fullmatch(r"[0-9]{1,18}", size) else None,
             dtype=dtype if dtype in CAST_DTYPES else None,
         )

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
-from shardkit.formats.safetensors import Header
+from shardkit.formats.safetensors import PREFIX_BYTES, Header, parse_header, read_raw_header
 
 CHUNK_BYTES = 1 << 20
+# Nearly every header fits, so that a file takes one request.
+_HEADER_GUESS = 1 << 17
 State: TypeAlias = tuple[int | str, ...]  # of a file; its size first
 # Of the tools that made the copy (`.git` may be a file): not of the model.
 NOT_OURS = re.compile(r"\.git|\.cache|\.huggingface|__pycache__|\.ipynb_checkpoints|\..*\.shardkit-.*")
@@ -42,13 +44,15 @@ class FileSet(ABC):
     def names(self) -> Iterable[str]:
         """Return the names of files in the folder and in the folders in it."""
 
-    @abstractmethod
     def belonging(self) -> Iterator[str]:
         """Yield the names of files at any depth, in order; not those of tools that made the copy."""
+        for name in sorted(self.names()):
+            if not any(map(NOT_OURS.fullmatch, name.split("/"))):
+                yield name
 
-    @abstractmethod
     def is_file(self, name: str) -> bool:
         """Whether there is such a file."""
+        return name in self.names()
 
     @abstractmethod
     def size(self, name: str) -> int:
@@ -68,13 +72,27 @@ class FileSet(ABC):
             If the file cannot be read, or ends before the range does.
         """
 
-    @abstractmethod
     def header(self, name: str) -> Header:
-        """Read and validate the header of a safetensors file."""
+        """Read and validate the header of a safetensors file; as `formats.safetensors.read_header`."""
+        size, where = self.size(name), self.where(name)
+        beginning = self.read_bytes(name, 0, min(size, _HEADER_GUESS))
+
+        def read(offset: int, nbytes: int) -> bytes:
+            missing = min(size, offset + nbytes) - len(beginning)
+            rest = self.read_bytes(name, len(beginning), missing) if missing > 0 else b""
+            return (beginning + rest)[offset : offset + nbytes]
+
+        raw = read_raw_header(read, size, where)
+        return parse_header(raw, size - PREFIX_BYTES - len(raw), where)
 
     @abstractmethod
     def fetched(self, name: str) -> Path:
         """Return the path of a small file on this machine, downloaded if need be."""
+
+    def read_bytes(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
+        """Return a range of a file, by default to its end; as `read`."""
+        nbytes = self.size(name) - offset if nbytes is None else nbytes
+        return b"".join(map(bytes, self.read(name, offset, nbytes)))  # each piece is in the same buffer
 
     def content(self, name: str) -> bytes:
         """Return all of a small file."""

@@ -26,12 +26,8 @@ from shardkit.base.errors import CheckpointError
 from shardkit.base.jobs import run_all
 from shardkit.base.record import listed
 from shardkit.formats.names import is_weights
-from shardkit.formats.safetensors import PREFIX_BYTES, Header, parse_header, read_raw_header
 from shardkit.sources import hub_client as access
-from shardkit.sources.fileset import CHUNK_BYTES, NOT_OURS, FileSet, is_inside
-
-# Nearly every header fits, so that a file takes one request.
-_HEADER_GUESS = 1 << 17
+from shardkit.sources.fileset import CHUNK_BYTES, FileSet, is_inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +111,6 @@ class Repository(FileSet):
         """Return the names of all files."""
         return self.listing.keys()
 
-    def belonging(self) -> Iterator[str]:
-        """Yield the names of files at any depth, in order; not those of tools that made the copy."""
-        for name in sorted(self.listing):
-            if not any(map(NOT_OURS.fullmatch, name.split("/"))):
-                yield name
-
     def read(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
         """Yield a range of a file, `CHUNK_BYTES` at a time (the last may be less), in a buffer used again.
 
@@ -142,24 +132,6 @@ class Repository(FileSet):
                     filled = 0
         if filled:
             yield view[:filled]
-
-    def read_bytes(self, file: str, offset: int = 0, nbytes: int | None = None) -> bytes:
-        """Return a range of a file, by default to its end; as `read`."""
-        nbytes = self.size(file) - offset if nbytes is None else nbytes
-        return b"".join(self._pieces(file, offset, nbytes))
-
-    def header(self, name: str) -> Header:
-        """Read and validate the header of a safetensors file; as `formats.safetensors.read_header`."""
-        size, where = self.listing[name].size, self.where(name)
-        beginning = self.read_bytes(name, 0, min(size, _HEADER_GUESS))
-
-        def read(offset: int, nbytes: int) -> bytes:
-            missing = min(size, offset + nbytes) - len(beginning)
-            rest = self.read_bytes(name, len(beginning), missing) if missing > 0 else b""
-            return (beginning + rest)[offset : offset + nbytes]
-
-        raw = read_raw_header(read, size, where)
-        return parse_header(raw, size - PREFIX_BYTES - len(raw), where)
 
     def fetched(self, name: str) -> Path:
         """Return a small file's path in the client's cache, downloaded if need be, checked against its hash.

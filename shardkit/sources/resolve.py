@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from shardkit.base.errors import CheckpointError
 from shardkit.base.record import as_text
@@ -71,9 +71,18 @@ def resolve(
         if path.suffix in (".json", ".py", ".txt", ".md") and not is_index(path.name):
             raise CheckpointError("is no weights file: give the folder it lies in", file=str(path))
         return Found(LocalFiles(path.parent), str(path), chosen=path.name)
-    from shardkit.sources.hub_cache import find_model
+    find = next((find for scheme, find in SOURCES.items() if text.startswith(scheme)), _on_the_hub)
+    return find(text, needed_files, revision=revision, token=token, download=download)
 
-    return find_model(text, needed_files, revision=revision, token=token, download=download)
+
+def _on_the_hub(text: str, needed_files: Needed, **how: Any) -> Found:
+    from shardkit.sources.hub_cache import find_model  # whose client takes half a second to import
+
+    return find_model(text, needed_files, **how)
+
+
+# By what the name of a source begins with: what finds its files, as `resolve` does.
+SOURCES: dict[str, Callable[..., Found]] = {_SCHEME: _on_the_hub}
 
 
 def is_on_hub(name: str | os.PathLike[str]) -> bool:

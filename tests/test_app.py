@@ -488,7 +488,7 @@ class TestCompare:
 
     def test_code_that_is_not_trusted_is_said_in_words_of_the_app(self, demo, monkeypatch):
         monkeypatch.setattr(
-            compare, "measure_load", lambda *_, **__: fake_load(outcome="failed", reason=UNTRUSTED)
+            compare, "run_load", lambda *_, **__: fake_load(outcome="failed", reason=UNTRUSTED)
         )
         app = opened(demo, repeats=1)
         app.run_all()

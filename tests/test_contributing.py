@@ -1,0 +1,117 @@
+"""CONTRIBUTING.md shows how to add a strategy, a format, a source, a quantity and a host: here it is done."""
+
+import http.server
+import re
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from shardkit import Checkpoint, plan_shards, shard_checkpoint, verify_checkpoint
+from shardkit.checkpoint.hosts import HOSTS
+from shardkit.checkpoint.scan import FORMATS
+from shardkit.measure.measurement import LoadMeasurement
+from shardkit.measure.quantities import QUANTITIES
+from shardkit.plan.packing import STRATEGIES
+from shardkit.sources.resolve import SOURCES
+from tests.fake_loads import fake_comparison
+
+PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+
+
+@pytest.fixture
+def _added(request, monkeypatch, tmp_path):
+    """Carry out the example of a section; whatever it registers is gone at the end."""
+    registries = STRATEGIES, FORMATS, SOURCES, QUANTITIES, HOSTS
+    before = [dict(registry) for registry in registries]
+    monkeypatch.setattr(LoadMeasurement, "waiting_seconds", None, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    section = re.search(rf"^### {request.param}\n(.*?)(?=^##)", PAGE, re.DOTALL | re.MULTILINE)[1]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    exec(code, {})
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    values = {name: np.arange(1000, dtype=np.float32) + ord(name) for name in "cabd"}
+    save_file(values, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "own"}')
+    return folder
+
+
+@pytest.mark.parametrize("_added", ["A strategy"], indirect=True)
+def test_a_strategy(source, tmp_path):
+    plan = plan_shards(source, max_shard_size=9000, strategy="name")
+    assert [[t.source.name for t in shard.tensors] for shard in plan.shards] == [["a", "b"], ["c", "d"]]
+    shard_checkpoint(source, tmp_path / "out", max_shard_size=9000, strategy="name")
+    assert verify_checkpoint(source, tmp_path / "out").equal
+
+
+@pytest.mark.parametrize("_added", ["A format"], indirect=True)
+def test_a_format(tmp_path):
+    values = np.arange(1000, dtype=np.float32)
+    values.tofile(tmp_path / "wide.f32")
+    opened = Checkpoint.open(tmp_path / "wide.f32")
+    assert (opened.format, opened.tensors["wide"].shape) == ("raw", (1000,))
+    shard_checkpoint(tmp_path / "wide.f32", tmp_path / "out", dtype="float16")
+    (made,) = (tmp_path / "out").glob("*.safetensors")
+    assert made.read_bytes().endswith(values.astype(np.float16).tobytes())
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """Python's file server, with ranges."""
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path))
+        if (asked := self.headers["Range"]) is None:
+            super().do_GET()
+            return
+        first, last = map(int, re.findall(r"\d+", asked))
+        self.send_response(206)
+        self.end_headers()
+        self.wfile.write(path.read_bytes()[first : last + 1])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def address(source):
+    handler = lambda *args: Ranges(*args, directory=source)  # noqa: E731
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("_added", ["A source"], indirect=True)
+def test_a_source(address, source, tmp_path):
+    opened = Checkpoint.open(address)
+    assert opened.tensors == Checkpoint.open(source).tensors
+    report = shard_checkpoint(address, tmp_path / "out", max_shard_size=9000)
+    assert report.verification.received
+    assert verify_checkpoint(source, tmp_path / "out").equal
+    assert verify_checkpoint(address, tmp_path / "out").equal
+
+
+@pytest.mark.parametrize("_added", ["A quantity"], indirect=True)
+def test_a_quantity():
+    comparison = fake_comparison()
+    assert "time spent waiting" in str(comparison)
+    assert "waiting_seconds" in comparison.ratios
+
+
+@pytest.mark.parametrize("_added", ["A host"], indirect=True)
+def test_a_host(source):
+    estimate = Checkpoint.open(source).estimate()
+    assert "Lightning" in [host.name for host in estimate.hosts]
+    assert "Lightning" in str(estimate)

@@ -22,7 +22,7 @@ from tests.fake_loads import fake_comparison
 PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def _added(request, monkeypatch, tmp_path):
     """Carry out the example of a section; whatever it registers is gone at the end."""
     registries = STRATEGIES, FORMATS, SOURCES, QUANTITIES, HOSTS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -131,20 +130,6 @@ def run_all(
         wait(running)
         if pool is not executor:
             pool.shutdown()
-
-
-def take_turns(streams: Iterable[Iterator[TaskT]], width: int) -> Iterator[TaskT]:
-    """Yield from `width` streams in turn; one that ends makes place for the next."""
-    coming = iter(streams)
-    active = deque(islice(coming, width))
-    while active:
-        stream = active.popleft()
-        try:
-            yield next(stream)
-        except StopIteration:
-            active.extend(islice(coming, 1))
-        else:
-            active.append(stream)
 
 
 class ProgressCount:

@@ -645,7 +645,7 @@ def test_pickle_that_lacks_a_tensor_of_its_index_is_taken_with_a_note(tmp_path: 
 def test_missing_shard_of_a_pickle_is_named(tmp_path: Path) -> None:
     save_sharded([{"a": torch.ones(1)}, {"b": torch.ones(1)}], tmp_path)
     (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"pytorch_model-00002-of-00002\.bin.*not there"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model-00002-of-00002\.bin.*does not exist"):
         Checkpoint.open(tmp_path)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from shardkit import CastError, PlanError, shard_checkpoint
 from shardkit.formats.cast import cast
 from shardkit.shard import copy as transfer
+from shardkit.sources import local
 from tests.support import FreshFolder
 
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -123,7 +124,7 @@ def test_chunks_and_tasks_leave_no_seam(
 ) -> None:
     tensors = {f"t{i}": patterns(TORCH[dtype], seed + i, count=size) for i, size in enumerate(sizes)}
     with pytest.MonkeyPatch.context() as patch, fresh_folder() as folder:
-        patch.setattr(transfer, "CHUNK_BYTES", chunk)
+        patch.setattr(local, "CHUNK_BYTES", chunk)
         patch.setattr(transfer, "TASK_BYTES", task)
         source = made(folder / "source", tensors)
         report = shard_checkpoint(source, folder / "out", dtype=target, allow_overflow=True)
@@ -139,7 +140,7 @@ def test_chunks_and_tasks_leave_no_seam(
 
 
 def test_tensor_of_several_chunks_and_a_half_is_cast_whole(tmp_path: Path) -> None:
-    count = 5 * transfer.CHUNK_BYTES // 4 // 2 + 3
+    count = 5 * local.CHUNK_BYTES // 4 // 2 + 3
     tensors = {"before": torch.ones(3), "large": torch.randn(count), "after": torch.ones(5)}
     shard_checkpoint(made(tmp_path / "source", tensors), tmp_path / "out", dtype="bfloat16")
     found = load_file(tmp_path / "out" / "model.safetensors")

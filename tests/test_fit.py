@@ -96,7 +96,7 @@ def test_a_load_succeeds_above_its_floor_and_fails_below(demo):
 
 def test_search_stops_when_asked(demo, monkeypatch):
     monkeypatch.setattr(fit, "why_unlimited", lambda: None)
-    monkeypatch.setattr(fit, "measure_load", lambda *_, **__: fake_load())
+    monkeypatch.setattr(fit, "run_load", lambda *_, **__: fake_load())
     with pytest.raises(Cancelled, match="after 1 limited load"):
         minimum_memory(demo, progress=lambda _: False)
 

@@ -317,7 +317,7 @@ def test_cuts_between_chunks_and_tasks_lose_nothing(
     files: list[Tensors], chunk: int, task: int, kernel: bool, fresh_folder: FreshFolder
 ) -> None:
     with fresh_folder() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer, "CHUNK_BYTES", chunk)
+        patch.setattr(local, "CHUNK_BYTES", chunk)
         patch.setattr(transfer, "TASK_BYTES", task)
         if not kernel:
             patch.setattr(os, "copy_file_range", fails_with(errno.ENOSYS))

@@ -289,7 +289,7 @@ def _check_inside(files: FileSet, file: str, named_in: str) -> None:
     if not is_inside(file):
         raise CheckpointError(f"names a file outside the folder: {file!r}", file=where)
     if not files.is_file(os.path.normpath(file)):
-        if (path := files.path(file)) is not None and path.exists():
+        if (path := files.path(file)) is not None and os.path.exists(path):
             raise CheckpointError(f"names {file!r}, which is not a regular file", file=where)
         raise CheckpointError(
             f"names {file!r}, which does not exist: the download may be incomplete", file=where

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from shardkit.base.extras import require
 from shardkit.base.record import printable
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def new_figure(**page: Any) -> Figure:
 
 def bare_figure() -> type[Figure]:
     """Return the class of figures; its first import fails for an MPLBACKEND that names no backend at all."""
+    require("notebook", "a plot", "matplotlib")
     if "matplotlib" not in sys.modules and (asked := os.environ.pop("MPLBACKEND", None)) is not None:
         import matplotlib as mpl
 

@@ -399,7 +399,7 @@ class TestShard:
         next(w for w in everything(app._shard.box) if getattr(w, "description", "") == "Cancel").click()
         assert app.wait(PATIENCE)
         assert time.perf_counter() - began < 1
-        assert "Stopped as asked" in words(app)
+        assert "Stopped after" in words(app)
         assert not alerts(app)
         assert not Path("demo-sharded").exists()
         written = len(slow_disk)
@@ -452,7 +452,7 @@ class TestShard:
         assert "Another app" in alerts(second)[0]
         second._shard.cancel.click()
         assert first.wait(PATIENCE)
-        assert "Stopped as asked" in words(first)
+        assert "Stopped after" in words(first)
         assert not alerts(second)
         assert second._shard.cancel.description == "Cancel"
         assert not works(second._shard.cancel)
@@ -549,7 +549,7 @@ class TestCompare:
         app._compare.cancel.click()
         assert app.wait(PATIENCE)
         assert len(runs) < 10
-        assert "Stopped as asked" in words(app)
+        assert "Stopped after" in words(app)
         assert app.comparison.samples
         assert works(button(app, "Compare"))
 

@@ -306,7 +306,7 @@ def test_wrong_name_cancel_in_the_middle_and_second_click(page, lab, tmp_path):
     expect(app.root.get_by_role("combobox", name="Strategy")).to_be_disabled()
     app.root.screenshot(path=tmp_path / "busy.png")
     press(app.shard, "Cancel")
-    expect(app.shard.get_by_role("status")).to_contain_text("Stopped as asked", timeout=1500)
+    expect(app.shard.get_by_role("status")).to_contain_text("Stopped after", timeout=1500)
     press(app.shard, "Shard")
     ends_well(app.shard)
     expect(app.shard.locator(".sk-done")).to_contain_text("of the interrupted run")

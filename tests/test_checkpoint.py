@@ -327,7 +327,7 @@ def test_pipe_named_by_an_index_is_no_cut_download(tmp_path: Path) -> None:
 def test_linked_folder_is_refused_rather_than_left_out(target: str, tmp_path: Path) -> None:
     put(tmp_path, {"shared/vocab.txt": "a", "source/real/vocab.txt": "a"})
     (put(tmp_path / "source", {"model.safetensors": WEIGHTS}) / "tokenizer").symlink_to(target)
-    with pytest.raises(CheckpointError, match=r"tokenizer: is a link to a folder"):
+    with pytest.raises(CheckpointError, match=r"tokenizer: is a symlink to a folder"):
         Checkpoint.open(tmp_path / "source")
 
 
@@ -426,14 +426,14 @@ def test_source_that_is_not_there_is_named(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"neither a folder nor a file here|contains no weights"):
+    with pytest.raises(CheckpointError, match=r"not a local folder or file|contains no weights"):
         Checkpoint.open(source)
 
 
 def test_revision_of_what_is_here_is_refused(tmp_path: Path) -> None:
     put(tmp_path, {"model.safetensors": WEIGHTS})
     for path in (tmp_path, tmp_path / "model.safetensors"):
-        with pytest.raises(CheckpointError, match=f"{path}: is here, and has no revisions"):
+        with pytest.raises(CheckpointError, match=f"{path}: is a local path, which has no revisions"):
             Checkpoint.open(path, revision="v2")
 
 

@@ -155,7 +155,7 @@ class TestLooking:
         with pytest.raises(CheckpointError, match="give one"):
             Checkpoint.open(f"{ID}@{sha}", revision=later)
         for revision in ("", ".", "..", "/etc", "a/../b", "../x", "a//b", "a/"):
-            with pytest.raises(CheckpointError, match="is no revision"):
+            with pytest.raises(CheckpointError, match="is not a revision"):
                 Checkpoint.open(ID, revision=revision)
 
     @pytest.mark.usefixtures("stranger")
@@ -167,7 +167,7 @@ class TestLooking:
         hub.add_model(ID, folder)
         login = "hf auth login.*HF_TOKEN"
         for source, said in {
-            "org/gated": rf"org/gated@.*gated.*accept its licence at {hub.url}/org/gated,.*{login}",
+            "org/gated": rf"org/gated@.*gated.*accept its license at {hub.url}/org/gated,.*{login}",
             "org/private": f"org/private@main.*private.*{login}",
             "org/missing": f"org/missing@main.*check the name.*{login}",
             f"{ID}@v9": f"{ID}@v9.*no such revision",
@@ -175,7 +175,7 @@ class TestLooking:
             for token in (None, TOKEN):
                 with pytest.raises(CheckpointError, match=said):
                     Checkpoint.open(source, token=token)
-        with pytest.raises(CheckpointError, match=f"does not accept the token.*{login}"):
+        with pytest.raises(CheckpointError, match=f"rejected the token as invalid.*{login}"):
             Checkpoint.open(ID, token="hf_wrong")
         hub.repo("org/gated").granted.add("me")
         assert len(Checkpoint.open("org/gated", token=TOKEN).tensors) == COUNT
@@ -399,8 +399,8 @@ class TestRanges:
         ("kind", "where", "problem"),
         [
             ("etag", RESOLVE, "changed"),
-            ("etag", STORAGE, "changed while it was read"),
-            ("whole", STORAGE, "sent whole.*`hf download org/model --revision"),
+            ("etag", STORAGE, "changed while being read"),
+            ("whole", STORAGE, "sent the complete file.*`hf download org/model --revision"),
         ],
     )
     def test_other_content_in_mid_read_is_an_error(
@@ -418,7 +418,9 @@ class TestRanges:
         listed = repository.listing["model.safetensors"]
         grown = dataclasses.replace(listed, size=listed.size + 8)
         other = remote.Repository(ID, sha, None, {"model.safetensors": grown})
-        with pytest.raises(CheckpointError, match=f"has {listed.size} bytes, {grown.size} are listed"):
+        with pytest.raises(
+            CheckpointError, match=f"has {listed.size} bytes, but the Hub listed {grown.size}"
+        ):
             other.read_bytes("model.safetensors", 0, 100)
 
     def test_expired_url_is_asked_anew(self, hub: LoopbackHub, sha: str, folder: Path) -> None:
@@ -494,7 +496,7 @@ class TestCache:
         opened = Checkpoint.open(ID)
         assert (len(opened.tensors), opened.source) == (COUNT, f"hf://{ID}@{sha}")
         assert "could not be reached" in opened.notes[0]
-        with pytest.raises(CheckpointError, match=r"'org/absent' is neither a folder.*no connection"):
+        with pytest.raises(CheckpointError, match=r"'org/absent' is not a local folder.*no connection"):
             Checkpoint.open("org/absent")
 
     def test_cache_that_cannot_note_a_revision_is_used(
@@ -542,7 +544,7 @@ class TestDownload:
         right = kept.read_bytes()
         kept.unlink()  # a link to the source's file
         kept.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
-        with pytest.raises(CheckpointError, match=f"{name}: what was downloaded is not what the Hub lists"):
+        with pytest.raises(CheckpointError, match=f"{name}: the download does not match its hash on the Hub"):
             shard_checkpoint(ID, tmp_path / "out", stream=False)
         assert name not in in_cache()
         kept.write_bytes(right)
@@ -568,11 +570,13 @@ class TestDownload:
         assert Checkpoint.open("org/shards").place.folder is None
         with monkeypatch.context() as patched:
             patched.setattr(constants, "HF_HUB_OFFLINE", True)
-            with pytest.raises(CheckpointError, match="stopped before all of it was checked"):
+            with pytest.raises(CheckpointError, match="stopped before all files were checked"):
                 again()
         for kept, data in right.items():
             kept.write_bytes(data)
-        with pytest.raises(CheckpointError, match=f"@{commit}/model-00001.*, .*and 4 more: what was down"):
+        with pytest.raises(
+            CheckpointError, match=f"@{commit}/model-00001.*, .*and 4 more: the download does not match"
+        ):
             again()
         assert not any(name.endswith(".safetensors") for name in in_cache())
         assert "each checked" in again().notes[0]
@@ -837,7 +841,7 @@ class TestTokens:
     def test_token_that_cannot_be_sent_is_not_quoted(self, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_TOKEN", bad.replace("\n", " "))
         for given in (bad, None):
-            with pytest.raises(CheckpointError, match="copy it anew") as caught:
+            with pytest.raises(CheckpointError, match="copy it again") as caught:
                 Checkpoint.open(ID, token=given)
             assert "planted" not in "".join(traceback.format_exception(caught.value))
         assert len(Checkpoint.open(ID, token=f" {TOKEN}\n").tensors) == COUNT
@@ -921,7 +925,8 @@ for source in "org/own", "org/own", "org/download", "org/wrong", "other/gated", 
         assert "downloaded 5 files" in ran.stdout
         assert "made from ranged reads" in ran.stdout
         assert all(
-            word in ran.stderr for word in ("stopped as asked", "sent whole", "gated", "check the name")
+            word in ran.stderr
+            for word in ("stopped after", "sent the complete file", "gated", "check the name")
         )
         assert (work / ".cut.shardkit-journal").exists()
         said = ran.stdout + ran.stderr

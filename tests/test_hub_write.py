@@ -407,7 +407,7 @@ def test_others_repositories_and_strangers_are_told_what_to_do(
         push_checkpoint(sharded, "org/model")
     with pytest.raises(DestinationError, match="owner/name"):
         push_checkpoint(sharded, "model")
-    with pytest.raises(DestinationError, match="does not accept the token"):
+    with pytest.raises(DestinationError, match="rejected the token as invalid"):
         push_checkpoint(sharded, REPO, token="hf_wrong")
     with monkeypatch.context() as offline:
         offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -497,7 +497,7 @@ class TestBadEnds:
             measure_load(demo, options={5: 1})
         with pytest.raises(MeasurementError, match=r"options: \['x'\] is not arguments"):
             measure_load(demo, options=["x"])
-        with pytest.raises(CheckpointError, match="neither a folder nor a file here"):
+        with pytest.raises(CheckpointError, match="not a local folder or file"):
             measure_load(tmp_path / "nowhere")
         with pytest.raises(CheckpointError, match="no weights"):
             measure_load(tmp_path)

@@ -115,7 +115,7 @@ def test_pickle_can_be_cast(zipped: bool, tmp_path: Path) -> None:
 def test_legacy_file_says_what_a_load_takes(tmp_path: Path) -> None:
     for zipped in (ZIP, LEGACY):
         folder = save({"w": torch.ones(3)}, tmp_path / str(zipped) / "pytorch_model.bin", zipped)
-        assert ("a load takes all of it into memory" in str(Checkpoint.open(folder))) == (zipped is LEGACY)
+        assert ("loading reads all of it into memory" in str(Checkpoint.open(folder))) == (zipped is LEGACY)
 
 
 @FORMATS
@@ -530,10 +530,10 @@ def quantised() -> torch.Tensor:
 
 
 NOT_PLAIN: dict[str, tuple[object, list[str]]] = {
-    "tensor": (torch.ones(3), ["Tensor", "not a map of tensors"]),
-    "list": ([torch.ones(3)], ["list", "not a map of tensors"]),
-    "no tensors": ({"model": {"w": torch.ones(3)}, "epoch": 3}, ["no tensors", "model, epoch"]),
-    "number as name": ({"w": torch.ones(3), 1: torch.ones(3)}, ["name is 1", "not text"]),
+    "tensor": (torch.ones(3), ["Tensor", "not a state dict"]),
+    "list": ([torch.ones(3)], ["list", "not a state dict"]),
+    "no named tensors": ({"model": {"w": torch.ones(3)}, "epoch": 3}, ["no named tensors", "model, epoch"]),
+    "number as name": ({"w": torch.ones(3), 1: torch.ones(3)}, ["name is 1", "not a string"]),
     "sparse": ({"w": torch.eye(3).to_sparse()}, ["'w'", "sparse"]),
     "quantised": ({"w": quantised()}, ["quantized"]),
     "complex128": ({"w": torch.ones(3, dtype=torch.complex128)}, ["'w'", "complex128"]),
@@ -572,10 +572,10 @@ def test_compressed_record_is_refused_with_its_sizes(compression: int, tmp_path:
 
 BOMBS = {
     "marks": (b"}" + b"(" * 1_000_000, "nested more than 100 deep"),
-    "objects that nothing holds": (b"}" * 1000, "nothing holds"),
-    "steps": (b"N" * 6_000_000, "5500000 steps"),
-    "lists": (b"]" * 1_000_000, "2000000 tuples, lists and maps"),
-    "frame": (b"\x95" + (1_000_000).to_bytes(8, "little") + b"}" * 1_000_000, "more than tensors"),
+    "objects": (b"}" * 1000, "objects on the stack"),
+    "steps": (b"N" * 6_000_000, "5500000 opcodes"),
+    "lists": (b"]" * 1_000_000, "2000000 tuples, lists and dicts"),
+    "frame": (b"\x95" + (1_000_000).to_bytes(8, "little") + b"}" * 1_000_000, "not allowed"),
 }
 
 

@@ -162,17 +162,19 @@ DAMAGED = {
         ["'a'", "2 bytes", "F32 [2] needs 8"],
     ),
     "end before begin": (file_bytes({"a": entry(2, 0)}, b"xy"), ["'a'", "-2 bytes", "needs 2"]),
-    "negative offset": (file_bytes({"a": entry(-2, 0)}, b"xy"), ["'a'", "[-2, 0]", "not two counts"]),
+    "negative offset": (file_bytes({"a": entry(-2, 0)}, b"xy"), ["'a'", "[-2, 0]", "not two non-negative "
+                                                                                   "integers"]),
     "negative zero": (
         file_bytes(b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[-0,2]}}', b"xy"),
-        ["'a'", "not two counts"],
+        ["'a'", "not two non-negative integers"],
     ),
     "three offsets": (
         file_bytes({"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 1, 2]}}, b"xy"),
         ["'a'", "[0, 1, 2]"],
     ),
     "offset of a fraction": (file_bytes({"a": entry(0.0, 2)}, b"xy"), ["'a'", "[0.0, 2]"]),
-    "offset of true": (file_bytes({"a": entry(False, True, [1])}, b"x"), ["'a'", "not two counts"]),
+    "offset of true": (file_bytes({"a": entry(False, True, [1])}, b"x"), ["'a'", "not two non-negative "
+                                                                                 "integers"]),
     "negative shape": (file_bytes({"a": entry(0, 2, [-1, -2])}, b"xy"), ["'a'", "[-1, -2]"]),
     "shape that overflows": (
         file_bytes({"a": entry(0, 0, [2**32, 2**32])}),

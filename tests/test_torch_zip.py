@@ -229,7 +229,7 @@ def test_file_that_is_cut_while_it_is_read_is_said_to_be(tmp_path: Path) -> None
     assert tensor.layout is not None
     for size in (100_000, 0):
         path.write_bytes(path.read_bytes()[:size])
-        with pytest.raises(CheckpointError, match=f"ends at byte {size}, .*cut short while it was read"):
+        with pytest.raises(CheckpointError, match=f"ends at byte {size}, .*truncated while being read"):
             next(strided.read_strided(str(path), tensor.offset, tensor.layout, 0, tensor.nbytes))
 
 

@@ -410,7 +410,7 @@ def test_failure_in_a_process_is_the_same_clear_error(out: Path, tmp_path: Path)
 
     with (
         ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor,
-        pytest.raises(CheckpointError, match="cut short") as caught,
+        pytest.raises(CheckpointError, match="truncated while") as caught,
     ):
         shard(source, out, executor=executor, progress=cut)
     assert caught.value.file == str(source / "model.safetensors")
@@ -636,7 +636,7 @@ def test_what_lies_in_place_of_the_staging_folder_is_removed_and_not_followed(
 
 @pytest.mark.parametrize("workers", [0, -1])
 def test_less_than_one_worker_is_refused(workers: int, source: Path, out: Path) -> None:
-    with pytest.raises(ShardkitError, match=f"workers is {workers}: give 1 or more"):
+    with pytest.raises(ShardkitError, match=f"workers is {workers}, but must be at least 1"):
         shard(source, out, workers=workers)
     assert beside(out) == set()
 
@@ -805,9 +805,9 @@ def test_source_that_shrinks_meanwhile_is_an_error_not_a_hang(
         if not progress.done_bytes:
             os.truncate(source / "model.safetensors", size - 100)
 
-    with pytest.raises(CheckpointError, match="cut short") as caught:
+    with pytest.raises(CheckpointError, match="truncated while") as caught:
         shard(source, out, dtype=dtype, progress=cut)
-    assert f"ends at byte {size - 100}, the data goes on to {size}" in str(caught.value)
+    assert f"ends at byte {size - 100}, but its data extends to byte {size}" in str(caught.value)
     assert not out.exists()
 
 
@@ -824,8 +824,8 @@ def test_source_that_is_removed_meanwhile_is_named(file: str, source: Path, out:
 
 
 STOPS = {
-    "cancelled": ("progress=lambda _: False", "Cancelled: stopped as asked"),
-    "interrupted": ("progress=stop", "Interrupted: stopped; the same call goes on from here"),
+    "cancelled": ("progress=lambda _: False", "Cancelled: stopped after"),
+    "interrupted": ("progress=stop", "Interrupted: stopped; run the same call again to resume"),
 }
 
 
@@ -1122,7 +1122,7 @@ def interrupt(source: Path, out: Path, shards: int = 3, **options: object) -> li
             time.sleep(0.001)
         return False
 
-    with pytest.raises(Cancelled, match="stopped as asked"):
+    with pytest.raises(Cancelled, match="stopped after"):
         shard(source, out, progress=stop, **options)
     assert not out.exists()
     return journaled(out)

@@ -112,7 +112,7 @@ class Step:
     def in_words(self, error: Exception) -> str:
         """Return what the page says of an error; a stop is none."""
         if isinstance(error, Cancelled):
-            return page.status(f"Stopped as asked. {self.stopped}")
+            return page.status(f"Stopped. {self.stopped}")
         return page.error(in_the_app(_plain_words(error)))
 
     def say(self, html: str) -> None:

@@ -66,7 +66,7 @@ def worker_count(workers: int | None, executor: Executor | None = None) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     usual = min(4, cores) if executor is None else _width(executor)
     if workers is not None and workers < 1:
-        raise ShardkitError(f"workers is {workers}: give 1 or more, or None for {usual}")
+        raise ShardkitError(f"workers is {workers}, but must be at least 1 (default: {usual})")
     return workers or usual
 
 
@@ -86,7 +86,7 @@ def resumable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        raise Interrupted("stopped; the same call goes on from here") from error
+        raise Interrupted("stopped; run the same call again to resume") from error
 
 
 @contextmanager
@@ -148,6 +148,4 @@ class ProgressCount:
             if self._callback is None:
                 return
             if self._callback(Progress(self._stage, self._done, self._total)) is False:
-                raise Cancelled(
-                    f"stopped as asked, after {self._done} of {self._total} bytes ({self._stage})"
-                )
+                raise Cancelled(f"stopped after {self._done} of {self._total} bytes ({self._stage})")

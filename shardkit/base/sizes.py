@@ -33,11 +33,11 @@ def parse_size(size: int | str) -> int:
     elif isinstance(size, str) and (match := _SIZE.fullmatch(size)) and match[2].upper() in _UNITS:
         number = int(Decimal(match[1].replace("_", "")) * _UNITS[match[2].upper()])
     else:
-        raise SizeError(f"{str(size)[:80]!r} is not a size: give {_ACCEPTED}")
+        raise SizeError(f"{str(size)[:80]!r} is not a size: use {_ACCEPTED}")
     if number > _MOST:
-        raise SizeError(f"a size above {_MOST:.0e} bytes fits on no disk: give {_ACCEPTED}")
+        raise SizeError(f"a size above {_MOST:.0e} bytes is too large: use {_ACCEPTED}")
     if number <= 0:
-        raise SizeError(f"{size!r} is not a size above zero: give {_ACCEPTED}")
+        raise SizeError(f"{size!r} is not above zero: use {_ACCEPTED}")
     return number
 
 

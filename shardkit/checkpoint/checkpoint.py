@@ -306,8 +306,8 @@ class Checkpoint(Record):
             span = tensor.layout.span if tensor.layout else 0
             if span > MAX_RECEIVED_SPAN:
                 raise DownloadNeededError(
-                    f"is not contiguous, and spans {format_size(span)} of its file, more than is received at "
-                    "once: download it (download=True; sharding does by itself)",
+                    f"is not contiguous and spans {format_size(span)} of its file, too much to stream: "
+                    "download it (download=True; sharding does so automatically)",
                     file=self.path(tensor.file),
                     tensor=tensor.name,
                 )

@@ -158,8 +158,8 @@ class Estimate(Record):
         facts = (
             ("load in", self.dtype or "the dtype of the files"),
             ("peak anonymous", f"{self.needed}{exact} (cannot be evicted)"),
-            ("of which weights", f"{format_size(self.copied_bytes)} converted during loading"),
-            *(("and", f"{format_size(size)} {what}") for size, what in others if size),
+            ("weights", f"{format_size(self.copied_bytes)} converted during loading"),
+            *(("also", f"{format_size(size)} {what}") for size, what in others if size),
             *mapped,
         )
         rows = tuple(
@@ -225,7 +225,7 @@ def estimate_load(
         resident_bytes=read if in_memory else 0,
     )
     if method:
-        note = f"quantized ({method}): headers do not show what a load makes of it, so this is a lower bound"
+        note = f"quantized ({method}): headers do not show how it is loaded, so this is a lower bound"
         return replace(made, notes=(note,))
     if why := _why_rough(made, config.get("model_type"), buffers):
         return with_hosts(replace(made, notes=(why,)))

@@ -32,7 +32,7 @@ def fit(name: str, memory: int, anonymous: int, mapped: int) -> HostFit:
     """Return whether a load fits a host: all of it, or only if its mapped pages come and go."""
     usable = int(_USABLE_SHARE * memory)
     if anonymous > usable:
-        need = f"needs {format_size(anonymous)}, about {format_size(usable)} can be used"
+        need = f"needs {format_size(anonymous)}, about {format_size(usable)} available"
         return HostFit(name, memory, "does not fit", need)
     if anonymous + mapped > usable:
         why = "not all weights stay in memory: each token reads from disk again"

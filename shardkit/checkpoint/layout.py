@@ -101,7 +101,7 @@ def read_json(files: FileSet, name: str) -> Any:
     with reading(path):
         if (size := files.size(name)) > _MAX_JSON_BYTES:
             raise CheckpointError(
-                f"is {format_size(size)}, and at most {format_size(_MAX_JSON_BYTES)} is read", file=path
+                f"is {format_size(size)}, more than the limit of {format_size(_MAX_JSON_BYTES)}", file=path
             )
         raw = files.content(name)
     if raw.startswith(b"\xef\xbb\xbf"):
@@ -218,7 +218,7 @@ def _by_number(files: FileSet, chosen: str) -> Weights:
     if missing or not expected:
         which = f"number {listed(map(str, missing))} of {count} is missing" if missing else "most are missing"
         raise CheckpointError(
-            f"is named as one of {int(count)} shards, of which {plural(len(found), 'file')} can be found: "
+            f"is named as one of {int(count)} shards, but only {plural(len(found), 'file')} found: "
             f"{which}. Download the rest; to shard this file alone, rename it",
             file=files.where(chosen),
         )

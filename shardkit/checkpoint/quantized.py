@@ -44,7 +44,7 @@ def quantized(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo
     """Return what shows that weights are quantized, as the beginning of an error; None if nothing does."""
     config = config or {}
     if method := quantization(config):
-        return f"its config says that the weights are quantized ({method})"
+        return f"the config marks the weights as quantized ({method})"
     for name, tensor in tensors.items():
         if tensor.dtype in QUANTISED_DTYPES:
             return f"tensor {name!r} is {DTYPE_NAMES[tensor.dtype]}, quantized with scales in other tensors"

@@ -56,7 +56,7 @@ def _scan_torch(files: FileSet, names: Sequence[str]) -> Scan:
     for name in names:
         notes += read[name].notes
         if not read[name].is_archive:
-            notes.append(f"{name} was saved by torch before 1.6: a load takes all of it into memory")
+            notes.append(f"{name} was saved by torch before 1.6: loading reads all of it into memory")
         for tensor in read[name].tensors:
             if (other := tensors.pop(tensor.name, None)) is not None:
                 notes.append(twice_note(tensor.name, other.file, name))
@@ -123,7 +123,7 @@ def confirm_offsets(files: FileSet, names: Iterable[str], tensors: Iterable[Tens
 
 def twice_note(name: str, first: str, last: str) -> str:
     """Say which of two tensors of one name is meant: the last that transformers reads."""
-    return f"{name} is in {first} and in {last}: that of {last} is taken, as transformers does"
+    return f"{name} is in both {first} and {last}: using the one in {last}, as transformers does"
 
 
 def _read(files: FileSet, name: str, *, exact: bool) -> TorchFile:

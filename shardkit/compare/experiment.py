@@ -179,7 +179,7 @@ def _run_all(
 
 def _report(progress: _ProgressCallback | None, done: int, total: int, label: str) -> None:
     if progress is not None and progress(done, total, label) is False:
-        raise Cancelled(f"stopped as asked, after {done} of {plural(total, 'run')}")
+        raise Cancelled(f"stopped after {done} of {plural(total, 'run')}")
 
 
 def _require_same_model(original: Checkpoint, other: Checkpoint) -> None:

@@ -163,7 +163,7 @@ def minimum_memory(
         found = run_load(source, replace(spec, memory_limit=limit, timeout=patience))
         runs.append(_limited_run(limit, found))
         if progress is not None and progress(runs[-1]) is False:
-            raise Cancelled(f"stopped as asked, after {plural(len(runs), 'limited load')}")
+            raise Cancelled(f"stopped after {plural(len(runs), 'limited load')}")
         return runs[-1]
 
     if (odd := _search(run, predicted, tolerance, 2 * (usable_memory() or _FAR * predicted))) is not None:

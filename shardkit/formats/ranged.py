@@ -82,6 +82,6 @@ class RangedFile:
 
     def _cut(self, end: int) -> CheckpointError:
         return CheckpointError(
-            f"has {self.size} bytes, what it holds goes on to {end}: the download may have been cut",
+            f"has {self.size} bytes, but its contents extend to byte {end}: the file may be incomplete",
             file=self.where,
         )

@@ -136,22 +136,21 @@ def read_raw_header(read: Callable[[int, int], bytes], file_bytes: int, file: st
     prefix = read(0, PREFIX_BYTES)
     if len(prefix) < PREFIX_BYTES:
         raise CheckpointError(
-            f"has {file_bytes} bytes, a safetensors file has at least {PREFIX_BYTES}: "
-            "the download may have been cut",
+            f"has {file_bytes} bytes, but a safetensors file has at least {PREFIX_BYTES}: "
+            "the file may be incomplete",
             file=file,
         )
     refuse_lfs_pointer(prefix, file)
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"says its header has {length} bytes, more than the limit of {MAX_HEADER_BYTES}: "
+            f"declares a header of {length} bytes, more than the limit of {MAX_HEADER_BYTES}: "
             "this is not a safetensors file",
             file=file,
         )
     if PREFIX_BYTES + length > file_bytes:
         raise CheckpointError(
-            f"says its header has {length} bytes, the file has only {file_bytes}: "
-            "the download may have been cut",
+            f"declares a header of {length} bytes, but has only {file_bytes}: the file may be incomplete",
             file=file,
         )
     return read(PREFIX_BYTES, length)
@@ -230,9 +229,7 @@ def reading_json(raw: bytes, file: str, bounds: JsonBounds) -> Iterator[None]:
     try:
         yield
     except UnicodeEncodeError:
-        raise CheckpointError(
-            "a name or value has unprintable halves of surrogate pairs", file=file
-        ) from None
+        raise CheckpointError("a name or value contains unpaired surrogates", file=file) from None
     except RecursionError:
         raise CheckpointError("the JSON is nested too deeply", file=file) from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError included
@@ -241,7 +238,7 @@ def reading_json(raw: bytes, file: str, bounds: JsonBounds) -> Iterator[None]:
 
 def _bound(count: int, what: str, most: int, file: str) -> None:
     if count > most:
-        raise CheckpointError(f"has {count} {what}, at most {most} are read", file=file)
+        raise CheckpointError(f"has {count} {what}, more than the limit of {most}", file=file)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -278,14 +275,14 @@ def _entry(name: str, value: Any) -> Entry:
     if not isinstance(dtype, str):
         raise ValueError(f"dtype is {_clip(dtype)}, not a string")
     if not _is_counts(shape):
-        raise ValueError(f"shape is {_clip(shape)}, not a list of counts")
+        raise ValueError(f"shape is {_clip(shape)}, not a list of non-negative integers")
     if not _is_counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"data_offsets is {_clip(offsets)}, not two counts")
+        raise ValueError(f"data_offsets is {_clip(offsets)}, not two non-negative integers")
     begin, end = offsets
     expected = tensor_bytes(dtype, shape)
     if end - begin != expected:
         raise ValueError(
-            f"data_offsets hold {_clip(end - begin)} bytes, {dtype} {_clip(shape)} needs {expected}"
+            f"data_offsets span {_clip(end - begin)} bytes, but {dtype} {_clip(shape)} needs {expected}"
         )
     return Entry(name, dtype, tuple(shape), begin, end)
 
@@ -294,12 +291,12 @@ def check_name(name: str, file: str) -> None:
     """Refuse a tensor name that could deceive a terminal, or that a header could not hold."""
     if len(name) > _MAX_NAME:
         raise CheckpointError(
-            f"the name has {len(name)} characters, at most {_MAX_NAME} are read", file=file, tensor=name
+            f"the name has {len(name)} characters, more than the limit of {_MAX_NAME}", file=file, tensor=name
         )
     if not name.isprintable():
         raise CheckpointError("the name has control or other unprintable characters", file=file, tensor=name)
     if name == "__metadata__":
-        raise CheckpointError("the name is one that the format keeps for itself", file=file, tensor=name)
+        raise CheckpointError("the name is reserved by the format", file=file, tensor=name)
 
 
 def _is_counts(value: Any) -> TypeGuard[list[int]]:
@@ -315,9 +312,9 @@ def _check_layout(entries: Sequence[Entry], data_bytes: int, file: str) -> None:
     position = 0
     for entry in entries:
         if entry.begin != position:
-            problem = "overlaps the tensor before it" if entry.begin < position else "leaves a hole"
+            problem = "overlaps that tensor" if entry.begin < position else "leaves a gap"
             raise CheckpointError(
-                f"starts at byte {_clip(entry.begin)} of the data, the tensor before it ends at "
+                f"starts at byte {_clip(entry.begin)} of the data, but the previous tensor ends at "
                 f"{position}: it {problem}",
                 file=file,
                 tensor=entry.name,
@@ -325,14 +322,14 @@ def _check_layout(entries: Sequence[Entry], data_bytes: int, file: str) -> None:
         position = entry.end
         if position > data_bytes:
             raise CheckpointError(
-                f"ends at byte {_clip(position)} of the data, the file has only {data_bytes}: "
-                "the download may have been cut",
+                f"ends at byte {_clip(position)} of the data, but the file has only {data_bytes}: "
+                "the file may be incomplete",
                 file=file,
                 tensor=entry.name,
             )
     if position != data_bytes:
         raise CheckpointError(
-            f"the tensors end at byte {position} of the data, the file has {data_bytes}: "
+            f"the tensors end at byte {position} of the data, but the file has {data_bytes}: "
             f"{data_bytes - position} bytes belong to no tensor",
             file=file,
         )

@@ -66,8 +66,8 @@ def read_strided(path: str, offset: int, layout: Layout, begin: int, nbytes: int
     with reading(path), open(path, "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) < offset + layout.span:
             raise CheckpointError(
-                f"ends at byte {size}, the data goes on to {offset + layout.span}: it was cut short while it "
-                "was read",
+                f"ends at byte {size}, but its data extends to byte {offset + layout.span}: it was "
+                "truncated while being read",
                 file=path,
             )
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

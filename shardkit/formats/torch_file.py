@@ -75,9 +75,9 @@ def read_torch_file(read: Reader, size: int, name: str, where: str, *, exact: bo
         raise
     except Exception as error:  # a hostile program can make anything of its interpreter
         text = printable(str(error) or type(error).__name__)[:200]
-        raise CheckpointError(f"not a pickle of tensors alone, refused: {text}", file=where) from error
+        raise CheckpointError(f"refused, not a plain state dict: {text}", file=where) from error
     count = plural(len(skipped), "value")
-    notes = (f"{name} holds {count} that are not tensors, left out: {listed(skipped)}",) if skipped else ()
+    notes = (f"{name} contains {count} that are not tensors, left out: {listed(skipped)}",) if skipped else ()
     return TorchFile(infos, _aliases(tensors), notes, is_archive, stored.is_exact)
 
 
@@ -87,15 +87,15 @@ def _tensors(value: Any, where: str) -> tuple[dict[str, View], list[str]]:
         value = value["state_dict"]  # as trainers save it; transformers itself loads none of that
     if type(value) is not dict:
         kind = "Tensor" if isinstance(value, (View, Odd)) else type(value).__name__
-        raise CheckpointError(f"holds a {kind}, not a map of tensors", file=where)
+        raise CheckpointError(f"contains a {kind}, not a state dict", file=where)
     found = {name: item for name, item in value.items() if isinstance(item, (View, Odd))}
     skipped = [printable(str(name))[:200] for name in value if name not in found]
     if skipped and not found:
-        raise CheckpointError(f"holds no tensors by name, only {listed(skipped)}", file=where)
+        raise CheckpointError(f"contains no named tensors, only {listed(skipped)}", file=where)
     tensors = {}
     for name, tensor in found.items():
         if type(name) is not str:
-            raise CheckpointError(f"holds a tensor whose name is {name!r}, not text", file=where)
+            raise CheckpointError(f"contains a tensor whose name is {name!r}, not a string", file=where)
         check_name(name, where)
         if isinstance(tensor, Odd):
             raise CheckpointError(
@@ -117,7 +117,8 @@ def _info(name: str, view: View, stored: Stored, file: str, whole: RangedFile) -
     nbytes = tensor_bytes(view.dtype, shape)
     if nbytes > max(whole.size, _MOST_EXPANDED):
         raise CheckpointError(
-            f"claims {nbytes} bytes, on a storage of {storage.nbytes} in {whole.size}: save it contiguous",
+            f"claims {nbytes} bytes, but its storage has {storage.nbytes} and the file {whole.size}: save "
+            "it as contiguous",
             file=whole.where,
             tensor=name,
         )

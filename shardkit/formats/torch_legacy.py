@@ -37,7 +37,7 @@ def read_legacy(file: RangedFile, *, exact: bool) -> Stored:
     if at > file.size:
         claimed = sum(storage.nbytes for storage in program.storages.values())
         raise CheckpointError(
-            f"its storages claim {claimed} bytes, the file has {file.size}", file=file.where
+            f"its storages claim {claimed} bytes, but the file has {file.size}", file=file.where
         )
     lengths = [(start - _LENGTH_BYTES, _LENGTH_BYTES) for start in starts.values()]
     # torch writes nothing after the last, so that all are where they have to be if the file ends there.
@@ -52,12 +52,12 @@ def _programs(data: bytes) -> tuple[Program, list[str], int]:
     for expected in (_MAGIC, _VERSION):
         head = Program(data, at)
         if head.value != expected:
-            raise ValueError("it does not begin as one")
+            raise ValueError("it does not start like a file of torch.save")
         at = head.end
     program = Program(data, Program(data, at).end)  # after what is said of the system that wrote it
     keys = Program(data, program.end)
     if type(keys.value) is not list or sorted(keys.value) != sorted(program.storages):
-        raise ValueError("the keys of its storages are not those that its tensors name")
+        raise ValueError("its storage keys do not match those of its tensors")
     return program, keys.value, keys.end
 
 
@@ -66,6 +66,7 @@ def _check(file: RangedFile, lengths: dict[int, bytes], program: Program, starts
         said = int.from_bytes(lengths[start - _LENGTH_BYTES], "little", signed=True)
         if said != program.storages[key].items:
             raise CheckpointError(
-                f"storage {key[:200]!r} has {said} items, its tensors claim {program.storages[key].items}",
+                f"storage {key[:200]!r} has {said} items, but its tensors claim "
+                f"{program.storages[key].items}",
                 file=file.where,
             )

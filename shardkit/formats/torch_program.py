@@ -120,7 +120,7 @@ class Program:
         self._made = 0
         self.storages: dict[str, Storage] = {}
         if self._byte() != 0x80 or self._byte() > 5:
-            raise ValueError("it does not begin as one")
+            raise ValueError("it does not start like a file of torch.save")
         self.value = self._run()
 
     def _run(self) -> Any:
@@ -131,10 +131,10 @@ class Program:
             if code == _STOP:
                 value = self._stack.pop()
                 if self._stack or self._outer:
-                    raise ValueError("it makes objects that nothing holds")
+                    raise ValueError("it leaves objects on the stack")
                 return value
             opcodes[code](self)
-        raise ValueError(f"it describes its tensors in more than {_MAX_STEPS} steps")
+        raise ValueError(f"it has more than {_MAX_STEPS} opcodes")
 
     def _byte(self) -> int:
         self.end += 1
@@ -147,7 +147,7 @@ class Program:
     def _take(self, nbytes: int) -> bytes:
         begin, self.end = self.end, self.end + nbytes
         if self.end > len(self._data):
-            raise IndexError("it has no end")
+            raise IndexError("it ends unexpectedly")
         return self._data[begin : self.end]
 
     def _push(self, value: object) -> None:
@@ -156,7 +156,7 @@ class Program:
     def _make(self, value: object, weight: int = 1) -> None:
         self._made += weight
         if self._made > _MAX_MADE:
-            raise ValueError(f"it makes more than {_MAX_MADE} tuples, lists and maps")
+            raise ValueError(f"it creates more than {_MAX_MADE} tuples, lists and dicts")
         self._stack.append(value)
 
     def _put(self) -> None:
@@ -193,18 +193,18 @@ class Program:
     def _last(self, count: int) -> list[Any]:
         items = self._stack[-count:]
         if len(items) < count:
-            raise IndexError("it takes what it has not made")
+            raise IndexError("it pops from an empty stack")
         del self._stack[-count:]
         return items
 
     def _extend(self, items: Iterable[Any]) -> None:
         if type(self._stack[-1]) is not list:
-            raise ValueError("it adds to what is no list")
+            raise ValueError("it appends to something that is not a list")
         self._stack[-1].extend(items)
 
     def _set(self, items: Sequence[Any]) -> None:
         if type(self._stack[-1]) is not dict:
-            raise ValueError("it sets an item of what is no map")
+            raise ValueError("it sets an item of something that is not a dict")
         _fill(self._stack[-1], zip(items[::2], items[1::2], strict=True))
 
     def _name(self) -> None:
@@ -214,7 +214,7 @@ class Program:
         self.end = end + 1
         known = name in _CALLS or name in _CLASSES or _ITEM.fullmatch(name)
         if not known:
-            raise ValueError(f"it asks for {name}, which is more than tensors")
+            raise ValueError(f"it imports {name}, which is not allowed")
         self._stack.append(name)
 
     def _reduce(self) -> None:
@@ -223,20 +223,20 @@ class Program:
     def _build(self) -> None:
         self._stack.pop()  # of a module's state its `_metadata`, which is none of the map
         if type(self._stack[-1]) is not dict:
-            raise ValueError("it sets the state of an object, which is more than tensors")
+            raise ValueError("it sets the state of an object, which is not allowed")
 
     def _persistent(self) -> None:
         kind, name, key, _, count, *view = self._stack.pop()
         found = _STORAGE.fullmatch(name) if type(name) is _Name else None
         if kind != "storage" or found is None or type(key) is not str or not _are_counts([count]):
-            raise ValueError("a storage is described as torch never does")
+            raise ValueError("a storage is not described the way torch does")
         whole = Storage(key, _STORAGES[found[1]], 0, count)
         if self.storages.setdefault(key, whole).nbytes != whole.nbytes:
             raise ValueError(f"storage {key[:200]!r} claims different sizes")
         self._push(_part(whole, *view))
 
     def _refuse(self) -> NoReturn:
-        raise ValueError("it holds a set, an object or a buffer: more than tensors")
+        raise ValueError("it contains a set, an object or a buffer, which is not allowed")
 
 
 _ITEM = re.compile("|".join(pattern.pattern for pattern in (_STORAGE, _DTYPE, _QUANTIZER)))
@@ -280,7 +280,7 @@ def _fill(target: dict[Any, Any], items: Iterable[Sequence[Any]]) -> None:
     for key, value in items:
         # Some keys take for ever to hash: a tuple of itself twice, sixty deep. Large integers can collide.
         if type(key) is not str and not (type(key) is int and -_MANY < key < _MANY):
-            raise ValueError(f"a key is a {type(key).__name__}, not a name")
+            raise ValueError(f"a key is a {type(key).__name__}, not a string")
         target[key] = value
 
 
@@ -289,16 +289,16 @@ def _part(whole: Storage, view: tuple[str, int, int] | None = None) -> Storage:
         return whole
     _, first, count = view  # as torch wrote slices of a storage, long ago
     if not _are_counts((first, count)) or first + count > whole.items:
-        raise ValueError(f"storage {whole.key[:200]!r} has a part that goes on beyond it")
+        raise ValueError(f"storage {whole.key[:200]!r} has a view that extends beyond its end")
     return whole._replace(first=first, items=count)
 
 
 def _call(name: object, arguments: object) -> object:
     if type(name) is not _Name or name not in _CALLS:
         called = name if type(name) is _Name else f"a {type(name).__name__}"
-        raise ValueError(f"it calls {called}, which is more than tensors")
+        raise ValueError(f"it calls {called}, which is not allowed")
     if type(arguments) is not tuple or len(arguments) > _MOST_ARGUMENTS:
-        raise ValueError(f"it calls {name} as torch never does")
+        raise ValueError(f"it calls {name} in a way that torch never does")
     return _CALLS[name](*arguments)
 
 
@@ -306,7 +306,7 @@ def _ordered(pairs: object = None) -> dict[Any, Any]:
     made: dict[Any, Any] = {}
     if pairs is not None:  # as Python 2 wrote it
         if type(pairs) is not list:
-            raise ValueError("it makes a map of what is no list")
+            raise ValueError("it builds a dict from something that is not a list")
         _fill(made, pairs)
         pairs.clear()  # or a program could have one long list gone through for ever
     return made
@@ -314,7 +314,7 @@ def _ordered(pairs: object = None) -> dict[Any, Any]:
 
 def _tensor(storage: object, offset: object, shape: object, strides: object) -> View:
     if type(storage) is not Storage:
-        raise ValueError("a tensor has no storage of the file")
+        raise ValueError("a tensor has no storage in the file")
     return _view(storage, storage.dtype, offset, shape, strides)
 
 
@@ -326,7 +326,7 @@ def _tensor_v2(*given: Any) -> View:
 def _tensor_v3(*given: Any) -> View:
     storage, offset, shape, strides, _, _, name, *more = given
     if type(storage) is not Storage or type(name) is not _Name or not _DTYPE.fullmatch(name):
-        raise ValueError("a tensor has no storage of the file, or no dtype")
+        raise ValueError("a tensor has no storage in the file, or no dtype")
     dtype = _CODES.get(name, name.removeprefix("torch."))
     return _flip(_view(storage, dtype, offset, shape, strides), *more)
 
@@ -336,14 +336,14 @@ def _view(storage: Storage, dtype: str, offset: Any, shape: Any, strides: Any) -
         not (type(shape) is type(strides) is tuple and len(shape) == len(strides) <= _MAX_DIMENSIONS)
         or not _are_counts((offset, *shape, *strides))
     ):  # fmt: skip
-        raise ValueError("a tensor's offset, shape or strides are not counts")
+        raise ValueError("a tensor's offset, shape or strides are not non-negative integers")
     last, is_empty = offset, False
     for length, stride in zip(shape, strides, strict=True):
         last += (length - 1) * stride
         is_empty = is_empty or not length
     end, held = (last + 1) * item_bytes(dtype), storage.nbytes
     if not is_empty and end > held:
-        raise ValueError(f"a tensor goes on to byte {end} of a storage of {held}")
+        raise ValueError(f"a tensor extends to byte {end} of a storage of {held}")
     return View(storage, dtype, offset, shape, strides)
 
 
@@ -358,7 +358,7 @@ def _flip(view: View, metadata: Any = None) -> View:
     if not metadata:
         return view
     if type(metadata) is not dict or not metadata.keys() <= {"conj", "neg"} or view.dtype not in _SIGNS:
-        raise ValueError("a tensor is a view of a kind that is not known")
+        raise ValueError("a tensor is an unknown kind of view")
     flipped = _SIGNS[view.dtype] if metadata.get("neg") else 0
     if metadata.get("conj") and view.dtype == "C64":
         flipped ^= _SIGN_OF_IMAGINARY
@@ -377,7 +377,7 @@ def _of_type(function: object, kind: object, arguments: object, *_: object) -> V
     if type(kind) is _Name and kind in _CLASSES and type(function) is _Name and function in _REBUILDS:
         made = _call(function, arguments)
     if not isinstance(made, (View, Odd)):
-        raise ValueError("a tensor has a type of its own")
+        raise ValueError("a tensor has a custom type")
     return made
 
 

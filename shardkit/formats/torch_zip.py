@@ -59,12 +59,16 @@ def read_archive(file: RangedFile, *, exact: bool) -> Stored:
     """
     records = _directory(file)
     if any(name.endswith("/constants.pkl") for name in records):
-        raise CheckpointError("is a TorchScript program, not a map of tensors", file=file.where)
+        raise CheckpointError("is a TorchScript archive, not a state dict", file=file.where)
     programs = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(programs) != 1:
         raise CheckpointError(f"has {len(programs)} records named data.pkl, not one", file=file.where)
     if records[programs[0]].nbytes > MAX_PROGRAM_BYTES:
-        raise CheckpointError(f"its data.pkl has {records[programs[0]].nbytes} bytes", file=file.where)
+        raise CheckpointError(
+            f"its data.pkl has {records[programs[0]].nbytes} bytes, more than the limit "
+            f"of {MAX_PROGRAM_BYTES}",
+            file=file.where,
+        )
     root = programs[0].removesuffix("data.pkl")
     program = Program(_read(file, records[programs[0]]))
     order = _read(file, records[f"{root}byteorder"]) if f"{root}byteorder" in records else b"little"
@@ -76,7 +80,8 @@ def read_archive(file: RangedFile, *, exact: bool) -> Stored:
         if record is None or record.nbytes != storage.nbytes:
             held = record.nbytes if record else "none"
             raise CheckpointError(
-                f"storage {key[:200]!r} claims {storage.nbytes} bytes, its record has {held}", file=file.where
+                f"storage {key[:200]!r} claims {storage.nbytes} bytes, but its record has {held}",
+                file=file.where,
             )
         wanted[key] = record
     starts, is_exact = _starts(file, wanted, exact)
@@ -86,20 +91,18 @@ def read_archive(file: RangedFile, *, exact: bool) -> Stored:
 def _directory(file: RangedFile) -> dict[str, _Record]:
     position, length, count = _end(file)
     if length > _MAX_DIRECTORY_BYTES or count > _MAX_RECORDS:
-        raise CheckpointError(f"has {count} records, at most {_MAX_RECORDS} are read", file=file.where)
+        raise CheckpointError(f"has {count} records, more than the limit of {_MAX_RECORDS}", file=file.where)
     found = sorted(_entries(file, file.get(position, length)), key=lambda record: record.at)
     # Readers differ in how they compare names: by case or not, to the first NUL or to the end.
     names = {record.name.lower() for record in found}
     if len(names) != len(found) or not all(name.isascii() and name.isprintable() for name in names):
-        raise CheckpointError(
-            "has two records of one name, or names that are not plain text", file=file.where
-        )
+        raise CheckpointError("has duplicate record names, or names that are not plain text", file=file.where)
     if len(found) != count:
-        raise CheckpointError(f"lists {len(found)} records, and says {count}", file=file.where)
+        raise CheckpointError(f"lists {len(found)} records, but declares {count}", file=file.where)
     limits = [record.at for record in found[1:]] + [position]
     for record, limit in zip(found, limits, strict=True):
         if record.at + _HEADER.size + len(record.name) + record.nbytes > limit:
-            raise CheckpointError(f"record {record.name!r} overlaps what comes after it", file=file.where)
+            raise CheckpointError(f"record {record.name!r} overlaps the next one", file=file.where)
     return {r.name: r._replace(limit=limit) for r, limit in zip(found, limits, strict=True)}
 
 
@@ -119,7 +122,7 @@ def _end(file: RangedFile) -> tuple[int, int, int]:
         is_sound = is_sound and magic == b"PK\x06\x06" and agrees
     if not is_sound or offset + length != file.size - len(tail) + position:
         raise CheckpointError(
-            f"the zip's directory is not the end of its {file.size} bytes: the download may have been cut",
+            f"the zip directory is not at the end of its {file.size} bytes: the file may be incomplete",
             file=file.where,
         )
     return offset, length, count
@@ -139,7 +142,7 @@ def _entries(file: RangedFile, raw: bytes) -> Iterator[_Record]:
         name = raw[at : at + name_bytes].decode("latin-1")
         at += name_bytes + extra_bytes + more
         if magic != b"PK\x01\x02" or at > len(raw):
-            raise CheckpointError("the zip's directory is damaged", file=file.where)
+            raise CheckpointError("the zip directory is damaged", file=file.where)
         if _UNSAID in (packed, nbytes, offset):
             wide = _wide(raw[at - extra_bytes - more : at - more])
             nbytes, packed, offset = (next(wide) if n == _UNSAID else n for n in (nbytes, packed, offset))
@@ -194,7 +197,7 @@ def _start(file: RangedFile, record: _Record, header: bytes) -> int:
     agrees = (magic, flags, method, name_bytes) == (ZIP_MAGIC, record.flags, 0, len(record.name))
     if not agrees or name != record.name.encode() or start + record.nbytes > record.limit:
         raise CheckpointError(
-            f"record {record.name!r} is not where the zip's directory has it: the file is damaged",
+            f"record {record.name!r} is not where the zip directory says: the file is damaged",
             file=file.where,
         )
     return start

@@ -195,7 +195,7 @@ def _runs_out_of_time(
                 child.wait(seconds)
                 return False
         if stop is not None and stop():
-            raise Cancelled("stopped as asked, in the middle of a load")
+            raise Cancelled("stopped in the middle of a load")
     return True
 
 

@@ -300,7 +300,7 @@ def _check_headers(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
     if longest > MAX_HEADER_BYTES:
         raise PlanError(
             f"{checkpoint.source}: {plural(len(shards), 'file')} for so many tensors need a header of "
-            f"{longest:,} bytes, and readers accept {MAX_HEADER_BYTES:,}: lower max_shard_size"
+            f"{longest:,} bytes, but readers accept {MAX_HEADER_BYTES:,}: lower max_shard_size"
         )
 
 

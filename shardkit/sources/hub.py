@@ -86,7 +86,7 @@ class Repository(FileSet):
         for entry in tree:
             if isinstance(entry, RepoFile):
                 if problem := name_problem(entry.path):
-                    raise CheckpointError(f"lists a file {problem}: {entry.path[:200]!a}", file=what)
+                    raise CheckpointError(f"has a file {problem}: {entry.path[:200]!a}", file=what)
                 sha256 = entry.lfs.sha256 if entry.lfs else None
                 files[entry.path] = RemoteFile(entry.size, entry.blob_id, sha256)
         return cls(repo_id, sha, token, files)
@@ -160,8 +160,8 @@ class Repository(FileSet):
             wrong = sorted(file for (file, _), is_right in results if not is_right)
         if wrong:
             raise CheckpointError(
-                "what was downloaded is not what the Hub lists, by its hash, and was removed: run the same "
-                "again to download it again",
+                "the download does not match its hash on the Hub and was deleted: run again to download it "
+                "again",
                 file=self.where(listed(wrong)),
             )
 
@@ -180,7 +180,7 @@ class Repository(FileSet):
         patience, done = access.Patience(where), 0
         while done < nbytes:
             before = done
-            failure: tuple[str, float | None] = ("the Hub sent nothing", None)
+            failure: tuple[str, float | None] = ("the Hub sent no data", None)
             try:
                 for piece in self._request(file, offset + done, nbytes - done):
                     done += len(piece)
@@ -206,13 +206,13 @@ class Repository(FileSet):
             self._check_response(response, file, offset, nbytes)
             found = _etag(response, "ETag")
             if etag and etag != found:
-                raise self._wrong(file, f"changed while it was read: its ETag was {etag}, is {found}")
+                raise self._wrong(file, f"changed while being read: its ETag was {etag}, now {found}")
             self._locations[file] = response.url, found
             received = 0
             for piece in response.iter_raw():
                 received += len(piece)
                 if received > nbytes:
-                    raise self._wrong(file, f"was sent longer than the {nbytes} bytes asked for")
+                    raise self._wrong(file, f"the Hub sent more than the {nbytes} bytes requested")
                 yield piece
 
     def _check_response(self, response: Any, file: str, offset: int, nbytes: int) -> None:
@@ -220,24 +220,28 @@ class Repository(FileSet):
         if response.status_code == 200:
             raise self._wrong(
                 file,
-                "was sent whole, not the range asked for: something on the way drops the Range header "
-                f"(a proxy?); first `hf download {self.repo_id} --revision {self.sha}`, then the same again",
+                "the server ignored the Range header (a proxy?) and sent the complete file: "
+                f"run `hf download {self.repo_id} --revision {self.sha}`, then try again",
             )
         hf_raise_for_status(response)
         if response.status_code != 206:
-            raise self._wrong(file, f"was answered with status {response.status_code}")
+            raise self._wrong(file, f"unexpected HTTP status {response.status_code}")
         if (coding := response.headers.get("Content-Encoding", "identity")) != "identity":
-            raise self._wrong(file, f"was sent as {coding}, not as it is")
+            raise self._wrong(file, f"was sent with Content-Encoding {coding}, but none was requested")
         said, listed = response.headers.get("Content-Range", ""), self.listing[file]
         total = said.rpartition("/")[2][:80]
         if total != str(listed.size):
-            raise self._wrong(file, f"has {total} bytes, {listed.size} are listed: it changed")
+            raise self._wrong(file, f"has {total} bytes, but the Hub listed {listed.size}: it changed")
         if not said.startswith(f"bytes {offset}-"):
-            raise self._wrong(file, f"was sent as {said[:80]!r}, not {nbytes} bytes from {offset} on")
+            raise self._wrong(
+                file, f"unexpected Content-Range {said[:80]!r}: requested {nbytes} bytes from offset {offset}"
+            )
         for redirect in response.history:
             linked = _etag(redirect, "X-Linked-Etag")
             if linked and linked != (listed.sha256 or linked):
-                raise self._wrong(file, f"has the ETag {linked}, {listed.sha256} is listed: it changed")
+                raise self._wrong(
+                    file, f"has the ETag {linked}, but the Hub listed {listed.sha256}: it changed"
+                )
 
     def _wrong(self, file: str, problem: str) -> CheckpointError:
         return CheckpointError(problem, file=self.where(file))
@@ -252,9 +256,9 @@ def name_problem(name: str) -> str | None:
     if os.path.isabs(name) or ".." in name.split("/"):
         return "outside the repository"
     if any(char == "\\" or category(char) in ("Cc", "Cs") for char in name):
-        return "with a control character or a backslash in its name, which its owner must rename"
+        return "with a control character or a backslash in its name (its owner must rename it)"
     if is_weights(name) and not is_inside(name):
-        return "of weights with characters in its name that do not show, which its owner must rename"
+        return "of weights with unprintable characters in its name (its owner must rename it)"
     return None
 
 

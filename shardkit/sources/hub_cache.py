@@ -53,14 +53,13 @@ def parse_id(text: str, revision: str | None = None) -> HubId:
     repo_id, named = found.groups() if found else ("", None)
     if not _is_name(repo_id):
         raise CheckpointError(
-            f"{text[:200]!r} is neither a folder nor a file here, nor a model on the Hub (org/name, "
-            "org/name@revision)"
+            f"{text[:200]!r} is not a local folder or file, and not a Hub id (org/name, org/name@revision)"
         )
     if revision and named and revision != named:
-        raise CheckpointError(f"{text!r} names a revision, and {revision!r} is another: give one")
+        raise CheckpointError(f"{text!r} names another revision than {revision!r}: give only one")
     wanted = (named or constants.DEFAULT_REVISION) if revision is None else revision
     if {"", ".", ".."} & set(wanted.split("/")):  # it is a path in the client's cache
-        raise CheckpointError(f"{wanted[:200]!r} is no revision: give a branch, a tag or a commit")
+        raise CheckpointError(f"{wanted[:200]!r} is not a revision: use a branch, a tag or a commit")
     return HubId(repo_id, wanted)
 
 
@@ -109,7 +108,7 @@ def find_model(
     except UnreachableError as error:
         if cached:
             return _from_cache(wanted, cached, "the Hub could not be reached", needed_files)
-        raise UnreachableError(f"{text!r} is neither a folder nor a file here, and {error}") from None
+        raise UnreachableError(f"{text!r} is not a local folder or file, and {error}") from None
     snapshot, needed = _snapshot(wanted.repo_id, repository.sha), needed_files(repository)
     is_whole = all(map(snapshot.is_file, needed)) and not _doubt(wanted.repo_id, repository.sha).exists()
     if not is_whole and not download:
@@ -179,18 +178,18 @@ def _note_commit(wanted: HubId, sha: str) -> None:
 def _from_cache(wanted: HubId, sha: str | None, why: str, needed_files: Needed) -> Found:
     if sha is None:
         raise CheckpointError(
-            f"is not in the local cache, and {why}: download it where there is a network", file=str(wanted)
+            f"is not in the local cache, and {why}: download it while online", file=str(wanted)
         )
     snapshot = _snapshot(wanted.repo_id, sha)
     try:
         needed_files(snapshot)
         if _doubt(wanted.repo_id, sha).exists():
-            raise CheckpointError("its download was stopped before all of it was checked")
+            raise CheckpointError("its download stopped before all files were checked")
     except CheckpointError as error:
         raise CheckpointError(
-            f"is not whole in the local cache, and {why}: {error}", file=str(wanted)
+            f"is incomplete in the local cache, and {why}: {error}", file=str(wanted)
         ) from None
-    return Found(snapshot, f"hf://{wanted.repo_id}@{sha}", (f"{why}: this is what the local cache has",))
+    return Found(snapshot, f"hf://{wanted.repo_id}@{sha}", (f"{why}: using the local cache",))
 
 
 def _download(repository: Repository, snapshot: LocalFiles, needed: Sequence[str]) -> tuple[str, ...]:
@@ -229,7 +228,8 @@ def _check_space(repository: Repository, folder: str, nbytes: int, needed: Seque
         can_stream = ".safetensors" in needed[0]  # the weights, or their index
         instead = ", or shard without downloading (stream=True)" if can_stream else ""
         raise SpaceError(
-            f"{repository.name}: the download takes {nbytes:,} bytes ({format_size(nbytes)}), the disk of "
+            f"{repository.name}: the download needs {nbytes:,} bytes ({format_size(nbytes)}), but the disk "
+            "of "
             f"{folder} has {free:,} ({format_size(free)}) free: move the cache (HF_HOME){instead}"
         )
 

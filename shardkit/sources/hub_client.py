@@ -40,7 +40,7 @@ def find_token(token: str | None = None) -> str | None:
     """
     found = (token or get_token() or _kaggle_secret() or "").strip()  # get_token asks Colab, too
     if found and not _TOKEN.fullmatch(found):  # the client would quote it in an error
-        raise CheckpointError("the token for the Hub has characters that no token has: copy it anew")
+        raise CheckpointError("the Hub token contains invalid characters: copy it again")
     return found or None
 
 
@@ -96,9 +96,9 @@ class Patience:
         """
         self._failures += 1
         if self._failures > tries or (pause or 0) > _LONGEST_WAIT:
-            asked = f", which asks to wait {pause:.0f} s" if pause else ""
+            asked = f", asking to wait {pause:.0f} s" if pause else ""
             raise UnreachableError(
-                f"{reason}{asked}; gave up after {self._failures} tries in a row: run the same again later",
+                f"{reason}{asked}; gave up after {self._failures} attempts: try again later",
                 file=self._what,
             )
         time.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (self._failures - 1)) if pause is None else pause)
@@ -175,26 +175,25 @@ def explained(error: BaseException, what: str) -> CheckpointError:
     """
     page = f"{constants.ENDPOINT}/{what.removeprefix('hf://').partition('@')[0]}"
     if isinstance(error, errors.GatedRepoError):
-        message = f"the repository is gated: ask for access or accept its licence at {page}, then {LOG_IN}"
+        message = f"the repository is gated: request access or accept its license at {page}, then {LOG_IN}"
     elif isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
         message = (
-            "is not in the local cache, and the Hub must not be asked (HF_HUB_OFFLINE is set): unset it, "
-            "or download the model where there is a network"
+            "is not in the local cache, and HF_HUB_OFFLINE is set: unset it, "
+            "or download the model while online"
         )
     elif isinstance(error, errors.DisabledRepoError):
         message = f"the repository is disabled: see {page}"
     elif isinstance(error, errors.RepositoryNotFoundError):
         message = (
-            "is neither a folder here nor a model that the Hub would show: check the name; "
-            f"if it is private, {LOG_IN}"
+            f"is not a local folder, and not a model on the Hub: check the name; if it is private, {LOG_IN}"
         )
     elif isinstance(error, errors.RevisionNotFoundError):
-        message = f"the repository has no such revision: its branches and tags are listed at {page}"
+        message = f"the repository has no such revision: see its branches and tags at {page}"
     elif isinstance(error, errors.EntryNotFoundError):
         message = "the repository has no such file at this revision"
     else:
-        lacking = "the token lacks the permission to read it"
-        message = refused(error, f"access is forbidden: {lacking}; {LOG_IN}, with one that has it")
+        lacking = "this token cannot read it"
+        message = refused(error, f"access denied: {lacking}; use one that can: {LOG_IN}")
     return CheckpointError(message, file=what)
 
 
@@ -202,7 +201,7 @@ def refused(error: Any, forbidden: str) -> str:
     """Say with what status the Hub refused: `forbidden`, where the token does not permit it."""
     status = error.response.status_code
     if status == 401:
-        return f"the Hub does not accept the token: {LOG_IN}, with one that is valid"
+        return f"the Hub rejected the token as invalid: {LOG_IN}"
     if status == 403:
         return forbidden
     said = " ".join((error.server_message or "").split())[:200]

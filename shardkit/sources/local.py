@@ -46,8 +46,8 @@ class LocalFiles(FileSet):
                 chunk = buffer[: nbytes - done]
                 if source.readinto(chunk) < len(chunk):
                     raise CheckpointError(
-                        f"ends at byte {os.fstat(source.fileno()).st_size}, the data goes on to "
-                        f"{offset + nbytes}: it was cut short while it was read",
+                        f"ends at byte {os.fstat(source.fileno()).st_size}, but its data extends to byte "
+                        f"{offset + nbytes}: it was truncated while being read",
                         file=path,
                     )
                 yield chunk
@@ -71,7 +71,7 @@ class LocalFiles(FileSet):
             folders[:] = sorted(name for name in folders if not NOT_OURS.fullmatch(name))
             for name in folders:
                 if os.path.islink(path := os.path.join(root, name)):
-                    raise CheckpointError("is a link to a folder: put a copy in its place", file=path)
+                    raise CheckpointError("is a symlink to a folder: replace it with a copy", file=path)
             for name in sorted(name for name in names if not NOT_OURS.fullmatch(name)):
                 path = os.path.join(root, name)
                 if os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path)):  # no pipe

@@ -64,12 +64,15 @@ def resolve(
     text = os.fspath(source)
     path = Path(os.path.abspath(os.path.expanduser(text)))
     if revision is not None and os.path.exists(path):
-        raise CheckpointError("is here, and has no revisions: give none, or hf://org/name", file=str(path))
+        raise CheckpointError(
+            "is a local path, which has no revisions: leave out revision, or use hf://org/name",
+            file=str(path),
+        )
     if os.path.isdir(path):  # which, unlike Path, takes any text for an answer
         return Found(LocalFiles(path), str(path))
     if os.path.isfile(path):
         if path.suffix in (".json", ".py", ".txt", ".md") and not is_index(path.name):
-            raise CheckpointError("is no weights file: give the folder it lies in", file=str(path))
+            raise CheckpointError("is not a weights file: give its folder", file=str(path))
         return Found(LocalFiles(path.parent), str(path), chosen=path.name)
     find = next((find for scheme, find in SOURCES.items() if text.startswith(scheme)), _on_the_hub)
     return find(text, needed_files, revision=revision, token=token, download=download)

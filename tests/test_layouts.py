@@ -208,7 +208,7 @@ def test_tensor_in_two_shards_is_that_of_the_last_as_in_transformers(tmp_path: P
     name = next(iter(load_file(first)))
     save_file({**load_file(last), name: load_file(first)[name] + 1}, last, {"format": "pt"})
     report = shard_checkpoint(source, tmp_path / "out")
-    assert f"{name} is in {first.name} and in {last.name}" in str(report)
+    assert f"{name} is in both {first.name} and {last.name}" in str(report)
     ours, theirs = (
         GPT2LMHeadModel.from_pretrained(folder).state_dict() for folder in (tmp_path / "out", source)
     )

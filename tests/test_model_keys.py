@@ -88,7 +88,7 @@ def test_config_of_another_model_is_a_difference_though_every_byte_is_equal(sour
 def test_copy_that_does_not_load_is_a_difference(source: Path, copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "n_head": 5}))
-    assert "loads the source and not the copy: ValueError" in str(asked(source, copy))
+    assert "loads the source but not the copy: ValueError" in str(asked(source, copy))
 
 
 def test_difference_is_not_published(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

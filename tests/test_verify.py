@@ -173,7 +173,7 @@ def test_copy_given_before_its_source_gets_a_hint(tmp_path: Path) -> None:
     source, destination = cast_pair(tmp_path, "bfloat16")
     found = verify_checkpoint(destination, source)
     assert not found.equal
-    assert "the other way round" in str(found)
+    assert "swap them" in str(found)
 
 
 @pytest.mark.parametrize("place", [0, 1, 300, -1])

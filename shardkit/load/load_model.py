@@ -92,11 +92,13 @@ def loaded_files(source: str | os.PathLike[str]) -> tuple[str, list[str]]:
     found = resolve(source, needed_files, download=True)
     config = read_config(found.files)
     if found.chosen and config is None:
-        raise CheckpointError("a file without config.json beside it is no model to load", file=found.source)
+        raise CheckpointError(
+            "has no config.json next to it, so it cannot be loaded as a model", file=found.source
+        )
     weights = find_weights(found.files, config)
     if found.chosen not in (None, weights.chosen):
         raise CheckpointError(
-            f"transformers loads {weights.chosen} of this folder, not this file", file=found.source
+            f"transformers loads {weights.chosen} from this folder, not this file", file=found.source
         )
     return found.files.name, [found.files.where(name) for name in weights.files]
 

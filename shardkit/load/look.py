@@ -62,7 +62,7 @@ def model_keys(job: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         if "allocate memory" in str(error):
             return {"why": f"not enough memory here to map the copy: {_one_line(error)}"}
-        copy, differences = source, [f"{stack} loads the source and not the copy: {_one_line(error)}"]
+        copy, differences = source, [f"{stack} loads the source but not the copy: {_one_line(error)}"]
     found = {"model": name, "stack": stack, "keys": len(source["keys"]), "differences": differences}
     return {**found, "missing": sorted(source["missing"] & copy["missing"])}
 
@@ -118,7 +118,7 @@ def config_differences(source: dict[str, Any], copy: dict[str, Any]) -> list[str
     ours, theirs = _comparable(source), _comparable(copy)
     differ = (key for key in sorted({*ours, *theirs}) if repr(ours.get(key)) != repr(theirs.get(key)))
     return [
-        f"{key} of the config is {ours.get(key)!r:.80}, {theirs.get(key)!r:.80} in the copy" for key in differ
+        f"config {key} is {ours.get(key)!r:.80}, but {theirs.get(key)!r:.80} in the copy" for key in differ
     ]
 
 
@@ -187,7 +187,7 @@ def _empty_model(config: dict[str, Any], dtype: torch.dtype, most_modules: int) 
 
     def count(*_: object) -> None:
         if next(created, None) is None:
-            raise ValueError("the config is of a model with more modules than its tensors can fill")
+            raise ValueError("the config describes more modules than the tensors can fill")
 
     made = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(_harmless(config))
     model_class = _model_class(config, type(made))
@@ -213,7 +213,7 @@ def _model_class(config: dict[str, Any], config_class: type) -> Any:
     else:
         found = transformers.MODEL_MAPPING[config_class]
     if not issubclass(found, transformers.PreTrainedModel):
-        raise TypeError(f"{found} is no model")
+        raise TypeError(f"{found} is not a model class")
     return found
 
 

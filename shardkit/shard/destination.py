@@ -42,7 +42,7 @@ def resolve(destination: str | os.PathLike[str]) -> Path:
     """
     if is_on_hub(destination):
         raise DestinationError(
-            f"{destination}: is no folder here: use shard_on_hub, or shard to a folder and push that"
+            f"{destination}: is not a local folder: use shard_on_hub, or shard to a folder and push it"
         )
     return Path(os.path.realpath(os.path.expanduser(destination)))
 
@@ -73,33 +73,35 @@ def check_destination(checkpoint: Checkpoint, target: Path, overwrite: bool) -> 
 def check_free(target: Path, overwrite: bool) -> None:
     """Refuse a destination that holds what is not to be replaced; as `check_destination`."""
     if _is_within(Path(), target):
-        raise DestinationError(f"{target}: is or holds the working folder, and cannot be replaced: leave it")
+        raise DestinationError(
+            f"{target}: contains the current directory, so it is not replaced: run from another directory"
+        )
     if target.exists() and not target.is_dir():
-        raise DestinationError(f"{target}: is a file; give a folder")
+        raise DestinationError(f"{target}: is a file; choose a folder")
     if os.path.ismount(target):
-        raise DestinationError(f"{target}: is where a disk is mounted; give a folder inside it")
+        raise DestinationError(f"{target}: is a mount point; choose a folder inside it")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
         raise DestinationError(
-            f"{target}: already exists and is not empty; give another folder, or "
-            "replace it with overwrite=True"
+            f"{target}: already exists and is not empty; choose another folder, or replace it with "
+            "overwrite=True"
         )
     if not any(is_weights(entry.name) for entry in target.iterdir()):
         raise DestinationError(
-            f"{target}: holds no checkpoint, and would be replaced whole: remove it yourself"
+            f"{target}: is not a checkpoint, so it is not overwritten; delete it or choose another folder"
         )
 
 
 def _check_apart(checkpoint: Checkpoint, folder: Path, target: Path) -> None:
     source = Path(checkpoint.source).resolve()
     if _is_same(target, source) or _is_same(target, folder):
-        raise DestinationError(f"{target}: destination and source are the same; give another folder")
+        raise DestinationError(f"{target}: destination and source are the same; choose another folder")
     if _is_within(target, folder) and (source == folder or checkpoint.config is not None):
-        raise DestinationError(f"{target}: the destination lies inside the source {folder}")
+        raise DestinationError(f"{target}: is inside the source {folder}; choose another folder")
     for file in (checkpoint.folder, *(checkpoint.path(name) for name in checkpoint.files)):
         if _is_within(Path(file), target):
-            raise DestinationError(f"{target}: {file}, of the source, lies inside the destination")
+            raise DestinationError(f"{target}: contains the source file {file}; choose another folder")
 
 
 def _is_within(path: Path, folder: Path) -> bool:
@@ -132,7 +134,7 @@ def locked(target: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         if not path.exists():
-            raise DestinationError(f"{target}: the folder {target.parent} cannot be written") from None
+            raise DestinationError(f"{target}: cannot write to the folder {target.parent}") from None
         holder = ""
         with suppress(OSError):
             holder = f" ({' '.join(path.read_text(encoding='utf-8').split())})"

@@ -199,15 +199,15 @@ def _open_here(
 
 def _open_there(source_id: str, revision: str | None, token: str | None) -> Checkpoint:
     if os.path.exists(source_id):
-        raise CheckpointError("is on this machine: shard it to a folder, and push that", file=source_id)
+        raise CheckpointError("is a local path: shard it to a folder, then push that", file=source_id)
     source = hub_name(source_id)
     checkpoint = Checkpoint.open(source, revision=revision, token=token)
     try:
         return checkpoint.check_streamable()
     except DownloadNeededError as error:
         raise CheckpointError(
-            f"tensor {error.tensor} is not contiguous, and too large to be received in part: shard it to a "
-            "folder, and push that",
+            f"tensor {error.tensor} is not contiguous, and too large to stream: shard it to a folder, then "
+            "push that",
             file=source,
         ) from error
 

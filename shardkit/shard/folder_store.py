@@ -53,7 +53,7 @@ from shardkit.shard.store import Job, Store
 from shardkit.shard.verify import Verification, damaged, read_from, verify_written
 from shardkit.sources.local import file_state
 
-_CHANGED = "changed while it was copied; nothing was published"
+_CHANGED = "changed while being copied; nothing was published"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _USUAL_BLOCK = 4096
 
@@ -154,9 +154,11 @@ class FolderStore(Store):
         except OSError:
             left = self.folder
         if left:
-            self.notes.append(f"what was there before could not be removed; the rest of it is {left}")
+            self.notes.append(
+                f"the previous destination could not be removed completely; the rest is in {left}"
+            )
         if self.job.is_received:
-            self.notes.append("made from ranged reads of the Hub: the source was not downloaded")
+            self.notes.append("streamed from the Hub: the source was not downloaded")
         return str(self.destination), found
 
     def _check_destination(self) -> None:
@@ -210,9 +212,9 @@ class FolderStore(Store):
         needed, free = self._space()
         if needed > free:
             raise SpaceError(
-                f"{self.destination}: needs {needed:,} bytes ({format_size(needed)}), its disk has "
-                f"{free:,} ({format_size(free)}) free: {needed - free:,} bytes short; "
-                "make space and run the same again"
+                f"{self.destination}: needs {needed:,} bytes ({format_size(needed)}), but its disk has "
+                f"only {free:,} ({format_size(free)}) free: free another {needed - free:,} bytes, then run "
+                "again"
             )
 
     def _wrote(self, file: str) -> None:
@@ -232,8 +234,8 @@ class FolderStore(Store):
                     discard_unfinished(self.destination)
             elif self.folder.is_dir():  # or it is in place already
                 failure.add_note(
-                    f"{plural(len(self.finished), 'finished shard')} kept in {self.folder}: the same call "
-                    f"resumes from there; `shardkit clean {self.destination}` removes them"
+                    f"{plural(len(self.finished), 'finished shard')} kept in {self.folder}: run again to "
+                    f"resume, or `shardkit clean {self.destination}` to remove them"
                 )
             if failure is error:
                 raise
@@ -245,8 +247,8 @@ class FolderStore(Store):
             needed, free = self._space()
             short = needed - free if needed > free else needed  # as under a quota, which no disk tells of
             return SpaceError(
-                f"{self.destination}: the disk is full, {short:,} bytes ({format_size(short)}) short; "
-                "make space and run the same again to go on"
+                f"{self.destination}: the disk is full: free another {short:,} bytes "
+                f"({format_size(short)}), then run again to resume"
             )
         files = (*self.job.checkpoint.files, *self.job.checkpoint.side_files)
         if error.filename in map(self.job.checkpoint.path, files):
@@ -288,7 +290,7 @@ class FolderStore(Store):
         first, *entries = self._journal_lines() or [None]
         if first != {"fingerprint": self._fingerprint}:
             if first is not None:
-                self.notes.append("begun anew: what an earlier run left is of another source or another plan")
+                self.notes.append("starting over: the leftovers are from a different source or plan")
             return {}
         kept = {}
         for entry in entries:

@@ -69,8 +69,7 @@ def _disk(folder: Path) -> Iterator[None]:
     except OSError as error:
         kind = SpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else DestinationError
         raise kind(
-            f"{folder}: {error.strerror or error}; run the same again to go on, or with a work_folder on "
-            "another disk"
+            f"{folder}: {error.strerror or error}; run again to resume, or use a work_folder on another disk"
         ) from error
 
 
@@ -110,7 +109,7 @@ class HubStore(Store):
         super().__init__(job, staging_folder(self._base / self._draft))
         if source.lower().startswith(f"{self._target.folder}@".lower()):
             raise DestinationError(
-                f"{self._target.folder}: source and target are the same; give another repository"
+                f"{self._target.folder}: source and target are the same; choose another repository"
             )
         self._committing = Lock()
         self._sent: dict[str, _Sent] = {}
@@ -162,7 +161,7 @@ class HubStore(Store):
             if self.finished:
                 error.add_note(
                     f"{plural(len(self.finished), 'finished shard')} kept on the branch {self._draft} of "
-                    f"{self._target.repo_id}: the same call resumes from there"
+                    f"{self._target.repo_id}: run again to resume"
                 )
             elif isinstance(error, (CastError, VerificationError)):
                 with suppress(DestinationError):
@@ -175,9 +174,9 @@ class HubStore(Store):
         free = free_bytes(self.folder)
         if free < largest:
             raise SpaceError(
-                f"{self._base}: a shard takes up to {largest:,} bytes ({format_size(largest)}), its "
-                f"disk has {free:,} ({format_size(free)}) free: lower max_shard_size, or give a work_folder "
-                "on another disk"
+                f"{self._base}: a shard needs up to {largest:,} bytes ({format_size(largest)}), but its "
+                f"disk has only {free:,} ({format_size(free)}) free: lower max_shard_size, or use a "
+                "work_folder on another disk"
             )
         return min(self.job.crew.workers + 1, free // largest)
 
@@ -207,7 +206,9 @@ class HubStore(Store):
         sync(path)
         self._in_memory.append(pages.drop([path]))
         if damaged(job.checkpoint, job.plan, {shard.file: outcome}, self.folder, Crew(1)):
-            raise VerificationError(f"{path}: is not as it was received: the disk failed; nothing was sent")
+            raise VerificationError(
+                f"{path}: differs from what was received: the disk may be failing; nothing was sent"
+            )
         digests = {t.source.name: digest_range(staged_range(self.folder, shard, t)) for t in shard.tensors}
         self._checking_seconds += time.perf_counter() - start
         return digests
@@ -255,8 +256,8 @@ class HubStore(Store):
     def _told(self, draft: str) -> str:
         repo_id = self._target.repo_id
         return (
-            f"{repo_id} still has the branch {draft}, the draft of a run that did not end: unless it goes "
-            f'on, remove it (HfApi().delete_branch("{repo_id}", branch="{draft}"))'
+            f"{repo_id} still has the branch {draft}, left by an interrupted run: resume that run, or delete "
+            f'the branch (HfApi().delete_branch("{repo_id}", branch="{draft}"))'
         )
 
     def _digests(self) -> dict[str, str]:
@@ -278,7 +279,7 @@ class HubStore(Store):
             digests=self._digests(),
             seconds=self._checking_seconds,
             received=self.job.is_received,
-            model=ModelKeys(why_unchecked="the copy lies on the Hub"),
+            model=ModelKeys(why_unchecked="the copy is on the Hub"),
             files=len(self._in_memory),
             files_in_memory=None if None in self._in_memory else sum(filter(None, self._in_memory)),
         )

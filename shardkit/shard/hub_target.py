@@ -92,15 +92,13 @@ class Target:
         self.folder = hub_name(repo_id)
         self.repo_id = repo_id.removeprefix(hub_name(""))
         if not _REPO_ID.fullmatch(self.repo_id):
-            raise DestinationError(f"{repo_id[:200]!r} is not the name of a repository: give owner/name")
+            raise DestinationError(f"{repo_id[:200]!r} is not a repository id: use owner/name")
         if constants.is_offline_mode():
-            raise DestinationError(
-                f"{self.folder}: the Hub must not be asked (HF_HUB_OFFLINE is set): unset it"
-            )
+            raise DestinationError(f"{self.folder}: HF_HUB_OFFLINE is set: unset it to write to the Hub")
         self._token = access.find_token(token)
         if not self._token:
             raise DestinationError(
-                f"{self.folder}: writing to the Hub takes a token that may write: {access.LOG_IN}"
+                f"{self.folder}: writing to the Hub needs a token with write access: {access.LOG_IN}"
             )
         self.api = HfApi(token=self._token, library_name="shardkit")
 
@@ -115,8 +113,8 @@ class Target:
         self.persist(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
         if private and not self.persist(lambda: self.api.model_info(self.repo_id).private):
             raise DestinationError(
-                f"{self.folder}: already exists and is public: confirm with private=False, "
-                "or give another name"
+                f"{self.folder}: already exists and is public: confirm with private=False, or choose "
+                "another name"
             )
 
     def head(self, branch: str = MAIN) -> str:
@@ -162,7 +160,7 @@ class Target:
         )
         if ignored := [addition.path_in_repo for addition in additions if addition._should_ignore]:
             raise DestinationError(
-                f"{self.folder}: its .gitignore keeps out {listed(ignored)}: take these lines from it"
+                f"{self.folder}: its .gitignore excludes {listed(ignored)}: remove these lines"
             )
 
     def publish(self, head: Repository, contents: Tree, operations: Mapping[str, Any], message: str) -> str:
@@ -191,7 +189,9 @@ class Target:
         todo = [operations[n] if ours else CommitOperationDelete(n) for n, ours in wanted.items()]
         sha = self.commit(todo, wanted, message, head.sha)
         if not self.holds(sha, {**contents, **wanted}):
-            raise VerificationError(f"{self.folder}: commit {sha} does not list what was sent: look at it")
+            raise VerificationError(
+                f"{self.folder}: commit {sha} does not contain what was sent: check it on the Hub"
+            )
         return sha
 
     def commit(
@@ -227,8 +227,8 @@ class Target:
             if self.holds(head, wanted):
                 return head
             raise DestinationError(
-                f"{self.folder}: somebody else changed it meanwhile; nothing of ours is shown there. "
-                "Run the same again: what was uploaded is not sent again"
+                f"{self.folder}: somebody else changed it in the meantime, so nothing was published. Run "
+                "again: uploaded files are not sent again"
             )
 
         return self.persist(attempt)
@@ -265,5 +265,5 @@ class Target:
 def _explained(error: BaseException) -> str:
     if not isinstance(error, HfHubHTTPError):
         return " ".join(str(error).split())
-    needed = "give one with write access to it (`hf auth login`, HF_TOKEN), or another name"
-    return access.refused(error, f"the token may not write there: {needed}")
+    needed = "use one that does (`hf auth login`, HF_TOKEN), or choose another name"
+    return access.refused(error, f"the token has no write access to it: {needed}")

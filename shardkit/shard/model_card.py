@@ -143,7 +143,7 @@ def _section(
         lines += ["To load it:", "", "```python", *snippet, "```", ""]
     if commit_of(story.source or ""):
         check = f"shardkit verify {story.source} {hub_name(repo_id)}"
-        lines += [f"To hold every tensor against the source: `{check}`.", ""]
+        lines += [f"To compare every tensor with the source: `{check}`.", ""]
     return lines
 
 

@@ -125,17 +125,17 @@ def push_checkpoint(
 def _open(folder: str) -> Checkpoint:
     """Open what is to be pushed, and refuse what could not be loaded from the Hub."""
     if not os.path.isdir(os.path.expanduser(folder)):
-        raise CheckpointError("is no folder on this machine", file=folder)
+        raise CheckpointError("is not a local folder", file=folder)
     checkpoint = Checkpoint.open(folder)
     if checkpoint.format == "pickle":
         raise CheckpointError(
-            "holds pickles: shard it first, which makes them safetensors", file=checkpoint.source
+            "contains pickles: shard it first to convert them to safetensors", file=checkpoint.source
         )
     check_loadable(checkpoint)
     weights = needed_files(checkpoint.place)[0]
     if not weights.startswith(f"{checkpoint.stem}.safetensors"):
         raise CheckpointError(
-            f"is called {weights}, which a plain load does not find: shard it first, which names it "
+            f"has weights named {weights}, which from_pretrained does not find: shard it first, to get "
             f"{checkpoint.stem}.safetensors",
             file=checkpoint.source,
         )
@@ -146,12 +146,12 @@ def check_loadable(checkpoint: Checkpoint) -> None:
     """Refuse what nobody could load from the Hub: without a config, or with names that it would not give."""
     if checkpoint.config is None:
         raise CheckpointError(
-            f"has no {listed(CONFIG_FILES)}, without which nobody can load it", file=checkpoint.source
+            f"has no {listed(CONFIG_FILES)}, so it cannot be loaded", file=checkpoint.source
         )
     for name in (*checkpoint.files, *checkpoint.side_files):
         if name_problem(name):
             raise CheckpointError(
-                f"has a file {name!a}, which nobody could read from the Hub again: rename or remove it",
+                f"has a file {name!a}, which cannot be read back from the Hub: rename or remove it",
                 file=checkpoint.source,
             )
 
@@ -165,9 +165,7 @@ def _story(checkpoint: Checkpoint, report: ShardReport | None) -> Story:
     told = (report.source if is_on_hub(report.source) else None, report.dtype)
     is_other = bool(made) and (made.get("source"), made.get("cast_to")) != told
     if is_other or (sizes, len(checkpoint.tensors)) != (report.files, report.tensors):
-        raise CheckpointError(
-            "is no longer what the report tells of: push the folder itself", file=checkpoint.source
-        )
+        raise CheckpointError("no longer matches the report: push the folder itself", file=checkpoint.source)
     digests = report.verification.digests if report.verification else None
     return replace(Story.of(made), source=report.source, dtype=report.dtype, digests=digests)
 
@@ -185,7 +183,7 @@ def own_readme(checkpoint: Checkpoint) -> str | None:
     try:
         return checkpoint.place.content(CARD).decode()
     except UnicodeDecodeError:
-        raise CheckpointError("is not in UTF-8: save it as UTF-8", file=checkpoint.path(CARD)) from None
+        raise CheckpointError("is not valid UTF-8: save it as UTF-8", file=checkpoint.path(CARD)) from None
 
 
 def shown_card(head: Repository, own: str | None) -> str | None:
@@ -203,7 +201,7 @@ def shown_card(head: Repository, own: str | None) -> str | None:
     except UnicodeDecodeError:
         if own is None:
             raise DestinationError(
-                f"{head.where(CARD)}: is not in UTF-8: save it as UTF-8, or delete it"
+                f"{head.where(CARD)}: is not valid UTF-8: save it as UTF-8, or delete it"
             ) from None
         return None
 
@@ -226,7 +224,8 @@ def _read(
 
 def _changed(path: Path) -> CheckpointError:
     return CheckpointError(
-        "changed while it was pushed, and nothing of it is shown: let nothing write to it, and push again",
+        "changed while being pushed, so nothing was published: make sure nothing writes to it, and push "
+        "again",
         file=str(path),
     )
 

@@ -77,7 +77,7 @@ class ShardReport(Record):
             ("destination", shown_path(self.destination)),
             ("written", f"{format_size(self.nbytes)} in {plural(len(self.files), 'file')}"),
             ("dtype", f"cast to {self.dtype}" if self.dtype else "as in the source"),
-            ("written in", f"{self.copy_seconds:.2f} s, {rate}/s"),
+            ("write time", f"{self.copy_seconds:.2f} s, {rate}/s"),
             ("verified", self._verified()),
             ("also copied", self._also_copied()),
         )
@@ -87,10 +87,10 @@ class ShardReport(Record):
         if self.dtype:
             infinite, zero = (sum(getattr(x, of) for x in self.lost) for of in ("overflowed", "flushed"))
             words = f"{plural(infinite, 'value')} became infinite, {zero:,} became zero"
-            facts += (("lost in the cast", f"{words}, in {plural(len(self.lost), 'tensor')}"),)
+            facts += (("cast losses", f"{words}, in {plural(len(self.lost), 'tensor')}"),)
         worst = sorted(self.lost, key=lambda x: (-x.overflowed, -x.flushed))[:_SHOWN_LOSSES]
         rows = tuple((x.tensor, f"{x.overflowed:,}", f"{x.flushed:,}") for x in worst)
-        lost = (Table(("most was lost in", "became infinite", "became zero"), rows),) if rows else ()
+        lost = (Table(("most losses in", "became infinite", "became zero"), rows),) if rows else ()
         notes = self.notes
         if (check := self.verification) and check.files and not check.is_from_disk:
             notes += (f"when read back: {read_from(check.files, check.files_in_memory)}",)
@@ -101,4 +101,4 @@ class ShardReport(Record):
         count = f"{plural(len(self.side_files), 'file')}, {format_size(sum(self.side_files.values()))}"
         if not weights:
             return f"{count}: {listed(self.side_files)}" if self.side_files else "nothing"
-        return f"{count}, weights among them: {listed(weights)}"
+        return f"{count}, including weights: {listed(weights)}"

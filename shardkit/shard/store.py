@@ -57,7 +57,7 @@ class Job:
         if hit and not self.allow_overflow:
             named = listed(f"{loss.tensor} ({plural(loss.overflowed, 'value')})" for loss in hit)
             raise CastError(
-                f"{self.plan.source}: a cast to {self.plan.dtype} makes finite values infinite in {named}; "
+                f"{self.plan.source}: a cast to {self.plan.dtype} turns finite values infinite in {named}; "
                 f"{self._wider(hit)}leave out dtype, or allow it with allow_overflow=True"
             )
 

@@ -147,7 +147,7 @@ class Verification(Record):
         rest = len(self.mismatches) - len(rows)
         notes = (f"{plural(rest, 'more tensor')} differ",) * bool(rest)
         if self.cast and self.mismatches:
-            notes += ("if the second is what the first was cast from, give them the other way round",)
+            notes += ("if the second is the source of the cast, swap them",)
         return Summary("Verification", facts, tables, notes)
 
 
@@ -157,7 +157,7 @@ def read_from(files: int, in_memory: int | None) -> str:
         return "from the disk"
     known = f"{in_memory} of {plural(files, 'file')} in memory"
     unknown = "this system does not show whether files were in memory"
-    return f"{unknown if in_memory is None else known}: what the disk holds was not proven"
+    return f"{unknown if in_memory is None else known}: contents on disk not proven"
 
 
 def verify_checkpoint(
@@ -204,7 +204,10 @@ def verify_weights(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verifica
 def _judged(found: Verification, ours: Checkpoint, theirs: Checkpoint) -> Verification:
     """Add what differs where all tensors are equal: the dtype that a load chooses."""
     if not found.cast and ours.auto_dtype != theirs.auto_dtype and ours.config is not None:
-        dtypes = Mismatch("dtype", f"a load chooses {ours.auto_dtype}, and {theirs.auto_dtype} for the copy")
+        dtypes = Mismatch(
+            "dtype",
+            f"from_pretrained chooses {ours.auto_dtype} for the source, {theirs.auto_dtype} for the copy",
+        )
         return replace(found, mismatches=(*found.mismatches, dtypes))
     return found
 
@@ -363,7 +366,7 @@ def _verify_received(
     ranges = [tensor_range(copy.place, tensor, tensor.dtype) for tensor in copy.tensors.values()]
     digests = _digest_all(ranges, crew, "verify")
     mismatches = [
-        Mismatch(planned.source.name, "bytes: not as they were received")
+        Mismatch(planned.source.name, "bytes: differ from what was received")
         for shard in plan.shards
         for planned in shard.tensors
         if any(_overlaps(shard, planned, part) for part in altered.get(shard.file, ()))

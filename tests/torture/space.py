@@ -57,7 +57,7 @@ def _full(place: Place, *, meanwhile: bool) -> Iterator[Finding]:
         else:
             _fill(disk, room)
             message = _refusal(spec)
-        if not re.search(r"[\d,]+ bytes .*short", message):
+        if not re.search(r"free another [\d,]+ bytes", message):
             yield Fault(f"({where}) said {message!r}")
         if (disk / "out").exists() or (not meanwhile and list(disk.rglob("*.safetensors"))):
             yield Fault(f"({where}) wrote something all the same")
@@ -74,7 +74,7 @@ def _failing_call(place: Place) -> Iterator[Finding]:
     published = (place.work / "out").exists()
     if ending["error"] is None:
         yield Seen("never called so often")
-    elif ending["error"] != "SpaceError" or "short" not in ending["message"]:
+    elif ending["error"] != "SpaceError" or "free another" not in ending["message"]:
         yield Fault(f"({dtype}, {fail}) ended in {ending['error']}: {ending.get('message')}")
     if published and digests(place.work / "out") != whole(expected):
         yield Fault(f"({dtype}, {fail}) left a destination that is not whole")

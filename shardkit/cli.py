@@ -45,7 +45,7 @@ _IN_THE_TERMINAL = {
 
 _PARSER = argparse.ArgumentParser(
     prog="shardkit",
-    description="Reshard any Hugging Face checkpoint without loading it, and prove that nothing was lost.",
+    description="Reshard any Hugging Face checkpoint without loading it, and verify that nothing was lost.",
     allow_abbrev=False,
 )
 _PARSER.add_argument(
@@ -99,21 +99,21 @@ def _command(*arguments: Argument) -> Callable[[Callable[..., None]], Callable[.
 _A_SOURCE = "A folder, a weights file, or a model on the Hub: org/name, org/name@revision."
 SOURCE = _argument("source", _A_SOURCE)
 MAX_SHARD_SIZE = _argument(
-    "--max-shard-size", 'The most bytes a file may have: "500MB", "1.5GiB".', default="2GB", metavar="SIZE"
+    "--max-shard-size", 'Maximum size of a file: "500MB", "1.5GiB".', default="2GB", metavar="SIZE"
 )
 STRATEGY = _argument(
     "--strategy",
-    "Fill files in order, write one per layer, or few of nearly equal size.",
+    "Fill files in order, write one per layer, or a few of nearly equal size.",
     choices=list(STRATEGIES),
     default="size",
 )
 DTYPE = _argument("--dtype", "Cast floating-point tensors: float16, bfloat16 or float32.")
-LOAD_DTYPE = _argument("--dtype", "What to load in: float16, bfloat16 or float32.")
-WORKERS = _argument("--workers", "Threads at work (default: up to 4).", type=_at_least_one, metavar="N")
-PUBLIC = _switch("--public", "The repository on the Hub is, or will be, public.")
-JSON = _switch("--json", "Print one JSON object, and nothing else.", dest="as_json")
+LOAD_DTYPE = _argument("--dtype", "Load dtype: float16, bfloat16 or float32.")
+WORKERS = _argument("--workers", "Number of threads (default: up to 4).", type=_at_least_one, metavar="N")
+PUBLIC = _switch("--public", "The Hub repository is public, or is created as public.")
+JSON = _switch("--json", "Print one JSON object and nothing else.", dest="as_json")
 TRUST_REMOTE_CODE = _switch(
-    "--trust-remote-code", "Run the code that the checkpoint brings: only if you trust it."
+    "--trust-remote-code", "Run custom code from the checkpoint; only if you trust it."
 )
 
 
@@ -123,11 +123,11 @@ def _load_options(trust_remote_code: bool) -> dict[str, Any] | None:
 
 @_command(SOURCE, LOAD_DTYPE, JSON)
 def inspect(source: str, dtype: str | None, as_json: bool) -> None:
-    """Show what a checkpoint contains, and what loading it takes, from its headers alone."""
+    """Show what a checkpoint contains and how much memory loading it takes, from its headers."""
     if left := leftovers(source):
         _say(
-            f"an interrupted run left {listed(map(str, left))}: `shardkit clean {source}` removes it; "
-            "the same `shardkit shard` as before goes on from there"
+            f"an interrupted run left {listed(map(str, left))}: run the same `shardkit shard` again to "
+            f"resume, or `shardkit clean {source}` to remove it"
         )
     checkpoint = shardkit.Checkpoint.open(source)
     estimate = checkpoint.estimate(dtype)
@@ -142,7 +142,7 @@ def plan(source: str, max_shard_size: str, strategy: Strategy, dtype: str | None
     free = free_bytes(".")
     verdict = "enough" if free >= made.disk_bytes else "NOT enough"
     room = f"{format_size(free)} free on the disk of this folder: {verdict}"
-    room = room if free < sys.maxsize else "how much is free on the disk of this folder is unknown"
+    room = room if free < sys.maxsize else "free space on the disk of this folder is unknown"
     now = checkpoint.estimate(dtype)
     then = made.estimate(now.dtype, config=checkpoint.config, side_files=checkpoint.side_files)
     _show(
@@ -159,19 +159,19 @@ def plan(source: str, max_shard_size: str, strategy: Strategy, dtype: str | None
 
 @_command(
     SOURCE,
-    _argument("destination", "A folder that does not exist yet, or is empty; or hf://owner/name."),
+    _argument("destination", "A new or empty folder, or hf://owner/name."),
     MAX_SHARD_SIZE,
     STRATEGY,
     DTYPE,
     WORKERS,
     _switch("--overwrite", "Replace an existing checkpoint, once the new one is complete."),
     _without("resume", "Start over instead of resuming."),
-    _without("verify", "Skip reading both sides again at the end."),
-    _switch("--allow-overflow", "Let a cast turn finite values into infinities."),
-    _switch("--stream", "Stream a model on the Hub into shards, without downloading it.", default=None),
+    _without("verify", "Skip the verification at the end."),
+    _switch("--allow-overflow", "Allow a cast that turns finite values infinite."),
+    _switch("--stream", "Stream a model from the Hub into shards, without downloading it.", default=None),
     _switch(
         "--download",
-        "Download it first (default: where the disk has room for both).",
+        "Download it first (default: if the disk has room for both).",
         action="store_false",
         dest="stream",
         default=None,
@@ -194,23 +194,23 @@ def shard(
         common["progress"] = bar
         if is_on_hub(destination):
             if overwrite or not resume or stream is not None:
-                raise _WrongUsageError("--overwrite, --no-resume, --stream, --download are for folders")
+                raise _WrongUsageError("--overwrite, --no-resume, --stream, --download only apply to folders")
             report = shardkit.shard_on_hub(source, destination[5:], private=not public, **common)
         else:
             if public:
-                raise _WrongUsageError("--public is for hf:// destinations")
+                raise _WrongUsageError("--public only applies to hf:// destinations")
             common |= {"overwrite": overwrite, "resume": resume, "stream": stream}
             report = shardkit.shard_checkpoint(source, destination, **common)
     _show(report, as_json)
 
 
 @_command(
-    _argument("folder", "A folder that shardkit has written, or like one."),
-    _argument("repo_id", "owner/name; made, private, where it is not there.", metavar="repo-id"),
+    _argument("folder", "A folder written by shardkit, or one like it."),
+    _argument("repo_id", "owner/name; created as private if it does not exist.", metavar="repo-id"),
     PUBLIC,
 )
 def push(folder: str, repo_id: str, public: bool) -> None:
-    """Put a sharded checkpoint on the Hub, in one commit, and print its URL."""
+    """Push a sharded checkpoint to the Hub in one commit, and print its URL."""
     with _told_how_to_go_on(), _progress_bar() as bar:
         url = shardkit.push_checkpoint(folder, repo_id, private=not public, progress=bar)
     print(url)
@@ -218,19 +218,19 @@ def push(folder: str, repo_id: str, public: bool) -> None:
 
 @_command(SOURCE, _argument("destination", _A_SOURCE), WORKERS, JSON)
 def verify(source: str, destination: str, workers: int | None, as_json: bool) -> None:
-    """Compare the tensors of two checkpoints, however they are laid out; after a cast, source first."""
+    """Compare the tensors of two checkpoints, however they are sharded; after a cast, source first."""
     with _progress_bar() as bar:
         found = shardkit.verify_checkpoint(source, destination, workers=workers, progress=bar)
     _show(found, as_json)
     if not found.equal:
-        raise ShardkitError(f"{destination} is not what {source} is: {found.why_unequal}")
+        raise ShardkitError(f"{destination} does not match {source}: {found.why_unequal}")
 
 
-@_command(_argument("destination", "The folder that was being written."))
+@_command(_argument("destination", "The destination of the interrupted run."))
 def clean(destination: str) -> None:
-    """Remove what interrupted runs have left beside a destination; the destination itself stays."""
+    """Remove what interrupted runs left next to a destination; the destination itself is kept."""
     removed = remove_leftovers(destination)
-    print("\n".join(f"removed {printable(str(path))}" for path in removed) or "nothing to be removed")
+    print("\n".join(f"removed {printable(str(path))}" for path in removed) or "nothing to remove")
 
 
 @_command(
@@ -239,16 +239,16 @@ def clean(destination: str) -> None:
     LOAD_DTYPE,
     _argument("--repeats", "Pairs of loads.", type=_at_least_one, default=5, metavar="N"),
     _argument("--cache", "cold: read from the disk; warm: from the page cache.", default="cold"),
-    _argument("--device", "Where both are loaded to: cpu, cuda, cuda:1, auto.", default="cpu"),
-    _argument("--memory-limit", 'Memory that each load may have: "12.7GB" to simulate Colab\'s limit.'),
+    _argument("--device", "Device to load to: cpu, cuda, cuda:1, auto.", default="cpu"),
+    _argument("--memory-limit", 'Memory limit of each load: "12.7GB" to simulate Colab\'s limit.'),
     _switch(
         "--prefetch",
-        "Load the sharded a third way, its files read ahead; times then count from process start.",
+        "Also load the shards with their files prefetched; times then count from process start.",
     ),
     TRUST_REMOTE_CODE,
-    _without("same-model", "Compare different models all the same."),
-    _argument("--output", "Write everything here: .json, or .html to share.", type=Path, metavar="FILE"),
-    _argument("--plot", "Draw it here: .png or .svg.", type=Path, metavar="FILE"),
+    _without("same-model", "Compare even if the models differ."),
+    _argument("--output", "Save all results here: .json, or .html to share.", type=Path, metavar="FILE"),
+    _argument("--plot", "Save a plot here: .png or .svg.", type=Path, metavar="FILE"),
     JSON,
 )
 def compare(
@@ -262,7 +262,7 @@ def compare(
     as_json: bool,
     **asked: Any,
 ) -> None:
-    """Load both in turn, each time in a fresh process, and say what differs."""
+    """Load both in turn, each time in a fresh process, and report what differs."""
     _require_writable(output, plot)
 
     def progress(done: int, total: int, label: str) -> None:
@@ -289,7 +289,7 @@ def compare(
 
 @_command(SOURCE, LOAD_DTYPE, TRUST_REMOTE_CODE, JSON)
 def fit(source: str, dtype: str | None, trust_remote_code: bool, as_json: bool) -> None:
-    """Find the smallest memory limit under which it loads, by real loads: it takes minutes.
+    """Find the smallest memory limit under which a checkpoint loads, by real loads; takes minutes.
 
     A load that takes five times as long as without a limit, and at least a minute, counts as failed.
     """
@@ -302,12 +302,12 @@ def fit(source: str, dtype: str | None, trust_remote_code: bool, as_json: bool) 
 
 
 @_command(
-    _argument("--output", "The folder to make it in.", type=Path, default=Path("mistral-demo")),
-    _argument("--size", "Bytes of its weights, from 5MB to 14.5GB.", default="512MB"),
+    _argument("--output", "Destination folder.", type=Path, default=Path("mistral-demo")),
+    _argument("--size", "Size of the weights, from 5MB to 14.5GB.", default="512MB"),
     JSON,
 )
 def demo(output: Path, size: str, as_json: bool) -> None:
-    """Make a small Mistral checkpoint with random weights and a tokenizer, to try things on."""
+    """Make a small Mistral checkpoint with random weights and a tokenizer, to try things out."""
     _show(shardkit.make_demo_checkpoint(output, size=size), as_json)
 
 
@@ -317,11 +317,11 @@ def _require_writable(output: Path | None, plot: Path | None) -> None:
         if path is None:
             continue
         if not path.absolute().parent.is_dir():
-            raise ShardkitError(f"{path}: its folder does not exist")
+            raise ShardkitError(f"{path}: the folder does not exist")
         if path.is_dir():
-            raise ShardkitError(f"{path}: is a folder: give the name of a file in it")
+            raise ShardkitError(f"{path}: is a folder: choose a file in it")
         if path.suffix.lower() not in endings:
-            raise ShardkitError(f"{path}: give a name that ends in {' or '.join(endings[:2])}")
+            raise ShardkitError(f"{path}: must end in {' or '.join(endings[:2])}")
         if path.suffix.lower() != ".json":
             require("notebook", f"drawing {path}", "matplotlib")
 
@@ -331,7 +331,7 @@ def _told_how_to_go_on() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _say("stopped; the same command goes on from here")
+        _say("stopped; run the same command again to resume")
         os._exit(130)  # without waiting for a disk that is busy with what is to be written again
 
 

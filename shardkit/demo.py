@@ -63,10 +63,10 @@ tags: [shardkit, demo, random-weights]
 
 # A demo checkpoint
 
-Made by shardkit (`make_demo_checkpoint`), to learn how checkpoints are stored, sharded and loaded.
+Made by shardkit (`make_demo_checkpoint`), to try out how checkpoints are stored, sharded and loaded.
 The architecture is Mistral; the weights are random, and the text it generates means nothing.
 
-| parameters | size asked for | dtype | files | seed |
+| parameters | requested size | dtype | files | seed |
 |---|---|---|---|---|
 | {parameters:,} | {size:,} bytes | {dtype} | {shards} | {seed} |
 """
@@ -151,7 +151,7 @@ def make_demo_checkpoint(
     shape = demo_shape(size, dtype)
     weights = _plan_files(shape, dtype, shards)
     if seed < 0:
-        raise PlanError(f"seed {seed} is negative: give zero or more")
+        raise PlanError(f"seed {seed} is negative, but must be zero or more")
     made_by = {"recipe": _RECIPE, "size": parse_size(size), "dtype": dtype, "shards": shards, "seed": seed}
     target = resolve(folder)
     index = _index(weights)
@@ -191,7 +191,7 @@ def demo_shape(size: int | str, dtype: str = "bfloat16") -> DemoShape:
     largest = _LARGEST_PARAMETERS * itemsize
     if not _SMALLEST_BYTES <= asked <= largest:
         raise SizeError(
-            f"size {size!r} is {asked:,} bytes: in {dtype} a demo takes from {_SMALLEST_BYTES:,} "
+            f"size {size!r} is {asked:,} bytes: a demo in {dtype} can have from {_SMALLEST_BYTES:,} "
             f"({format_size(_SMALLEST_BYTES)}) to {largest:,} ({format_size(largest)})"
         )
     wanted = asked / itemsize
@@ -213,7 +213,9 @@ def _plan_files(shape: DemoShape, dtype: str, shards: int) -> dict[str, list[Ent
     """Cut the tensors, in order, where the files come nearest to equal; return them by file name."""
     word, tensors = CAST_DTYPES[dtype], list(shape.tensors())
     if not 1 <= shards <= len(tensors):
-        raise PlanError(f"shards={shards}: the {len(tensors)} tensors of this demo fill 1 to {len(tensors)}")
+        raise PlanError(
+            f"shards={shards}: the {len(tensors)} tensors of this demo fill from 1 to {len(tensors)}"
+        )
     ends = [0, *accumulate(tensor_bytes(word, lengths) for _, lengths in tensors)]
     spans, cuts = list(zip(tensors, pairwise(ends), strict=True)), [0]
     for number in range(1, shards):
@@ -240,7 +242,7 @@ def _existing_demo(target: Path, index: dict[str, Any], made_by: dict[str, Any])
     if not target.exists():
         return None
     if not target.is_dir():
-        raise DestinationError(f"{target}: is a file: give a folder that is absent or empty")
+        raise DestinationError(f"{target}: is a file: choose a new or empty folder")
     if not any(target.iterdir()):
         return None
     with suppress(CheckpointError):
@@ -252,7 +254,7 @@ def _existing_demo(target: Path, index: dict[str, Any], made_by: dict[str, Any])
         if (recorded, held, found.total_bytes) == (made_by, index["weight_map"], total):
             return found
     raise DestinationError(
-        f"{target}: is not an empty folder, nor the demo asked for: give another folder, or remove this one"
+        f"{target}: is not empty, and not the requested demo: choose another folder, or delete this one"
     )
 
 
@@ -260,8 +262,8 @@ def _check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(next(parent for parent in target.parents if parent.exists())).free
     if free < needed:
         raise SpaceError(
-            f"{target}: the demo needs {needed:,} bytes ({format_size(needed)}), the disk has {free:,} "
-            f"({format_size(free)}) left: ask for a smaller size, or give a folder on another disk"
+            f"{target}: the demo needs {needed:,} bytes ({format_size(needed)}), but the disk has only "
+            f"{free:,} ({format_size(free)}) free: choose a smaller size, or a folder on another disk"
         )
 
 

@@ -265,7 +265,7 @@ class TestChoose:
 class TestPlan:
     def test_every_control_changes_the_plan_at_once(self, demo):
         app = opened(demo)
-        size = control(app, "Shard size up to")
+        size = control(app, "Max shard size")
         counts = []
         for place in range(len(size.options)):
             size.index = place
@@ -298,7 +298,7 @@ class TestPlan:
         monkeypatch.setattr(Checkpoint, "open", lambda _: mistral_7b())
         app = opened("mistral-7b", dtype=dtype)
         assert len(app.checkpoint.tensors) == 291
-        size, took = control(app, "Shard size up to"), []
+        size, took = control(app, "Max shard size"), []
         for strategy in ("size", "layer", "balanced"):
             control(app, "Strategy").value = strategy
             for place in range(len(size.options)):
@@ -371,7 +371,7 @@ class TestShard:
             start.click()  # as programs can, disabled or not
             button(app, "Open").click()
             button(app, "Compare").click()
-        assert control(app, "Shard size up to").disabled
+        assert control(app, "Max shard size").disabled
         assert app.wait(PATIENCE)
         assert len(slow_disk) == len(app.plan.shards)
         assert app.report
@@ -399,7 +399,7 @@ class TestShard:
         next(w for w in everything(app._shard.box) if getattr(w, "description", "") == "Cancel").click()
         assert app.wait(PATIENCE)
         assert time.perf_counter() - began < 1
-        assert "Stopped after" in words(app)
+        assert "Stopped." in words(app)
         assert not alerts(app)
         assert not Path("demo-sharded").exists()
         written = len(slow_disk)
@@ -425,7 +425,7 @@ class TestShard:
             assert app.wait(PATIENCE)
         assert "already exists" in alerts(app)[0]
         assert "tick &quot;Replace a checkpoint" in alerts(app)[0]
-        control(app, "Replace a checkpoint that is there").value = True
+        control(app, "Replace an existing checkpoint").value = True
         button(app, "Shard").click()
         assert app.wait(PATIENCE)
         assert not alerts(app)
@@ -435,10 +435,10 @@ class TestShard:
         app = opened(demo)
         folder = control(app, "Destination folder")
         folder.value = wrong
-        assert "no folder can be called that" in alerts(app)[0]
+        assert "is not a valid folder name" in alerts(app)[0]
         button(app, "Shard").click()
         assert app.wait(PATIENCE)
-        assert "no folder can be called that" in alerts(app)[0]
+        assert "is not a valid folder name" in alerts(app)[0]
         folder.value = "right"
         button(app, "Shard").click()
         assert app.wait(PATIENCE)
@@ -452,7 +452,7 @@ class TestShard:
         assert "Another app" in alerts(second)[0]
         second._shard.cancel.click()
         assert first.wait(PATIENCE)
-        assert "Stopped after" in words(first)
+        assert "Stopped." in words(first)
         assert not alerts(second)
         assert second._shard.cancel.description == "Cancel"
         assert not works(second._shard.cancel)
@@ -529,7 +529,7 @@ class TestCompare:
         app._compare.cancel.click()
         assert app.wait(PATIENCE)
         assert time.perf_counter() - began < 1
-        assert "Nothing was found yet" in words(app)
+        assert "No results yet" in words(app)
         assert set(psutil.Process().children(recursive=True)) <= before
 
     def test_cancel_between_runs_keeps_what_was_found(self, demo, monkeypatch):
@@ -549,7 +549,7 @@ class TestCompare:
         app._compare.cancel.click()
         assert app.wait(PATIENCE)
         assert len(runs) < 10
-        assert "Stopped after" in words(app)
+        assert "Stopped." in words(app)
         assert app.comparison.samples
         assert works(button(app, "Compare"))
 
@@ -565,7 +565,7 @@ class TestBatch:
     def test_what_was_set_in_the_page_stays(self, demo, instant_loads):
         app = opened(demo, dtype="bfloat16")
         size, folder, dtype = (
-            control(app, text) for text in ("Shard size up to", "Destination folder", "Load dtype")
+            control(app, text) for text in ("Max shard size", "Destination folder", "Load dtype")
         )
         assert dtype.value == "bfloat16"
         size.index, folder.value, dtype.value = 1, "own", "float32"

@@ -126,7 +126,7 @@ class App:
         self.root.get_by_role("combobox", name=label).select_option(label=option)
 
     def open_demo(self) -> None:
-        self.pick("Suggestions", "demo model, 64 MB, made on the spot: fits anywhere")
+        self.pick("Suggestions", "demo model, 64 MB, generated locally: fits anywhere")
         press(self.choose, "Open")
         ends_well(self.choose)
 
@@ -259,7 +259,7 @@ def test_by_keyboard_alone(page, lab):
     go_to("Open")
     page.keyboard.press("Enter")
     ends_well(app.choose)
-    go_to("Shard size up to")
+    go_to("Max shard size")
     files = app.plan.locator(".sk-label").last
     before = files.inner_text()
     page.keyboard.press("ArrowLeft")
@@ -302,11 +302,11 @@ def test_wrong_name_cancel_in_the_middle_and_second_click(page, lab, tmp_path):
     for _ in range(3):
         press(app.shard, "Sharding…")
         press(app.compare, "Compare")
-    expect(app.compare.get_by_role("status")).to_contain_text("Not now")
+    expect(app.compare.get_by_role("status")).to_contain_text("Another step is running")
     expect(app.root.get_by_role("combobox", name="Strategy")).to_be_disabled()
     app.root.screenshot(path=tmp_path / "busy.png")
     press(app.shard, "Cancel")
-    expect(app.shard.get_by_role("status")).to_contain_text("Stopped after", timeout=1500)
+    expect(app.shard.get_by_role("status")).to_contain_text("Stopped.", timeout=1500)
     press(app.shard, "Shard")
     ends_well(app.shard)
     expect(app.shard.locator(".sk-done")).to_contain_text("of the interrupted run")

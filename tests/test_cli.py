@@ -88,7 +88,7 @@ def test_json_of_plan_holds_the_disk_and_both_estimates(demo):
 def test_file_that_could_not_be_read_again_is_refused_before_any_load(option, demo, tmp_path):
     done = run("compare", demo, demo, option, tmp_path / "result.csv")
     assert done.returncode == 1
-    assert "result.csv: give a name that ends in ." in done.stderr
+    assert "result.csv: must end in ." in done.stderr
 
 
 def test_a_difference_is_exit_status_one_and_names_the_tensor(demo, tmp_path):
@@ -185,7 +185,7 @@ def test_interrupt_does_not_wait_for_a_slow_disk(demo, tmp_path):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=15)
     assert process.returncode == 130
-    assert errors == "shardkit: stopped; the same command goes on from here\n"
+    assert errors == "shardkit: stopped; run the same command again to resume\n"
     assert run("shard", demo, tmp_path / "out", "--max-shard-size", "5MB").returncode == 0
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["ShardApp"]
 
 _PATIENCE_SECONDS = 60.0
-_BUSY = "Another app of this notebook is at work. Cancel stops it; then start again."
+_BUSY = "Another app in this notebook is running. Click Cancel to stop it, then start again."
 
 
 class ShardApp:
@@ -178,7 +178,7 @@ class ShardApp:
         """Start a step's job, or say why not; a second click on a step that works is overlooked."""
         if self._working is not None:
             if self._working is not step:
-                step.refuse(page.status("Not now: another step is at work. Wait for it, or cancel it."))
+                step.refuse(page.status("Another step is running. Wait for it, or cancel it."))
             return False
         if step.missing:
             step.refuse(page.error(step.missing))
@@ -219,4 +219,4 @@ def _path(setting: str, value: str | os.PathLike[str] | None) -> str:
     try:
         return "" if value is None else os.fsdecode(value)
     except TypeError:
-        raise ShardkitError(f"{setting} is {value!r}: give a path") from None
+        raise ShardkitError(f"{setting} is {value!r}, but must be a path") from None

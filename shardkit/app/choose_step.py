@@ -22,8 +22,8 @@ _DEMOS = {"mistral-demo-64MB": "64MB", "mistral-demo-512MB": "512MB"}
 _MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 _SUGGESTIONS = (
     ("type a folder, a file or a Hub id below", ""),
-    ("demo model, 64 MB, made on the spot: fits anywhere", "mistral-demo-64MB"),
-    ("demo model, 512 MB, made on the spot", "mistral-demo-512MB"),
+    ("demo model, 64 MB, generated locally: fits anywhere", "mistral-demo-64MB"),
+    ("demo model, 512 MB, generated locally", "mistral-demo-512MB"),
     (f"Hub: {_MINILM} (small: fits Binder)", _MINILM),
     ("Hub: HuggingFaceTB/SmolLM2-135M (small: fits Binder)", "HuggingFaceTB/SmolLM2-135M"),
     ("Hub: mistralai/Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.1"),
@@ -41,7 +41,7 @@ class Choose(Step):
     """
 
     title, button, working = "1. Choose", "Open", "Opening…"
-    hint = "Any safetensors or PyTorch checkpoint. Opening reads its headers, none of its weights."
+    hint = "Any safetensors or PyTorch checkpoint. Opening it reads only the headers, not the weights."
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -60,8 +60,8 @@ class Choose(Step):
         self.suggestion.observe(self._take_suggestion, "value")
         self.source.observe(self._typed, "value")
         self.controls = [self.suggestion]  # the text keeps its focus while what was entered is opened
-        empty = "What it holds, and where it fits, is shown here."
-        self._held = Area("held", "what the checkpoint holds", empty)
+        empty = "Its contents, and where it fits, are shown here."
+        self._held = Area("held", "checkpoint contents", empty)
         self.place(self.suggestion, self.source, self.start, self._message, self._held)
 
     def _take_suggestion(self, change: Any) -> None:
@@ -69,7 +69,7 @@ class Choose(Step):
             self._taking = True
             self.source.value = change["new"]
             self._taking = False
-            self.say(page.status("Open shows what it holds."))
+            self.say(page.status("Click Open to see what it contains."))
 
     def _typed(self, _: Any) -> None:
         if not self._taking:
@@ -82,18 +82,20 @@ class Choose(Step):
         self._held.clear()
         self.opened()
         if not source:
-            raise ShardkitError("nothing is chosen: take a suggestion, or give a folder, a file or a Hub id")
+            raise ShardkitError(
+                "nothing is selected: pick a suggestion, or enter a folder, a file or a Hub id"
+            )
         if size := _DEMOS.get(source):
-            self.say(page.status(f"Making a demo model of {size} in {source} …"))
+            self.say(page.status(f"Generating a demo model of {size} in {source} …"))
             self.checkpoint = make_demo_checkpoint(source, size=size)
         else:
             self.say(page.status(f"Opening {source} …"))
             self.checkpoint = Checkpoint.open(source)
         self.opened()
-        self.say(page.done(f"{source} is open. Go on with the plan."))
+        self.say(page.done(f"{source} is open. Continue with the plan."))
 
     def tell(self, plan: ShardPlan | None) -> None:
-        """Show what the checkpoint holds, and where it fits as it is and sharded as planned."""
+        """Show checkpoint contents, and where it fits as it is and sharded as planned."""
         if self.checkpoint is not None:
             fits = _fits(self.checkpoint, plan)
             self._held.fill(page.columns(self.checkpoint.summary().html(), fits.html()))

@@ -26,7 +26,7 @@ from shardkit.show.plots import comparison_png
 from shardkit.show.report_page import alternative
 
 _CACHES = (("cold: read from the disk", "cold"), ("warm: from the page cache", "warm"))
-_GENERATES = "Also time the first token, which pays for what the load put off"
+_GENERATES = "Also time the first token, which includes work that the load deferred"
 _MOST_REPEATS = 20
 
 
@@ -40,7 +40,7 @@ class Compare(Step):
     """
 
     title, button, working = "4. Compare", "Compare", "Comparing…"
-    hint = "Loads the original and the shards in turn, each time in a fresh process, and says what differs."
+    hint = "Loads the original and the shards in turn, each time in a fresh process, and reports differences."
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Compare(Step):
         super().__init__()
         self._choose, self._shard = choose, shard
         self.comparison: Comparison | None = None
-        dtypes = [("what the config says", ""), *((name, name) for name in CAST_DTYPES)]
+        dtypes = [("dtype from config", ""), *((name, name) for name in CAST_DTYPES)]
         self.dtype = field(widgets.Dropdown, "Load dtype", options=dtypes)
         self.repeats = field(
             widgets.IntSlider, "Pairs of loads", min=1, max=max(repeats, _MOST_REPEATS), value=repeats
@@ -68,7 +68,7 @@ class Compare(Step):
         settings = [self.dtype, self.repeats, self.cache, self.first_token, self.trust, self.limit]
         self.controls, self.limit.disabled = settings[:-1] if why else settings, bool(why)
         hint = page.hint(f"No memory limit can be set here: {why}.") if why else ""
-        self._verdict = Area("verdict", "verdict", "The verdict and its figures stand here, run by run.")
+        self._verdict = Area("verdict", "verdict", "The verdict and its figures appear here, run by run.")
         self._picture, self._downloads = widgets.HTML(), widgets.HTML()
         self.box.add_class("sk-runs")
         buttons = widgets.HBox([self.start, self.cancel])
@@ -80,19 +80,21 @@ class Compare(Step):
     def missing(self) -> str:
         """What has to be done before: there must be two to compare."""
         if self._choose.checkpoint is None:
-            return "there is nothing to compare: open a checkpoint (step 1)"
+            return "nothing to compare: open a checkpoint (step 1)"
         if not os.path.isdir(os.path.expanduser(self._shard.folder)):
-            return f"{self._shard.folder}: no such folder yet: shard first (step 3)"
+            return f"{self._shard.folder}: does not exist yet: shard first (step 3)"
         return ""
 
     def clear(self) -> None:
         """Forget what was found."""
         super().clear()
         self.comparison = None
-        self.stopped = "Nothing was found yet. Compare starts over."
+        self.stopped = "No results yet. Compare starts over."
         self._verdict.clear()
         self._downloads.value = page.links()
-        self._picture.value = page.no_picture("Times, peaks and memory over time are drawn here, run by run.")
+        self._picture.value = page.no_picture(
+            "Times, peaks and memory over time are plotted here, run by run."
+        )
 
     def run(self) -> None:
         """Compare, showing what is known after every run."""
@@ -124,7 +126,7 @@ class Compare(Step):
 
     def _draw(self, comparison: Comparison) -> None:
         self.comparison = comparison
-        self.stopped = "What was found until then stays below. Compare starts over."
+        self.stopped = "Results so far are kept below. Compare starts over."
         self._verdict.fill(in_the_app(comparison.summary().html(), escaped))
         self._picture.value = page.picture(comparison_png(comparison), alternative(comparison))
 

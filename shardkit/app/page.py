@@ -69,7 +69,7 @@ def done(text: str, *commands: str) -> str:
 
 def error(text: str) -> str:
     """Return what went wrong; a screen reader says it at once."""
-    return f'<div role="alert" class="sk-error"><strong>✗ Not done.</strong> {escaped(text)}</div>'
+    return f'<div role="alert" class="sk-error"><strong>✗ Failed.</strong> {escaped(text)}</div>'
 
 
 def region(label: str, body: str, *, name: str) -> str:
@@ -98,7 +98,7 @@ def _row(label: str, row: Sequence[File], scale: int) -> str:
     total = sum(file.nbytes for file in row)
     words = f"{label}: {plural(len(row), 'file')}, {format_size(total)}"
     if len(row) > _DRAWN_FILES:
-        words += f" (the first {_DRAWN_FILES} drawn)"
+        words += f" (the first {_DRAWN_FILES} shown)"
     drawn = row[:_DRAWN_FILES]
     boxes = "".join(_box(number, file) for number, file in enumerate(drawn, 1))
     width = 100 * sum(file.nbytes for file in drawn) / scale

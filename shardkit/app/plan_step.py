@@ -43,13 +43,13 @@ class Plan(Step):
         self._choose = choose
         self.changed: Callable[[], None] = lambda: None
         self._asked, self._source, self._filling = max_shard_size, "", False
-        self.size = field(widgets.SelectionSlider, "Shard size up to", options=[("-", 0)])
+        self.size = field(widgets.SelectionSlider, "Max shard size", options=[("-", 0)])
         strategies = [(packing.words, name) for name, packing in STRATEGIES.items()]
         self.strategy = field(widgets.Dropdown, "Strategy", options=strategies, value=strategy)
-        dtypes = [("as it is stored (bytes are copied)", ""), *((name, name) for name in CAST_DTYPES)]
+        dtypes = [("as stored (bytes are copied)", ""), *((name, name) for name in CAST_DTYPES)]
         self.dtype = field(widgets.Dropdown, "Dtype of shards", options=dtypes, value=dtype or "")
         self.controls = [self.size, self.strategy, self.dtype]
-        self._map = Area("layout", "layout of the files", "The layout of the files is drawn here.")
+        self._map = Area("layout", "layout of the files", "The layout of the files is shown here.")
         empty = "Number of files, disk and memory needed are shown here."
         self._told = Area("plan", "the plan", empty)
         for control in self.controls:
@@ -73,7 +73,7 @@ class Plan(Step):
     @property
     def missing(self) -> str:
         """What has to be done before: a checkpoint."""
-        return "" if self._choose.checkpoint else "there is nothing to plan: open a checkpoint (step 1)"
+        return "" if self._choose.checkpoint else "nothing to plan: open a checkpoint (step 1)"
 
     def show(self, *, working: bool, busy: bool) -> None:
         """Let the controls say whether there is something to plan for."""
@@ -113,7 +113,7 @@ def _told(checkpoint: Checkpoint, plan: ShardPlan) -> str:
     facts = (
         *summary.facts,
         ("disk free here", f"{format_size(free)}: {verdict}"),
-        ("memory to load", f"{then.needed} must exist ({now.needed} as it is now)"),
+        ("memory to load", f"{then.needed} anonymous ({now.needed} as it is now)"),
     )
     files = Summary("Files", tables=summary.tables)
     return page.columns(replace(summary, facts=facts, tables=()).html(), files.html())

@@ -25,7 +25,7 @@ from shardkit.show.progress import STAGES
 
 _SHOW_EVERY_SECONDS = 0.15  # a page that is told more often than that falls behind
 _RATE_OVER_SECONDS = 5.0
-_GOES_ON = "Shard goes on where it stopped"
+_GOES_ON = "Shard resumes where it stopped"
 
 
 class Shard(Step):
@@ -39,7 +39,7 @@ class Shard(Step):
 
     title, button, working = "3. Shard", "Shard", "Sharding…"
     hint = "Copies byte ranges, loads nothing, then compares every tensor. The source is never changed."
-    stopped = f"What is finished is kept: {_GOES_ON}."
+    stopped = f"Finished shards are kept: {_GOES_ON}."
 
     def __init__(self, plan: Plan, destination: str, overwrite: bool) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Shard(Step):
         self.destination = field(
             widgets.Text, "Destination folder", value=destination, continuous_update=False
         )
-        self.overwrite = field(widgets.Checkbox, "Replace a checkpoint that is there", value=overwrite)
+        self.overwrite = field(widgets.Checkbox, "Replace an existing checkpoint", value=overwrite)
         self.controls = [self.destination, self.overwrite]
         self.box.add_class("sk-runs")
         buttons = widgets.HBox([self.start, self.cancel])
@@ -66,7 +66,7 @@ class Shard(Step):
         if self._plan.plan is not None:
             return ""
         why = "open a checkpoint (step 1)" if self._plan.missing else "it cannot be made (step 2)"
-        return f"there is no plan to carry out: {why}"
+        return f"there is no plan: {why}"
 
     def clear(self) -> None:
         """Forget what was written."""
@@ -88,16 +88,16 @@ class Shard(Step):
         try:
             return bool(leftovers(self.folder))
         except ValueError:  # of a NUL, or half a character
-            raise DestinationError(f"{self.folder!r}: no folder can be called that") from None
+            raise DestinationError(f"{self.folder!r}: is not a valid folder name") from None
 
     def run(self) -> None:
         """Write, verify, publish."""
         plan, folder = self._plan.plan, self.folder
         assert plan is not None  # noqa: S101 - or it would be `missing`
         if not folder:
-            raise ShardkitError("no folder is named: say where the shards are to be written")
+            raise ShardkitError("no destination folder: enter one")
         self.report = None
-        self.say(page.status("Going on where it stopped …" if self.unfinished else "Starting …"))
+        self.say(page.status("Resuming …" if self.unfinished else "Starting …"))
         self.report = shard_checkpoint(
             plan.source,
             folder,
@@ -120,7 +120,7 @@ def _told(report: ShardReport) -> str:
     if report.reused:
         words += f"; {plural(len(report.reused), 'file')} of the interrupted run checked and kept"
     return page.done(
-        f"{words}. Load it as any model, or compare the loads below.",
+        f"{words}. Load it like any model, or compare the loads below.",
         f"AutoModelForCausalLM.from_pretrained({path!r}, dtype={report.dtype or 'auto'!r})",
     )
 

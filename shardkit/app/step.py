@@ -11,14 +11,14 @@ from shardkit.app import page
 from shardkit.app.job_thread import Worker
 from shardkit.base.errors import Cancelled, ShardkitError
 
-TRUSTS = "Run the code that the checkpoint brings, which I trust"
+TRUSTS = "Run custom code from the checkpoint, which I trust"
 # Messages name what to write in Python or a shell; the app has controls for it.
 _IN_THE_APP = {
-    "replace it with overwrite=True": 'tick "Replace a checkpoint that is there"',
-    "leave out dtype": 'set "Dtype of shards" to "as it is stored" (step 2)',
+    "replace it with overwrite=True": 'check "Replace an existing checkpoint"',
+    "leave out dtype": 'set "Dtype of shards" to "as stored" (step 2)',
     ", or allow it with allow_overflow=True": "",
-    "lower max_shard_size": "take a smaller shard size (step 2)",
-    'allow it with options={"trust_remote_code": True}': f'tick "{TRUSTS}"',
+    "lower max_shard_size": "choose a smaller shard size (step 2)",
+    'allow it with options={"trust_remote_code": True}': f'check "{TRUSTS}"',
     "same_model=False compares them anyway": "shard this one into another folder (step 3)",
 }
 _WIDE = {"width": "100%", "max_width": "46rem", "margin": "2px 0"}
@@ -171,5 +171,5 @@ def _plain_words(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or 'system'}: {error.strerror or error}"
     if isinstance(error, MemoryError):
-        return "this machine's memory ran out: restart the kernel, or take a smaller model"
-    return f"unexpected {type(error).__name__}: {error}. This is a fault in shardkit: please report it"
+        return "this machine's memory ran out: restart the kernel, or choose a smaller model"
+    return f"unexpected {type(error).__name__}: {error}. This is a bug in shardkit: please report it"

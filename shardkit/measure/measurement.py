@@ -198,7 +198,7 @@ class LoadMeasurement(Record):
 
     @property
     def time_to_first_token_seconds(self) -> float | None:
-        """Wall time of the load and the first forward pass, which pays for what the load put off."""
+        """Wall time of the load and the first forward pass, which includes work that the load deferred."""
         load, first = self.phase(LOAD), self.phase(FIRST_TOKEN)
         return load.wall_seconds + first.wall_seconds if load and first else None
 

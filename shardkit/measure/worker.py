@@ -274,7 +274,7 @@ class Load:
         return tokens
 
     def _generate(self, ids: Any, tokens: list[int]) -> None:
-        """Run the first forward pass, which pays for what the load put off, then greedy steps."""
+        """Run the first forward pass, which includes work that the load deferred, then greedy steps."""
         wanted, generates = self.job["generate"], self._generates()
         place = getattr(self.model, "device", None)
         # Weights offloaded to the disk are on no device until they are used, and inputs follow them.

@@ -72,7 +72,7 @@ def shard_checkpoint(
         streamed, read the destination back and compare it with what was received. The shards are dropped from
         memory first, so that it is the disk that is read; the report says where that was not possible.
     allow_overflow
-        Let a cast turn finite values into infinities.
+        Allow a cast that turns finite values infinite.
     stream
         Make the shards of a model on the Hub straight from ranged reads, so that the source never lies on
         this disk. False downloads it first; None does so where the disk has room for both.
@@ -143,7 +143,7 @@ def shard_on_hub(
     verify
         Read each shard back and hold it against what was received, before it is sent.
     allow_overflow
-        Let a cast turn finite values into infinities.
+        Allow a cast that turns finite values infinite.
     progress
         Called with a `Progress` (stage "stream", bytes received and sent); returning False stops.
     work_folder

@@ -41,7 +41,7 @@ def badges(repository: str, notebook: str) -> str:
     lines = [f"[![{label}]({image})]({link})" for (label, image), link in links.items()]
     if repository == UNSET:
         lines.append(
-            "\n*(They lead nowhere before `make badges REPOSITORY=owner/name` in a published copy.)*"
+            "\n*(The badges work after `make badges REPOSITORY=owner/name` in a published copy.)*"
         )
     return "\n".join(["<!-- badges -->", *lines, "<!-- /badges -->"])
 

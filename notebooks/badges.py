@@ -40,9 +40,7 @@ def badges(repository: str, notebook: str) -> str:
     }
     lines = [f"[![{label}]({image})]({link})" for (label, image), link in links.items()]
     if repository == UNSET:
-        lines.append(
-            "\n*(The badges work after `make badges REPOSITORY=owner/name` in a published copy.)*"
-        )
+        lines.append("\n*(The badges work after `make badges REPOSITORY=owner/name` in a published copy.)*")
     return "\n".join(["<!-- badges -->", *lines, "<!-- /badges -->"])
 
 

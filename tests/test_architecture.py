@@ -13,13 +13,17 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "shardkit").rglob("*.py"))
 PROSE = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))]
 BANNED = re.compile(
-    r"\b(arms?|(not )?told|goes on|taken up again|(begun )?anew|asked for (a|the) dtype|went along|to mail"
+    r"\b(arms?|(not )?told|taken up again|(begun )?anew|asked for (a|the) dtype|went along|to mail"
     r"|memory that must exist|is heard|let it be|(un|de)?quantised|licence|(un)?initialised|undecided"
-    r"|play Colab|made on the spot|say that you mean it|config says|lost in the cast)\b"
+    r"|play Colab|made on the spot|say that you mean it|config says|lost in the cast|goes? on|going on"
+    r"|cut short|have been cut|as asked|must not be asked|held against|nobody could|replaced whole"
+    r"|is no (folder|file|model|weights|revision|list|map)|give (another|a) (folder|name|repository)"
+    r"|(be|is) taken|run the same again|tick|even so|at work)\b"
     r"|Say what a checkpoint|Say which files|Find the least memory|Write again what|Into the folder|Write as:"
     r"|Load as:|beside weights",
     re.IGNORECASE,
 )
+ELSEWHERE = {"compare/comparison.py": {"arms", "arm"}}  # keys of results that earlier versions saved
 # Files and functions (without their docstrings) that are longer than most may be, and how long they are.
 LONG_FILES = {
     "checkpoint/checkpoint.py": 420,
@@ -108,7 +112,8 @@ def test_a_registry_is_made_in_one_place(registry: str) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_texts_of_the_package_use_the_words_of_the_field(path: Path) -> None:
-    assert [text for text in texts(path) if BANNED.search(text)] == []
+    allowed = ELSEWHERE.get(name_of(path), set())
+    assert [text for text in texts(path) if text not in allowed and BANNED.search(text)] == []
 
 
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: path.name)

@@ -169,7 +169,7 @@ def test_card_says_what_is_known_and_keeps_what_was_there(
     push_checkpoint(sharded, REPO)
     card = hub.read(REPO, "README.md").decode()
     assert card.startswith((model / "README.md").read_text().rstrip())
-    assert "| licence | apache-2.0 |" in card
+    assert "| license | apache-2.0 |" in card
     assert str(model) not in card, "a path on this machine is nobody's business"
     for name in sharded.files:
         assert f"`{hub.files(REPO)[name].sha256}`" in card
@@ -202,7 +202,7 @@ def test_card_is_that_of_the_model_that_is_there_now(hub: LoopbackHub, model: Pa
     shard_on_hub("org/b", REPO)
     card = hub.read(REPO, "README.md").decode()
     assert card.startswith(texts["b"])
-    assert "| licence | cc-by-nc-4.0 |" in card
+    assert "| license | cc-by-nc-4.0 |" in card
     assert "# A" not in card
     for target, first in (
         (REPO, "---\nlibrary_name: transformers\n---\n\n# sharded"),
@@ -211,7 +211,7 @@ def test_card_is_that_of_the_model_that_is_there_now(hub: LoopbackHub, model: Pa
         shard_on_hub("org/none", target)
         card = hub.read(target, "README.md").decode()
         assert card.startswith(first)
-        assert "| licence |" not in card
+        assert "| license |" not in card
     (tmp_path / "b" / "README.md").write_text("# B, edited")
     push_checkpoint(tmp_path / "b", REPO)
     assert hub.read(REPO, "README.md").decode().startswith("# B, edited\n")
@@ -232,7 +232,7 @@ def test_odd_readme_is_pushed_as_it_is(
     push_checkpoint(with_readme(model, tmp_path / "odd", text), REPO)
     card = hub.read(REPO, "README.md").decode()
     assert card.startswith(text)
-    assert (f"| licence | {licence} |" in card) is ("| licence |" in card) is (licence is not None)
+    assert (f"| license | {licence} |" in card) is ("| license |" in card) is (licence is not None)
 
 
 def test_readme_that_is_not_utf8_is_refused_at_once(hub: LoopbackHub, model: Path, tmp_path: Path) -> None:
@@ -606,7 +606,7 @@ def test_card_of_a_resharded_model_tells_its_story(hub: LoopbackHub, source: str
     card = hub.read(REPO, "README.md").decode()
     assert card.startswith((model / "README.md").read_text().rstrip())
     for said in (
-        f"[{SOURCE}]({hub.url}/{SOURCE})", f"`{source}`", "| licence | apache-2.0 |",
+        f"[{SOURCE}]({hub.url}/{SOURCE})", f"`{source}`", "| license | apache-2.0 |",
         "strategy size, at most 2 MB a file", "cast to float16", "XXH3-128",
     ):  # fmt: skip
         assert said in card, said

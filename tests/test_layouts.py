@@ -164,7 +164,7 @@ def test_shards_whose_index_is_lost_are_a_checkpoint_where_all_are_there(
     assert sorted(made["weight_map"]) == ["t0", "t1", "t2"]
     (tmp_path / "source" / names[2]).unlink()
     for source in (tmp_path / "source", tmp_path / "source" / names[1]):
-        with pytest.raises(CheckpointError, match=r"one of 3 shards, of which 2 files can be found"):
+        with pytest.raises(CheckpointError, match=r"one of 3 shards, but only 2 files found"):
             Checkpoint.open(source)
 
 

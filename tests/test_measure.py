@@ -491,7 +491,7 @@ class TestBadEnds:
         with pytest.raises(MeasurementError, match="interpreter"):
             measure_load(demo, python=5)
         for value in (object(), {1, 2}, b"x", float("nan"), OrderedDict(a=1), ast.Load):
-            with pytest.raises(MeasurementError, match=r"'device_map' is .* give text"):
+            with pytest.raises(MeasurementError, match=r"'device_map' is .* use strings"):
                 measure_load(demo, options={"device_map": value})
         with pytest.raises(MeasurementError, match="options: 5 is"):
             measure_load(demo, options={5: 1})

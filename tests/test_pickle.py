@@ -628,7 +628,7 @@ def test_git_lfs_pointer_in_place_of_a_pickle_is_told_from_weights(tmp_path: Pat
 def test_tensor_in_two_pickles_is_that_of_the_last_as_in_transformers(tmp_path: Path) -> None:
     states = [{"a": torch.ones(1), "w": torch.zeros(1)}, {"b": torch.ones(1), "w": torch.ones(1)}]
     source = save_sharded(states, tmp_path / "source")
-    assert "w is in pytorch_model-00001-of-00002.bin and in pytorch_model-00002" in str(
+    assert "w is in both pytorch_model-00001-of-00002.bin and pytorch_model-00002" in str(
         Checkpoint.open(source)
     )
     assert same(sharded(source, tmp_path / "out")["w"], torch.ones(1))

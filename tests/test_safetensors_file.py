@@ -112,9 +112,9 @@ def entry(begin: object, end: object, shape: object = (2,), dtype: object = "U8"
 
 
 DAMAGED = {
-    "empty file": (b"", ["0 bytes", "at least 8", "cut"]),
+    "empty file": (b"", ["0 bytes", "at least 8", "incomplete"]),
     "cut in the length": (b"\x10\0\0", ["3 bytes", "at least 8"]),
-    "cut in the header": (file_bytes({"a": entry(0, 2)}, b"xy")[:40], ["has only 40", "cut"]),
+    "cut in the header": (file_bytes({"a": entry(0, 2)}, b"xy")[:40], ["has only 40", "incomplete"]),
     "header beyond the limit": (
         (MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}",
         [str(MAX_HEADER_BYTES + 1), str(MAX_HEADER_BYTES), "not a safetensors file"],
@@ -139,15 +139,15 @@ DAMAGED = {
         file_bytes(b'{"a":%b,"a":%b}' % ((json.dumps(entry(0, 2)).encode(),) * 2), b"xy"),
         ["'a'", "twice"],
     ),
-    "cut in the data": (file_bytes({"a": entry(0, 9, [9])}, b"12345"), ["'a'", "byte 9", "only 5", "cut"]),
+    "cut in the data": (file_bytes({"a": entry(0, 9, [9])}, b"12345"), ["'a'", "byte 9", "only 5", "incomplete"]),
     "bytes after the last tensor": (
         file_bytes({"a": entry(0, 2)}, b"xyz"),
         ["byte 2", "has 3", "1 bytes belong to no tensor"],
     ),
-    "hole at the start": (file_bytes({"a": entry(1, 3)}, b"xyz"), ["'a'", "byte 1", "ends at 0", "hole"]),
+    "hole at the start": (file_bytes({"a": entry(1, 3)}, b"xyz"), ["'a'", "byte 1", "ends at 0", "gap"]),
     "hole between": (
         file_bytes({"a": entry(0, 2), "b": entry(3, 5)}, b"vwxyz"),
-        ["'b'", "byte 3", "ends at 2", "hole"],
+        ["'b'", "byte 3", "ends at 2", "gap"],
     ),
     "overlap": (
         file_bytes({"a": entry(0, 2), "b": entry(1, 3)}, b"xyz"),

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from shardkit.base.errors import CheckpointError, reading
 from shardkit.base.record import listed, plural
-from shardkit.base.sizes import format_size
 from shardkit.formats.names import is_index, is_weights
 from shardkit.formats.safetensors import JsonBounds, reading_json
 from shardkit.sources.fileset import FileSet, is_inside
@@ -101,7 +100,7 @@ def read_json(files: FileSet, name: str) -> Any:
     with reading(path):
         if (size := files.size(name)) > _MAX_JSON_BYTES:
             raise CheckpointError(
-                f"is {format_size(size)}, more than the limit of {format_size(_MAX_JSON_BYTES)}", file=path
+                f"has {size:,} bytes, more than the limit of {_MAX_JSON_BYTES:,}", file=path
             )
         raw = files.content(name)
     if raw.startswith(b"\xef\xbb\xbf"):

@@ -53,7 +53,7 @@ class Comparison(Samples, Record):
             bad = [f"{outcome} in {count}" for outcome, count in ends.items() if outcome != "ok"]
             if bad and name not in self.failures:
                 runs = plural(ends.total(), "run")
-                yield f"{name}: {' and '.join(bad)} of {runs}, figures are of the others"
+                yield f"{name}: {' and '.join(bad)} of {runs}, figures are from the others"
 
     @property
     def verdict(self) -> str:
@@ -71,7 +71,7 @@ class Comparison(Samples, Record):
             if lines:
                 lines += [f"{q.label}: {why}" for q in self.main if (why := self.missing(name, q.name))]
             elif name != self.reference and self.measurements(name):
-                lines = ["there is no pair in which both loaded"]
+                lines = ["no pair in which both loaded"]
             words += [f"{name}{self._against}, {line}" for line in lines] if len(self.names) > 2 else lines
         return words or ["nothing was measured"]
 
@@ -143,7 +143,7 @@ class Comparison(Samples, Record):
         yield from self.notes
         tokens = {s.measurement.token_ids for s in self.samples if s.measurement.ok}
         if any(one != other for pair in combinations(tokens, 2) for one, other in zip(*pair, strict=False)):
-            yield "the variants did not give the same tokens for the fixed prompt"
+            yield "the variants generated different tokens for the fixed prompt"
         weak = Counter(warning for s in self.samples for warning in s.measurement.warnings())
         weak += Counter(f"{s.variant}: {s.measurement.outcome}" for s in self.samples if not s.measurement.ok)
         for what, count in weak.items():

@@ -104,7 +104,7 @@ def compare_loads(
         Variant(name, c.source, len(c.files), c.total_bytes, c.dtypes, specs[name].arguments())
         for name, c in opened.items()
     )
-    notes = () if same_model else ("the variants were not required to hold the same model",)
+    notes = () if same_model else ("the variants were not required to be the same model",)
     # A model of the Hub is loaded from where it was downloaded to, and shown by its id.
     paths = {name: c.source if os.path.exists(c.source) else c.folder for name, c in opened.items()}
     loads = {name: partial(run_load, path, specs[name], stop=stop) for name, path in paths.items()}
@@ -119,9 +119,7 @@ def compare_loads(
             raise
         found = replace(found, notes=(*found.notes, f"ended early: {error}"))
     changed = (name for name, checkpoint in opened.items() if checkpoint.has_changed())
-    mixed = (
-        f"the files of {name} changed while they were compared: the figures mix both" for name in changed
-    )
+    mixed = (f"the files of {name} changed during the comparison: the figures mix both" for name in changed)
     return replace(found, notes=(*found.notes, *mixed))
 
 
@@ -134,7 +132,7 @@ def _have_names(others: Mapping[object, object]) -> None:
     for name in others:
         if not isinstance(name, str) or name in ("", ORIGINAL, SHARDED):
             raise MeasurementError(
-                f"a variant is named {name!r}: give a text other than {ORIGINAL} and {SHARDED}"
+                f"a variant is named {name!r}: use a name other than {ORIGINAL} and {SHARDED}"
             )
 
 

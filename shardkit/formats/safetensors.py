@@ -229,7 +229,7 @@ def reading_json(raw: bytes, file: str, bounds: JsonBounds) -> Iterator[None]:
     try:
         yield
     except UnicodeEncodeError:
-        raise CheckpointError("a name or value contains unpaired surrogates", file=file) from None
+        raise CheckpointError("a name or value has unprintable (unpaired) surrogates", file=file) from None
     except RecursionError:
         raise CheckpointError("the JSON is nested too deeply", file=file) from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError included

@@ -152,7 +152,7 @@ def _start(
     command: Sequence[str], limit: Limited, printed: FileIO, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
     if shutil.which(command[0]) is None:  # said here, because under a limit a shell would be there to start
-        raise FileNotFoundError(f"{command[0]}: not there, or no program")
+        raise FileNotFoundError(f"{command[0]}: not found, or not executable")
     return subprocess.Popen(  # noqa: S603 - the interpreter is the caller's choice
         limit.command(command),
         stdin=subprocess.DEVNULL,  # a library that asks a question gets no answer

@@ -31,8 +31,7 @@ _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRA
 
 # transformers names what its own function would be given.
 UNTRUSTED = (
-    "it comes with its own code, which runs only if you trust it: "
-    'allow it with options={"trust_remote_code": True}'
+    'it needs custom code, which runs only if you trust it: allow it with options={"trust_remote_code": True}'
 )
 _SIGKILL = getattr(signal, "SIGKILL", 9)  # which Windows does not have
 _KILLED = (-_SIGKILL, 128 + _SIGKILL)  # as a wrapper's shell says it

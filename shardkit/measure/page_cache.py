@@ -77,7 +77,7 @@ def conclude(state: CacheState, files: Iterable[str], read_bytes: int | None) ->
             share = f"{unread / state.total_bytes:.0%}"
             return doubt(state, f"{share} came into memory without the load reading it (kernel's count)")
     if state.asked == "warm" and (read_bytes or 0) > max(_OTHER_READS, _UNREAD_SHARE * state.total_bytes):
-        return doubt(state, f"{format_size(read_bytes or 0)} came from the disk even so")
+        return doubt(state, f"{format_size(read_bytes or 0)} still came from the disk")
     return state
 
 

@@ -123,7 +123,7 @@ class Samples:
     def variant(self, name: str) -> Variant:
         """Return a variant by its name; a `MeasurementError` lists the names that there are."""
         if name not in self.names:
-            raise MeasurementError(f"no variant is called {name!r}: there are {listed(self.names)}")
+            raise MeasurementError(f"no variant is named {name!r}: there are {listed(self.names)}")
         return self.variants[self.names.index(name)]
 
     @property

@@ -80,8 +80,8 @@ def _arrive(options: Mapping[str, Any]) -> None:
             arrives = False
         if not arrives:
             raise MeasurementError(
-                f"{name!r} is {reprlib.repr(value)}: it goes to another process, so give text, numbers, "
-                "booleans or None, or lists, tuples and dicts of them"
+                f"{name!r} is {reprlib.repr(value)}: it is sent to another process, so use strings, "
+                "numbers, booleans, None, or lists, tuples and dicts of them"
             )
 
 

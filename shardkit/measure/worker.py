@@ -144,7 +144,7 @@ class Load:
         self.config: Any = None
         with suppress(Exception):  # what cannot be read so, the load may not need, or it says why itself
             self.config = transformers.AutoConfig.from_pretrained(self.folder, **self._code_options())
-        self._noted("what the model imports may count as load", self._import_model)
+        self._noted("imports by the model may count as load time", self._import_model)
         _ = transformers.AutoTokenizer
         for gpu in self._gpus():
             torch.zeros(1, device=f"cuda:{gpu}")

@@ -299,7 +299,7 @@ def _check_headers(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
     longest = max(shard.header_bytes for shard in shards)
     if longest > MAX_HEADER_BYTES:
         raise PlanError(
-            f"{checkpoint.source}: {plural(len(shards), 'file')} for so many tensors need a header of "
+            f"{checkpoint.source}: {plural(len(shards), 'file')} for this many tensors need a header of "
             f"{longest:,} bytes, but readers accept {MAX_HEADER_BYTES:,}: lower max_shard_size"
         )
 

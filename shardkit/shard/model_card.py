@@ -152,8 +152,8 @@ def _facts(own: str | None, checkpoint: Checkpoint, story: Story) -> list[tuple[
     if origin := commit_of(story.source or ""):
         source_id, sha = origin
         facts += [("source", f"[{source_id}]({constants.ENDPOINT}/{source_id})"), ("revision", f"`{sha}`")]
-    if licence := _licence(own):
-        facts.append(("licence", _cell(licence)))
+    if license_id := _license(own):
+        facts.append(("license", _cell(license_id)))
     if story.strategy and story.max_shard_size:
         size = format_size(story.max_shard_size)
         facts.append(("plan", f"strategy {story.strategy}, at most {size} a file"))
@@ -169,8 +169,8 @@ def _facts(own: str | None, checkpoint: Checkpoint, story: Story) -> list[tuple[
     return facts
 
 
-def _licence(own: str | None) -> str | None:
-    """Return what the model's own README says of its licence, if that can be read."""
+def _license(own: str | None) -> str | None:
+    """Return what the model's own README says of its license, if that can be read."""
     found = _FRONT_MATTER.match(own or "")
     try:
         data = yaml.safe_load(found[1]) if found else None

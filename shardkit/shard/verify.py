@@ -204,10 +204,7 @@ def verify_weights(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verifica
 def _judged(found: Verification, ours: Checkpoint, theirs: Checkpoint) -> Verification:
     """Add what differs where all tensors are equal: the dtype that a load chooses."""
     if not found.cast and ours.auto_dtype != theirs.auto_dtype and ours.config is not None:
-        dtypes = Mismatch(
-            "dtype",
-            f"from_pretrained chooses {ours.auto_dtype} for the source, {theirs.auto_dtype} for the copy",
-        )
+        dtypes = Mismatch("dtype", f"a load chooses {ours.auto_dtype}, but {theirs.auto_dtype} for the copy")
         return replace(found, mismatches=(*found.mismatches, dtypes))
     return found
 

@@ -242,7 +242,7 @@ def plot_comparison(runs: Samples, path: str | os.PathLike[str] | BinaryIO | Non
         try:
             figure.savefig(path, dpi=150, facecolor="white")
         except (OSError, ValueError) as error:
-            raise MeasurementError(f"{path}: the picture cannot be written: {error}") from error
+            raise MeasurementError(f"{path}: the plot cannot be saved: {error}") from error
     return axes
 
 

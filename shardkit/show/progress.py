@@ -8,7 +8,7 @@ from typing import Any, Self
 from shardkit.base.jobs import Progress
 
 STAGES = {
-    "check": "checking what is there",
+    "check": "checking finished shards",
     "copy": "writing shards",
     "verify": "verifying every byte",
     "hash": "hashing",

@@ -139,7 +139,10 @@ DAMAGED = {
         file_bytes(b'{"a":%b,"a":%b}' % ((json.dumps(entry(0, 2)).encode(),) * 2), b"xy"),
         ["'a'", "twice"],
     ),
-    "cut in the data": (file_bytes({"a": entry(0, 9, [9])}, b"12345"), ["'a'", "byte 9", "only 5", "incomplete"]),
+    "cut in the data": (
+        file_bytes({"a": entry(0, 9, [9])}, b"12345"),
+        ["'a'", "byte 9", "only 5", "incomplete"],
+    ),
     "bytes after the last tensor": (
         file_bytes({"a": entry(0, 2)}, b"xyz"),
         ["byte 2", "has 3", "1 bytes belong to no tensor"],

@@ -7,7 +7,7 @@ neither on threads nor on the number of files; it is written as it is drawn, so 
 thread, however large the model.
 
     make_demo_checkpoint("demo", size="512MB")             # two files, as the original has on the Hub
-    make_demo_checkpoint("full", size="14.5GB", seed=1)    # the true shape of Mistral-7B-v0.1
+    make_demo_checkpoint("full", size="14.5GB", seed=1)    # the real shape of Mistral-7B-v0.1
 """
 
 from __future__ import annotations
@@ -119,17 +119,17 @@ def make_demo_checkpoint(
 ) -> Checkpoint:
     """Make a Mistral-architecture checkpoint with random weights and a real tokenizer, without a network.
 
-    It is written as a stream, in memory that does not grow with `size`, and renamed into place: the
-    folder is absent or whole. The same arguments give the same bytes (under one version of numpy, which
-    may change its generators in another). A folder that already holds this very demo is returned as it is.
+    It is streamed to disk, with memory that does not grow with `size`, and renamed into place: the folder is
+    absent or complete. The same arguments give the same bytes (with the same version of numpy). A folder that
+    already contains exactly this demo is returned as it is.
 
     Parameters
     ----------
     folder
-        Where to write it: absent, or empty.
+        Where to write it: a new or empty folder.
     size
-        Bytes of the weights in `dtype`, from 5 MB to the true shape of Mistral-7B-v0.1 ("14.5GB" in
-        16 bits, "29GB" in 32); met within 3% below 1 GB, within 6% above.
+        Bytes of the weights in `dtype`, from 5 MB to the real shape of Mistral-7B-v0.1 ("14.5GB" in 16 bits,
+        "29GB" in 32); met within 3% below 1 GB, within 6% above.
     dtype
         "bfloat16", "float16" or "float32".
     shards
@@ -144,7 +144,7 @@ def make_demo_checkpoint(
     PlanError
         If `dtype` is unknown, `shards` is below 1 or above the number of tensors, or `seed` is negative.
     DestinationError
-        If `folder` is a file, holds anything else, or cannot be written.
+        If `folder` is a file, contains anything else, or cannot be written.
     SpaceError
         If the disk is too small (a `DestinationError`).
     """

@@ -38,22 +38,22 @@ class ShardApp:
     Parameters
     ----------
     source
-        A folder, a weights file or a Hub id to begin with; it is opened at once.
+        A folder, a weights file or a Hub id to start with; it is opened immediately.
     destination
-        Where the shards go; None for a folder beside this notebook, called after the source.
+        Where the shards go; None for a folder next to this notebook, named after the source.
     max_shard_size, strategy, dtype, overwrite
         As for `shard_checkpoint`; a `max_shard_size` of None suits the size of the model.
     repeats, cache, memory_limit
         As for `compare_loads`.
     first_token
-        Whether a load is timed until its first token.
+        Whether a load is timed up to its first token.
     trust_remote_code
-        Whether loads run the code that the checkpoint brings.
+        Whether loads run custom code from the checkpoint.
 
     Raises
     ------
     ShardkitError
-        If a setting is not understood; says what is. If ipywidgets or matplotlib is not installed.
+        If a setting is invalid, or ipywidgets or matplotlib is not installed.
 
     Attributes
     ----------
@@ -136,12 +136,12 @@ class ShardApp:
             raise
 
     def run_all(self) -> Comparison:
-        """Do all four steps as they are set, for runs where nobody clicks, and return the comparison.
+        """Run all four steps as they are set, without clicks, and return the comparison.
 
         Raises
         ------
         ShardkitError
-            If a step fails, or another app of this process is at work.
+            If a step fails, or another app in this process is running.
         """
         for step in self._steps:
             self.wait()

@@ -54,7 +54,7 @@ class SizeError(ShardkitError, ValueError):
 
 
 class PlanError(ShardkitError, ValueError):
-    """A plan was requested that cannot be made (unknown strategy or dtype, quantized weights)."""
+    """A requested plan is not possible (unknown strategy or dtype, quantized weights)."""
 
 
 class CastError(ShardkitError):
@@ -70,7 +70,7 @@ class SpaceError(DestinationError):
 
 
 class VerificationError(ShardkitError):
-    """The copy does not hold the same tensors as its source."""
+    """The copy does not have the same tensors as its source."""
 
 
 class InOneLine:

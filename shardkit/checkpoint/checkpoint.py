@@ -115,18 +115,18 @@ class Checkpoint(Record):
         token: str | None = None,
         download: bool = False,
     ) -> Self:
-        """Open a checkpoint: read and validate its headers, none of its weights.
+        """Open a checkpoint: read and validate its headers, but not its weights.
 
         Parameters
         ----------
         source
             A folder, a weights file, an index file, or a snapshot folder of the Hub's cache; or a model on
             the Hub, of which only headers and small files are read: "org/name", "org/name@revision",
-            "hf://org/name". A folder here of the same name comes first, and so does the client's cache.
+            "hf://org/name". A local folder of the same name comes first, and so does the Hub cache.
         revision
-            Branch, tag or commit on the Hub (default: its main branch); what it is now is kept to.
+            Branch, tag or commit on the Hub (default: its main branch), pinned to its current commit.
         token
-            For the Hub; found by itself in the environment, the client's store, Colab's or Kaggle's secrets.
+            For the Hub (default: from the environment, the client's store, Colab's or Kaggle's secrets).
         download
             Download what is on the Hub, and check it against the Hub's hashes.
 
@@ -227,7 +227,7 @@ class Checkpoint(Record):
         Parameters
         ----------
         dtype
-            Requested of `from_pretrained`: "float16"; None and "auto" leave it to transformers 5, which takes
+            Passed to `from_pretrained`: "float16"; None and "auto" leave it to transformers 5, which takes
             the config's, the index's, or that of the first file's first floating-point tensor.
 
         Raises

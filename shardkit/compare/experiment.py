@@ -54,10 +54,10 @@ def compare_loads(
     on_sample: Callable[[Comparison], object] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Comparison:
-    """Load two checkpoints (or more) in turn, each in fresh processes, and say what differs.
+    """Load two checkpoints (or more) in turn, each in fresh processes, and report what differs.
 
-    One warm-up of each comes first and counts for nothing; then pairs in ABBA order, so that a drift of
-    the machine favours neither.
+    One warm-up of each comes first and is not counted; then pairs in ABBA order, so drift of the machine
+    favors neither.
 
     Parameters
     ----------
@@ -72,25 +72,25 @@ def compare_loads(
     progress
         Called with (runs done, runs in all, what comes next); returning False stops the experiment.
     others
-        More variants by name, each with arguments of `measure_load` that differ from the common ones; where
-        it names no source, it is that of the sharded: ``{"prefetched": {"prefetch": True}}``. Where one
-        prefetches, and so works before its load, all times count from the start of the process.
+        More variants by name, each with arguments of `measure_load` that differ from the common ones; without
+        a source, that of the sharded is used: ``{"prefetched": {"prefetch": True}}``. If one prefetches, and
+        so works before its load, all times count from process start.
     same_model
-        Whether to refuse checkpoints that do not hold the same model: tensors that differ in name or
-        shape, or, in a sample of them, in their values (up to a cast).
+        Whether to refuse checkpoints that are not the same model: tensors that differ in name or shape, or,
+        in a sample of them, in their values (up to a cast).
     seed
         Of the bootstrap.
     on_sample
         Called with the comparison so far, after each run.
     stop
-        Asked a few times a second; True stops the experiment, in the middle of a load if need be.
+        Called a few times a second; True stops the experiment, even in the middle of a load.
 
     Raises
     ------
     ShardkitError
-        If the checkpoints do not hold the same model, or an argument is not understood.
+        If the checkpoints are not the same model, or an argument is invalid.
     Cancelled
-        If `progress` or `stop` said so.
+        If `progress` or `stop` asked to stop.
     """
     check({"repeats": repeats, "margin": margin, "seed": seed, "others": others}, _RULES)
     common = LoadSpec(dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options or {})

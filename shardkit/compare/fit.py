@@ -120,17 +120,17 @@ def minimum_memory(
 ) -> MemoryFloor:
     """Find the smallest memory limit under which a load succeeds, and one with a generated token.
 
-    From the prediction outwards, then by bisection, each time with a fresh process under the limit and a
-    cold page cache, until the last failure lies within `tolerance` of the last success. At the usual
-    tolerance 20 loads are enough for a prediction that is wrong by ten times. A load that takes more than
-    five times what it takes without a limit has not succeeded.
+    Searches outwards from the prediction, then by bisection, each time with a fresh process under the limit
+    and a cold page cache, until the last failure is within `tolerance` of the last success. At the default
+    tolerance, 20 loads are enough even if the prediction is off by a factor of ten. A load that takes more
+    than five times as long as without a limit counts as failed.
 
     Parameters
     ----------
     source, dtype, python, options
         As for `measure_load`.
     tolerance
-        How near, as a share: 0.05 for 5 %.
+        Relative precision: 0.05 for 5 %.
     progress
         Called with each run; returning False stops the search.
 

@@ -29,10 +29,10 @@ def load_model(
     prefetch: bool = True,
     **from_pretrained_options: Any,
 ) -> Any:
-    """Load a model with transformers, its files read ahead by several threads from the first moment.
+    """Load a model with transformers, with its files prefetched by several threads from the start.
 
-    The threads begin before torch and transformers are imported, and go on behind the model's first
-    forward pass, which would else wait for the disk page by page. They hold a few megabytes.
+    The threads start before torch and transformers are imported, and continue during the first forward pass,
+    which would otherwise wait for the disk page by page. They use a few megabytes.
 
     Parameters
     ----------
@@ -40,10 +40,10 @@ def load_model(
         A checkpoint's folder, or the weights or index file in it that transformers loads; or a model on
         the Hub, which is downloaded first.
     dtype
-        Asked of `from_pretrained`. Shards written in this dtype are mapped and not copied; so the source
-        must stay where it is for as long as the model lives.
+        Passed to `from_pretrained`. Shards in this dtype are mapped, not copied, so the source must stay
+        where it is as long as the model is used.
     prefetch
-        Whether to read ahead.
+        Whether to prefetch the files.
     **from_pretrained_options
         Passed on: ``device_map``, ``attn_implementation``, ...
 
@@ -55,9 +55,9 @@ def load_model(
     Raises
     ------
     CheckpointError
-        If the source is not a sound checkpoint, or a file that transformers would not load.
+        If the source is not a valid checkpoint, or is a file that transformers would not load.
     PlanError
-        If `dtype` is text, but no dtype.
+        If `dtype` is text, but not a dtype.
     MissingPackageError
         If torch or transformers is not installed.
     """

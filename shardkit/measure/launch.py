@@ -76,30 +76,29 @@ def measure_load(
         State of the page cache before the load: "cold" evicts the weights from memory, "warm" reads
         them; either is proven, or the result says that it could not be.
     generate
-        Tokens after the load. The first is a forward pass of a fixed prompt, which pays for what the
-        load put off (for a model that generates nothing, a forward pass alone); 0 leaves it out.
+        Tokens after the load. The first is a forward pass of a fixed prompt, which includes work that the
+        load deferred (for a model that cannot generate, only a forward pass); 0 skips it.
     prefetch
-        Read the files ahead from the start of the process, as `load_model` does.
+        Prefetch the files from the start of the process, as `load_model` does.
     memory_limit
-        The most memory that the process may have: "12.7GB", or a number of bytes. The kernel counts
-        anonymous memory and file pages that it cannot drop, and kills what needs more.
+        Maximum memory of the process: "12.7GB", or a number of bytes. The kernel counts anonymous memory and
+        file pages that it cannot drop, and kills what needs more.
     python
-        The interpreter that loads, when it is not ours: its environment may hold other versions.
+        The interpreter that loads, if not the current one: its environment may have other versions.
     timeout
         Seconds.
     options
-        Passed to `from_pretrained` as they are: text, numbers, booleans, None, and lists, tuples and dicts
-        of them; what could not arrive so is refused. With ``trust_remote_code=True`` the
-        checkpoint's own code runs.
+        Passed to `from_pretrained` as they are: text, numbers, booleans, None, and lists, tuples and dicts of
+        them; anything else is refused. With ``trust_remote_code=True`` the checkpoint's own code runs.
     stop
-        Asked a few times a second; True ends the load.
+        Called a few times a second; True stops the load.
 
     Raises
     ------
     Cancelled
-        If `stop` said so.
+        If `stop` asked to stop.
     MeasurementError
-        If an argument is not understood, or memory cannot be limited here.
+        If an argument is invalid, or memory cannot be limited here.
     CheckpointError
         If `source` is not a checkpoint, or is a file that transformers would not load.
     MissingPackageError

@@ -248,17 +248,16 @@ def plan_shards(
     checkpoint
         What `Checkpoint.open` returned, or what it would open.
     max_shard_size
-        The most bytes that a file may have, header included: "500MB", "1.5GiB", or a number of bytes.
-        A tensor larger than that gets a file of its own.
+        Maximum size of a file, header included: "500MB", "1.5GiB", or a number of bytes. A tensor larger than
+        that gets a file of its own.
     strategy
-        "size" fills one file after the other in the order of the source. For sizes
-        [6, 6, 2, 6, 2, 2] and a limit of 10 it gives [6], [6, 2], [6, 2, 2]. "layer" writes one file
-        for each decoder block, embeddings and head apart; a block above the limit is split.
-        "balanced" writes few files of nearly equal size, never more than "size" does: the largest is rarely
-        more than 3 % above the least possible.
+        "size" fills one file after the other in the order of the source. For sizes [6, 6, 2, 6, 2, 2] and a
+        limit of 10 it gives [6], [6, 2], [6, 2, 2]. "layer" writes one file for each decoder block,
+        embeddings and head separately; a block above the limit is split. "balanced" writes a few files of
+        nearly equal size, never more than "size" does: the largest is rarely more than 3 % above the optimum.
     dtype
-        "float16", "bfloat16" or "float32" (or the torch dtype): what floating-point tensors are cast to, but
-        for those that transformers would load in another (see `ShardPlan.kept`).
+        "float16", "bfloat16" or "float32" (or the torch dtype): what floating-point tensors are cast to,
+        except those that transformers would load in another (see `ShardPlan.kept`).
 
     Raises
     ------

@@ -62,20 +62,20 @@ def shard_checkpoint(
     workers
         How many files are written at once (default: up to four, or as many as the executor has workers).
     executor
-        A `concurrent.futures` executor to use instead of threads of our own.
+        A `concurrent.futures` executor to use instead of threads.
     overwrite
-        Replace a destination that holds a checkpoint, once the new one is whole.
+        Replace an existing checkpoint, once the new one is complete.
     resume
         Use the shards that an earlier, interrupted run of the same job has finished.
     verify
         Read both sides again and compare every tensor before the destination appears; of a model that is
         streamed, read the destination back and compare it with what was received. The shards are dropped from
-        memory first, so that it is the disk that is read; the report says where that was not possible.
+        memory first, so the disk is read; the report says if that was not possible.
     allow_overflow
         Allow a cast that turns finite values infinite.
     stream
-        Make the shards of a model on the Hub straight from ranged reads, so that the source never lies on
-        this disk. False downloads it first; None does so where the disk has room for both.
+        Stream a model on the Hub with range requests, without storing it on this disk. False downloads it
+        first; None does so if the disk has room for both.
     revision, token
         For the Hub, as in `Checkpoint.open`.
     progress
@@ -84,13 +84,13 @@ def shard_checkpoint(
     Raises
     ------
     CheckpointError, PlanError, SizeError
-        If the source is not a sound checkpoint, or the plan cannot be made.
+        If the source is not a valid checkpoint, or the plan cannot be made.
     DestinationError, SpaceError
         If the destination exists, overlaps the source, or does not fit on its disk.
     CastError
-        If a cast makes finite values infinite; names the tensors.
+        If a cast turns finite values infinite; names the tensors.
     VerificationError
-        If what was written is not what the source holds.
+        If the result does not match the source.
     Cancelled
         If `progress` returned False.
     """
@@ -121,34 +121,34 @@ def shard_on_hub(
 ) -> ShardReport:
     """Reshard a model of the Hub into another repository there, in bounded disk and memory.
 
-    On this disk there are never more than `workers` + 1 shards, in memory some megabytes for each. A run that
-    was interrupted goes on when it is repeated, from the shards that the target has already.
+    There are never more than `workers` + 1 shards on this disk, and a few megabytes for each in memory. An
+    interrupted run resumes when it is repeated, from the shards that the target already has.
 
     Parameters
     ----------
     source_id
         "org/name" or "org/name@revision".
     target_id
-        ``owner/name``; made where it is not there. Its head changes once, when all is there.
+        ``owner/name``; created if it does not exist. Its head changes once, when everything is there.
     max_shard_size, strategy, dtype
         As in `plan_shards`.
     revision
         Branch, tag or commit of the source.
     private
-        Of a repository that is made. One that is there and public is refused, unless this is False.
+        Visibility of a new repository. An existing public one is refused, unless this is False.
     workers
-        Of them and one more, each makes a shard or sends one (default: up to four).
+        Number of threads that make or upload shards, plus one (default: up to four).
     token
-        One that may read the source and write the target; by default the environment's, or the client's.
+        A token that can read the source and write the target (default: from the environment or the client).
     verify
-        Read each shard back and hold it against what was received, before it is sent.
+        Read each shard back and compare it with what was received, before it is sent.
     allow_overflow
         Allow a cast that turns finite values infinite.
     progress
         Called with a `Progress` (stage "stream", bytes received and sent); returning False stops.
     work_folder
-        Where shards lie while they are made (default: the current folder). Cleaned up on every way out; what
-        a killed run has left there, by the next one.
+        Where shards are stored while they are made (default: the current folder). Always cleaned up; after a
+        kill, by the next run.
 
     Raises
     ------
@@ -157,7 +157,7 @@ def shard_on_hub(
     DestinationError, SpaceError
         If the target cannot be written or was changed by somebody else, or the disk cannot hold a shard.
     CastError
-        If a cast makes finite values infinite; names the tensors.
+        If a cast turns finite values infinite; names the tensors.
     VerificationError
         If a shard is not what was received, or the Hub lists other content than was sent.
     Cancelled

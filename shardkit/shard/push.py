@@ -67,31 +67,32 @@ def push_checkpoint(
 ) -> str:
     """Push a checkpoint to the Hub: weights, index, config, tokenizer and a model card, in one commit.
 
-    What the repository has already is not sent again, so an interrupted push goes on when it is repeated.
-    Weights and indexes of an earlier model that a load could take for these go in the same commit.
+    Files that the repository already has are not sent again, so an interrupted push resumes when it is
+    repeated. Weights and indexes of a previous model that a load could mistake for these are deleted in the
+    same commit.
 
     Parameters
     ----------
     folder
-        A folder of safetensors with their config; or the report of the run that has written it, which lets
-        the model card tell the tensors' digests as well.
+        A folder of safetensors with their config; or the report of the run that wrote it, which adds the
+        tensors' digests to the model card.
     repo_id
-        ``owner/name``; made where it is not there.
+        ``owner/name``; created if it does not exist.
     private
-        Of a repository that is made. One that is there and public is refused, unless this is False.
+        Visibility of a new repository. An existing public one is refused, unless this is False.
     token
-        One that may write; by default that of the environment, or of the Hub's client.
+        A token with write access (default: from the environment or the Hub's client).
     progress
         Called with a `Progress` (stages "hash" and "upload"); returning False stops.
 
     Returns
     -------
-    The URL of the commit; where nothing differs there is none, and it is that of the head.
+    The URL of the commit; of the current head if nothing differs.
 
     Raises
     ------
     CheckpointError
-        If the folder holds no whole checkpoint in safetensors, with its config, or changes meanwhile.
+        If the folder is not a complete safetensors checkpoint with its config, or changes meanwhile.
     DestinationError
         If the repository cannot be written, is public unasked, or was changed by somebody else meanwhile.
     VerificationError

@@ -173,10 +173,10 @@ def verify_checkpoint(
     Parameters
     ----------
     source, destination
-        Folders, files, models on the Hub (read whole, by ranges) or open checkpoints. Their order matters
-        only after a cast, which is computed from `source`.
+        Folders, files, models on the Hub (streamed completely) or open checkpoints. Their order matters only
+        after a cast, which is computed from `source`.
     workers, executor
-        Threads to read with (default: up to four), or an executor of your own, used to its full width.
+        Threads to read with (default: up to four), or an executor of your own, all of whose workers are used.
     progress
         Called with a `Progress`; returning False stops.
 

@@ -230,7 +230,10 @@ def verify(source: str, destination: str, workers: int | None, as_json: bool) ->
 def clean(destination: str) -> None:
     """Remove what interrupted runs left next to a destination; the destination itself is kept."""
     removed = remove_leftovers(destination)
-    print("\n".join(f"removed {printable(str(path))}" for path in removed) or "nothing to remove")
+    print(
+        "\n".join(f"removed {printable(str(path))}" for path in removed)
+        or f"nothing to remove next to {printable(destination)}"
+    )
 
 
 @_command(
@@ -262,7 +265,7 @@ def compare(
     as_json: bool,
     **asked: Any,
 ) -> None:
-    """Load both in turn, each time in a fresh process, and report what differs."""
+    """Load two checkpoints in turn, each time in a fresh process, and report what differs."""
     _require_writable(output, plot)
 
     def progress(done: int, total: int, label: str) -> None:

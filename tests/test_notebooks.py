@@ -195,7 +195,7 @@ def test_batch_report_shows_what_does_not_load_or_was_not_measured(below, tmp_pa
     data = [output.data for cell in cells for output in cell.get("outputs", ()) if "data" in output]
     run, found, _, picture = data
     assert "killed" in run["text/html"]
-    assert "the original does not load (killed: by SIGKILL during load)" in found["text/html"]
+    assert "original does not load (killed: by SIGKILL during load)" in found["text/html"]
     assert "image/png" in picture
     assert not [shown for shown in data if hostile in shown.get("text/html", "")]
     medians = pd.read_csv(tmp_path / "made/here/medians.csv")

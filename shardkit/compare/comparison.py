@@ -63,7 +63,7 @@ class Comparison(Samples, Record):
     def _verdicts(self) -> list[str]:
         words = self._dead(self.names)
         if words:
-            words += [f"the {variant} one does" for variant in self.names if self.measurements(variant)]
+            words += [f"{variant} loads" for variant in self.names if self.measurements(variant)]
         words += self._partial_failures()
         for name in self.names:
             ratios = self.ratios_of(name)
@@ -76,7 +76,7 @@ class Comparison(Samples, Record):
         return words or ["nothing was measured"]
 
     def _dead(self, names: Iterable[str]) -> list[str]:
-        return [f"the {name} does not load ({why})" for name, why in self.failures.items() if name in names]
+        return [f"{name} does not load ({why})" for name, why in self.failures.items() if name in names]
 
     @property
     def _against(self) -> str:

@@ -201,7 +201,7 @@ def test_overflow_is_answered_by_advice_that_fits_the_target(
     source = made(tmp_path / "source", {"w": torch.ones(4, dtype=torch.float64), "mask": largest})
     with pytest.raises(CastError) as caught:
         shard_checkpoint(source, tmp_path / "out", dtype=target)
-    assert f"a cast to {target} makes finite values infinite in mask (3 values)" in str(caught.value)
+    assert f"a cast to {target} turns finite values infinite in mask (3 values)" in str(caught.value)
     assert f"{advice} with allow_overflow=True" in str(caught.value)
 
 

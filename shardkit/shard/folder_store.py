@@ -200,9 +200,8 @@ class FolderStore(Store):
             )
         found = verify_written(checkpoint, plan, self.finished, folder, crew)
         if not found.equal:
-            raise VerificationError(
-                f"{self.destination}: not published: {found.why_unequal}; the source or the disk has changed"
-            )
+            cause = "; the source or the disk has changed" if found.mismatches or found.missing else ""
+            raise VerificationError(f"{self.destination}: not published: {found.why_unequal}{cause}")
         files = len(plan.shards)
         return replace(found, destination=str(self.destination), files=files, files_in_memory=in_memory)
 

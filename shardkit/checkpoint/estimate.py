@@ -19,7 +19,7 @@ from shardkit.checkpoint.kept import family, listed_patterns
 from shardkit.checkpoint.parts import is_single_expert
 from shardkit.checkpoint.quantized import quantization
 from shardkit.formats.safetensors import DTYPE_BITS
-from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, QUANTISED_DTYPES, parse_dtype
+from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, QUANTIZED_DTYPES, parse_dtype
 
 # Anonymous memory of a process that has imported torch and transformers, loaded a small model in a dtype that
 # needs no cast, and given a token: measured with transformers 5.23 and the CPU build of torch 2.13 on Linux.
@@ -209,7 +209,7 @@ def estimate_load(
     """
     config = config or {}
     stored = [tensor for tensor in tensors if not (_MASK.search(tensor.name) and len(tensor.shape) == 4)]
-    found = (DTYPE_NAMES[tensor.dtype] for tensor in stored if tensor.dtype in QUANTISED_DTYPES)
+    found = (DTYPE_NAMES[tensor.dtype] for tensor in stored if tensor.dtype in QUANTIZED_DTYPES)
     method = quantization(config) or next(found, None)
     copied, stacking, mapped, read = _weights(stored, dtype, config, held_whole)
     buffers = _buffer_bytes(config)

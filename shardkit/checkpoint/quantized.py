@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from shardkit.formats.tensor import DTYPE_NAMES, QUANTISED_DTYPES, TensorInfo
+from shardkit.formats.tensor import DTYPE_NAMES, QUANTIZED_DTYPES, TensorInfo
 
 # transformers, MLX ("quantization"), AutoAWQ, compressed-tensors; of codecs, a vector quantizer is a layer.
 _SETTINGS = re.compile(r"(?!.*vector).*quant(ization|ize)?_config|quantization|compression_config")
@@ -46,7 +46,7 @@ def quantized(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo
     if method := quantization(config):
         return f"the config marks the weights as quantized ({method})"
     for name, tensor in tensors.items():
-        if tensor.dtype in QUANTISED_DTYPES:
+        if tensor.dtype in QUANTIZED_DTYPES:
             return f"tensor {name!r} is {DTYPE_NAMES[tensor.dtype]}, quantized with scales in other tensors"
         if _BITSANDBYTES.search(name):
             return f"tensor {name!r} is the state of weights quantized by bitsandbytes"

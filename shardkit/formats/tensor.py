@@ -24,7 +24,7 @@ DTYPE_NAMES = {
 # The dtypes that a cast may start from or end in; anything smaller is quantised.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-QUANTISED_DTYPES = tuple(name for name in DTYPE_NAMES if name == "F4" or name.startswith(("F6_", "F8_")))
+QUANTIZED_DTYPES = tuple(name for name in DTYPE_NAMES if name == "F4" or name.startswith(("F6_", "F8_")))
 
 
 def parse_dtype(dtype: object) -> str | None:

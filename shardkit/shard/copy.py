@@ -25,6 +25,7 @@ from shardkit.plan.plan import Shard
 from shardkit.sources.fileset import FileSet
 from shardkit.sources.local import LocalFiles
 
+_CAST_BYTES = 1 << 18  # with its result and what is counted, what a core has close at hand
 TASK_BYTES = 16 << 20  # small enough to stop within a second, whatever the disk
 
 # What a kernel or filesystem says when it cannot copy this way; the next way is tried then.
@@ -272,7 +273,8 @@ def cast_chunks(part: Range) -> Iterator[tuple[memoryview, int, int]]:
     from shardkit.formats.cast import cast
 
     for chunk in read_chunks(part):
-        yield cast(chunk, part.dtype, part.target)
+        for start in range(0, len(chunk), _CAST_BYTES):
+            yield cast(chunk[start : start + _CAST_BYTES], part.dtype, part.target)
 
 
 def _write_chunks(part: Range, target: int) -> Outcome:

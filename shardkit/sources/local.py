@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from shardkit.base.errors import CheckpointError, reading
 from shardkit.formats.safetensors import Header, read_header
 from shardkit.sources.fileset import CHUNK_BYTES, NOT_OURS, FileSet
 
+_AHEAD_BYTES = 8 << 20
 _CACHED = re.compile(r"(models|datasets|spaces)--")
 
 
@@ -43,6 +45,8 @@ class LocalFiles(FileSet):
         with reading(path), open(path, "rb") as source:
             source.seek(offset)
             for done in range(0, nbytes, CHUNK_BYTES):
+                if done % _AHEAD_BYTES == 0:
+                    _read_ahead(source.fileno(), offset + done, min(2 * _AHEAD_BYTES, nbytes - done))
                 chunk = buffer[: nbytes - done]
                 if source.readinto(chunk) < len(chunk):
                     raise CheckpointError(
@@ -87,6 +91,12 @@ class LocalFiles(FileSet):
         is_of_snapshot = home.parent.name == "snapshots" and repository == home.parent.parent
         is_cached = blobs.name == "blobs" and (is_of_snapshot or _CACHED.match(repository.name) is not None)
         return None if real.is_relative_to(home) or is_cached else real
+
+
+def _read_ahead(handle: int, offset: int, nbytes: int) -> None:
+    """Let the disk work while what it has read is worked on."""
+    with suppress(OSError, AttributeError):  # not on every system
+        os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def file_state(status: os.stat_result) -> tuple[int, ...]:

@@ -258,9 +258,9 @@ def test_file_that_the_source_names_and_the_copy_lacks_is_missing(tmp_path: Path
 
 
 CHANGES = {
-    "heads": ({"num_attention_heads": 8}, "num_attention_heads of the config is 4, 8 in the copy"),
-    "epsilon": ({"rms_norm_eps": 1e-3}, "rms_norm_eps of the config"),
-    "tying": ({"tie_word_embeddings": True}, "tie_word_embeddings of the config"),
+    "heads": ({"num_attention_heads": 8}, "config num_attention_heads is 4, but 8 in the copy"),
+    "epsilon": ({"rms_norm_eps": 1e-3}, "config rms_norm_eps is"),
+    "tying": ({"tie_word_embeddings": True}, "config tie_word_embeddings is"),
 }
 
 
@@ -317,4 +317,4 @@ def test_copy_that_a_load_would_take_in_another_dtype_is_not_equal(llama: Path, 
     (copy / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
     found = verify_checkpoint(llama, copy)
     assert not found.equal
-    assert "a load chooses float32, and float16 for the copy" in str(found)
+    assert "a load chooses float32, but float16 for the copy" in str(found)

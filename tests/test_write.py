@@ -1531,7 +1531,7 @@ def test_too_small_a_disk_is_found_before_the_first_byte(
     monkeypatch.setattr(write, "run_task", lambda _: pytest.fail("a byte was copied"))
     with pytest.raises(SpaceError) as caught:
         shard(source, out)
-    assert all(word in str(caught.value) for word in (str(out), f"{needed // 2:,}", "short"))
+    assert all(word in str(caught.value) for word in (str(out), f"{needed // 2:,}", "free another"))
     assert not out.exists()
 
 

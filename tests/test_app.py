@@ -316,7 +316,7 @@ class TestPlan:
         button(app, "Shard").click()
         refused, missing = alerts(app)
         assert "quantized" in refused
-        assert "&quot;as it is stored&quot;" in refused
+        assert "&quot;as stored&quot;" in refused
         assert "cannot be made (step 2)" in missing
         assert not works(button(app, "Shard"))
         control(app, "Dtype of shards").value = ""
@@ -424,7 +424,7 @@ class TestShard:
             button(app, "Shard").click()
             assert app.wait(PATIENCE)
         assert "already exists" in alerts(app)[0]
-        assert "tick &quot;Replace a checkpoint" in alerts(app)[0]
+        assert "check &quot;Replace an existing checkpoint" in alerts(app)[0]
         control(app, "Replace an existing checkpoint").value = True
         button(app, "Shard").click()
         assert app.wait(PATIENCE)
@@ -493,7 +493,7 @@ class TestCompare:
         app = opened(demo, repeats=1)
         app.run_all()
         said = words(app)
-        assert said.count("tick &quot;Run the code that the checkpoint brings") >= 2
+        assert said.count("check &quot;Run custom code from the checkpoint") >= 2
         assert "trust_remote_code" not in said
 
     def test_another_model_is_refused_in_words_of_the_app(self, demo):

@@ -245,7 +245,7 @@ def test_comparison_saves_its_picture(tmp_path, name, start):
 
 def test_picture_that_cannot_be_written_is_an_error_of_ours(tmp_path):
     for path in (tmp_path / "missing" / "a.png", tmp_path / "a.nonsense"):
-        with pytest.raises(MeasurementError, match="cannot be written"):
+        with pytest.raises(MeasurementError, match="the plot cannot be saved"):
             fake_comparison().plot(path)
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from huggingface_hub import constants, errors, get_token, utils
 
 from shardkit.base.errors import CheckpointError
+from shardkit.base.record import plural
 
 ResultT = TypeVar("ResultT")
 
@@ -98,7 +99,7 @@ class Patience:
         if self._failures > tries or (pause or 0) > _LONGEST_WAIT:
             asked = f", asking to wait {pause:.0f} s" if pause else ""
             raise UnreachableError(
-                f"{reason}{asked}; gave up after {self._failures} attempts: try again later",
+                f"{reason}{asked}; gave up after {plural(self._failures, 'attempt')}: try again later",
                 file=self._what,
             )
         time.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (self._failures - 1)) if pause is None else pause)

@@ -71,7 +71,7 @@ def did_what_it_was_given(given, limit, made):
     assert set(runs["dtype"]) == {given.get("dtype", "float16")}
     assert set(runs["cache"]) == {given.get("cache", "cold")}
     shards = list((made / "sharded").glob("*.safetensors"))
-    assert set(runs[runs["arm"] == "sharded"]["files"]) == {len(shards)}
+    assert set(runs[runs["variant"] == "sharded"]["files"]) == {len(shards)}
     assert len(shards) > 1
     assert max(shard.stat().st_size for shard in shards) <= limit
     assert (made / "comparison.png").read_bytes().startswith(b"\x89PNG")

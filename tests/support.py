@@ -8,7 +8,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -220,11 +220,10 @@ def disk_watched(folder: Path) -> Iterator[list[int]]:
     def watch() -> None:
         while not done.wait(0.01):
             held = 0
-            for path in folder.rglob("*.safetensors"):
-                try:
-                    held += path.stat().st_blocks * 512
-                except FileNotFoundError:  # it was just dropped
-                    continue
+            with suppress(FileNotFoundError):  # of a folder that was just dropped
+                for path in folder.rglob("*.safetensors"):
+                    with suppress(FileNotFoundError):  # or a file
+                        held += path.stat().st_blocks * 512
             most[0] = max(most[0], held)
 
     thread = Thread(target=watch)

@@ -322,7 +322,7 @@ class Checkpoint(Record):
         beside = sum(self.side_files.values())
         facts = (
             ("source", shown_path(self.source)),
-            ("architecture", self.architecture or "unknown (no config.json)"),
+            ("architecture", self.architecture or self._why_unknown()),
             ("parameters", f"{self.parameters:,} in {plural(len(self.tensors), 'tensor')}"),
             (
                 "weights",
@@ -340,6 +340,9 @@ class Checkpoint(Record):
             ),
         )
         return Summary("Checkpoint", facts, (dtypes,), self._notes())
+
+    def _why_unknown(self) -> str:
+        return f"unknown ({'config.json names none' if self.config else 'no config.json'})"
 
     def _config_against_files(self) -> str:
         said = config_dtype(self.config)

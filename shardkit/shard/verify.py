@@ -104,7 +104,7 @@ class Verification(Record):
     def why_unequal(self) -> str:
         """What differs, in a line: tensors, or else files or what a model gets; empty if nothing does."""
         if wrong := [m.tensor for m in self.mismatches] + [*self.missing, *self.extra]:
-            return f"{plural(len(wrong), 'tensor')} differ ({listed(wrong)})"
+            return f"{plural(len(wrong), 'tensor')} differ{'s' * (len(wrong) == 1)} ({listed(wrong)})"
         if self._files_apart:
             return f"all tensors are equal, but files are missing or changed: {listed(self._files_apart)}"
         return f"all tensors are equal, but {self.model}" if not self.equal else ""
@@ -145,7 +145,7 @@ class Verification(Record):
         rows = tuple((m.tensor, m.reason) for m in self.mismatches[:_SHOWN])
         tables = (Table(("tensor", "differs in"), rows),) if rows else ()
         rest = len(self.mismatches) - len(rows)
-        notes = (f"{plural(rest, 'more tensor')} differ",) * bool(rest)
+        notes = (f"{plural(rest, 'more tensor')} differ{'s' * (rest == 1)}",) * bool(rest)
         if self.cast and self.mismatches:
             notes += ("if the second is the source of the cast, swap them",)
         return Summary("Verification", facts, tables, notes)

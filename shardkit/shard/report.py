@@ -71,19 +71,22 @@ class ShardReport(Record):
 
     def summary(self) -> Summary:
         """Return the report as a person reads it."""
-        rate = format_size(self.nbytes / max(self.copy_seconds, 1e-9))
+        new = sum(nbytes for file, nbytes in self.files.items() if file not in self.reused)
+        rate = f", {format_size(new / max(self.copy_seconds, 1e-9))}/s" if new else ""
         facts: tuple[tuple[str, str], ...] = (
             ("source", shown_path(self.source)),
             ("destination", shown_path(self.destination)),
             ("written", f"{format_size(self.nbytes)} in {plural(len(self.files), 'file')}"),
             ("dtype", f"cast to {self.dtype}" if self.dtype else "as in the source"),
-            ("write time", f"{self.copy_seconds:.2f} s, {rate}/s"),
+            ("write time", f"{self.copy_seconds:.2f} s{rate}"),
             ("verified", self._verified()),
             ("also copied", self._also_copied()),
         )
         if self.verification is not None and self.verification.model is not None:
             facts += (("model", str(self.verification.model)),)
-        facts += (("reused", listed(self.reused)),) * bool(self.reused)
+        facts += (
+            ("reused", f"{len(self.reused)} of {plural(len(self.files), 'file')}: {listed(self.reused)}"),
+        ) * bool(self.reused)
         if self.dtype:
             infinite, zero = (sum(getattr(x, of) for x in self.lost) for of in ("overflowed", "flushed"))
             words = f"{plural(infinite, 'value')} became infinite, {zero:,} became zero"

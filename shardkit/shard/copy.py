@@ -74,9 +74,9 @@ class Range:
         return self.dtype != self.target
 
     @property
-    def path(self) -> Path | None:
-        """The source file on this machine; None where its bytes are received from elsewhere."""
-        return self.files.path(self.file)
+    def is_received(self) -> bool:
+        """Whether its bytes come from another machine."""
+        return self.files.folder is None
 
     @property
     def where(self) -> str:
@@ -222,7 +222,7 @@ def run_task(task: Task) -> Outcome:
     target = os.open(task.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))  # or Windows changes ends of lines
     try:
         for part in task.ranges:
-            if part.path is None or part.is_cast or part.layout:
+            if part.is_received or part.is_cast or part.layout:
                 outcome += _write_chunks(part, target)
             else:
                 _copy_range(part, target)
@@ -255,11 +255,10 @@ def read_chunks(part: Range) -> Iterator[memoryview]:
     try:
         if part.layout is None:
             yield from part.files.read(part.file, part.offset, part.nbytes)
-        elif part.path is not None:
+        elif not part.is_received:
             yield from read_strided(part.where, part.offset, part.layout, part.begin, part.nbytes)
         else:
-            pieces = part.files.read(part.file, part.offset, part.layout.span)
-            data = b"".join(map(bytes, pieces))  # each is in the same buffer
+            data = part.files.read_bytes(part.file, part.offset, part.layout.span)
             yield from gather(data, 0, part.layout, part.begin, part.nbytes)
     except CheckpointError as error:
         raise error.of(part.tensor) from error.__cause__
@@ -287,7 +286,7 @@ def _write_chunks(part: Range, target: int) -> Outcome:
         flushed += to_zero
     lost = Lost(part.tensor, overflowed, flushed)
     received = Received(part.target_offset, position - part.target_offset, digest.hexdigest())
-    return Outcome((lost,) * bool(overflowed or flushed), (received,) * (part.path is None))
+    return Outcome((lost,) * bool(overflowed or flushed), (received,) * part.is_received)
 
 
 def _write_all(target: int, position: int, data: memoryview) -> None:

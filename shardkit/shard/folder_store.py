@@ -120,11 +120,6 @@ class FolderStore(Store):
         for future in self._synced:
             future.result()
 
-    @property
-    def beside(self) -> Path:
-        """Where files that are no shards are written: with the shards."""
-        return self.folder
-
     def publish(self, files: Sequence[str]) -> tuple[str, Verification | None]:
         """Verify, sync what is left and rename the folder to the destination.
 

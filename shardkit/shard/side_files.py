@@ -15,7 +15,7 @@ from shardkit.shard.verify import digest_pairs
 
 
 def write_side_files(
-    checkpoint: Checkpoint, plan: ShardPlan, folder: Path, hear: Callable[[], None] = lambda: None
+    checkpoint: Checkpoint, plan: ShardPlan, folder: Path, hear: Callable[[], None]
 ) -> list[str]:
     """Write all that is not a shard, the index last; return what it was. `hear` may stop it by raising."""
     folder.mkdir(exist_ok=True)

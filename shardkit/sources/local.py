@@ -45,7 +45,7 @@ class LocalFiles(FileSet):
         with reading(path), open(path, "rb") as source:
             source.seek(offset)
             for done in range(0, nbytes, CHUNK_BYTES):
-                if done % _AHEAD_BYTES == 0:
+                if done % _AHEAD_BYTES == 0 and nbytes > CHUNK_BYTES:  # else there is nothing to read ahead
                     _read_ahead(source.fileno(), offset + done, min(2 * _AHEAD_BYTES, nbytes - done))
                 chunk = buffer[: nbytes - done]
                 if source.readinto(chunk) < len(chunk):

@@ -78,6 +78,14 @@ def test_all_16_bit_patterns_are_cast_as_torch_casts_them(dtype: torch.dtype, ta
     assert_cast_as_torch_does(torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype), target)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_all_16_bit_patterns_are_cast_among_ordinary_weights(dtype: torch.dtype) -> None:
+    weights = torch.randn(9 << 16, generator=torch.Generator().manual_seed(4)).to(dtype) / 8
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    for target in TARGETS:
+        assert_cast_as_torch_does(torch.cat([weights, every]), target)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_random_patterns_are_cast_as_torch_casts_them(dtype: torch.dtype, target: str) -> None:

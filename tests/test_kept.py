@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from shardkit import plan_shards, shard_checkpoint, verify_checkpoint
 from shardkit.checkpoint import kept
+from shardkit.load import look
 from tests.support import data_offsets
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -207,6 +208,28 @@ def test_table_holds_what_the_installed_transformers_lists() -> None:
     for model, (strict, always) in found.items():
         assert kept.listed_patterns(model, "bfloat16") == strict, model
         assert kept.listed_patterns(model, "float16") == always, model
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_installed_transformers_keeps_nothing_of_the_families_that_are_not_asked_about(dtype: str) -> None:
+    for family in kept._PLAIN.split():
+        config_class = transformers.CONFIG_MAPPING[family]
+        heads = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MASKED_LM_MAPPING
+        model_class = next(found[config_class] for found in heads if config_class in found)
+        config = {**config_class().to_dict(), "architectures": [model_class.__name__]}
+        with torch.device("meta"):
+            names = list(model_class(config_class.from_dict(config)).state_dict())
+        job = {"config": json.loads(json.dumps(config)), "names": names, "dtype": dtype}
+        assert look.answer({"question": "kept", **job}) == {"kept": []}, family
+
+
+def test_a_newer_transformers_is_asked_about_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(kept, "_asked", lambda *job: asked.append(job[0]) or frozenset())
+    for version in ("4.57.1", "5.23.1", "5.24.0.dev0", "6.0"):
+        monkeypatch.setattr(kept.metadata, "version", lambda _, version=version: version)
+        kept.kept_tensors(NAMES, {"model_type": "llama", "as of": version}, "F16")
+    assert [json.loads(config)["as of"] for config in asked] == ["5.24.0.dev0", "6.0"]
 
 
 HOSTILE = {

@@ -3,7 +3,8 @@
 A cast that rounded them would not be the model that `from_pretrained(source, dtype=...)` makes: the router's
 bias of DeepSeek-V3 is a large offset with a small spread, of which bfloat16 leaves little. transformers lists
 some by pattern and creates others in float32. Where it is installed, it builds the model on the meta device
-(no weights, no download, no code but its own) and is asked; where it is not, a table holds its lists.
+(no weights, no download, no code but its own) and is asked, unless the family is known to keep nothing: to
+ask takes seconds. Where it is not installed, a table holds its lists.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from importlib import metadata
 from importlib.util import find_spec
 from threading import RLock
 from typing import Any
@@ -28,9 +30,21 @@ def kept_tensors(names: Iterable[str], config: Mapping[str, Any] | None, target:
     names, dtype = tuple(names), DTYPE_NAMES[target]
     if target == "F32" or not names or not config or not isinstance(config.get("model_type"), str):
         return frozenset()  # float32 rounds nothing that a load would not
+    if _is_plain(config):
+        return frozenset()
     with _BUILDING:
         found = _asked(json.dumps(config), names, dtype)
     return _looked_up(config, names, dtype) if found is None else found
+
+
+def _is_plain(config: Mapping[str, Any]) -> bool:
+    if config["model_type"] not in _PLAIN.split():
+        return False
+    try:
+        installed = metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        return True
+    return tuple(map(int, re.findall(r"\d+", installed)[:2])) <= _PLAIN_AS_OF
 
 
 @lru_cache(maxsize=8)  # the app plans again with every move of a slider
@@ -71,6 +85,15 @@ def listed_patterns(model: str, dtype: str) -> set[str]:
     rows = (row for table in tables for row in table.items())
     return {pattern for patterns, models in rows if model in models.split() for pattern in patterns.split()}
 
+
+# Families of which transformers, up to this version, loads every tensor in the dtype that is requested.
+_PLAIN_AS_OF = 5, 23
+_PLAIN = (
+    "albert bart bert biogpt bloom codegen cohere cohere2 deberta-v2 distilbert electra exaone4 falcon gemma "
+    "gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite granitemoe helium llama "
+    "mbart mistral mixtral modernbert mpnet olmo olmo2 olmo3 olmoe opt pegasus persimmon phi phi3 phimoe "
+    "qwen2 qwen2_moe qwen3 qwen3_moe roberta smollm3 stablelm starcoder2 xglm xlm-roberta"
+)
 
 # `_keep_in_fp32_modules` and `_keep_in_fp32_modules_strict` of all models of transformers 5.23.
 _IN_FLOAT16 = {

@@ -279,7 +279,8 @@ def cast_chunks(part: Range) -> Iterator[tuple[memoryview, int, int]]:
 def _write_chunks(part: Range, target: int) -> Outcome:
     position, digest, overflowed, flushed = part.target_offset, xxhash.xxh3_128(), 0, 0
     for data, to_infinity, to_zero in cast_chunks(part):
-        digest.update(data)
+        if part.is_received:
+            digest.update(data)
         _write_all(target, position, data)
         position += len(data)
         overflowed += to_infinity

@@ -20,6 +20,8 @@ from shardkit import demo
 from shardkit.base.errors import DestinationError, PlanError, SizeError, SpaceError
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.demo import DemoShape, demo_shape, make_demo_checkpoint
+from shardkit.plan.plan import plan_shards
+from shardkit.shard import copy as transfer
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 TRUE_SHAPE = DemoShape(hidden=4096, intermediate=14336, layers=32, vocab=32000)
@@ -160,26 +162,26 @@ def test_files_are_named_as_on_the_hub_and_nearly_equal(tmp_path):
 
 @untimed
 @given(st.data())
-def test_any_number_of_files_up_to_one_a_tensor_holds_all_tensors_in_order(data):
-    shape = demo_shape("5MB")
-    tensors = list(shape.tensors())
+def test_any_number_of_files_up_to_one_a_tensor_holds_all_tensors_in_order(small, data):
+    tensors = [(tensor.name, tensor.shape) for tensor in small.tensors.values()]
     shards = data.draw(st.integers(1, len(tensors)))
-    planned = list(demo._plan_files(shape, "bfloat16", shards).values())
+    planned = demo._cut(plan_shards(small, max_shard_size="1GB"), shards).shards
     assert len(planned) == shards
-    assert [(e.name, e.shape) for entries in planned for e in entries] == tensors
-    for entries in planned:
-        assert entries[0].begin == 0
-        assert all(before.end == after.begin for before, after in pairwise(entries))
+    held = [tensor for shard in planned for tensor in shard.tensors]
+    assert [(tensor.source.name, tensor.source.shape) for tensor in held] == tensors
+    for shard in planned:
+        assert shard.tensors[0].begin == 0
+        assert all(a.begin + a.nbytes == b.begin for a, b in pairwise(shard.tensors))
 
 
 # The same for everybody
 
 
-def test_same_arguments_give_the_same_bytes_whatever_the_threads_and_chunks(small, tmp_path, monkeypatch):
+def test_same_arguments_give_the_same_bytes_whatever_the_threads_and_tasks(small, tmp_path, monkeypatch):
     expected = folder_data(small.folder)
-    for threads, chunk in ((1, 999), (5, 1 << 12)):
+    for threads, task in ((1, 333_333), (5, 1 << 20)):
         monkeypatch.setattr(os, "cpu_count", lambda threads=threads: threads)
-        monkeypatch.setattr(demo, "_CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(transfer, "TASK_BYTES", task)
         again = make_demo_checkpoint(tmp_path / str(threads), size="5MB")
         assert folder_data(again.folder) == expected
 
@@ -314,7 +316,7 @@ def test_too_small_a_disk_is_refused_with_both_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 123_456, 123_456))
     needed = demo_shape("512MB").parameters * 2
     with pytest.raises(SpaceError, match=r"needs 5\d\d,\d\d\d,\d\d\d bytes.*123,456") as caught:
-        make_demo_checkpoint(tmp_path / "a/demo", size="512MB")
+        make_demo_checkpoint(tmp_path / "demo", size="512MB")
     assert needed <= int(str(caught.value).split("needs ")[1].split()[0].replace(",", "")) < needed * 1.01
     assert list(tmp_path.iterdir()) == []
 
@@ -328,21 +330,43 @@ def test_a_write_that_is_cut_short_leaves_nothing(tmp_path, monkeypatch, cause, 
         assert list(tmp_path.iterdir()), "the staging folder is there by now"
         raise cause
 
-    monkeypatch.setattr(demo, "_draw_tensor", cut)
+    monkeypatch.setattr(demo.DemoFiles, "_drawn", cut)
     with pytest.raises(seen):
         make_demo_checkpoint(tmp_path / "demo", size="5MB")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_another_process_filled_meanwhile_is_left_alone(tmp_path, monkeypatch):
-    def write_side_files(*_):
-        (tmp_path / "demo").mkdir()
-        (tmp_path / "demo/notes.txt").write_text("theirs")
+def test_a_write_that_was_cut_short_is_resumed_by_the_same_call(small, tmp_path, monkeypatch):
+    real, failed, drawn = demo.DemoFiles._drawn, [], set()
 
-    monkeypatch.setattr(demo, "_write_side_files", write_side_files)
-    with pytest.raises(DestinationError, match="cannot be written"):
+    def cut(files, name, start):
+        if name == "lm_head.weight" and not failed:
+            failed.append(name)
+            raise OSError(errno.EIO, "input/output error")
+        if failed:
+            drawn.add(name)
+        return real(files, name, start)
+
+    monkeypatch.setattr(demo.DemoFiles, "_drawn", cut)
+    with pytest.raises(DestinationError) as caught:
         make_demo_checkpoint(tmp_path / "demo", size="5MB")
+    assert "run again to resume" in caught.value.__notes__[0]
+    assert not (tmp_path / "demo").exists()
+    made = make_demo_checkpoint(tmp_path / "demo", size="5MB")
+    assert drawn == {name for name, tensor in small.tensors.items() if tensor.file == small.files[1]}
+    assert folder_data(made.folder) == folder_data(small.folder)
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_a_folder_that_another_process_filled_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    def fetched(self, name):
+        (tmp_path / "demo").mkdir(exist_ok=True)
+        (tmp_path / "demo/notes.txt").write_text("theirs")
+        return self._beside / name
+
+    monkeypatch.setattr(demo.DemoFiles, "fetched", fetched)
+    with pytest.raises(DestinationError, match="already exists and is not empty"):
+        make_demo_checkpoint(tmp_path / "demo", size="5MB")
     assert folder_data(tmp_path / "demo") == {"notes.txt": b"theirs"}
 
 

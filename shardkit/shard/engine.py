@@ -99,7 +99,7 @@ def shard_checkpoint(
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
     checkpoint = _open_here(opened, planned, destination, overwrite, stream)
     job = Job(checkpoint, planned(checkpoint), verify, allow_overflow, crew)
-    return _reshard(FolderStore(job, destination, overwrite, resume), start)
+    return reshard(FolderStore(job, destination, overwrite, resume), start)
 
 
 @resumable()
@@ -171,7 +171,7 @@ def shard_on_hub(
     check_loadable(checkpoint)
     plan = plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
     job = Job(checkpoint, plan, verify, allow_overflow, crew)
-    return _reshard(HubStore(job, target_id, token, private, Path(work_folder or ".")), start)
+    return reshard(HubStore(job, target_id, token, private, Path(work_folder or ".")), start)
 
 
 def _open_here(
@@ -212,8 +212,8 @@ def _open_there(source_id: str, revision: str | None, token: str | None) -> Chec
         ) from error
 
 
-def _reshard(store: Store, start: float) -> ShardReport:
-    """Do a job: what `start` is the time of began with it."""
+def reshard(store: Store, start: float) -> ShardReport:
+    """Do the job of a store: what `start` is the time of began with it."""
     checkpoint, plan = store.job.checkpoint, store.job.plan
     with store.open():
         reused = tuple(shard.file for shard in plan.shards if shard.file in store.finished)

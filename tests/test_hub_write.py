@@ -764,7 +764,7 @@ def test_refused_overflow_keeps_the_shards_that_were_sent(hub: LoopbackHub, tmp_
     assert shardkit.verify_checkpoint(SOURCE, REPO).equal
 
 
-@pytest.mark.parametrize("where", ["damaged", "digest_file"])
+@pytest.mark.parametrize("where", ["altered", "digest_file"])
 def test_disk_that_fails_keeps_the_shards_that_were_sent(
     where: str, hub: LoopbackHub, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -772,7 +772,7 @@ def test_disk_that_fails_keeps_the_shards_that_were_sent(
 
     def fail(*args: object) -> object:
         if next(calls, None) is None:
-            if where == "damaged":
+            if where == "altered":
                 return ["model"]
             raise OSError(errno.EIO, "Input/output error")
         return real(*args)

@@ -716,12 +716,12 @@ def test_destination_is_absent_or_whole_whichever_system_call_fails(
 
 
 STAGES = {
-    "reading what an earlier run left": (folder_store, "damaged"),
+    "reading what an earlier run left": (folder_store, "altered"),
     "copying": (write, "run_task"),
     "syncing": (folder_store, "sync"),
     "writing config and index": (write, "write_side_files"),
-    "copying a side file": (side_files, "file_tasks"),
-    "verifying": (verify, "verify_weights"),
+    "copying a side file": (side_files, "cut"),
+    "verifying": (verify, "compare_tensors"),
     "publishing": (folder_store.FolderStore, "publish"),
 }
 FAILURES = [

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,36 +38,18 @@ _CANNOT = {
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Source bytes, and where they go.
-
-    Attributes
-    ----------
-    files, file
-        Where the source file is, and its name there.
-    offset
-        First byte in it; where `layout` is given, that of the whole tensor.
-    nbytes
-        How many bytes of the source; whole elements where they are cast.
-    target_offset
-        First byte in the shard file.
-    tensor
-        The tensor's name; that of the first where a range covers several.
-    dtype, target
-        What to cast from and to; the same where bytes are only copied.
-    layout, begin
-        How the tensor's items lie, where they have to be gathered; the first byte of it as it is written.
-    """
+    """Source bytes, and where they go in the shard file."""
 
     files: FileSet
     file: str
-    offset: int
-    nbytes: int
+    offset: int  # where `layout` is given, that of the whole tensor
+    nbytes: int  # of the source; whole elements where they are cast
     target_offset: int
-    tensor: str
+    tensor: str  # the first, where a range covers several
     dtype: str
-    target: str
-    layout: Layout | None = None
-    begin: int = 0
+    target: str  # the dtype to cast to; the same where bytes are only copied
+    layout: Layout | None = None  # how items lie, where they have to be gathered
+    begin: int = 0  # its first byte in the tensor as it is written
 
     @property
     def is_cast(self) -> bool:
@@ -129,34 +112,10 @@ class Outcome(NamedTuple):
         return Outcome(self.lost + other.lost, self.received + other.received)
 
 
-def shard_ranges(shard: Shard, files: FileSet) -> list[Range]:
-    """Return what makes up a shard's data, neighbours in both files joined into one range."""
-    ranges: list[Range] = []
-    for planned in shard.tensors:
-        tensor = planned.source
-        if not tensor.nbytes:
-            continue
-        new = tensor_range(files, tensor, planned.dtype, shard.header_bytes + planned.begin)
-        if ranges and _are_neighbours(ranges[-1], new):
-            first = ranges.pop()
-            new = _part(first, 0, first.nbytes + new.nbytes)
-        ranges.append(new)
-    return ranges
-
-
 def tensor_range(files: FileSet, tensor: TensorInfo, target: str, target_offset: int = 0) -> Range:
     """Return the bytes of one whole tensor, to be written as dtype `target` at `target_offset`."""
-    return Range(
-        files,
-        tensor.file,
-        tensor.offset,
-        tensor.nbytes,
-        target_offset,
-        tensor.name,
-        tensor.dtype,
-        target,
-        tensor.layout,
-    )
+    place = files, tensor.file, tensor.offset, tensor.nbytes, target_offset
+    return Range(*place, tensor.name, tensor.dtype, target, tensor.layout)
 
 
 def _are_neighbours(first: Range, second: Range) -> bool:
@@ -185,27 +144,37 @@ def shard_tasks(shard: Shard, files: FileSet, path: str) -> list[Task]:
     tasks: list[Task] = []
     pending: list[Range] = []
     room = TASK_BYTES
-    for whole in shard_ranges(shard, files):
-        for start in range(0, whole.nbytes, TASK_BYTES):
-            part = _part(whole, start, min(TASK_BYTES, whole.nbytes - start))
-            if pending and part.nbytes > room:
-                tasks.append(Task(path, tuple(pending)))
-                pending, room = [], TASK_BYTES
-            pending.append(part)
-            room -= part.nbytes
+    for part in chain.from_iterable(map(cut, _shard_ranges(shard, files))):
+        if pending and part.nbytes > room:
+            tasks.append(Task(path, tuple(pending)))
+            pending, room = [], TASK_BYTES
+        pending.append(part)
+        room -= part.nbytes
     # A shard of empty tensors has a task as well, so that it finishes as the others do.
     return [*tasks, Task(path, tuple(pending))] if pending or not tasks else tasks
 
 
-def file_tasks(source: Range, path: str) -> Iterator[Task]:
-    """Cut the copy of a whole file, which is no weights, into tasks."""
-    for start in range(0, source.nbytes, TASK_BYTES):
-        yield Task(path, (_part(source, start, min(TASK_BYTES, source.nbytes - start)),))
+def _shard_ranges(shard: Shard, files: FileSet) -> list[Range]:
+    """Return what makes up a shard's data, neighbours in both files joined into one range."""
+    ranges: list[Range] = []
+    for planned in (planned for planned in shard.tensors if planned.nbytes):
+        new = tensor_range(files, planned.source, planned.dtype, shard.header_bytes + planned.begin)
+        if ranges and _are_neighbours(ranges[-1], new):
+            first = ranges.pop()
+            new = _part(first, 0, first.nbytes + new.nbytes)
+        ranges.append(new)
+    return ranges
 
 
-def whole_file(path: Path, nbytes: int) -> Range:
-    """Return all bytes of a file on this machine, which is no weights."""
-    return Range(LocalFiles(path.parent), path.name, 0, nbytes, 0, "", "U8", "U8")
+def cut(whole: Range) -> Iterator[Range]:
+    """Yield a range in parts of at most `TASK_BYTES`."""
+    for start in range(0, whole.nbytes, TASK_BYTES):
+        yield _part(whole, start, min(TASK_BYTES, whole.nbytes - start))
+
+
+def file_range(path: Path, nbytes: int, offset: int = 0) -> Range:
+    """Return bytes of a file on this machine, to be taken as they are."""
+    return Range(LocalFiles(path.parent), path.name, offset, nbytes, 0, "", "U8", "U8")
 
 
 def run_task(task: Task) -> Outcome:

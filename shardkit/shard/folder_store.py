@@ -50,7 +50,7 @@ from shardkit.shard.destination import (
 )
 from shardkit.shard.side_files import altered_files
 from shardkit.shard.store import Job, Store
-from shardkit.shard.verify import Verification, damaged, read_from, verify_written
+from shardkit.shard.verify import Verification, altered, read_from, verify_written
 from shardkit.sources.local import file_state
 
 _CHANGED = "changed while being copied; nothing was published"
@@ -182,16 +182,16 @@ class FolderStore(Store):
         in_memory = pages.drop(self.folder / file for file in self.finished)
         if self.finished and in_memory != 0:
             self.notes.append(f"when reused shards were checked: {read_from(len(self.finished), in_memory)}")
-        for file in damaged(job.checkpoint, job.plan, self.finished, self.folder, job.crew):
+        for file in altered(job.checkpoint, job.plan, self.finished, self.folder, job.crew):
             del self.finished[file]
 
     def _verify(self) -> Verification:
         job, folder = self.job, self.folder
         checkpoint, plan, crew = job.checkpoint, job.plan, job.crew
         in_memory = pages.drop(folder / shard.file for shard in plan.shards)
-        if altered := altered_files(checkpoint, plan, folder, crew):
+        if wrong := altered_files(checkpoint, plan, folder):
             raise VerificationError(
-                f"{self.destination}: not published: {listed(altered)} not as in the source"
+                f"{self.destination}: not published: {listed(wrong)} not as in the source"
             )
         found = verify_written(checkpoint, plan, self.finished, folder, crew)
         if not found.equal:

@@ -35,7 +35,7 @@ from shardkit.shard.hub_target import Target, digest_bytes, digest_file, is_same
 from shardkit.shard.model_card import CARD, Story, model_card
 from shardkit.shard.push import own_readme, shown_card
 from shardkit.shard.store import Job, Store
-from shardkit.shard.verify import Verification, damaged, digest_range, staged_range
+from shardkit.shard.verify import Verification, altered, digest_range, shard_range
 from shardkit.sources.hub import RemoteFile, Repository
 from shardkit.sources.hub_client import quiet
 
@@ -205,11 +205,11 @@ class HubStore(Store):
         start, path, job = time.perf_counter(), self.folder / shard.file, self.job
         sync(path)
         self._in_memory.append(pages.drop([path]))
-        if damaged(job.checkpoint, job.plan, {shard.file: outcome}, self.folder, Crew(1)):
+        if altered(job.checkpoint, job.plan, {shard.file: outcome}, self.folder, Crew(1)):
             raise VerificationError(
                 f"{path}: differs from what was received: the disk may be failing; nothing was sent"
             )
-        digests = {t.source.name: digest_range(staged_range(self.folder, shard, t)) for t in shard.tensors}
+        digests = {t.source.name: digest_range(shard_range(self.folder, shard, t)) for t in shard.tensors}
         self._checking_seconds += time.perf_counter() - start
         return digests
 
@@ -273,9 +273,6 @@ class HubStore(Store):
             tensors=len(checkpoint.tensors),
             nbytes=checkpoint.total_bytes,
             cast=sum(tensor.is_cast for shard in plan.shards for tensor in shard.tensors),
-            mismatches=(),
-            missing=(),
-            extra=(),
             digests=self._digests(),
             seconds=self._checking_seconds,
             received=self.job.is_received,

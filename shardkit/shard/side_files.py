@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-from shardkit.base.jobs import Crew
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.config import adapted_config, config_dtype
 from shardkit.plan.plan import ShardPlan
-from shardkit.shard.copy import file_tasks, run_task, whole_file
-from shardkit.shard.verify import digest_pairs
+from shardkit.shard.copy import Task, cut, file_range, run_task
+from shardkit.shard.verify import is_same_file
 
 
 def write_side_files(
@@ -25,10 +23,10 @@ def write_side_files(
         if file == checkpoint.config_file and (text := _new_config(checkpoint, plan)):
             target.write_bytes(text.encode())  # as text, Windows would end its lines otherwise
         else:
-            source = whole_file(checkpoint.place.fetched(file), checkpoint.side_files[file])
+            source = file_range(checkpoint.place.fetched(file), checkpoint.side_files[file])
             target.touch()
-            for task in file_tasks(source, str(target)):
-                run_task(task)
+            for part in cut(source):
+                run_task(Task(str(target), (part,)))
                 hear()
     if plan.index is not None and plan.index_file is not None:
         (folder / plan.index_file).write_bytes(plan.index.encode())
@@ -43,13 +41,11 @@ def _new_config(checkpoint: Checkpoint, plan: ShardPlan) -> str | None:
     return adapted_config(config, plan.dtype, auto)
 
 
-def altered_files(checkpoint: Checkpoint, plan: ShardPlan, folder: Path, crew: Crew) -> list[str]:
+def altered_files(checkpoint: Checkpoint, plan: ShardPlan, folder: Path) -> list[str]:
     """Return which of the files that are copied as they are do not hold what the source does."""
     adapted = checkpoint.config_file if _new_config(checkpoint, plan) else None
-    sizes = {file: size for file, size in checkpoint.side_files.items() if file != adapted}
-    pairs = [
-        (whole_file(checkpoint.place.fetched(file), size), whole_file(folder / file, size))
-        for file, size in sizes.items()
+    return [
+        file
+        for file, size in checkpoint.side_files.items()
+        if file != adapted and not is_same_file(checkpoint.place.fetched(file), folder / file, size)
     ]
-    digests = digest_pairs(pairs, replace(crew, progress=None), "verify")
-    return [file for file, (ours, theirs) in zip(sizes, digests, strict=True) if ours != theirs]

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain, starmap
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import xxhash
 
@@ -29,8 +30,7 @@ from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, Tens
 from shardkit.load.look import config_differences
 from shardkit.load.seen import ModelKeys, model_keys
 from shardkit.plan.plan import PlannedTensor, Shard, ShardPlan
-from shardkit.shard.copy import Outcome, Range, Received, cast_chunks, tensor_range, whole_file
-from shardkit.sources.local import LocalFiles
+from shardkit.shard.copy import Outcome, Range, cast_chunks, file_range, tensor_range
 
 _BATCH_BYTES = 32 << 20
 _BATCH_TENSORS = 512
@@ -82,11 +82,11 @@ class Verification(Record):
     tensors: int
     nbytes: int
     cast: int
-    mismatches: tuple[Mismatch, ...]
-    missing: tuple[str, ...]
-    extra: tuple[str, ...]
     digests: dict[str, str] = field(repr=False)
     seconds: float
+    mismatches: tuple[Mismatch, ...] = ()
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
     received: bool = False
     model: ModelKeys | None = None
     missing_files: tuple[str, ...] = ()
@@ -187,22 +187,37 @@ def verify_checkpoint(
     """
     crew = Crew(worker_count(workers, executor), executor, progress)
     ours, theirs = (s if isinstance(s, Checkpoint) else Checkpoint.open(s) for s in (source, destination))
-    found = verify_weights(ours, theirs, crew)
+    found = _judged(ours, theirs, partial(compare_tensors, ours, theirs, crew))
     if any(side.config is None and os.path.isfile(side.source) for side in (ours, theirs)):
         return found  # of a file alone, what lies beside it is none of its business
-    missing, both = _files_of_both(ours, theirs)
-    changed = tuple(file for file in both if _is_changed(file, ours, theirs, crew))
-    return replace(found, missing_files=missing, changed_files=changed)
+    named = named_files(ours.place, ours.config)
+    needed = [file for file in ours.side_files if is_needed(file, named)]
+    both = [file for file in needed if file in theirs.side_files and file != ours.config_file]
+    return replace(
+        found,
+        missing_files=tuple(file for file in needed if file not in theirs.side_files),
+        changed_files=tuple(file for file in both if _is_changed(file, ours, theirs)),
+    )
 
 
-def verify_weights(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verification:
-    """Compare the tensors of two checkpoints, and what a model gets from them; no other files."""
+def _is_changed(file: str, ours: Checkpoint, theirs: Checkpoint) -> bool:
+    if file.endswith(".json"):  # which tools write in ways of their own
+        first, second = ({"": read_json(side.place, file)} for side in (ours, theirs))
+        return bool(config_differences(first, second))
+    size = ours.side_files[file]
+    same_size = size == theirs.side_files[file]
+    return not (same_size and is_same_file(ours.place.fetched(file), theirs.place.fetched(file), size))
+
+
+def is_same_file(first: Path, second: Path, nbytes: int) -> bool:
+    """Whether two files of one size have the same content."""
+    return digest_range(file_range(first, nbytes)) == digest_range(file_range(second, nbytes))
+
+
+def _judged(ours: Checkpoint, theirs: Checkpoint, compare: Callable[[], Verification]) -> Verification:
+    """Ask what a model gets from both sides while tensors are compared; judge which dtype a load chooses."""
     with model_keys(ours, theirs) as answer:
-        return _judged(replace(compare_tensors(ours, theirs, crew), model=answer()), ours, theirs)
-
-
-def _judged(found: Verification, ours: Checkpoint, theirs: Checkpoint) -> Verification:
-    """Add what differs where all tensors are equal: the dtype that a load chooses."""
+        found = replace(compare(), model=answer())
     if not found.cast and ours.auto_dtype != theirs.auto_dtype and ours.config is not None:
         dtypes = Mismatch("dtype", f"a load chooses {ours.auto_dtype}, but {theirs.auto_dtype} for the copy")
         return replace(found, mismatches=(*found.mismatches, dtypes))
@@ -212,43 +227,37 @@ def _judged(found: Verification, ours: Checkpoint, theirs: Checkpoint) -> Verifi
 def compare_tensors(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verification:
     """Compare the tensors of two checkpoints; as `verify_checkpoint`, which also asks what a model gets."""
     start = time.perf_counter()
-    pairs = _pairs(ours, theirs)
-    comparable = [pair for pair in pairs if pair.obstacle is None]
     ours.confirm(), theirs.confirm()
-    ranges = [
-        (tensor_range(ours.place, left, right.dtype), tensor_range(theirs.place, right, right.dtype))
-        for left, right in comparable
-    ]
-    paths = (side.place.path(file) for side in (ours, theirs) for file in side.files)
-    here = list(filter(None, paths))
+    here = [path for side in (ours, theirs) for file in side.files if (path := side.place.path(file))]
     in_memory = pages.mostly_resident(here)
-    digests = digest_pairs(ranges, crew, "verify")
-    mismatches = [Mismatch(pair.ours.name, pair.obstacle) for pair in pairs if pair.obstacle]
-    mismatches += [
-        Mismatch(pair.ours.name, f"bytes: digest {a[:12]} in the source, {b[:12]} in the destination")
-        for pair, (a, b) in zip(comparable, digests, strict=True)
-        if a != b
+    comparable = [pair for pair in _pairs(ours, theirs) if _obstacle(*pair) is None]
+    ranges = [
+        (tensor_range(ours.place, tensor, copy.dtype), tensor_range(theirs.place, copy, copy.dtype))
+        for tensor, copy in comparable
     ]
-    found = {pair.ours.name: digest for pair, (_, digest) in zip(comparable, digests, strict=True)}
-    finding = _verification(ours, theirs, mismatches, found, start)
+    found = digest_pairs(ranges, crew, "verify")
+    digests = dict(zip((tensor.name for tensor, _ in comparable), found, strict=True))
+    differ = {
+        name: f"bytes: digest {a[:12]} in the source, {b[:12]} in the destination"
+        for name, (a, b) in digests.items()
+        if a != b
+    }
+    finding = _verification(ours, theirs, differ, {name: copy for name, (_, copy) in digests.items()}, start)
     return replace(finding, files=len(here), files_in_memory=in_memory)
 
 
 def _verification(
-    ours: Checkpoint,
-    theirs: Checkpoint,
-    mismatches: Sequence[Mismatch],
-    digests: dict[str, str],
-    start: float,
+    ours: Checkpoint, theirs: Checkpoint, differ: Mapping[str, str], digests: dict[str, str], start: float
 ) -> Verification:
     pairs = _pairs(ours, theirs)
+    obstacles = {tensor.name: why for tensor, copy in pairs if (why := _obstacle(tensor, copy))}
     return Verification(
         source=ours.source,
         destination=theirs.source,
         tensors=len(pairs),
-        nbytes=sum(pair.ours.nbytes for pair in pairs),
-        cast=sum(pair.obstacle is None and pair.ours.dtype != pair.theirs.dtype for pair in pairs),
-        mismatches=tuple(mismatches),
+        nbytes=sum(tensor.nbytes for tensor, _ in pairs),
+        cast=sum(tensor.dtype != copy.dtype and tensor.name not in obstacles for tensor, copy in pairs),
+        mismatches=tuple(starmap(Mismatch, (obstacles | differ).items())),
         missing=tuple(name for name in ours.tensors if name not in theirs.tensors),
         extra=tuple(name for name in theirs.tensors if name not in ours.tensors),
         digests=digests,
@@ -256,43 +265,83 @@ def _verification(
     )
 
 
-def _files_of_both(ours: Checkpoint, theirs: Checkpoint) -> tuple[tuple[str, ...], list[str]]:
-    """Return which files that a load needs the destination lacks, and which both sides have."""
-    named = named_files(ours.place, ours.config)
-    needed = [file for file in ours.side_files if is_needed(file, named)]
-    missing = tuple(file for file in needed if file not in theirs.side_files)
-    return missing, [file for file in needed if file in theirs.side_files and file != ours.config_file]
+def _pairs(ours: Checkpoint, theirs: Checkpoint) -> list[tuple[TensorInfo, TensorInfo]]:
+    return [(t, theirs.tensors[name]) for name, t in ours.tensors.items() if name in theirs.tensors]
 
 
-def _is_changed(file: str, ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> bool:
-    sides = ours, theirs
-    if file.endswith(".json"):  # which tools write in ways of their own
-        documents = [{"": read_json(side.place, file)} for side in sides]
-        return bool(config_differences(documents[0], documents[1]))
-    sizes = [side.side_files[file] for side in sides]
-    if sizes[0] != sizes[1]:
-        return True
-    first, second = (whole_file(side.place.fetched(file), sizes[0]) for side in sides)
-    ((ours_digest, theirs_digest),) = digest_pairs([(first, second)], replace(crew, progress=None), "verify")
-    return ours_digest != theirs_digest
+def _obstacle(ours: TensorInfo, theirs: TensorInfo) -> str | None:
+    """Return why the bytes need not be compared: they cannot be equal."""
+    if ours.shape != theirs.shape:
+        return f"shape: {list(ours.shape)} in the source, {list(theirs.shape)} in the destination"
+    is_cast = ours.dtype in FLOAT_DTYPES and theirs.dtype in CAST_DTYPES.values()
+    if ours.dtype != theirs.dtype and not is_cast:
+        names = DTYPE_NAMES[ours.dtype], DTYPE_NAMES[theirs.dtype]
+        return "dtype: {} in the source, {} in the destination".format(*names)
+    return None
 
 
-def damaged(
+def verify_written(
     checkpoint: Checkpoint, plan: ShardPlan, outcomes: Mapping[str, Outcome], folder: Path, crew: Crew
-) -> list[str]:
-    """Return which of the shard files in `folder` do not hold just what the source gives, or has given."""
-    if checkpoint.place.folder is None:
-        return list(_altered_parts(plan, outcomes, folder, crew, "check"))
-    shards = [shard for shard in plan.shards if shard.file in outcomes]
-    wrong = {s.file for s in shards if not _has_header(folder / s.file, plan.header(s))}
-    planned = [(s, tensor) for s in shards if s.file not in wrong for tensor in s.tensors]
-    ranges = [
-        (tensor_range(checkpoint.place, tensor.source, tensor.dtype), staged_range(folder, shard, tensor))
-        for shard, tensor in planned
-    ]
-    digests = digest_pairs(ranges, crew, "check")
-    wrong |= {shard.file for (shard, _), (a, b) in zip(planned, digests, strict=True) if a != b}
-    return sorted(wrong)
+) -> Verification:
+    """Verify what a plan has written in `folder`: against the source, or against what was received of it."""
+    copy = Checkpoint.open(folder)
+    if set(copy.files) != {
+        shard.file for shard in plan.shards
+    }:  # a load would choose weights that came along
+        copy = Checkpoint.open(folder / (plan.index_file or plan.shards[0].file))
+    if checkpoint.place.folder is not None:
+        return _judged(checkpoint, copy, partial(compare_tensors, checkpoint, copy, crew))
+
+    def compare() -> Verification:
+        start = time.perf_counter()
+        wrong = altered(checkpoint, plan, outcomes, folder, crew, "verify").values()
+        differ = dict.fromkeys(chain(*wrong), "bytes: differ from what was received")
+        ranges = {name: tensor_range(copy.place, t, t.dtype) for name, t in copy.tensors.items()}
+        found = _digests(list(ranges.values()), crew, "verify")
+        digests = {name: found[part] for name, part in ranges.items()}
+        return replace(_verification(checkpoint, copy, differ, digests, start), received=True)
+
+    return _judged(checkpoint, copy, compare)
+
+
+def altered(
+    checkpoint: Checkpoint,
+    plan: ShardPlan,
+    outcomes: Mapping[str, Outcome],
+    folder: Path,
+    crew: Crew,
+    stage: str = "check",
+) -> dict[str, list[str]]:
+    """Return, by shard file in `folder`, the tensors that are not what the source gives, or has given.
+
+    What was received is not asked for again: every byte is compared with the digest that was taken of it when
+    it arrived (after its cast). What arrived is what the Hub sent for that range of that commit; that the Hub
+    sent what it holds rests on the connection: `verify_checkpoint` reads it again.
+    """
+    found: dict[str, list[str]] = {}
+    checks: list[tuple[Shard, Range, Range | str]] = []
+    for shard in (shard for shard in plan.shards if shard.file in outcomes):
+        path, received = folder / shard.file, sorted(outcomes[shard.file].received, key=attrgetter("offset"))
+        ends = [shard.header_bytes, *(part.offset + part.nbytes for part in received)]
+        is_received = checkpoint.place.folder is None
+        if not _has_header(path, plan.header(shard)) or (
+            is_received and [*(part.offset for part in received), shard.nbytes] != ends
+        ):
+            found[shard.file] = [tensor.source.name for tensor in shard.tensors]
+        elif is_received:
+            checks += [(shard, file_range(path, part.nbytes, part.offset), part.digest) for part in received]
+        else:
+            checks += [
+                (shard, shard_range(folder, shard, t), tensor_range(checkpoint.place, t.source, t.dtype))
+                for t in shard.tensors
+            ]
+    digests = digest_pairs([check[1:] for check in checks], crew, stage)
+    for (shard, part, _), (staged, expected) in zip(checks, digests, strict=True):
+        if staged != expected:
+            begin, end = part.offset - shard.header_bytes, part.offset + part.nbytes - shard.header_bytes
+            hit = [t.source.name for t in shard.tensors if t.begin < end and begin < t.begin + t.nbytes]
+            found.setdefault(shard.file, []).extend(hit)
+    return found
 
 
 def _has_header(path: Path, header: bytes) -> bool:
@@ -300,113 +349,9 @@ def _has_header(path: Path, header: bytes) -> bool:
         return file.read(len(header)) == header
 
 
-def staged_range(folder: Path, shard: Shard, planned: PlannedTensor) -> Range:
-    """Return where the bytes of a tensor are in its shard file in `folder`."""
-    offset, name = shard.header_bytes + planned.begin, planned.source.name
-    return Range(
-        LocalFiles(folder), shard.file, offset, planned.nbytes, 0, name, planned.dtype, planned.dtype
-    )
-
-
-def _altered_parts(
-    plan: ShardPlan, outcomes: Mapping[str, Outcome], folder: Path, crew: Crew, stage: str
-) -> dict[str, list[Received]]:
-    """Read shard files back that were made from ranged reads; return, by file, what is not as received.
-
-    A file with another header, or of which not all was received, is in it whole.
-    """
-    shards = [shard for shard in plan.shards if shard.file in outcomes]
-    altered: dict[str, list[Received]] = {}
-    parts: list[tuple[str, Received]] = []
-    for shard in shards:
-        path, whole = folder / shard.file, sorted(outcomes[shard.file].received, key=attrgetter("offset"))
-        ends = [shard.header_bytes, *(part.offset + part.nbytes for part in whole)]
-        if [*(part.offset for part in whole), shard.nbytes] == ends and _has_header(path, plan.header(shard)):
-            parts += [(shard.file, part) for part in whole]
-        else:
-            altered[shard.file] = [Received(0, shard.nbytes, "")]
-    files = LocalFiles(folder)
-    ranges = [Range(files, file, p.offset, p.nbytes, 0, file, "U8", "U8") for file, p in parts]
-    digests = _digest_all(ranges, crew, stage)
-    for (file, part), digest in zip(parts, digests, strict=True):
-        if digest != part.digest:
-            altered.setdefault(file, []).append(part)
-    return altered
-
-
-def verify_written(
-    checkpoint: Checkpoint, plan: ShardPlan, outcomes: Mapping[str, Outcome], folder: Path, crew: Crew
-) -> Verification:
-    """Verify shards that were written in `folder`: against the source, or against what was received of it."""
-    copy = written(folder, plan)
-    if checkpoint.place.folder is not None:
-        return verify_weights(checkpoint, copy, crew)
-    return _verify_received(checkpoint, plan, outcomes, folder, copy, crew)
-
-
-def _verify_received(
-    checkpoint: Checkpoint,
-    plan: ShardPlan,
-    outcomes: Mapping[str, Outcome],
-    folder: Path,
-    copy: Checkpoint,
-    crew: Crew,
-) -> Verification:
-    """Verify shards that were made from ranged reads, without reading the source again.
-
-    Every byte of the files is read back and held against the digest that was taken of it when it arrived
-    (after its cast, where there was one). What arrived is what the Hub sent for that range of that commit;
-    that the Hub sent what it holds rests on the connection: `verify_checkpoint` reads it again.
-    """
-    start = time.perf_counter()
-    altered = _altered_parts(plan, outcomes, folder, crew, "verify")
-    ranges = [tensor_range(copy.place, tensor, tensor.dtype) for tensor in copy.tensors.values()]
-    digests = _digest_all(ranges, crew, "verify")
-    mismatches = [
-        Mismatch(planned.source.name, "bytes: differ from what was received")
-        for shard in plan.shards
-        for planned in shard.tensors
-        if any(_overlaps(shard, planned, part) for part in altered.get(shard.file, ()))
-    ]
-    found = dict(zip(copy.tensors, digests, strict=True))
-    verified = replace(_verification(checkpoint, copy, mismatches, found, start), received=True)
-    with model_keys(checkpoint, copy) as answer:
-        return _judged(replace(verified, model=answer()), checkpoint, copy)
-
-
-def written(folder: Path, plan: ShardPlan) -> Checkpoint:
-    """Open what a plan has written, also where a load of the folder would choose weights that came along."""
-    copy = Checkpoint.open(folder)
-    if set(copy.files) == {shard.file for shard in plan.shards}:
-        return copy
-    return Checkpoint.open(folder / (plan.index_file or plan.shards[0].file))
-
-
-def _overlaps(shard: Shard, planned: PlannedTensor, part: Received) -> bool:
-    begin = shard.header_bytes + planned.begin
-    return begin < part.offset + part.nbytes and part.offset < begin + planned.nbytes
-
-
-class _Pair(NamedTuple):
-    ours: TensorInfo
-    theirs: TensorInfo
-
-    @property
-    def obstacle(self) -> str | None:
-        """Why the bytes need not be compared: they cannot be equal."""
-        ours, theirs = self
-        if ours.shape != theirs.shape:
-            return f"shape: {list(ours.shape)} in the source, {list(theirs.shape)} in the destination"
-        is_cast = ours.dtype in FLOAT_DTYPES and theirs.dtype in CAST_DTYPES.values()
-        if ours.dtype != theirs.dtype and not is_cast:
-            names = DTYPE_NAMES[ours.dtype], DTYPE_NAMES[theirs.dtype]
-            return "dtype: {} in the source, {} in the destination".format(*names)
-        return None
-
-
-def _pairs(ours: Checkpoint, theirs: Checkpoint) -> list[_Pair]:
-    found = ((tensor, theirs.tensors.get(name)) for name, tensor in ours.tensors.items())
-    return [_Pair(left, right) for left, right in found if right]
+def shard_range(folder: Path, shard: Shard, tensor: PlannedTensor) -> Range:
+    """Return the bytes of a tensor in its shard file in `folder`."""
+    return file_range(folder / shard.file, tensor.nbytes, shard.header_bytes + tensor.begin)
 
 
 def _batches(ranges: Sequence[Range]) -> Iterator[Sequence[Range]]:
@@ -419,20 +364,21 @@ def _batches(ranges: Sequence[Range]) -> Iterator[Sequence[Range]]:
             first, size = end, 0
 
 
-def digest_pairs(pairs: Sequence[tuple[Range, Range]], crew: Crew, stage: str) -> list[tuple[str, str]]:
-    """Return the digests of ranges of both sides."""
-    digests = _digest_all([first for first, _ in pairs] + [second for _, second in pairs], crew, stage)
-    return list(zip(digests[: len(pairs)], digests[len(pairs) :], strict=True))
+def digest_pairs(pairs: Sequence[tuple[Range, Range | str]], crew: Crew, stage: str) -> list[tuple[str, str]]:
+    """Return the digests of ranges of both sides; one that is known stands for itself."""
+    seconds = [second for _, second in pairs if isinstance(second, Range)]
+    digests = _digests([*(first for first, _ in pairs), *seconds], crew, stage)
+    return [(digests[a], digests[b] if isinstance(b, Range) else b) for a, b in pairs]
 
 
-def _digest_all(ranges: Sequence[Range], crew: Crew, stage: str) -> list[str]:
+def _digests(ranges: Sequence[Range], crew: Crew, stage: str) -> dict[Range, str]:
     count = ProgressCount(crew.progress if ranges else None, stage, sum(part.nbytes for part in ranges))
     digests: dict[Range, str] = {}
     with run_all(digest_ranges, _batches(ranges), crew.workers, crew.executor) as results:
         for batch, found in results:
             digests.update(zip(batch, found, strict=True))
             count.add(sum(part.nbytes for part in batch))
-    return [digests[part] for part in ranges]
+    return digests
 
 
 def digest_ranges(batch: Sequence[Range]) -> list[str]:

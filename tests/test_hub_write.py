@@ -764,7 +764,7 @@ def test_refused_overflow_keeps_the_shards_that_were_sent(hub: LoopbackHub, tmp_
     assert shardkit.verify_checkpoint(SOURCE, REPO).equal
 
 
-@pytest.mark.parametrize("where", ["altered", "digest_file"])
+@pytest.mark.parametrize("where", ["altered", "described"])
 def test_disk_that_fails_keeps_the_shards_that_were_sent(
     where: str, hub: LoopbackHub, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

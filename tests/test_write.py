@@ -626,9 +626,9 @@ def test_what_lies_in_place_of_the_staging_folder_is_removed_and_not_followed(
     (tmp_path / "victim").mkdir()
     (tmp_path / "victim" / "thesis.txt").write_text("mine")
     if kind == "file":
-        destination.staging_folder(out).write_text("")
+        destination.beside(out, "staging").write_text("")
     else:
-        destination.staging_folder(out).symlink_to("victim")
+        destination.beside(out, "staging").symlink_to("victim")
     shard(source, out)
     assert contents(tmp_path / "victim") == {"thesis.txt": b"mine"}
     assert beside(out) == {"victim"}
@@ -861,7 +861,7 @@ def test_source_that_changes_meanwhile_is_not_published(file: str, source: Path,
 def test_shard_that_changes_between_proof_and_publishing_is_not_published(source: Path, out: Path) -> None:
     def damage(progress: Progress) -> None:
         if progress.stage == "verify" and progress.done_bytes == progress.total_bytes:
-            staged = destination.staging_folder(out) / "model-00002-of-00006.safetensors"
+            staged = destination.beside(out, "staging") / "model-00002-of-00006.safetensors"
             raw = bytearray(staged.read_bytes())
             raw[-1] ^= 1
             staged.write_bytes(raw)
@@ -872,7 +872,7 @@ def test_shard_that_changes_between_proof_and_publishing_is_not_published(source
 
 
 def staged(out: Path, file: str) -> Path:
-    return destination.staging_folder(out) / file
+    return destination.beside(out, "staging") / file
 
 
 def flip_unseen(path: Path) -> None:
@@ -967,7 +967,7 @@ def test_every_file_is_synced_before_the_folder_is_renamed(
     monkeypatch.setattr(folder_store, "sync", sync)
     shard(source, out, max_shard_size="1GB")
     assert (out / "2_Dense" / "model.safetensors").exists()
-    assert {path.relative_to(destination.staging_folder(out)) for path in synced} == {
+    assert {path.relative_to(destination.beside(out, "staging")) for path in synced} == {
         path.relative_to(out) for path in (out, *out.rglob("*"))
     }
 
@@ -1027,7 +1027,7 @@ def test_disk_that_garbles_what_it_is_given_is_found_out(
 def test_resume_trusts_the_disk_alone(source: Path, disk: tuple[Path, Path]) -> None:
     folder, image = disk
     interrupt(source, folder / "out")
-    for path in destination.staging_folder(folder / "out").iterdir():
+    for path in destination.beside(folder / "out", "staging").iterdir():
         destination.sync(path)
     garble(image, data_of(source, "t1"))
     report, nbytes = copied(source, folder / "out", verify=False)
@@ -1099,7 +1099,7 @@ def test_verification_alone_leaves_the_cache_as_it_is_and_says_what_was_in_it(
 
 
 def journal(out: Path) -> Path:
-    return destination.journal_path(out)
+    return destination.beside(out, "journal")
 
 
 def journaled(out: Path) -> list[str]:
@@ -1110,7 +1110,7 @@ def journaled(out: Path) -> list[str]:
 
 def interrupt(source: Path, out: Path, shards: int = 3, **options: object) -> list[str]:
     """Stop a run after so many shards, once the disk has them; return what the journal holds."""
-    before = len(journaled(out)) if destination.staging_folder(out).exists() else 0
+    before = len(journaled(out)) if destination.beside(out, "staging").exists() else 0
 
     def stop(progress: Progress) -> bool:
         if progress.stage != "copy" or progress.done_bytes < shards * 1600:
@@ -1270,7 +1270,7 @@ def test_no_error_of_a_task_discards_what_is_finished(
         with pytest.raises(BaseException) as caught:  # noqa: PT011  which it is, other tests say
             shard(source, out)
     if not isinstance(error, KeyboardInterrupt):
-        assert f"3 finished shards kept in {destination.staging_folder(out)}" in caught.value.__notes__[-1]
+        assert f"3 finished shards kept in {destination.beside(out, 'staging')}" in caught.value.__notes__[-1]
     assert_reused(source, out, 3)
 
 
@@ -1417,8 +1417,8 @@ def test_garbled_line_of_the_journal_loses_its_own_shard_alone(
 def test_nothing_but_finished_shards_is_taken_over(source: Path, out: Path) -> None:
     # What a kill leaves between the exchange of two folders and the removal of the old one.
     interrupt(source, out)
-    (destination.staging_folder(out) / "tokenizer.json").write_text("of an older model")
-    (destination.staging_folder(out) / "model.safetensors").write_text("of an older model")
+    (destination.beside(out, "staging") / "tokenizer.json").write_text("of an older model")
+    (destination.beside(out, "staging") / "model.safetensors").write_text("of an older model")
     copied(source, out)
     assert not {"tokenizer.json", "model.safetensors"} & contents(out).keys()
 
@@ -1457,7 +1457,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_staged_shard_is_written_again(damage: str, source: Path, out: Path) -> None:
     damaged, *others = interrupt(source, out)
-    DAMAGE[damage](destination.staging_folder(out) / damaged)
+    DAMAGE[damage](destination.beside(out, "staging") / damaged)
     report, nbytes = copied(source, out)
     assert sorted(report.reused) == others
     assert nbytes == 4 * 1600
@@ -1465,7 +1465,7 @@ def test_damaged_staged_shard_is_written_again(damage: str, source: Path, out: P
 
 def test_damaged_staged_shard_is_written_again_after_a_second_interruption(source: Path, out: Path) -> None:
     damaged, *others = interrupt(source, out)
-    DAMAGE["a bit of the data"](destination.staging_folder(out) / damaged)
+    DAMAGE["a bit of the data"](destination.beside(out, "staging") / damaged)
     with pytest.raises(Cancelled):
         shard(source, out, progress=lambda _: False)
     report, _ = copied(source, out)

@@ -33,13 +33,7 @@ warnings.filterwarnings("ignore", "flock not supported", UserWarning)  # its oth
 
 
 def resolve(destination: str | os.PathLike[str]) -> Path:
-    """Return the absolute path of a destination, links followed.
-
-    Raises
-    ------
-    DestinationError
-        If it is meant to be on the Hub.
-    """
+    """Return the absolute path of a destination, links followed; refuse one on the Hub."""
     if is_on_hub(destination):
         raise DestinationError(
             f"{destination}: is not a local folder: use shard_on_hub, or shard to a folder and push it"
@@ -47,24 +41,13 @@ def resolve(destination: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(os.path.expanduser(destination)))
 
 
-def staging_folder(target: Path) -> Path:
-    """Return where a destination is staged."""
-    return _beside(target, "staging")
-
-
-def journal_path(target: Path) -> Path:
-    """Return where it is written down what of a destination is finished."""
-    return _beside(target, "journal")
+def beside(target: Path, role: str) -> Path:
+    """Return where something lies beside a destination: "staging", "journal", "old", "trash", "lock"."""
+    return target.parent / f".{target.name}.shardkit-{role}"
 
 
 def check_destination(checkpoint: Checkpoint, target: Path, overwrite: bool) -> None:
-    """Refuse a destination that overlaps the source, or holds what is not to be replaced.
-
-    Raises
-    ------
-    DestinationError
-        As said.
-    """
+    """Refuse a destination that overlaps the source, or holds what is not to be replaced."""
     if checkpoint.place.folder is not None:
         _check_apart(checkpoint, checkpoint.place.folder.resolve(), target)
     check_free(target, overwrite)
@@ -121,14 +104,8 @@ def _is_same(path: Path, other: Path) -> bool:
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Hold the lock of a destination; a lock that a dead process left is no obstacle.
-
-    Raises
-    ------
-    DestinationError
-        If another run holds it; says which process, on which machine.
-    """
-    path = _beside(target, "lock")
+    """Hold the lock of a destination, unless another run does; what a dead process left is no obstacle."""
+    path = beside(target, "lock")
     lock = filelock.FileLock(path, timeout=_LOCK_SECONDS)
     try:
         lock.acquire()
@@ -167,24 +144,16 @@ def leftovers(destination: str | os.PathLike[str]) -> list[Path]:
         return []
     target = resolve(destination)
     found = _all_beside(target)
-    if _beside(target, "lock") in found:
+    if beside(target, "lock") in found:
         try:
-            filelock.FileLock(_beside(target, "lock"), timeout=0).acquire().lock.release()
+            filelock.FileLock(beside(target, "lock"), timeout=0).acquire().lock.release()
         except (OSError, filelock.Timeout):
             return []
     return found
 
 
 def remove_leftovers(destination: str | os.PathLike[str]) -> list[Path]:
-    """Remove what interrupted runs have left, and return what it was.
-
-    An old destination that was aside when its run was killed is put back.
-
-    Raises
-    ------
-    DestinationError
-        If a run is writing the destination just now, or something cannot be removed.
-    """
+    """Remove what interrupted runs have left, and return what it was; put back an old destination."""
     target = resolve(destination)
     found = _all_beside(target)
     is_aside = not os.path.lexists(target)
@@ -193,21 +162,22 @@ def remove_leftovers(destination: str | os.PathLike[str]) -> list[Path]:
             discard_unfinished(target)
         if left := _all_beside(target):
             raise DestinationError(f"{target}: cannot be removed: {listed(map(str, left))}")
-    return [path for path in found if not (is_aside and path == _beside(target, "old"))]
+    return [path for path in found if not (is_aside and path == beside(target, "old"))]
 
 
 def discard_unfinished(target: Path) -> None:
     """Remove what a run has written so far."""
-    discard(staging_folder(target), target)
-    journal_path(target).unlink(missing_ok=True)
+    discard(beside(target, "staging"), target)
+    beside(target, "journal").unlink(missing_ok=True)
 
 
 def discard(path: Path, target: Path) -> Path | None:
     """Remove what lies beside a destination; return what is left of it if it will not go."""
-    trash = _beside(target, "trash")
+    trash = beside(target, "trash")
     remove(trash)
     if os.path.lexists(path) and not os.path.lexists(trash):
-        path.rename(trash)  # so that a kill in the middle leaves nothing that looks whole
+        with suppress(OSError):
+            path.rename(trash)  # so that a kill in the middle leaves nothing that looks whole
     remove(path)
     remove(trash)
     return next(filter(os.path.lexists, (path, trash)), None)
@@ -223,13 +193,7 @@ def remove(path: Path) -> None:
 
 
 def put_in_place(new: Path, target: Path, overwrite: bool) -> None:
-    """Rename a finished folder to its destination; an old one there takes its place in the same step.
-
-    Raises
-    ------
-    OSError
-        If the destination is not empty and is not to be replaced.
-    """
+    """Rename a finished folder to its destination; an old one there takes its place in the same step."""
     if overwrite and target.is_dir() and any(target.iterdir()):
         _exchange(new, target)
     else:
@@ -267,12 +231,12 @@ def sync(path: Path) -> None:
 
 def recover(target: Path) -> None:
     """Undo or complete what a killed run was about: an exchange by way of a third name, a removal."""
-    aside = _beside(target, "old")
+    aside = beside(target, "old")
     if aside.exists() and not target.exists():
         aside.rename(target)
     discard(aside, target)
-    if not os.path.lexists(staging_folder(target)):  # a journal of what was put in place
-        journal_path(target).unlink(missing_ok=True)
+    if not os.path.lexists(beside(target, "staging")):  # a journal of what was put in place
+        beside(target, "journal").unlink(missing_ok=True)
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -283,7 +247,7 @@ def _exchange(new: Path, old: Path) -> None:
     names = os.fsencode(new), os.fsencode(old)
     if renameat2 and not renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
         return
-    aside = _beside(old, "old")
+    aside = beside(old, "old")
     old.rename(aside)
     try:
         new.rename(old)
@@ -293,9 +257,5 @@ def _exchange(new: Path, old: Path) -> None:
     aside.rename(new)
 
 
-def _beside(target: Path, role: str) -> Path:
-    return target.parent / f".{target.name}.shardkit-{role}"
-
-
 def _all_beside(target: Path) -> list[Path]:
-    return [path for role in _ROLES if os.path.lexists(path := _beside(target, role))]
+    return [path for role in _ROLES if os.path.lexists(path := beside(target, role))]

@@ -35,17 +35,16 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.plan.plan import Shard
 from shardkit.shard.copy import Lost, Outcome, Received
 from shardkit.shard.destination import (
+    beside,
     check_destination,
     clear_after_end,
     discard,
     discard_unfinished,
     free_bytes,
-    journal_path,
     locked,
     put_in_place,
     remove,
     resolve,
-    staging_folder,
     sync,
 )
 from shardkit.shard.side_files import altered_files
@@ -65,9 +64,9 @@ class FolderStore(Store):
 
     def __init__(self, job: Job, destination: str | os.PathLike[str], overwrite: bool, resume: bool) -> None:
         self.destination = resolve(destination)
-        super().__init__(job, staging_folder(self.destination))
+        super().__init__(job, beside(self.destination, "staging"))
         self._overwrite, self._resume = overwrite, resume
-        self._journal, self._writing = journal_path(self.destination), Lock()
+        self._journal, self._writing = beside(self.destination, "journal"), Lock()
         self._fingerprint = _fingerprint(job)
         self._syncing = ThreadPoolExecutor(2, thread_name_prefix="shardkit-sync")
         self._synced: list[Future[None]] = []
@@ -75,15 +74,7 @@ class FolderStore(Store):
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Hold the staging folder; as `Store.open`.
-
-        Raises
-        ------
-        DestinationError
-            If the destination must not be written, cannot be, or another run is writing it.
-        SpaceError
-            If the disk fills up.
-        """
+        """Hold the staging folder; as `Store.open`."""
         try:
             try:
                 self._check_destination()
@@ -121,17 +112,7 @@ class FolderStore(Store):
             future.result()
 
     def publish(self, files: Sequence[str]) -> tuple[str, Verification | None]:
-        """Verify, sync what is left and rename the folder to the destination.
-
-        Raises
-        ------
-        CheckpointError
-            If the source or a shard changed since it was copied.
-        DestinationError
-            If something appeared at the destination meanwhile.
-        VerificationError
-            If what was written is not what the source holds.
-        """
+        """Verify, sync what is left and rename the folder to the destination."""
         for file in files:
             self._wrote(file)
         found = self._verify() if self.job.verify else None
@@ -144,11 +125,7 @@ class FolderStore(Store):
         put_in_place(self.folder, self.destination, self._overwrite)
         with suppress(OSError):  # it is done; what stays behind is in nobody's way
             self._journal.unlink()
-        try:
-            left = discard(self.folder, self.destination)
-        except OSError:
-            left = self.folder
-        if left:
+        if left := discard(self.folder, self.destination):
             self.notes.append(
                 f"the previous destination could not be removed completely; the rest is in {left}"
             )
@@ -251,17 +228,16 @@ class FolderStore(Store):
 
     def _space(self) -> tuple[int, int]:
         """Return how many bytes are still to be written, in whole blocks, and how many are free."""
+        plan, side_files = self.job.plan, self.job.checkpoint.side_files
         disk = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
         block = os.statvfs(disk).f_frsize if hasattr(os, "statvfs") else _USUAL_BLOCK
-        sizes = {self.folder / shard.file: shard.nbytes for shard in self.job.plan.shards}
-        sizes |= {self.folder / file: size for file, size in self.job.checkpoint.side_files.items()}
-        if self.job.plan.index is not None and self.job.plan.index_file is not None:
-            sizes[self.folder / self.job.plan.index_file] = len(self.job.plan.index.encode())
         # A header names all that a line of the journal can.
-        sizes[self._journal] = sum(shard.header_bytes for shard in self.job.plan.shards)
-        needed = sum(max(0, -(-size // block) * block - _held(path)) for path, size in sizes.items())
-        others = {path.parent for path in sizes} | {"lock", "config"}  # a cast may make the config longer
-        return needed + block * len(others), free_bytes(disk)
+        sizes = [*(shard.nbytes for shard in plan.shards), sum(shard.header_bytes for shard in plan.shards)]
+        sizes += [*side_files.values(), len((plan.index or "").encode())]
+        folders = {"", *map(os.path.dirname, side_files)}
+        blocks = sum(-(-size // block) for size in sizes) + len(folders)
+        blocks += 3  # the folder of all this, the lock, and a config that a cast makes longer
+        return blocks * block - sum(map(_held, self.folder.rglob("*"))), free_bytes(disk)
 
     def _check_unchanged(self) -> None:
         if _fingerprint(self.job) != self._fingerprint:
@@ -279,31 +255,24 @@ class FolderStore(Store):
 
     def _read_journal(self) -> dict[str, Outcome]:
         """Return the finished shards; none where the journal is of another job, or unreadable."""
-        shards = {shard.file: shard for shard in self.job.plan.shards}
-        first, *entries = self._journal_lines() or [None]
-        if first != {"fingerprint": self._fingerprint}:
-            if first is not None:
-                self.notes.append("starting over: the leftovers are from a different source or plan")
-            return {}
-        kept = {}
-        for entry in entries:
-            try:
-                shard, lost = shards[entry["shard"]], tuple(Lost(*loss) for loss in entry["lost"])
-                received = tuple(Received(*part) for part in entry["received"])
-            except (KeyError, TypeError):
-                continue
-            path = self.folder / shard.file
-            if path.is_file() and not path.is_symlink() and path.stat().st_size == shard.nbytes:
-                kept[shard.file] = Outcome(lost, received)
-        return kept
-
-    def _journal_lines(self) -> list[Any]:
-        lines = []
+        entries: list[Any] = []
         with suppress(FileNotFoundError):
             for line in self._journal.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError):  # torn by a kill, or garbled
-                    lines.append(json.loads(line))
-        return lines
+                    entries.append(json.loads(line))
+        if entries[:1] != [{"fingerprint": self._fingerprint}]:
+            if entries:
+                self.notes.append("starting over: the leftovers are from a different source or plan")
+            return {}
+        sizes, kept = {shard.file: shard.nbytes for shard in self.job.plan.shards}, {}
+        for entry in entries[1:]:
+            with suppress(KeyError, TypeError):  # it makes no sense
+                size, path = sizes[entry["shard"]], self.folder / entry["shard"]
+                lost = tuple(Lost(*loss) for loss in entry["lost"])
+                received = tuple(Received(*part) for part in entry["received"])
+                if path.is_file() and not path.is_symlink() and path.stat().st_size == size:
+                    kept[entry["shard"]] = Outcome(lost, received)
+        return kept
 
 
 def _fingerprint(job: Job) -> str:
@@ -332,7 +301,7 @@ def _state_of(path: Path) -> tuple[int, ...] | None:
 
 
 def _held(path: Path) -> int:
-    """Bytes that the disk has given to a file: on Windows, all of it at once."""
+    """Return the bytes that the disk has given to a file: on Windows, all of it at once."""
     if not path.is_file():
         return 0
     status = path.stat()

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -30,13 +30,12 @@ from shardkit.base.sizes import format_size
 from shardkit.load.seen import ModelKeys
 from shardkit.plan.plan import Shard
 from shardkit.shard.copy import Lost, Outcome
-from shardkit.shard.destination import free_bytes, locked, remove_leftovers, staging_folder, sync
-from shardkit.shard.hub_target import Target, digest_bytes, digest_file, is_same
-from shardkit.shard.model_card import CARD, Story, model_card
-from shardkit.shard.push import own_readme, shown_card
+from shardkit.shard.destination import beside, free_bytes, locked, remove_leftovers, sync
+from shardkit.shard.hub_target import Target, described, is_same
+from shardkit.shard.model_card import CARD, model_card, own_readme, shown_card
 from shardkit.shard.store import Job, Store
 from shardkit.shard.verify import Verification, altered, digest_range, shard_range
-from shardkit.sources.hub import RemoteFile, Repository
+from shardkit.sources.hub import RemoteFile
 from shardkit.sources.hub_client import quiet
 
 _DRAFT = re.compile(r"shardkit-[0-9a-f]{16}")
@@ -46,7 +45,7 @@ _NOTES = ".shardkit"  # a folder of the draft branch: what is known of each shar
 @contextmanager
 def _work_space(base: Path, name: str) -> Iterator[None]:
     """Hold a folder of this job's own, gone on every way out; remove what killed runs have left."""
-    folder = staging_folder(base / name)
+    folder = beside(base / name, "staging")
     base.mkdir(parents=True, exist_ok=True)
     for left in base.glob(".shardkit-*.shardkit-*"):
         with suppress(DestinationError):  # it is held by a run that is alive
@@ -81,19 +80,14 @@ class _Sent:
     lost: tuple[Lost, ...]
     digests: Mapping[str, str]
 
-    def note(self) -> bytes:
-        """Return what is committed beside it, for a run that goes on."""
-        return json.dumps(asdict(self)).encode()
-
     @classmethod
     def of(cls, note: bytes) -> _Sent | None:
-        """Read a note; None where it is not one of ours."""
-        try:
+        """Read what was committed beside it; None where that is not one of ours."""
+        with suppress(ValueError, KeyError, TypeError):
             said: dict[str, Any] = json.loads(note)
             lost = tuple(Lost(**loss) for loss in said["lost"])
             return cls(RemoteFile(**said["content"]), lost, dict(said["digests"]))
-        except (ValueError, KeyError, TypeError):
-            return None
+        return None
 
 
 class HubStore(Store):
@@ -106,7 +100,7 @@ class HubStore(Store):
         self._base = base.expanduser().resolve()
         source = job.checkpoint.source
         self._draft = f"shardkit-{xxhash.xxh3_64_hexdigest(job.told(source))}"
-        super().__init__(job, staging_folder(self._base / self._draft))
+        super().__init__(job, beside(self._base / self._draft, "staging"))
         if source.lower().startswith(f"{self._target.folder}@".lower()):
             raise DestinationError(
                 f"{self._target.folder}: source and target are the same; choose another repository"
@@ -119,13 +113,7 @@ class HubStore(Store):
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Hold a folder of this job's own, and the draft branch; as `Store.open`.
-
-        Raises
-        ------
-        DestinationError, SpaceError
-            If the repository cannot be written, or the disk cannot hold a shard.
-        """
+        """Hold a folder of this job's own, and the draft branch; as `Store.open`."""
         with quiet(), _disk(self._base), _work_space(self._base, self._draft):
             self._target.create(self._private)
             self._take_over()
@@ -134,11 +122,9 @@ class HubStore(Store):
 
     def _take_over(self) -> None:
         """Find the draft branch, or make it, and see which shards it has."""
-        self._shown()  # a card that cannot be kept is better refused now
-        self._target.branch_off(self._draft)
-        draft = self._target.commit_at(self._target.head(self._draft))
-        self._draft_head = draft.sha
-        listing = draft.listing
+        shown_card(self._target.head(), self._readme)  # a card that cannot be kept is better refused now
+        draft = self._target.branch_off(self._draft)
+        self._draft_head, listing = draft.sha, draft.listing
         shards = self.job.plan.shards
         candidates = [s for s in shards if s.file in listing and _note_of(s.file) in listing]
         with run_all(lambda s: draft.read_bytes(_note_of(s.file)), candidates) as notes:
@@ -186,22 +172,21 @@ class HubStore(Store):
 
     def put(self, shard: Shard, outcome: Outcome) -> None:
         """Check a shard, send it, note it on the draft, drop it."""
-        path = self.folder / shard.file
+        path, file = self.folder / shard.file, shard.file
         self.job.refuse_overflow([outcome])
         digests = self._check(shard, outcome) if self.job.verify else {}
-        self._send(shard.file, path, _Sent(digest_file(path), outcome.lost, digests))
+        sent = _Sent(described(path), outcome.lost, digests)
+        shown = self._target.upload(file, path, sent.content, self._draft)
+        note = CommitOperationAdd(_note_of(file), json.dumps(asdict(sent)).encode())
+        with self._committing:
+            self._draft_head = self._target.commit(
+                [shown, note], {file: sent.content}, f"Draft of {file}", self._draft_head, self._draft
+            )
+            self._sent[file], self.finished[file] = sent, Outcome(sent.lost)
         path.unlink()
 
-    def settle(self) -> None:
-        """Return at once: what was put is on the Hub."""
-
-    @property
-    def beside(self) -> Path:
-        """Where files that are no shards are written."""
-        return self.folder / "beside"
-
     def _check(self, shard: Shard, outcome: Outcome) -> dict[str, str]:
-        """Read a shard back, hold it against what was received, and digest its tensors."""
+        """Read a shard back, compare it with what was received, and digest its tensors."""
         start, path, job = time.perf_counter(), self.folder / shard.file, self.job
         sync(path)
         self._in_memory.append(pages.drop([path]))
@@ -213,37 +198,16 @@ class HubStore(Store):
         self._checking_seconds += time.perf_counter() - start
         return digests
 
-    def _send(self, file: str, path: Path, sent: _Sent) -> None:
-        operation, note = self._target.upload(file, path, sent.content, self._draft), sent.note()
-        wanted = {file: sent.content, _note_of(file): digest_bytes(note)}
-        with self._committing:
-            self._draft_head = self._target.commit(
-                [operation, CommitOperationAdd(_note_of(file), note)],
-                wanted,
-                f"Draft of {file}",
-                self._draft_head,
-                self._draft,
-            )
-            self._sent[file], self.finished[file] = sent, Outcome(sent.lost)
-
-    def _shown(self) -> tuple[Repository, str | None]:
-        """Return the target's head, and its card."""
-        head = self._target.commit_at(self._target.head())
-        return head, shown_card(head, self._readme)
-
     def publish(self, files: Sequence[str]) -> tuple[str, Verification | None]:
         """Make the head show all of it, in one commit; then the draft is of no more use."""
-        paths = {name: self.beside / name for name in files}
-        contents = {name: digest_file(path) for name, path in paths.items()}
-        head, shown = self._shown()
-        plan, source = self.job.plan, self.job.checkpoint
+        plan, source, head = self.job.plan, self.job.checkpoint, self._target.head()
         shards = {shard.file: self._sent[shard.file].content for shard in plan.shards}
-        story = replace(Story.of(plan.made), digests=self._digests())
-        card = model_card(shown, self._readme, self._target.repo_id, source, shards, story).encode()
-        operations: dict[str, Any] = {n: CommitOperationAdd(n, path) for n, path in paths.items()}
-        operations |= {n: CommitOperationCopy(n, n, src_revision=self._draft) for n in shards}
+        card = model_card(head, self._readme, source, shards, plan.made, self._digests())
+        operations: dict[str, Any] = {n: CommitOperationCopy(n, n, src_revision=self._draft) for n in shards}
+        operations |= {name: CommitOperationAdd(name, self.folder / name) for name in files}
         operations[CARD] = CommitOperationAdd(CARD, card)
-        contents |= {**shards, CARD: digest_bytes(card)}
+        contents = {name: described(self.folder / name) for name in files}
+        contents |= {**shards, CARD: described(card)}
         message = f"Reshard {source.source} into {plural(len(shards), 'file')}"
         sha = self._target.publish(head, contents, operations, message)
         with suppress(DestinationError):  # the head is whole, whatever becomes of drafts

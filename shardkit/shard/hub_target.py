@@ -7,9 +7,10 @@ visitors see, and a commit is all or nothing. So whatever fails before it leaves
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
@@ -23,7 +24,6 @@ from shardkit.sources.hub import RemoteFile, Repository
 from shardkit.sources.resolve import hub_name
 
 ResultT = TypeVar("ResultT")
-Tree = Mapping[str, RemoteFile]
 
 MAIN: str = constants.DEFAULT_REVISION
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -40,23 +40,17 @@ _SHADOWS = re.compile(
 )
 
 
-def digest_file(path: str | os.PathLike[str], seen: Callable[[int], object] = lambda _: None) -> RemoteFile:
-    """Describe a local file as the Hub would list it; `seen` is told of bytes as they are read."""
-    size = os.stat(path).st_size
+def described(content: Path | bytes, seen: Callable[[int], object] = lambda _: None) -> RemoteFile:
+    """Describe a file as the Hub would list it; `seen` is told of bytes as they are read."""
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
     sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with open(path, "rb") as file:
+    with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
         while block := file.read(CHUNK_BYTES):
             sha256.update(block)
             if size <= GIT_BYTES:
                 git.update(block)
             seen(len(block))
     return RemoteFile(size, git.hexdigest(), sha256.hexdigest())
-
-
-def digest_bytes(data: bytes) -> RemoteFile:
-    """Describe a small file that is in memory only."""
-    git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
-    return RemoteFile(len(data), git.hexdigest(), hashlib.sha256(data).hexdigest())
 
 
 def is_same(listed: RemoteFile | None, ours: RemoteFile) -> bool:
@@ -66,26 +60,17 @@ def is_same(listed: RemoteFile | None, ours: RemoteFile) -> bool:
     return listed.sha256 == ours.sha256 if listed.sha256 else listed.blob_id == ours.blob_id
 
 
-def shadows(listed: Iterable[str], ours: Iterable[str]) -> list[str]:
-    """Return the listed weights and indexes that a load could take for ours: of an earlier model, stale."""
-    kept = set(ours)
-    adapter = any(name.startswith("adapter_model") for name in kept)
-    found = (name for name in listed if name not in kept and _SHADOWS.fullmatch(name))
-    return sorted(name for name in found if name.startswith("adapter_model") == adapter)
+def _holds(commit: Repository, wanted: Mapping[str, RemoteFile | None]) -> bool:
+    """Whether a commit has these files with this content, and lacks those that are None."""
+    has = commit.listing
+    return all(is_same(has.get(name), ours) if ours else name not in has for name, ours in wanted.items())
 
 
 class Target:
     """A model repository that is written to with the token given, or found.
 
-    Attributes
-    ----------
-    repo_id, folder
-        Its name, and as ``hf://org/name``.
-
-    Raises
-    ------
-    DestinationError
-        If the name is no repository's, there is no token to write with, or the Hub must not be asked.
+    `repo_id` is its name, `folder` the same as ``hf://org/name``. Whatever is refused, or fails again and
+    again, is a `DestinationError`.
     """
 
     def __init__(self, repo_id: str, token: str | None = None) -> None:
@@ -100,46 +85,36 @@ class Target:
             raise DestinationError(
                 f"{self.folder}: writing to the Hub needs a token with write access: {access.LOG_IN}"
             )
-        self.api = HfApi(token=self._token, library_name="shardkit")
+        self._api = HfApi(token=self._token, library_name="shardkit")
 
     def create(self, private: bool) -> None:
-        """Make sure that the repository is there.
-
-        Raises
-        ------
-        DestinationError
-            If it must not be written, or is public and `private` was asked for.
-        """
-        self.persist(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
-        if private and not self.persist(lambda: self.api.model_info(self.repo_id).private):
+        """Make sure that the repository is there; refuse a public one where a private one is wanted."""
+        self._persist(lambda: self._api.create_repo(self.repo_id, private=private, exist_ok=True))
+        if private and not self._persist(lambda: self._api.model_info(self.repo_id).private):
             raise DestinationError(
                 f"{self.folder}: already exists and is public: confirm with private=False, or choose "
                 "another name"
             )
 
-    def head(self, branch: str = MAIN) -> str:
+    def head(self, branch: str = MAIN) -> Repository:
         """Return the commit that a branch shows."""
-        return self.persist(lambda: str(self.api.model_info(self.repo_id, revision=branch).sha))
+        sha = self._persist(lambda: str(self._api.model_info(self.repo_id, revision=branch).sha))
+        return self._at(sha)
 
-    def branch_off(self, branch: str) -> None:
-        """Make a branch, from what the head shows; one that is there stays as it is."""
-        self.persist(lambda: self.api.create_branch(self.repo_id, branch=branch, exist_ok=True))
+    def branch_off(self, branch: str) -> Repository:
+        """Make a branch, from what the head shows, unless it is there; return the commit that it shows."""
+        self._persist(lambda: self._api.create_branch(self.repo_id, branch=branch, exist_ok=True))
+        return self.head(branch)
 
     def drop(self, branch: str) -> None:
         """Delete a branch."""
-        self.persist(lambda: self.api.delete_branch(self.repo_id, branch=branch))
+        self._persist(lambda: self._api.delete_branch(self.repo_id, branch=branch))
 
     def branches(self) -> list[str]:
         """Return the names of all branches."""
-        return self.persist(lambda: [ref.name for ref in self.api.list_repo_refs(self.repo_id).branches])
+        return self._persist(lambda: [ref.name for ref in self._api.list_repo_refs(self.repo_id).branches])
 
-    def commit_at(self, sha: str) -> Repository:
-        """Return what a commit holds."""
-        return Repository.at(self.repo_id, sha, self._token)
-
-    def upload(
-        self, file: str, path: str | os.PathLike[str], content: RemoteFile, branch: str = MAIN
-    ) -> CommitOperationAdd:
+    def upload(self, file: str, path: Path, content: RemoteFile, branch: str = MAIN) -> CommitOperationAdd:
         """Send a file's content, unless the repository has it; return what a commit needs to show it."""
         added = CommitOperationAdd(file, str(path))
         if content.sha256:
@@ -148,8 +123,8 @@ class Target:
         return added
 
     def _preupload(self, additions: list[CommitOperationAdd], branch: str) -> None:
-        self.persist(
-            lambda: self.api.preupload_lfs_files(
+        self._persist(
+            lambda: self._api.preupload_lfs_files(
                 self.repo_id,
                 additions,
                 revision=branch,
@@ -163,32 +138,31 @@ class Target:
                 f"{self.folder}: its .gitignore excludes {listed(ignored)}: remove these lines"
             )
 
-    def publish(self, head: Repository, contents: Tree, operations: Mapping[str, Any], message: str) -> str:
+    def publish(
+        self,
+        head: Repository,
+        contents: Mapping[str, RemoteFile],
+        operations: Mapping[str, Any],
+        message: str,
+    ) -> str:
         """Make the head show `contents` and no weights that could be taken for them; return its commit.
 
-        Parameters
-        ----------
-        head
-            What it shows now.
-        contents
-            All files that are to be there, ours and unchanged; others stay.
-        operations
-            By file, what puts it there. Where all is there already, there is no commit.
-
-        Raises
-        ------
-        DestinationError
-            As `commit`.
-        VerificationError
-            If the Hub then lists anything else.
+        `head` is what is shown now; `operations` has, by name, what puts a file there. Where all are there
+        already, there is no commit.
         """
-        wanted: dict[str, RemoteFile | None] = dict.fromkeys(shadows(head.listing, contents))
+        is_adapter = any(name.startswith("adapter_model") for name in contents)
+        shadows = [
+            name
+            for name in head.listing.keys() - contents.keys()
+            if _SHADOWS.fullmatch(name) and name.startswith("adapter_model") == is_adapter
+        ]
+        wanted: dict[str, RemoteFile | None] = dict.fromkeys(sorted(shadows))
         wanted |= {n: ours for n, ours in contents.items() if not is_same(head.listing.get(n), ours)}
         if not wanted:
             return head.sha
         todo = [operations[n] if ours else CommitOperationDelete(n) for n, ours in wanted.items()]
         sha = self.commit(todo, wanted, message, head.sha)
-        if not self.holds(sha, {**contents, **wanted}):
+        if not _holds(self._at(sha), {**contents, **wanted}):
             raise VerificationError(
                 f"{self.folder}: commit {sha} does not contain what was sent: check it on the Hub"
             )
@@ -206,48 +180,33 @@ class Target:
 
         The commit may be made and its answer lost: then the branch is found to hold what is `wanted` (by
         file, None where a file is to go), and all is well.
-
-        Raises
-        ------
-        DestinationError
-            If somebody else changed the branch meanwhile, or the Hub refuses.
         """
         self._preupload([one for one in operations if isinstance(one, CommitOperationAdd)], branch)
 
         def attempt() -> str:
             try:
-                made = self.api.create_commit(
+                made = self._api.create_commit(
                     self.repo_id, operations, commit_message=message, revision=branch, parent_commit=parent
                 )
                 return str(made.oid)
             except _FAILURES as error:
                 failure = error
-            if (head := self.head(branch)) == parent:
+            if (head := self.head(branch)).sha == parent:
                 raise failure
-            if self.holds(head, wanted):
-                return head
+            if _holds(head, wanted):
+                return head.sha
             raise DestinationError(
                 f"{self.folder}: somebody else changed it in the meantime, so nothing was published. Run "
                 "again: uploaded files are not sent again"
             )
 
-        return self.persist(attempt)
+        return self._persist(attempt)
 
-    def holds(self, sha: str, wanted: Mapping[str, RemoteFile | None]) -> bool:
-        """Whether a commit has these files with this content, and lacks those that are None."""
-        listed = self.commit_at(sha).listing
-        return all(
-            is_same(listed.get(name), ours) if ours else name not in listed for name, ours in wanted.items()
-        )
+    def _at(self, sha: str) -> Repository:
+        return Repository.at(self.repo_id, sha, self._token)
 
-    def persist(self, call: Callable[[], ResultT]) -> ResultT:
-        """Return what a call of the client returns; try again after failures that may pass.
-
-        Raises
-        ------
-        DestinationError
-            If it is refused, or fails again and again.
-        """
+    def _persist(self, call: Callable[[], ResultT]) -> ResultT:
+        """Return what a call of the client returns; try again after failures that may pass."""
         patience = access.Patience(self.folder)
         while True:
             try:

@@ -8,8 +8,7 @@ stays until that README changes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import xxhash
@@ -17,12 +16,13 @@ import yaml  # type: ignore[import-untyped]
 from huggingface_hub import constants
 
 import shardkit
+from shardkit.base.errors import CheckpointError, DestinationError
 from shardkit.base.record import plural
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES
 from shardkit.plan.packing import STRATEGIES
-from shardkit.sources.hub import RemoteFile
+from shardkit.sources.hub import RemoteFile, Repository
 from shardkit.sources.resolve import commit_of, hub_name
 
 CARD = "README.md"
@@ -40,72 +40,53 @@ _TOKENIZERS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Story:
-    """What is known of how files came about.
-
-    Attributes
-    ----------
-    source
-        What they were made from, as a result names it; None where nobody has recorded it.
-    strategy, max_shard_size, dtype
-        Of the plan: the size in bytes, the dtype that floating-point tensors were cast to.
-    digests
-        XXH3-128 by tensor, where they were verified.
-    """
-
-    source: str | None = None
-    strategy: str | None = None
-    max_shard_size: int | None = None
-    dtype: str | None = None
-    digests: Mapping[str, str] | None = None
-
-    @classmethod
-    def of(cls, made: Mapping[str, object]) -> Story:
-        """Take what an index says (`ShardPlan.made`), as far as it can be true: anybody may write one."""
-        source, strategy, size, dtype = (
-            str(made.get(name)) for name in ("source", "strategy", "max_shard_size", "cast_to")
-        )
-        return cls(
-            source=source if commit_of(source or "") else None,
-            strategy=strategy if strategy in STRATEGIES else None,
-            max_shard_size=int(size) if re.fullmatch(r"[0-9]{1,18}", size) else None,
-            dtype=dtype if dtype in CAST_DTYPES else None,
-        )
-
-
 def model_card(
-    shown: str | None,
+    head: Repository,
     own: str | None,
-    repo_id: str,
     checkpoint: Checkpoint,
     shards: Mapping[str, RemoteFile],
-    story: Story,
-) -> str:
-    """Return a model card: a README with our section, new or replaced.
+    made: Mapping[str, str],
+    digests: Mapping[str, str],
+) -> bytes:
+    """Return a README with our section, new or replaced.
 
-    Parameters
-    ----------
-    shown
-        The card that is there; kept where our section in it was added to `own`.
-    own
-        The model's own README.
-    repo_id
-        Where it will be shown.
-    checkpoint
-        What is pushed, or, where that is not on this disk, what it was made from.
-    shards
-        The weight files.
+    The card that `head` shows is kept where our section in it was added to `own`, the model's README.
+    `checkpoint` is what is pushed, or what it was made from; `made` what an index says of that, believed as
+    far as it can be true: anybody may write one. `digests` are of all tensors, where they were verified.
     """
-    section = "\n".join([_BEGIN, *_section(own, repo_id, checkpoint, shards, story), _END, ""])
-    base = _base(shown, own)
+    base = _base(shown_card(head, own), own)
+    section = "\n".join([_BEGIN, *_section(own, head.repo_id, checkpoint, shards, made, digests), _END, ""])
     if base is None:
         is_known = "architectures" in (checkpoint.config or {})
-        head = "---\nlibrary_name: transformers\n---\n\n" if is_known else ""
-        return f"{head}# {repo_id.partition('/')[2]}\n\n{section}"
-    if _SECTION.search(base):
-        return _SECTION.sub(lambda _: section, base, count=1)
-    return f"{base.rstrip()}\n\n{section}"
+        front = "---\nlibrary_name: transformers\n---\n\n" if is_known else ""
+        card = f"{front}# {head.repo_id.partition('/')[2]}\n\n{section}"
+    elif _SECTION.search(base):
+        card = _SECTION.sub(lambda _: section, base, count=1)
+    else:
+        card = f"{base.rstrip()}\n\n{section}"
+    return card.encode()
+
+
+def own_readme(checkpoint: Checkpoint) -> str | None:
+    """Return the text of a model's README, just as it is; None where there is none."""
+    if CARD not in checkpoint.side_files:
+        return None
+    try:
+        return checkpoint.place.content(CARD).decode()
+    except UnicodeDecodeError:
+        raise CheckpointError("is not valid UTF-8: save it as UTF-8", file=checkpoint.path(CARD)) from None
+
+
+def shown_card(head: Repository, own: str | None) -> str | None:
+    """Return the card that a commit shows; None where there is none, or none that `own` may not replace."""
+    try:
+        return head.read_bytes(CARD).decode() if head.is_file(CARD) else None
+    except UnicodeDecodeError:
+        if own is not None:
+            return None
+        raise DestinationError(
+            f"{head.where(CARD)}: is not valid UTF-8: save it as UTF-8, or delete it"
+        ) from None
 
 
 def _base(shown: str | None, own: str | None) -> str | None:
@@ -121,9 +102,14 @@ def _digest(own: str | None) -> str | None:
 
 
 def _section(
-    own: str | None, repo_id: str, checkpoint: Checkpoint, shards: Mapping[str, RemoteFile], story: Story
+    own: str | None,
+    repo_id: str,
+    checkpoint: Checkpoint,
+    shards: Mapping[str, RemoteFile],
+    made: Mapping[str, str],
+    digests: Mapping[str, str],
 ) -> list[str]:
-    size = sum(file.size for file in shards.values())
+    size, source = sum(file.size for file in shards.values()), made.get("source", "")
     lines = [
         *([] if own is None else [f"<!-- README: XXH3-128 {_digest(own)} -->"]),
         "## How these files were made",
@@ -132,7 +118,7 @@ def _section(
         "",
         "| | |",
         "|---|---|",
-        *(f"| {label} | {value} |" for label, value in _facts(own, checkpoint, story)),
+        *(f"| {label} | {value} |" for label, value in _facts(own, checkpoint, made, digests)),
         "",
         "| file | bytes | SHA-256 |",
         "|---|---:|---|",
@@ -141,32 +127,33 @@ def _section(
     ]
     if snippet := _loading(repo_id, checkpoint):
         lines += ["To load it:", "", "```python", *snippet, "```", ""]
-    if commit_of(story.source or ""):
-        check = f"shardkit verify {story.source} {hub_name(repo_id)}"
-        lines += [f"To compare every tensor with the source: `{check}`.", ""]
+    if commit_of(source):
+        lines += [
+            f"To compare every tensor with the source: `shardkit verify {source} {hub_name(repo_id)}`.",
+            "",
+        ]
     return lines
 
 
-def _facts(own: str | None, checkpoint: Checkpoint, story: Story) -> list[tuple[str, str]]:
-    facts = []
-    if origin := commit_of(story.source or ""):
+def _facts(
+    own: str | None, checkpoint: Checkpoint, made: Mapping[str, str], digests: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    if origin := commit_of(made.get("source", "")):
         source_id, sha = origin
-        facts += [("source", f"[{source_id}]({constants.ENDPOINT}/{source_id})"), ("revision", f"`{sha}`")]
+        yield "source", f"[{source_id}]({constants.ENDPOINT}/{source_id})"
+        yield "revision", f"`{sha}`"
     if license_id := _license(own):
-        facts.append(("license", _cell(license_id)))
-    if story.strategy and story.max_shard_size:
-        size = format_size(story.max_shard_size)
-        facts.append(("plan", f"strategy {story.strategy}, at most {size} a file"))
-    if story.dtype:
-        facts.append(("dtype", f"cast to {story.dtype}"))
-    else:
-        facts.append(("dtype", ", ".join(DTYPE_NAMES[dtype] for dtype in checkpoint.dtypes)))
-    facts.append(("tensors", f"{len(checkpoint.tensors):,}"))
-    if story.digests:
-        lines = "".join(f"{name} {digest}\n" for name, digest in sorted(story.digests.items()))
+        yield "license", _cell(license_id)
+    strategy, size, dtype = (made.get(name, "") for name in ("strategy", "max_shard_size", "cast_to"))
+    if strategy in STRATEGIES and re.fullmatch(r"[0-9]{1,18}", size):
+        yield "plan", f"strategy {strategy}, at most {format_size(int(size))} a file"
+    stored = ", ".join(DTYPE_NAMES[dtype] for dtype in checkpoint.dtypes)
+    yield "dtype", f"cast to {dtype}" if dtype in CAST_DTYPES else stored
+    yield "tensors", f"{len(checkpoint.tensors):,}"
+    if digests:
+        lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
         digest = xxhash.xxh3_128_hexdigest(lines.encode())
-        facts.append(("digest of the tensors", f"`{digest}` (XXH3-128 of the sorted lines `name XXH3-128`)"))
-    return facts
+        yield "digest of the tensors", f"`{digest}` (XXH3-128 of the sorted lines `name XXH3-128`)"
 
 
 def _license(own: str | None) -> str | None:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, constants
 
-from shardkit.base.errors import CheckpointError, DestinationError
+from shardkit.base.errors import CheckpointError
 from shardkit.base.jobs import ProgressCallback, ProgressCount, resumable, run_all
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import CONFIG_FILES
-from shardkit.shard.hub_target import GIT_BYTES, Target, digest_bytes, digest_file, is_same
-from shardkit.shard.model_card import CARD, Story, model_card
+from shardkit.shard.hub_target import GIT_BYTES, Target, described, is_same
+from shardkit.shard.model_card import CARD, model_card, own_readme
 from shardkit.shard.report import ShardReport
-from shardkit.sources.hub import RemoteFile, Repository, name_problem
+from shardkit.sources.hub import RemoteFile, name_problem
 from shardkit.sources.hub_client import quiet
 from shardkit.sources.local import file_state
 from shardkit.sources.resolve import is_on_hub
@@ -38,22 +38,17 @@ class _LocalFile(NamedTuple):
         """Read a file once; keep its bytes, unless they are weights or too many for a commit."""
         try:
             state = file_state(path.stat())
-            if is_weights or state[0] > GIT_BYTES:
-                return cls(path, digest_file(path, seen), None, state)
-            data = path.read_bytes()
+            data = None if is_weights or state[0] > GIT_BYTES else path.read_bytes()
+            return cls(path, described(path if data is None else data, seen), data, state)
         except FileNotFoundError:
             raise _changed(path) from None
-        seen(len(data))
-        return cls(path, digest_bytes(data), data, state)
 
     def check_still(self) -> None:
         """Refuse to go on with a file that is no longer the one that was read."""
-        try:
-            is_still = file_state(self.path.stat()) == self.state
-        except OSError:
-            is_still = False
-        if not is_still:
-            raise _changed(self.path)
+        with suppress(OSError):
+            if file_state(self.path.stat()) == self.state:
+                return
+        raise _changed(self.path)
 
 
 @resumable()
@@ -102,18 +97,19 @@ def push_checkpoint(
     """
     report = folder if isinstance(folder, ShardReport) else None
     checkpoint = _open(folder.destination if isinstance(folder, ShardReport) else os.fspath(folder))
-    story, own = _story(checkpoint, report), own_readme(checkpoint)
+    own = own_readme(checkpoint)
+    made = checkpoint.made if report is None else _made(checkpoint, report)
+    digests = report.verification.digests if report and report.verification else {}
     names = {*needed_files(checkpoint.place), *checkpoint.files} - {CARD}
     target = Target(repo_id, token)
     with quiet():
         target.create(private)
-        head = target.commit_at(target.head())
-        shown = shown_card(head, own)
+        head = target.head()
         files = _read(checkpoint, names, progress)
         contents = {name: file.content for name, file in files.items()}
         shards = {name: contents[name] for name in checkpoint.files}
-        card = model_card(shown, own, target.repo_id, checkpoint, shards, story).encode()
-        contents[CARD] = digest_bytes(card)
+        card = model_card(head, own, checkpoint, shards, made, digests)
+        contents[CARD] = described(card)
         changed = {n: f for n, f in files.items() if not is_same(head.listing.get(n), f.content)}
         operations = _upload(target, changed, progress)
         operations[CARD] = CommitOperationAdd(CARD, card)
@@ -144,7 +140,7 @@ def _open(folder: str) -> Checkpoint:
 
 
 def check_loadable(checkpoint: Checkpoint) -> None:
-    """Refuse what nobody could load from the Hub: without a config, or with names that it would not give."""
+    """Refuse what could not be loaded from the Hub."""
     if checkpoint.config is None:
         raise CheckpointError(
             f"has no {listed(CONFIG_FILES)}, so it cannot be loaded", file=checkpoint.source
@@ -157,54 +153,14 @@ def check_loadable(checkpoint: Checkpoint) -> None:
             )
 
 
-def _story(checkpoint: Checkpoint, report: ShardReport | None) -> Story:
-    """Tell what the index has recorded, and what the run that wrote it says."""
-    made = checkpoint.made
-    if report is None:
-        return Story.of(made)
+def _made(checkpoint: Checkpoint, report: ShardReport) -> dict[str, str]:
+    """Return how a folder came about, as the report of the run that wrote it says; refuse another's."""
     sizes = {name: state[0] for name, state in checkpoint.seen.items()}
-    told = (report.source if is_on_hub(report.source) else None, report.dtype)
-    is_other = bool(made) and (made.get("source"), made.get("cast_to")) != told
+    source, made = report.source if is_on_hub(report.source) else None, checkpoint.made
+    is_other = made and (made.get("source"), made.get("cast_to")) != (source, report.dtype)
     if is_other or (sizes, len(checkpoint.tensors)) != (report.files, report.tensors):
         raise CheckpointError("no longer matches the report: push the folder itself", file=checkpoint.source)
-    digests = report.verification.digests if report.verification else None
-    return replace(Story.of(made), source=report.source, dtype=report.dtype, digests=digests)
-
-
-def own_readme(checkpoint: Checkpoint) -> str | None:
-    """Return the text of a model's README, just as it is; None where there is none.
-
-    Raises
-    ------
-    CheckpointError
-        If it is not in UTF-8.
-    """
-    if CARD not in checkpoint.side_files:
-        return None
-    try:
-        return checkpoint.place.content(CARD).decode()
-    except UnicodeDecodeError:
-        raise CheckpointError("is not valid UTF-8: save it as UTF-8", file=checkpoint.path(CARD)) from None
-
-
-def shown_card(head: Repository, own: str | None) -> str | None:
-    """Return the card that a commit shows; None where there is none, or none that can be kept.
-
-    Raises
-    ------
-    DestinationError
-        If it is not in UTF-8, and there is no `own` README to put in its place.
-    """
-    if not head.is_file(CARD):
-        return None
-    try:
-        return head.read_bytes(CARD).decode()
-    except UnicodeDecodeError:
-        if own is None:
-            raise DestinationError(
-                f"{head.where(CARD)}: is not valid UTF-8: save it as UTF-8, or delete it"
-            ) from None
-        return None
+    return made | {"source": report.source} | ({"cast_to": report.dtype} if report.dtype else {})
 
 
 def _read(

@@ -16,7 +16,6 @@ def write_side_files(
     checkpoint: Checkpoint, plan: ShardPlan, folder: Path, hear: Callable[[], None]
 ) -> list[str]:
     """Write all that is not a shard, the index last; return what it was. `hear` may stop it by raising."""
-    folder.mkdir(exist_ok=True)
     for file in checkpoint.side_files:
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -70,20 +70,10 @@ class Job:
 
 
 class Store(ABC):
-    """Where a job's shards go.
+    """Where a job's shards go: they are made in `folder`, on this machine, and `put` from there.
 
-    Attributes
-    ----------
-    job
-        What is written.
-    folder
-        Where shards are made, on this machine.
-    finished
-        What is done, by shard: what an earlier run finished, once the store is open, and what was `put`.
-    notes
-        What a person should be told.
-    stage
-        What its `Progress` is called.
+    `finished` is what is done, by shard: what an earlier run finished, once the store is open, and what was
+    `put`. `notes` are for a person; `stage` is what its `Progress` is called.
     """
 
     stage: str
@@ -113,15 +103,10 @@ class Store(ABC):
     def put(self, shard: Shard, outcome: Outcome) -> None:
         """Take over a shard that was made in `folder`; from any thread."""
 
-    @abstractmethod
     def settle(self) -> None:
         """Return when all shards that were put are where they stay."""
+        return
 
     @abstractmethod
     def publish(self, files: Sequence[str]) -> tuple[str, Verification | None]:
-        """Put all in place, in one step, with `files`, written in `beside`; return where, and the proof."""
-
-    @property
-    def beside(self) -> Path:
-        """Where files that are no shards are written."""
-        return self.folder
+        """Put all in place, in one step, with `files`, which are in `folder`; return where, and the proof."""

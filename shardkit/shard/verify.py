@@ -247,7 +247,7 @@ def compare_tensors(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verific
 
 
 def _verification(
-    ours: Checkpoint, theirs: Checkpoint, differ: Mapping[str, str], digests: dict[str, str], start: float
+    ours: Checkpoint, theirs: Checkpoint, differ: dict[str, str], digests: dict[str, str], start: float
 ) -> Verification:
     pairs = _pairs(ours, theirs)
     obstacles = {tensor.name: why for tensor, copy in pairs if (why := _obstacle(tensor, copy))}

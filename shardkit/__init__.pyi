@@ -33,6 +33,6 @@ from .shard.engine import shard_checkpoint as shard_checkpoint
 from .shard.engine import shard_on_hub as shard_on_hub
 from .shard.push import push_checkpoint as push_checkpoint
 from .shard.report import ShardReport as ShardReport
-from .shard.verify import Verification as Verification
+from .shard.report import Verification as Verification
 from .shard.verify import verify_checkpoint as verify_checkpoint
 from .show.progress import ProgressBar as ProgressBar

@@ -189,7 +189,9 @@ def make_demo_checkpoint(
         plan = _cut(plan_shards(checkpoint, max_shard_size="1TB"), shards)
         if (existing := _existing_demo(target, plan, made_by)) is not None:
             return existing
-        job = Job(checkpoint, plan, verify=False, allow_overflow=False, crew=Crew(os.cpu_count() or 1))
+        job = Job(
+            checkpoint, plan, verify=False, allow_overflow=False, crew=Crew(min(8, os.cpu_count() or 1))
+        )
         reshard(FolderStore(job, target, overwrite=False, resume=True), start)
     return Checkpoint.open(target)
 

@@ -47,9 +47,10 @@ from shardkit.shard.destination import (
     resolve,
     sync,
 )
+from shardkit.shard.report import Verification, read_from
 from shardkit.shard.side_files import altered_files
 from shardkit.shard.store import Job, Store
-from shardkit.shard.verify import Verification, altered, read_from, verify_written
+from shardkit.shard.verify import altered, verify_written
 from shardkit.sources.local import file_state
 
 _CHANGED = "changed while being copied; nothing was published"

@@ -33,8 +33,9 @@ from shardkit.shard.copy import Lost, Outcome
 from shardkit.shard.destination import beside, free_bytes, locked, remove_leftovers, sync
 from shardkit.shard.hub_target import Target, described, is_same
 from shardkit.shard.model_card import CARD, model_card, own_readme, shown_card
+from shardkit.shard.report import Verification
 from shardkit.shard.store import Job, Store
-from shardkit.shard.verify import Verification, altered, digest_range, shard_range
+from shardkit.shard.verify import altered, digest_range, shard_range
 from shardkit.sources.hub import RemoteFile
 from shardkit.sources.hub_client import quiet
 

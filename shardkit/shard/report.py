@@ -8,10 +8,133 @@ from dataclasses import dataclass, field
 from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.base.sizes import format_size
 from shardkit.formats.names import is_weights
+from shardkit.load.seen import ModelKeys
 from shardkit.shard.copy import Lost
-from shardkit.shard.verify import Verification, read_from
 
 _SHOWN_LOSSES = 3
+_SHOWN_MISMATCHES = 20
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A tensor that differs, and how: its dtype, its shape, or its bytes."""
+
+    tensor: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verification(Record):
+    """What a comparison of two checkpoints found.
+
+    Attributes
+    ----------
+    source, destination
+        What was compared.
+    tensors, nbytes
+        How many tensors were found on both sides, and the bytes of them in the source.
+    cast
+        How many of them have another floating-point dtype in the destination, and hold just what the
+        cast of the source gives.
+    mismatches, missing, extra
+        Tensors that differ; that only the source has; that only the destination has.
+    digests
+        XXH3-128 by tensor, of the bytes in the destination.
+    seconds
+        How long it took.
+    received
+        Whether the source was read once only, from the Hub, and the destination was held against the digests
+        that were taken of its bytes as they arrived.
+    model
+        What a model gets from either side, by transformers' own account.
+    missing_files, changed_files
+        Files of the source that a load needs (config, tokenizer, code, further weights, what these name), and
+        that the destination lacks, or has with another content.
+    files, files_in_memory
+        How many files were read on this machine, and how many of them were in memory, so that what the disk
+        holds was not proven; None where the system does not show that.
+    """
+
+    source: str
+    destination: str
+    tensors: int
+    nbytes: int
+    cast: int
+    digests: dict[str, str] = field(repr=False)
+    seconds: float
+    mismatches: tuple[Mismatch, ...] = ()
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    received: bool = False
+    model: ModelKeys | None = None
+    missing_files: tuple[str, ...] = ()
+    changed_files: tuple[str, ...] = ()
+    files: int = 0
+    files_in_memory: int | None = None
+
+    @property
+    def equal(self) -> bool:
+        """Whether the destination holds the source's tensors and nothing else, and a model gets the same."""
+        differs = self.model is not None and self.model.differences
+        return not (self.mismatches or self.missing or self.extra or differs or self._files_apart)
+
+    @property
+    def why_unequal(self) -> str:
+        """What differs, in a line: tensors, or else files or what a model gets; empty if nothing does."""
+        if wrong := [m.tensor for m in self.mismatches] + [*self.missing, *self.extra]:
+            return f"{plural(len(wrong), 'tensor')} differ{'s' * (len(wrong) == 1)} ({listed(wrong)})"
+        if self._files_apart:
+            return f"all tensors are equal, but files are missing or changed: {listed(self._files_apart)}"
+        return f"all tensors are equal, but {self.model}" if not self.equal else ""
+
+    @property
+    def _files_apart(self) -> tuple[str, ...]:
+        return self.missing_files + self.changed_files
+
+    def _result(self) -> str:
+        if not self.equal:
+            return "NOT EQUAL"
+        if self.received:
+            return "equal to what was received" + ", after its cast" * bool(self.cast)
+        return "equal to the cast of the source" if self.cast else "equal"
+
+    @property
+    def is_from_disk(self) -> bool:
+        """Whether every file on this machine was seen to be read from its disk."""
+        return bool(self.files) and self.files_in_memory == 0
+
+    def summary(self) -> Summary:
+        """Return the finding as a person reads it."""
+        cast = f"{plural(self.cast, 'tensor')} compared with the cast computed again" if self.cast else ""
+        facts = (
+            ("source", shown_path(self.source)),
+            ("destination", shown_path(self.destination)),
+            ("result", self._result()),
+            ("tensors", f"{self.tensors:,} compared, {format_size(self.nbytes)}"),
+            ("cast", cast),
+            ("model", str(self.model or "")),
+            ("missing files", listed(self.missing_files)),
+            ("changed files", listed(self.changed_files)),
+            ("read", read_from(self.files, self.files_in_memory) if self.files else ""),
+            ("missing", listed(self.missing)),
+            ("extra", listed(self.extra)),
+        )
+        rows = tuple((m.tensor, m.reason) for m in self.mismatches[:_SHOWN_MISMATCHES])
+        tables = (Table(("tensor", "differs in"), rows),) if rows else ()
+        rest = len(self.mismatches) - len(rows)
+        notes = (f"{plural(rest, 'more tensor')} differ{'s' * (rest == 1)}",) * bool(rest)
+        if self.cast and self.mismatches:
+            notes += ("if the second is the source of the cast, swap them",)
+        return Summary("Verification", tuple(fact for fact in facts if fact[1]), tables, notes)
+
+
+def read_from(files: int, in_memory: int | None) -> str:
+    """Say where files were read from: as `Verification.files` and `files_in_memory`."""
+    if in_memory == 0:
+        return "from the disk"
+    known = f"{in_memory} of {plural(files, 'file')} in memory"
+    unknown = "this system does not show whether files were in memory"
+    return f"{unknown if in_memory is None else known}: contents on disk not proven"
 
 
 @dataclass(frozen=True)
@@ -62,18 +185,15 @@ class ShardReport(Record):
     notes: tuple[str, ...] = ()
     kept: dict[str, str] = field(default_factory=dict)
 
-    def _verified(self) -> str:
-        if (check := self.verification) is None:
-            return "no"
-        to_what = " to what was received" if check.received else ""
-        where = ", read back from the disk" if check.is_from_disk else ""
-        return f"equal{to_what}, {check.tensors:,} tensors in {check.seconds:.2f} s{where}"
-
     def summary(self) -> Summary:
         """Return the report as a person reads it."""
         new = sum(nbytes for file, nbytes in self.files.items() if file not in self.reused)
         rate = f", {format_size(new / max(self.copy_seconds, 1e-9))}/s" if new else ""
-        facts: tuple[tuple[str, str], ...] = (
+        reused = f"{len(self.reused)} of {plural(len(self.files), 'file')}: {listed(self.reused)}"
+        infinite, zero = (sum(getattr(x, of) for x in self.lost) for of in ("overflowed", "flushed"))
+        losses = f"{plural(infinite, 'value')} became infinite, {zero:,} became zero"
+        check = self.verification
+        facts = (
             ("source", shown_path(self.source)),
             ("destination", shown_path(self.destination)),
             ("written", f"{format_size(self.nbytes)} in {plural(len(self.files), 'file')}"),
@@ -81,23 +201,24 @@ class ShardReport(Record):
             ("write time", f"{self.copy_seconds:.2f} s{rate}"),
             ("verified", self._verified()),
             ("also copied", self._also_copied()),
+            ("model", str(check.model or "") if check else ""),
+            ("reused", reused if self.reused else ""),
+            ("cast losses", f"{losses}, in {plural(len(self.lost), 'tensor')}" if self.dtype else ""),
         )
-        if self.verification is not None and self.verification.model is not None:
-            facts += (("model", str(self.verification.model)),)
-        facts += (
-            ("reused", f"{len(self.reused)} of {plural(len(self.files), 'file')}: {listed(self.reused)}"),
-        ) * bool(self.reused)
-        if self.dtype:
-            infinite, zero = (sum(getattr(x, of) for x in self.lost) for of in ("overflowed", "flushed"))
-            words = f"{plural(infinite, 'value')} became infinite, {zero:,} became zero"
-            facts += (("cast losses", f"{words}, in {plural(len(self.lost), 'tensor')}"),)
         worst = sorted(self.lost, key=lambda x: (-x.overflowed, -x.flushed))[:_SHOWN_LOSSES]
         rows = tuple((x.tensor, f"{x.overflowed:,}", f"{x.flushed:,}") for x in worst)
         lost = (Table(("most losses in", "became infinite", "became zero"), rows),) if rows else ()
         notes = self.notes
-        if (check := self.verification) and check.files and not check.is_from_disk:
+        if check and check.files and not check.is_from_disk:
             notes += (f"when read back: {read_from(check.files, check.files_in_memory)}",)
-        return Summary("Sharded checkpoint", facts, lost, notes)
+        return Summary("Sharded checkpoint", tuple(fact for fact in facts if fact[1]), lost, notes)
+
+    def _verified(self) -> str:
+        if (check := self.verification) is None:
+            return "no"
+        to_what = " to what was received" if check.received else ""
+        where = ", read back from the disk" if check.is_from_disk else ""
+        return f"equal{to_what}, {check.tensors:,} tensors in {check.seconds:.2f} s{where}"
 
     def _also_copied(self) -> str:
         weights = [file for file in self.side_files if is_weights(os.path.basename(file))]

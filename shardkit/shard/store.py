@@ -17,7 +17,7 @@ from shardkit.base.record import listed, plural
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.plan.plan import Shard, ShardPlan
 from shardkit.shard.copy import Lost, Outcome
-from shardkit.shard.verify import Verification
+from shardkit.shard.report import Verification
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain, starmap
 from operator import attrgetter
@@ -21,143 +21,18 @@ import xxhash
 
 from shardkit.base import pages
 from shardkit.base.jobs import Crew, ProgressCallback, ProgressCount, run_all, worker_count
-from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
-from shardkit.base.sizes import format_size
 from shardkit.checkpoint.belonging import is_needed, named_files
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import read_json
 from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
 from shardkit.load.look import config_differences
-from shardkit.load.seen import ModelKeys, model_keys
+from shardkit.load.seen import model_keys
 from shardkit.plan.plan import PlannedTensor, Shard, ShardPlan
 from shardkit.shard.copy import Outcome, Range, cast_chunks, file_range, tensor_range
+from shardkit.shard.report import Mismatch, Verification
 
 _BATCH_BYTES = 32 << 20
 _BATCH_TENSORS = 512
-_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """A tensor that differs, and how: its dtype, its shape, or its bytes."""
-
-    tensor: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Verification(Record):
-    """What a comparison of two checkpoints found.
-
-    Attributes
-    ----------
-    source, destination
-        What was compared.
-    tensors, nbytes
-        How many tensors were found on both sides, and the bytes of them in the source.
-    cast
-        How many of them have another floating-point dtype in the destination, and hold just what the
-        cast of the source gives.
-    mismatches, missing, extra
-        Tensors that differ; that only the source has; that only the destination has.
-    digests
-        XXH3-128 by tensor, of the bytes in the destination.
-    seconds
-        How long it took.
-    received
-        Whether the source was read once only, from the Hub, and the destination was held against the digests
-        that were taken of its bytes as they arrived.
-    model
-        What a model gets from either side, by transformers' own account.
-    missing_files, changed_files
-        Files of the source that a load needs (config, tokenizer, code, further weights, what these name), and
-        that the destination lacks, or has with another content.
-    files, files_in_memory
-        How many files were read on this machine, and how many of them were in memory, so that what the disk
-        holds was not proven; None where the system does not show that.
-    """
-
-    source: str
-    destination: str
-    tensors: int
-    nbytes: int
-    cast: int
-    digests: dict[str, str] = field(repr=False)
-    seconds: float
-    mismatches: tuple[Mismatch, ...] = ()
-    missing: tuple[str, ...] = ()
-    extra: tuple[str, ...] = ()
-    received: bool = False
-    model: ModelKeys | None = None
-    missing_files: tuple[str, ...] = ()
-    changed_files: tuple[str, ...] = ()
-    files: int = 0
-    files_in_memory: int | None = None
-
-    @property
-    def equal(self) -> bool:
-        """Whether the destination holds the source's tensors and nothing else, and a model gets the same."""
-        differs = self.model is not None and self.model.differences
-        return not (self.mismatches or self.missing or self.extra or differs or self._files_apart)
-
-    @property
-    def why_unequal(self) -> str:
-        """What differs, in a line: tensors, or else files or what a model gets; empty if nothing does."""
-        if wrong := [m.tensor for m in self.mismatches] + [*self.missing, *self.extra]:
-            return f"{plural(len(wrong), 'tensor')} differ{'s' * (len(wrong) == 1)} ({listed(wrong)})"
-        if self._files_apart:
-            return f"all tensors are equal, but files are missing or changed: {listed(self._files_apart)}"
-        return f"all tensors are equal, but {self.model}" if not self.equal else ""
-
-    @property
-    def _files_apart(self) -> tuple[str, ...]:
-        return self.missing_files + self.changed_files
-
-    def _result(self) -> str:
-        if not self.equal:
-            return "NOT EQUAL"
-        if self.received:
-            return "equal to what was received" + ", after its cast" * bool(self.cast)
-        return "equal to the cast of the source" if self.cast else "equal"
-
-    @property
-    def is_from_disk(self) -> bool:
-        """Whether every file on this machine was seen to be read from its disk."""
-        return bool(self.files) and self.files_in_memory == 0
-
-    def summary(self) -> Summary:
-        """Return the finding as a person reads it."""
-        facts: tuple[tuple[str, str], ...] = (
-            ("source", shown_path(self.source)),
-            ("destination", shown_path(self.destination)),
-            ("result", self._result()),
-            ("tensors", f"{self.tensors:,} compared, {format_size(self.nbytes)}"),
-        )
-        if self.cast:
-            facts += (("cast", f"{plural(self.cast, 'tensor')} compared with the cast computed again"),)
-        if self.model is not None:
-            facts += (("model", str(self.model)),)
-        facts += (("missing files", listed(self.missing_files)),) * bool(self.missing_files)
-        facts += (("changed files", listed(self.changed_files)),) * bool(self.changed_files)
-        facts += (("read", read_from(self.files, self.files_in_memory)),) * bool(self.files)
-        facts += (("missing", listed(self.missing)),) * bool(self.missing)
-        facts += (("extra", listed(self.extra)),) * bool(self.extra)
-        rows = tuple((m.tensor, m.reason) for m in self.mismatches[:_SHOWN])
-        tables = (Table(("tensor", "differs in"), rows),) if rows else ()
-        rest = len(self.mismatches) - len(rows)
-        notes = (f"{plural(rest, 'more tensor')} differ{'s' * (rest == 1)}",) * bool(rest)
-        if self.cast and self.mismatches:
-            notes += ("if the second is the source of the cast, swap them",)
-        return Summary("Verification", facts, tables, notes)
-
-
-def read_from(files: int, in_memory: int | None) -> str:
-    """Say where files were read from: as `Verification.files` and `files_in_memory`."""
-    if in_memory == 0:
-        return "from the disk"
-    known = f"{in_memory} of {plural(files, 'file')} in memory"
-    unknown = "this system does not show whether files were in memory"
-    return f"{unknown if in_memory is None else known}: contents on disk not proven"
 
 
 def verify_checkpoint(

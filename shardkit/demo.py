@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -32,7 +31,6 @@ from shardkit.base.errors import CheckpointError, DestinationError, PlanError, S
 from shardkit.base.jobs import Crew, resumable
 from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.formats.safetensors import tensor_bytes
 from shardkit.formats.tensor import CAST_DTYPES, TensorInfo
 from shardkit.plan.plan import Shard, ShardPlan, plan_shards
 from shardkit.shard.destination import resolve
@@ -99,12 +97,12 @@ class DemoFiles(FileSet):
     folder = None
 
     def __init__(self, shape: DemoShape, made_by: dict[str, Any], beside: Path) -> None:
-        self.name, self._made_by, self._beside = f"demo of {made_by}", made_by, beside
-        self.weights = {}
-        for name, lengths in shape.tensors():
-            dtype = CAST_DTYPES[made_by["dtype"]]
-            self.weights[name] = TensorInfo(name, dtype, lengths, name, 0, tensor_bytes(dtype, lengths))
-        self._numbers = {name: number for number, name in enumerate(self.weights)}
+        self.name, self._seed, self._beside = f"demo of {made_by}", made_by["seed"], beside
+        self._dtype, dtype = np.dtype(_DTYPES[made_by["dtype"]]), CAST_DTYPES[made_by["dtype"]]
+        self.weights = {
+            name: TensorInfo(name, dtype, lengths, name, 0, prod(lengths) * self._dtype.itemsize)
+            for name, lengths in shape.tensors()
+        }
 
     def names(self) -> Iterable[str]:
         """Return the names of all files."""
@@ -125,14 +123,13 @@ class DemoFiles(FileSet):
             yield self._drawn(name, start)[max(0, offset - start) : end - start]
 
     def _drawn(self, name: str, start: int) -> memoryview:
-        dtype = np.dtype(_DTYPES[self._made_by["dtype"]])
         nbytes = min(CHUNK_BYTES, self.weights[name].nbytes - start)
-        values = np.ones(nbytes // dtype.itemsize, np.float32)
+        values = np.ones(nbytes // self._dtype.itemsize, np.float32)
         if "norm" not in name:  # norms are ones
-            seeds = np.random.SeedSequence(self._made_by["seed"], spawn_key=(self._numbers[name], start))
+            seeds = np.random.SeedSequence(self._seed, spawn_key=(*name.encode(), start))
             np.random.Generator(np.random.SFC64(seeds)).standard_normal(dtype=np.float32, out=values)
             values *= np.float32(_INITIALIZER_RANGE)
-        return values.astype(dtype, copy=False).view(np.uint8).data
+        return values.astype(self._dtype, copy=False).view(np.uint8).data
 
     def fetched(self, name: str) -> Path:
         """Return the path of a file that is no weights."""
@@ -228,17 +225,19 @@ def demo_shape(size: int | str, dtype: str = "bfloat16") -> DemoShape:
 
 def _generated(shape: DemoShape, made_by: dict[str, Any], beside: Path) -> Checkpoint:
     """Return the demo as a checkpoint to be sharded; what lies beside its weights is written to `beside`."""
-    shutil.copytree(_BESIDE, beside, dirs_exist_ok=True)
-    config = json.loads((beside / "config.json").read_bytes()) | {
+    texts = {path.name: path.read_bytes() for path in sorted(_BESIDE.iterdir())}
+    config = json.loads(texts["config.json"]) | {
         "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
         "num_attention_heads": shape.heads, "num_key_value_heads": shape.heads // 4,
         "num_hidden_layers": shape.layers, "vocab_size": shape.vocab,
         "torch_dtype": made_by["dtype"],  # transformers 4 reads only this word, 5 takes it for `dtype`
         "shardkit_demo": made_by,
     }  # fmt: skip
-    (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", newline="\n")
-    card = (beside / "README.md").read_text().format(parameters=shape.parameters, **made_by)
-    (beside / "README.md").write_text(card, newline="\n")
+    texts["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
+    card = texts["README.md"].decode().format(parameters=shape.parameters, **made_by)
+    texts["README.md"] = card.encode()
+    for name, text in texts.items():
+        (beside / name).write_bytes(text)
     files = DemoFiles(shape, made_by, beside)
     return Checkpoint(
         source=files.name,
@@ -248,7 +247,7 @@ def _generated(shape: DemoShape, made_by: dict[str, Any], beside: Path) -> Check
         files=tuple(files.weights),
         tensors=files.weights,
         config=config,
-        side_files={path.name: path.stat().st_size for path in sorted(beside.iterdir())},
+        side_files={name: len(text) for name, text in texts.items()},
     )
 
 

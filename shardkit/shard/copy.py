@@ -121,7 +121,6 @@ def tensor_range(files: FileSet, tensor: TensorInfo, target: str, target_offset:
 def _are_neighbours(first: Range, second: Range) -> bool:
     return (
         first.file == second.file
-        and first.files == second.files
         and not (first.layout or second.layout or first.is_cast or second.is_cast)
         and first.offset + first.nbytes == second.offset
         and first.target_offset + first.nbytes == second.target_offset

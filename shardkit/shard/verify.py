@@ -159,10 +159,8 @@ def verify_written(
     checkpoint: Checkpoint, plan: ShardPlan, outcomes: Mapping[str, Outcome], folder: Path, crew: Crew
 ) -> Verification:
     """Verify what a plan has written in `folder`: against the source, or against what was received of it."""
-    copy = Checkpoint.open(folder)
-    if set(copy.files) != {
-        shard.file for shard in plan.shards
-    }:  # a load would choose weights that came along
+    copy, shards = Checkpoint.open(folder), {shard.file for shard in plan.shards}
+    if set(copy.files) != shards:  # a load would choose weights that came along
         copy = Checkpoint.open(folder / (plan.index_file or plan.shards[0].file))
     if checkpoint.place.folder is not None:
         return _judged(checkpoint, copy, partial(compare_tensors, checkpoint, copy, crew))
@@ -195,13 +193,12 @@ def altered(
     """
     found: dict[str, list[str]] = {}
     checks: list[tuple[Shard, Range, Range | str]] = []
+    is_received = checkpoint.place.folder is None
     for shard in (shard for shard in plan.shards if shard.file in outcomes):
         path, received = folder / shard.file, sorted(outcomes[shard.file].received, key=attrgetter("offset"))
+        begins = [*(part.offset for part in received), shard.nbytes]
         ends = [shard.header_bytes, *(part.offset + part.nbytes for part in received)]
-        is_received = checkpoint.place.folder is None
-        if not _has_header(path, plan.header(shard)) or (
-            is_received and [*(part.offset for part in received), shard.nbytes] != ends
-        ):
+        if not _has_header(path, plan.header(shard)) or (is_received and begins != ends):
             found[shard.file] = [tensor.source.name for tensor in shard.tensors]
         elif is_received:
             checks += [(shard, file_range(path, part.nbytes, part.offset), part.digest) for part in received]

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -97,8 +96,13 @@ def shard_checkpoint(
     start, crew = time.perf_counter(), Crew(worker_count(workers, executor), executor, progress)
     planned = partial(plan_shards, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
-    checkpoint = _open_here(opened, planned, destination, overwrite, stream)
-    job = Job(checkpoint, planned(checkpoint), verify, allow_overflow, crew)
+    checkpoint = opened()
+    plan = planned(checkpoint)
+    if checkpoint.place.folder is None and not _is_streamed(checkpoint, plan, destination, stream):
+        check_free(resolve(destination), overwrite)  # rather now than after a long download
+        checkpoint = opened(download=True)
+        plan = planned(checkpoint)
+    job = Job(checkpoint, plan, verify, allow_overflow, crew)
     return reshard(FolderStore(job, destination, overwrite, resume), start)
 
 
@@ -174,27 +178,21 @@ def shard_on_hub(
     return reshard(HubStore(job, target_id, token, private, Path(work_folder or ".")), start)
 
 
-def _open_here(
-    opened: Callable[..., Checkpoint],
-    planned: Callable[[Checkpoint], ShardPlan],
-    destination: str | os.PathLike[str],
-    overwrite: bool,
-    stream: bool | None,
-) -> Checkpoint:
-    """Open the source; download it first where it is on the Hub and is not to be streamed."""
-    checkpoint = opened()
-    if checkpoint.place.folder is not None:
-        return checkpoint
-    if stream:
-        return checkpoint.check_streamable()
+def _is_streamed(
+    checkpoint: Checkpoint, plan: ShardPlan, destination: str | os.PathLike[str], stream: bool | None
+) -> bool:
+    """Whether a model on the Hub is streamed: as requested, or where disks have no room for both."""
     from shardkit.sources.hub_cache import must_stream
 
-    nbytes = planned(checkpoint).disk_bytes
-    if stream is None and must_stream(checkpoint.place, needed_files, nbytes, destination):
-        with suppress(DownloadNeededError):
-            return checkpoint.check_streamable()
-    check_free(resolve(destination), overwrite)  # rather now than after a long download
-    return opened(download=True)
+    nbytes = plan.disk_bytes
+    if stream or (stream is None and must_stream(checkpoint.place, needed_files, nbytes, destination)):
+        try:
+            checkpoint.check_streamable()
+            return True
+        except DownloadNeededError:
+            if stream:
+                raise
+    return False
 
 
 def _open_there(source_id: str, revision: str | None, token: str | None) -> Checkpoint:

@@ -221,7 +221,7 @@ def reshard(store: Store, start: float) -> ShardReport:
         made = time.perf_counter()
         outcomes = store.finished.values()
         store.job.refuse_overflow(outcomes)
-        side_files = write_side_files(checkpoint, plan, store.folder, lambda: count.add(0))
+        side_files = write_side_files(store.job, store.folder, lambda: count.add(0))
         destination, verification = store.publish(side_files)
     return ShardReport(
         source=checkpoint.source,

@@ -155,28 +155,26 @@ class FolderStore(Store):
 
     def _check_finished(self) -> None:
         """Check what an earlier run left, byte by byte, against the source; forget what is not right."""
-        job = self.job
         self.settle()  # on the disk: only what it has can be dropped
         in_memory = pages.drop(self.folder / file for file in self.finished)
         if self.finished and in_memory != 0:
             self.notes.append(f"when reused shards were checked: {read_from(len(self.finished), in_memory)}")
-        for file in altered(job.checkpoint, job.plan, self.finished, self.folder, job.crew):
+        for file in altered(self.job, self.finished, self.folder):
             del self.finished[file]
 
     def _verify(self) -> Verification:
-        job, folder = self.job, self.folder
-        checkpoint, plan, crew = job.checkpoint, job.plan, job.crew
-        in_memory = pages.drop(folder / shard.file for shard in plan.shards)
-        if wrong := altered_files(checkpoint, plan, folder):
+        shards = [self.folder / shard.file for shard in self.job.plan.shards]
+        in_memory = pages.drop(shards)
+        if wrong := altered_files(self.job, self.folder):
             raise VerificationError(
                 f"{self.destination}: not published: {listed(wrong)} not as in the source"
             )
-        found = verify_written(checkpoint, plan, self.finished, folder, crew)
+        found = verify_written(self.job, self.finished, self.folder)
         if not found.equal:
             cause = "; the source or the disk has changed" if found.mismatches or found.missing else ""
             raise VerificationError(f"{self.destination}: not published: {found.why_unequal}{cause}")
-        files = len(plan.shards)
-        return replace(found, destination=str(self.destination), files=files, files_in_memory=in_memory)
+        where = str(self.destination)
+        return replace(found, destination=where, files=len(shards), files_in_memory=in_memory)
 
     def _check_space(self) -> None:
         """Refuse a job that does not fit on the disk."""

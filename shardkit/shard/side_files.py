@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.config import adapted_config, config_dtype
-from shardkit.plan.plan import ShardPlan
 from shardkit.shard.copy import Task, cut, file_range, run_task
+from shardkit.shard.store import Job
 from shardkit.shard.verify import is_same_file
 
 
-def write_side_files(
-    checkpoint: Checkpoint, plan: ShardPlan, folder: Path, hear: Callable[[], None]
-) -> list[str]:
+def write_side_files(job: Job, folder: Path, hear: Callable[[], None]) -> list[str]:
     """Write all that is not a shard, the index last; return what it was. `hear` may stop it by raising."""
+    checkpoint, plan = job.checkpoint, job.plan
     for file in checkpoint.side_files:
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
-        if file == checkpoint.config_file and (text := _new_config(checkpoint, plan)):
+        if file == checkpoint.config_file and (text := _new_config(job)):
             target.write_bytes(text.encode())  # as text, Windows would end its lines otherwise
         else:
             source = file_range(checkpoint.place.fetched(file), checkpoint.side_files[file])
@@ -32,17 +30,16 @@ def write_side_files(
     return [*checkpoint.side_files, *filter(None, [plan.index_file])]
 
 
-def _new_config(checkpoint: Checkpoint, plan: ShardPlan) -> str | None:
+def _new_config(job: Job) -> str | None:
     """Return the config that the shards need in place of the source's; None where that fits as it is."""
-    config = checkpoint.config or {}
+    config, auto = job.checkpoint.config or {}, job.checkpoint.auto_dtype
     is_unsaid = config_dtype(config) is None and bool(config.keys() & {"architectures", "model_type"})
-    auto = checkpoint.auto_dtype if is_unsaid and checkpoint.auto_dtype != plan.auto_dtype else None
-    return adapted_config(config, plan.dtype, auto)
+    return adapted_config(config, job.plan.dtype, auto if is_unsaid and auto != job.plan.auto_dtype else None)
 
 
-def altered_files(checkpoint: Checkpoint, plan: ShardPlan, folder: Path) -> list[str]:
+def altered_files(job: Job, folder: Path) -> list[str]:
     """Return which of the files that are copied as they are do not hold what the source does."""
-    adapted = checkpoint.config_file if _new_config(checkpoint, plan) else None
+    checkpoint, adapted = job.checkpoint, job.checkpoint.config_file if _new_config(job) else None
     return [
         file
         for file, size in checkpoint.side_files.items()

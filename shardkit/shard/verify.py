@@ -27,9 +27,10 @@ from shardkit.checkpoint.layout import read_json
 from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
 from shardkit.load.look import config_differences
 from shardkit.load.seen import model_keys
-from shardkit.plan.plan import PlannedTensor, Shard, ShardPlan
+from shardkit.plan.plan import PlannedTensor, Shard
 from shardkit.shard.copy import Outcome, Range, cast_chunks, file_range, tensor_range
 from shardkit.shard.report import Mismatch, Verification
+from shardkit.shard.store import Job
 
 _BATCH_BYTES = 32 << 20
 _BATCH_TENSORS = 512
@@ -155,19 +156,18 @@ def _obstacle(ours: TensorInfo, theirs: TensorInfo) -> str | None:
     return None
 
 
-def verify_written(
-    checkpoint: Checkpoint, plan: ShardPlan, outcomes: Mapping[str, Outcome], folder: Path, crew: Crew
-) -> Verification:
-    """Verify what a plan has written in `folder`: against the source, or against what was received of it."""
+def verify_written(job: Job, outcomes: Mapping[str, Outcome], folder: Path) -> Verification:
+    """Verify what a job has written in `folder`: against the source, or against what was received of it."""
+    checkpoint, plan, crew = job.checkpoint, job.plan, job.crew
     copy, shards = Checkpoint.open(folder), {shard.file for shard in plan.shards}
     if set(copy.files) != shards:  # a load would choose weights that came along
         copy = Checkpoint.open(folder / (plan.index_file or plan.shards[0].file))
-    if checkpoint.place.folder is not None:
+    if not job.is_received:
         return _judged(checkpoint, copy, partial(compare_tensors, checkpoint, copy, crew))
 
     def compare() -> Verification:
         start = time.perf_counter()
-        wrong = altered(checkpoint, plan, outcomes, folder, crew, "verify").values()
+        wrong = altered(job, outcomes, folder, "verify").values()
         differ = dict.fromkeys(chain(*wrong), "bytes: differ from what was received")
         ranges = {name: tensor_range(copy.place, t, t.dtype) for name, t in copy.tensors.items()}
         found = _digests(list(ranges.values()), crew, "verify")
@@ -178,12 +178,7 @@ def verify_written(
 
 
 def altered(
-    checkpoint: Checkpoint,
-    plan: ShardPlan,
-    outcomes: Mapping[str, Outcome],
-    folder: Path,
-    crew: Crew,
-    stage: str = "check",
+    job: Job, outcomes: Mapping[str, Outcome], folder: Path, stage: str = "check"
 ) -> dict[str, list[str]]:
     """Return, by shard file in `folder`, the tensors that are not what the source gives, or has given.
 
@@ -193,21 +188,20 @@ def altered(
     """
     found: dict[str, list[str]] = {}
     checks: list[tuple[Shard, Range, Range | str]] = []
-    is_received = checkpoint.place.folder is None
-    for shard in (shard for shard in plan.shards if shard.file in outcomes):
+    for shard in (shard for shard in job.plan.shards if shard.file in outcomes):
         path, received = folder / shard.file, sorted(outcomes[shard.file].received, key=attrgetter("offset"))
         begins = [*(part.offset for part in received), shard.nbytes]
         ends = [shard.header_bytes, *(part.offset + part.nbytes for part in received)]
-        if not _has_header(path, plan.header(shard)) or (is_received and begins != ends):
+        if not _has_header(path, job.plan.header(shard)) or (job.is_received and begins != ends):
             found[shard.file] = [tensor.source.name for tensor in shard.tensors]
-        elif is_received:
+        elif job.is_received:
             checks += [(shard, file_range(path, part.nbytes, part.offset), part.digest) for part in received]
         else:
             checks += [
-                (shard, shard_range(folder, shard, t), tensor_range(checkpoint.place, t.source, t.dtype))
+                (shard, shard_range(folder, shard, t), tensor_range(job.checkpoint.place, t.source, t.dtype))
                 for t in shard.tensors
             ]
-    digests = digest_pairs([check[1:] for check in checks], crew, stage)
+    digests = digest_pairs([check[1:] for check in checks], job.crew, stage)
     for (shard, part, _), (staged, expected) in zip(checks, digests, strict=True):
         if staged != expected:
             begin, end = part.offset - shard.header_bytes, part.offset + part.nbytes - shard.header_bytes

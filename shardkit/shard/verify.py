@@ -31,6 +31,7 @@ from shardkit.plan.plan import PlannedTensor, Shard
 from shardkit.shard.copy import Outcome, Range, cast_chunks, file_range, tensor_range
 from shardkit.shard.report import Mismatch, Verification
 from shardkit.shard.store import Job
+from shardkit.sources.local import LocalFiles
 
 _BATCH_BYTES = 32 << 20
 _BATCH_TENSORS = 512
@@ -192,7 +193,8 @@ def altered(
         path, received = folder / shard.file, sorted(outcomes[shard.file].received, key=attrgetter("offset"))
         begins = [*(part.offset for part in received), shard.nbytes]
         ends = [shard.header_bytes, *(part.offset + part.nbytes for part in received)]
-        if not _has_header(path, job.plan.header(shard)) or (job.is_received and begins != ends):
+        header = LocalFiles(folder).read_bytes(shard.file, 0, shard.header_bytes)
+        if header != job.plan.header(shard) or (job.is_received and begins != ends):
             found[shard.file] = [tensor.source.name for tensor in shard.tensors]
         elif job.is_received:
             checks += [(shard, file_range(path, part.nbytes, part.offset), part.digest) for part in received]
@@ -208,11 +210,6 @@ def altered(
             hit = [t.source.name for t in shard.tensors if t.begin < end and begin < t.begin + t.nbytes]
             found.setdefault(shard.file, []).extend(hit)
     return found
-
-
-def _has_header(path: Path, header: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(header)) == header
 
 
 def shard_range(folder: Path, shard: Shard, tensor: PlannedTensor) -> Range:

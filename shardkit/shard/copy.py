@@ -213,13 +213,7 @@ def _start_writeback(target: int, task: Task) -> None:
 
 
 def read_chunks(part: Range) -> Iterator[memoryview]:
-    """Yield the source bytes of a range, at most 1 MiB at a time, in a buffer used again.
-
-    Raises
-    ------
-    CheckpointError
-        If the file ends before the range does, or as `FileSet.read`.
-    """
+    """Yield the source bytes of a range, at most 1 MiB at a time, in a buffer used again."""
     try:
         if part.layout is None:
             yield from part.files.read(part.file, part.offset, part.nbytes)

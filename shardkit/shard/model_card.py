@@ -54,17 +54,36 @@ def model_card(
     `checkpoint` is what is pushed, or what it was made from; `made` what an index says of that, believed as
     far as it can be true: anybody may write one. `digests` are of all tensors, where they were verified.
     """
-    base = _base(shown_card(head, own), own)
-    section = "\n".join([_BEGIN, *_section(own, head.repo_id, checkpoint, shards, made, digests), _END, ""])
-    if base is None:
+    size, source = sum(file.size for file in shards.values()), made.get("source", "")
+    lines = [
+        _BEGIN,
+        *([] if own is None else [f"<!-- README: XXH3-128 {_digest(own)} -->"]),
+        "## How these files were made",
+        "",
+        f"{plural(len(shards), 'file')}, {format_size(size)}, pushed by shardkit {shardkit.__version__}.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {label} | {value} |" for label, value in _facts(own, checkpoint, made, digests)),
+        "",
+        "| file | bytes | SHA-256 |",
+        "|---|---:|---|",
+        *(f"| {_cell(name)} | {file.size:,} | `{file.sha256}` |" for name, file in shards.items()),
+        "",
+    ]
+    if snippet := _loading(head.repo_id, checkpoint):
+        lines += ["To load it:", "", "```python", *snippet, "```", ""]
+    if commit_of(source):
+        check = f"shardkit verify {source} {hub_name(head.repo_id)}"
+        lines += [f"To compare every tensor with the source: `{check}`.", ""]
+    section = "\n".join([*lines, _END, ""])
+    if (base := _base(shown_card(head, own), own)) is None:
         is_known = "architectures" in (checkpoint.config or {})
         front = "---\nlibrary_name: transformers\n---\n\n" if is_known else ""
-        card = f"{front}# {head.repo_id.partition('/')[2]}\n\n{section}"
-    elif _SECTION.search(base):
-        card = _SECTION.sub(lambda _: section, base, count=1)
-    else:
-        card = f"{base.rstrip()}\n\n{section}"
-    return card.encode()
+        base = f"{front}# {head.repo_id.partition('/')[2]}"
+    if _SECTION.search(base):
+        return _SECTION.sub(lambda _: section, base, count=1).encode()
+    return f"{base.rstrip()}\n\n{section}".encode()
 
 
 def own_readme(checkpoint: Checkpoint) -> str | None:
@@ -99,40 +118,6 @@ def _base(shown: str | None, own: str | None) -> str | None:
 
 def _digest(own: str | None) -> str | None:
     return None if own is None else xxhash.xxh3_128_hexdigest(own.encode())
-
-
-def _section(
-    own: str | None,
-    repo_id: str,
-    checkpoint: Checkpoint,
-    shards: Mapping[str, RemoteFile],
-    made: Mapping[str, str],
-    digests: Mapping[str, str],
-) -> list[str]:
-    size, source = sum(file.size for file in shards.values()), made.get("source", "")
-    lines = [
-        *([] if own is None else [f"<!-- README: XXH3-128 {_digest(own)} -->"]),
-        "## How these files were made",
-        "",
-        f"{plural(len(shards), 'file')}, {format_size(size)}, pushed by shardkit {shardkit.__version__}.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {label} | {value} |" for label, value in _facts(own, checkpoint, made, digests)),
-        "",
-        "| file | bytes | SHA-256 |",
-        "|---|---:|---|",
-        *(f"| {_cell(name)} | {file.size:,} | `{file.sha256}` |" for name, file in shards.items()),
-        "",
-    ]
-    if snippet := _loading(repo_id, checkpoint):
-        lines += ["To load it:", "", "```python", *snippet, "```", ""]
-    if commit_of(source):
-        lines += [
-            f"To compare every tensor with the source: `shardkit verify {source} {hub_name(repo_id)}`.",
-            "",
-        ]
-    return lines
 
 
 def _facts(

@@ -60,7 +60,7 @@ def fake_load(wall=2.0, anonymous=700 * MB, *, outcome="ok", **changes):
         ),
         "sampler": SamplerCost(200, 0.02, 0.01),
         "environment": Environment(
-            "Linux", "a processor", 4, 8 * 10**9, None, "ext4", None, {"transformers": "5.0", "torch": "2.5"}
+            "Linux", "a processor", 4, 8 * 10**9, None, "ext4", {"transformers": "5.0", "torch": "2.5"}
         ),
     }
     return LoadMeasurement(**{**fields, **changes})

@@ -21,18 +21,13 @@ class CheckpointError(ShardkitError):
 
     def __init__(self, message: str, *, file: str | None = None, tensor: str | None = None) -> None:
         self.file, self.tensor, self._message = file, tensor, message
-        where = ", ".join(
-            part for part in (file, f"tensor {_clipped(tensor)!r}" if tensor is not None else None) if part
-        )
+        clipped = tensor and (tensor if len(tensor) <= 200 else tensor[:197] + "...")
+        where = ", ".join(filter(None, (file, None if tensor is None else f"tensor {clipped!r}")))
         super().__init__(f"{where}: {message}" if where else message)
 
     def of(self, tensor: str) -> CheckpointError:
         """Return the same error of a tensor; of none where its name is empty."""
         return type(self)(self._message, file=self.file, tensor=tensor) if tensor else self
-
-
-def _clipped(name: str) -> str:
-    return name if len(name) <= 200 else name[:197] + "..."
 
 
 @contextmanager

@@ -8,26 +8,9 @@ from typing import Literal
 
 from shardkit.base.errors import MissingPackageError
 
-Extra = Literal["load", "notebook"]
 
-
-def require(extra: Extra, work: str, *packages: str) -> None:
-    """Refuse work whose packages are not all installed, before any of it begins; nothing is imported.
-
-    Parameters
-    ----------
-    extra
-        The extra of shardkit that brings them.
-    work
-        What needs them, as the subject of a sentence: "loading a model".
-    *packages
-        Names to import.
-
-    Raises
-    ------
-    MissingPackageError
-        Names those that are missing, and how to install them.
-    """
+def require(extra: Literal["load", "notebook"], work: str, *packages: str) -> None:
+    """Refuse work ("loading a model") that needs packages which are not all installed; none is imported."""
     missing = [name for name in packages if sys.modules.get(name) is None and find_spec(name) is None]
     if missing:
         *others, last = missing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from threading import Lock
 from typing import TypeVar
 
 from shardkit.base.errors import Cancelled, Interrupted, ShardkitError
+from shardkit.base.machine import cores
 
 TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
@@ -35,17 +35,7 @@ ProgressCallback = Callable[[Progress], bool | None]
 
 @dataclass(frozen=True, slots=True)
 class Crew:
-    """Who does the work of a job, and who hears of it.
-
-    Attributes
-    ----------
-    workers
-        How many tasks are carried out at once.
-    executor
-        The caller's own, to be used instead of threads of ours.
-    progress
-        Called with a `Progress`; returning False stops the job.
-    """
+    """Who does the work of a job (so many threads of ours, or the caller's executor), and who hears of it."""
 
     workers: int
     executor: Executor | None = None
@@ -57,14 +47,8 @@ def worker_count(workers: int | None, executor: Executor | None = None) -> int:
 
     None means as many as the executor has workers, whichever machines they are on. Threads of our own are
     four, which keep a disk busy, or fewer where there are fewer cores.
-
-    Raises
-    ------
-    ShardkitError
-        If it is less than one.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    usual = min(4, cores) if executor is None else _width(executor)
+    usual = min(4, cores()) if executor is None else _width(executor)
     if workers is not None and workers < 1:
         raise ShardkitError(f"workers is {workers}, but must be at least 1 (default: {usual})")
     return workers or usual
@@ -76,8 +60,8 @@ def _width(executor: Executor) -> int:
         if isinstance(width := getattr(executor, name, None), int) and width > 0:
             return width
     ncores = getattr(getattr(executor, "_client", executor), "ncores", None)
-    cores = ncores() if callable(ncores) else None
-    return (sum(cores.values()) if isinstance(cores, Mapping) else 0) or _WIDTH_UNKNOWN
+    threads = ncores() if callable(ncores) else None
+    return (sum(threads.values()) if isinstance(threads, Mapping) else 0) or _WIDTH_UNKNOWN
 
 
 @contextmanager

@@ -23,12 +23,13 @@ _DROPPABLE = {
 MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
 
 
-def usable_memory() -> int | None:
-    """Return how many bytes a load may still take here; None where the system does not tell.
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    Of the machine, and of its control group if that is limited: what others hold already is not left, file
-    pages that the kernel can drop are.
-    """
+
+def usable_memory() -> int | None:
+    """Return how many bytes the machine and its control group leave a load; None where neither tells."""
     return min((left for left in (_available(), left_in_force()) if left is not None), default=None)
 
 
@@ -44,30 +45,28 @@ def _available() -> int | None:
 
 def limit_in_force() -> int | None:
     """Return the smallest memory limit of our control group and its ancestors, in bytes; None for none."""
-    limits = []
-    for group, is_v2 in control_groups():
-        with suppress(OSError, ValueError):  # "max" is no number
-            limits.append(int((group / LIMIT_FILE[is_v2]).read_text()))
-    return min((limit for limit in limits if limit < _NO_LIMIT), default=None)
+    return min((limit for _, _, limit in _limited_groups()), default=None)
 
 
 def left_in_force() -> int | None:
-    """Return how many bytes the limits of our control group and its ancestors leave; None for no limit.
-
-    What is used counts without file pages, which the kernel drops first.
-    """
+    """Return what those limits leave, file pages counted as free, which the kernel drops first."""
     left = []
-    for group, is_v2 in control_groups():
+    for group, is_v2, limit in _limited_groups():
         with suppress(OSError, ValueError):
-            if (limit := int((group / LIMIT_FILE[is_v2]).read_text())) < _NO_LIMIT:
-                used = int((group / _USAGE_FILE[is_v2]).read_text())
-                left.append(max(0, limit - used + _droppable(group, is_v2)))
+            used = int((group / _USAGE_FILE[is_v2]).read_text())
+            lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+            droppable = sum(int(line[1]) for line in lines if line[0] in _DROPPABLE[is_v2])
+            left.append(max(0, limit - used + droppable))
     return min(left, default=None)
 
 
-def _droppable(group: Path, is_v2: bool) -> int:
-    lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-    return sum(int(line[1]) for line in lines if line[0] in _DROPPABLE[is_v2])
+def _limited_groups() -> Iterator[tuple[Path, bool, int]]:
+    for group, is_v2 in control_groups():
+        limit = _NO_LIMIT
+        with suppress(OSError, ValueError):  # "max" is no number
+            limit = int((group / LIMIT_FILE[is_v2]).read_text())
+        if limit < _NO_LIMIT:
+            yield group, is_v2, limit
 
 
 def control_groups() -> Iterator[tuple[Path, bool]]:

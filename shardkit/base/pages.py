@@ -21,33 +21,29 @@ _MOSTLY = 0.5  # opening a file reads its header, and the kernel reads on from t
 
 
 def drop(files: Iterable[str | os.PathLike[str]]) -> int | None:
-    """Drop the pages of synced files from memory; return of how many files some are left.
-
-    None where the system does not show it.
-    """
+    """Drop the pages of files from memory; return of how many some are left, None where that is not shown."""
     files = list(files)
     for file in files:
         with suppress(OSError, AttributeError), open(file, "rb") as handle:  # what is left is counted below
+            with suppress(OSError):  # dirty pages stay; a read-only file system has none, and refuses
+                os.fsync(handle)
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return _count(files, 0)
+    return _sum(_resident_bytes(file) > 0 for file in files)
 
 
 def mostly_resident(files: Iterable[str | os.PathLike[str]]) -> int | None:
     """Return how many of the files are mostly in memory; None where the system does not show it."""
-    return _count(files, _MOSTLY)
+    return _sum(_resident_bytes(file) > _MOSTLY * os.stat(file).st_size for file in files)
 
 
 def resident_bytes(files: Iterable[str | os.PathLike[str]]) -> int | None:
     """Return how many bytes of the files are in memory; None where the system does not show it."""
-    try:
-        return sum(map(_resident_bytes, files))
-    except (OSError, AttributeError):
-        return None
+    return _sum(map(_resident_bytes, files))
 
 
-def _count(files: Iterable[str | os.PathLike[str]], share: float) -> int | None:
+def _sum(counts: Iterable[int]) -> int | None:
     try:
-        return sum(_resident_bytes(file) > share * os.stat(file).st_size for file in files)
+        return sum(counts)
     except (OSError, AttributeError):
         return None
 

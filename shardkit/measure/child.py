@@ -39,28 +39,10 @@ done
 
 @dataclass(frozen=True)
 class ChildEnd:
-    """How a child ended and what was seen of it.
+    """How a child ended and what was seen of it; moments are `time.monotonic()` seconds.
 
-    Where the child is only a wrapper, and another process says hello, there are no readings.
-
-    Attributes
-    ----------
-    started_at, ended_at
-        `time.monotonic()` seconds.
-    return_code
-        As Popen's: minus the signal's number for a killed child; None if it could not be started.
-    timed_out
-        Whether it was killed for taking too long.
-    limit_kills
-        How often the kernel killed for the memory limit; None without one, or where it does not say.
-    events
-        What it reported, by kind, as far as it is sound.
-    output
-        The end of what it printed, stdout and stderr together; or why it could not be started.
-    readings, portable_readings, sampler_cpu_seconds
-        What the samplers saw, and what the finer one cost.
-    sampled_until
-        When the finer one last looked.
+    The return code is Popen's, or None if it could not be started, and then the output says why. Where the
+    child is only a wrapper, and another process says hello, there are no readings.
     """
 
     started_at: float
@@ -87,26 +69,9 @@ def run_child(
 ) -> ChildEnd:
     """Start `command`, give it `job` and the path of a results file, sample it until it ends.
 
-    When it ends, its process group is killed; a daemon that has left its session escapes, unless a memory
-    limit's control group holds it.
-
-    Parameters
-    ----------
-    command
-        Program and arguments. It gets one more: the path of a file with `job` as JSON, "results" added.
-    timeout
-        Seconds after which it and all its children are killed.
-    environment
-        Variables added to our own.
-    memory_limit
-        Bytes that the child and all its children may have.
-
-    Raises
-    ------
-    Cancelled
-        If `stop` said so.
-    MeasurementError
-        If this system does not let us limit memory.
+    The command gets one more argument: the path of a file with `job` as JSON, "results" added. When it ends,
+    its process group is killed; a daemon that has left its session escapes, unless a memory limit's control
+    group holds it.
     """
     import memory_profiler  # noqa: F401 - now: while the child runs, the import would hold up the samplers
 

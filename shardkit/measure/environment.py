@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from shardkit.base.machine import filesystem, limit_in_force
+from shardkit.base.machine import cores, filesystem, limit_in_force
 from shardkit.base.record import plural
 from shardkit.base.sizes import format_size
 
@@ -18,20 +16,8 @@ from shardkit.base.sizes import format_size
 class Environment:
     """Machine and software under which a load was measured; None where the system does not report it.
 
-    Attributes
-    ----------
-    platform, cpu, gpu
-        Names.
-    cores
-        Cores that this process may use.
-    threads
-        Threads that torch uses.
-    ram_bytes, memory_limit_bytes
-        Installed memory, and the control group's limit if there is one.
-    filesystem, read_ahead_bytes
-        Where the weights lie.
-    versions
-        Python and packages of the process that loaded.
+    The cores are those that the process may use, the file system is that of the weights, the threads are
+    torch's, the versions those of the process that loaded.
     """
 
     platform: str
@@ -40,7 +26,6 @@ class Environment:
     ram_bytes: int | None
     memory_limit_bytes: int | None
     filesystem: str | None
-    read_ahead_bytes: int | None
     versions: dict[str, str] = field(default_factory=dict)
     threads: int | None = None
     gpu: str | None = None
@@ -56,15 +41,13 @@ def describe_machine(folder: str, limit: int | None, **stack: Any) -> Environmen
     """Return the environment of a load from `folder` under `limit`, with what its process reported."""
     import psutil
 
-    affinity = getattr(os, "sched_getaffinity", None)
     return Environment(
         platform=platform.platform(),
         cpu=_cpu_model(),
-        cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
+        cores=cores(),
         ram_bytes=psutil.virtual_memory().total,
         memory_limit_bytes=min(filter(None, (limit, limit_in_force())), default=None),
         filesystem=filesystem(folder),
-        read_ahead_bytes=_read_ahead(folder),
         **stack,
     )
 
@@ -75,11 +58,3 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _read_ahead(folder: str) -> int | None:
-    with suppress(OSError, ValueError):  # the folder may be gone by now
-        device = os.stat(folder).st_dev
-        path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
-        return int(Path(path).read_text()) * 1024
-    return None

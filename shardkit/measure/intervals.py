@@ -56,11 +56,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def conclude(interval: Interval, margin: float) -> Conclusion:
-    """Return what an interval says of a difference of `margin` (0.05 for 5 %).
-
-    All of it within the margin: the same. All of it outside, on one side: a difference. Otherwise
-    it is inconclusive.
-    """
+    """Return whether all of an interval is within `margin` (0.05 for 5 %), or beyond it on one side."""
     if interval.low is None or interval.high is None:
         return "inconclusive"
     if interval.high < 1 / (1 + margin):

@@ -43,13 +43,7 @@ class Limited:
 
 @contextmanager
 def limited(nbytes: int | None) -> Iterator[Limited]:
-    """Give a limit of `nbytes` (None: no limit) that ends with the block.
-
-    Raises
-    ------
-    MeasurementError
-        If this system does not let us limit memory.
-    """
+    """Give a limit of `nbytes` (None: no limit) that ends with the block."""
     if nbytes is None:
         yield Limited(list, lambda: None)
         return

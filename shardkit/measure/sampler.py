@@ -25,10 +25,7 @@ _KB = 1024
 
 
 class Reading(NamedTuple):
-    """One moment: `time.monotonic()` seconds and bytes.
-
-    Shared memory counts as anonymous: neither can be dropped and read again.
-    """
+    """One moment; shared memory counts as anonymous, as neither can be dropped and read again."""
 
     at: float
     peak_total_bytes: int
@@ -49,15 +46,6 @@ class StatusSampler(threading.Thread):
     """Reads a process's `/proc` status every few milliseconds until it ends.
 
     It makes sense of what it read only then: while the process runs, each microsecond may be taken from it.
-
-    Attributes
-    ----------
-    readings
-        What was read.
-    ended_at
-        `time.monotonic()` seconds at which it was seen to have no memory any more.
-    cpu_seconds
-        What it cost, waking up included.
     """
 
     def __init__(self, pid: int) -> None:
@@ -86,11 +74,6 @@ class PortableSampler(threading.Thread):
 
     `memory_usage` is given the Popen, never a function (a fast function it runs several times), and a
     stream, so that readings survive the error with which it meets a process that has just gone.
-
-    Attributes
-    ----------
-    readings
-        Pairs of `time.monotonic()` seconds and bytes.
     """
 
     def __init__(self, child: subprocess.Popen[bytes]) -> None:

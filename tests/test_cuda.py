@@ -152,7 +152,7 @@ def test_comparison_on_gpus_says_what_they_hold():
         for s in found.samples
     )
     found = dataclasses.replace(found, samples=samples)
-    assert found.ratios["peak_device_bytes"].words() == "no difference within ±5 %"
+    assert str(found.ratios["peak_device_bytes"]) == "no difference within ±5 %"
     assert "weights go to the GPU" in found.explain("original")
     assert "peak GPU" in [
         label.get_text().strip() for label in plot_bars(found)[1].get_xticklabels(minor=True)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shardkit import Cancelled, MeasurementError, measure_load, minimum_memory
 from shardkit.compare import fit
-from shardkit.compare.fit import LimitedRun, _bracket, _search, _tried
+from shardkit.compare.fit import LimitedRun, _bracket, _search
 from shardkit.measure import limit
 from shardkit.measure.limit import why_unlimited
 from tests.fake_loads import MB, fake_load
@@ -23,9 +23,8 @@ def search(guess, load, token, *, tolerance=0.05, most=96 * GB):
 
     def run(limit):
         runs.append(LimitedRun(limit, limit >= load, limit >= token, 1.0, "an end"))
-        return runs[-1]
 
-    return runs, _search(run, guess, tolerance, most)
+    return runs, _search(run, runs, guess, tolerance, most)
 
 
 @given(
@@ -40,7 +39,7 @@ def test_search_ends_close_above_both_floors_however_wrong_the_guess(load, more,
     assert odd is None
     assert len(runs) <= (20 if tolerance >= 0.05 else 25)
     for floor, goal in ((load, "loaded"), (token, "generated")):
-        failed, succeeded = _bracket(_tried(runs, goal))
+        failed, succeeded = _bracket(runs, goal)
         assert 0 < failed < floor <= succeeded <= failed * (1 + tolerance)
 
 

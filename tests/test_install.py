@@ -138,13 +138,13 @@ MISSING = {
     "Comparison.load(result).save(result + '.html')": ("matplotlib", "notebook"),
     "merge_comparisons([result])": ("pandas", "notebook"),
     "read_results(results)": ("pandas", "notebook"),
-    "plot_shards(plan_shards(Checkpoint.open(model)))": ("matplotlib", "notebook"),
+    "plot_bars(Comparison.load(result))": ("matplotlib", "notebook"),
 }
 SAY = """
 import sys
 from shardkit import *
 from shardkit.notebook import read_results
-from shardkit.show.plots import plot_shards
+from shardkit.show.plots import plot_bars
 results, model = sys.argv[1:]
 result = results + "/comparison.json"
 for line in sys.stdin:

@@ -15,8 +15,8 @@ from shardkit.base.errors import ShardkitError
 from shardkit.base.record import Summary, Table
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.estimate import Estimate
 from shardkit.demo import make_demo_checkpoint
-from shardkit.plan.plan import ShardPlan
 
 _DEMOS = {"mistral-demo-64MB": "64MB", "mistral-demo-512MB": "512MB"}
 _MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -32,13 +32,7 @@ _SUGGESTIONS = (
 
 
 class Choose(Step):
-    """Names a checkpoint and shows what it holds.
-
-    Attributes
-    ----------
-    checkpoint
-        What was opened last; None after a failure.
-    """
+    """Names a checkpoint, opens it and shows what it holds."""
 
     title, button, working = "1. Choose", "Open", "Opening…"
     hint = "Any safetensors or PyTorch checkpoint. Opening it reads only the headers, not the weights."
@@ -94,10 +88,10 @@ class Choose(Step):
         self.opened()
         self.say(page.done(f"{source} is open. Continue with the plan."))
 
-    def tell(self, plan: ShardPlan | None) -> None:
+    def tell(self, estimates: tuple[Estimate, Estimate] | None) -> None:
         """Show checkpoint contents, and where it fits as it is and sharded as planned."""
         if self.checkpoint is not None:
-            fits = _fits(self.checkpoint, plan)
+            fits = _fits(*(estimates or [self.checkpoint.estimate(None)] * 2))
             self._held.fill(page.columns(self.checkpoint.summary().html(), fits.html()))
 
     @property
@@ -115,12 +109,8 @@ class Choose(Step):
         return os.path.relpath(beside) if within else os.path.basename(beside)
 
 
-def _fits(checkpoint: Checkpoint, plan: ShardPlan | None) -> Summary:
+def _fits(now: Estimate, shards: Estimate) -> Summary:
     """Return whether a load fits this machine and the free hosts, as it is and from planned shards."""
-    now = checkpoint.estimate(plan.dtype if plan else None)
-    shards = (
-        plan.estimate(now.dtype, config=checkpoint.config, side_files=checkpoint.side_files) if plan else now
-    )
     rows = [
         ("memory needed", "", now.needed, shards.needed),
         ("mapped from files", "", *(format_size(e.mapped_bytes) for e in (now, shards))),

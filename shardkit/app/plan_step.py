@@ -16,7 +16,7 @@ from shardkit.app.choose_step import Choose
 from shardkit.app.step import Area, Step, field
 from shardkit.base.record import Summary
 from shardkit.base.sizes import format_size
-from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.estimate import Estimate
 from shardkit.formats.tensor import CAST_DTYPES
 from shardkit.plan.packing import STRATEGIES
 from shardkit.plan.plan import ShardPlan, plan_shards
@@ -27,19 +27,14 @@ _ROUND_SIZES = [mantissa * 10**power for power in range(5, 16) for mantissa in _
 
 
 class Plan(Step):
-    """Sets size, strategy and dtype, and shows what would be written.
-
-    Attributes
-    ----------
-    plan
-        What the controls say; None as long as there is no checkpoint, or no such plan.
-    """
+    """Sets size, strategy and dtype, and shows what would be written; there may be no such plan."""
 
     title, hint = "2. Plan", "The plan is computed from the headers: nothing is written yet."
 
     def __init__(self, choose: Choose, max_shard_size: int | None, strategy: str, dtype: str | None) -> None:
         super().__init__()
         self.plan: ShardPlan | None = None
+        self.estimates: tuple[Estimate, Estimate] | None = None  # of a load as it is, and as planned
         self._choose = choose
         self.changed: Callable[[], None] = lambda: None
         self._asked, self._source, self._filling = max_shard_size, "", False
@@ -81,17 +76,20 @@ class Plan(Step):
 
     def run(self) -> None:
         """Plan anew, show it, and tell who waits for it."""
-        self.plan = None
+        self.plan = self.estimates = None
         try:
             if (checkpoint := self._choose.checkpoint) is not None:
-                self.plan = plan_shards(
+                self.plan = plan = plan_shards(
                     checkpoint,
                     max_shard_size=self.size.value,
                     strategy=self.strategy.value,
                     dtype=self.dtype.value or None,
                 )
-                self._map.fill(page.layout_map(checkpoint, self.plan))
-                self._told.fill(_told(checkpoint, self.plan))
+                now = checkpoint.estimate(plan.dtype)
+                config, side_files = checkpoint.config, checkpoint.side_files
+                self.estimates = now, plan.estimate(now.dtype, config=config, side_files=side_files)
+                self._map.fill(page.layout_map(checkpoint, plan))
+                self._told.fill(_told(plan, *self.estimates))
         finally:
             if self.plan is None:
                 self._map.clear()
@@ -103,12 +101,10 @@ class Plan(Step):
             self.attempt()
 
 
-def _told(checkpoint: Checkpoint, plan: ShardPlan) -> str:
+def _told(plan: ShardPlan, now: Estimate, then: Estimate) -> str:
     """Return the plan with what it asks of disk and memory, and its files beside it."""
     free = shutil.disk_usage(Path.cwd()).free
     verdict = "enough" if free >= plan.disk_bytes else "NOT enough: choose a folder on another disk"
-    now = checkpoint.estimate(plan.dtype)
-    then = plan.estimate(now.dtype, config=checkpoint.config, side_files=checkpoint.side_files)
     summary = plan.summary()
     facts = (
         *summary.facts,

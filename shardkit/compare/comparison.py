@@ -16,15 +16,13 @@ from shardkit.base.errors import MeasurementError, ShardkitError
 from shardkit.base.extras import require
 from shardkit.base.record import Record, Summary, Table, plural, shown_path
 from shardkit.measure.measurement import LoadMeasurement
-from shardkit.measure.quantities import compared
+from shardkit.measure.quantities import Ratio
 from shardkit.measure.samples import ORIGINAL, Samples
 from shardkit.show.plots import plot_comparison
 from shardkit.show.report_page import carried, result_page
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_FIRST_SCHEMA = "shardkit/Comparison/1"
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,9 @@ class Comparison(Samples, Record):
             words += [f"{variant} loads" for variant in self.names if self.measurements(variant)]
         words += self._partial_failures()
         for name in self.names:
-            ratios = self.ratios_of(name)
-            lines = [f"{q.label}: {ratios[q.name].words()}" for q in self.main if q.name in ratios]
-            if lines:
-                lines += [f"{q.label}: {why}" for q in self.main if (why := self.missing(name, q.name))]
+            lines = []
+            if self.ratios_of(name):
+                lines = [f"{q.label}: {said}" for q, said in self.found(name).items() if q in self.main]
             elif name != self.reference and self.measurements(name):
                 lines = ["no pair in which both loaded"]
             words += [f"{name}{self._against}, {line}" for line in lines] if len(self.names) > 2 else lines
@@ -84,21 +81,17 @@ class Comparison(Samples, Record):
 
     def findings(self) -> dict[str, dict[str, str]]:
         """Return the verdict on each main quantity by variant, in words; where there is none, why."""
-        return {
-            f"{name}{self._against}": {q.label: self._finding(name, q.name) for q in self.main}
-            for name in self.names
-            if name != self.reference
-        }
-
-    def _finding(self, variant: str, quantity: str) -> str:
-        if ratio := self.ratios_of(variant).get(quantity):
-            return ratio.words()
-        dead = "; ".join(self._dead((self.reference, variant)))
-        return dead or self.missing(variant, quantity) or "not measured"
+        findings = {}
+        for name in self.names:
+            if name != self.reference:
+                dead, found = "; ".join(self._dead((self.reference, name))), self.found(name)
+                words = {q.label: dead or str(found.get(q, "not measured")) for q in self.main}
+                findings[f"{name}{self._against}"] = words
+        return findings
 
     def explain(self, variant: str) -> str:
         """Say where a variant's figures come from: copied or mapped weights, read late or not."""
-        return self.variant(variant).explain(self.measurements(variant), self.typical(variant))
+        return self.variant(variant).explain(self.measurements(variant), self.typical_runs.get(variant))
 
     def summary(self) -> Summary:
         """Return the verdict, all variants' times, and every quantity with its interval."""
@@ -109,7 +102,7 @@ class Comparison(Samples, Record):
         machines = dict.fromkeys(str(s.measurement.environment) for s in counted)
         facts = (
             *(("verdict" if not line else "", words) for line, words in enumerate(self._verdicts())),
-            *((f"{n}, a typical run", self._line(run)) for n in self.names if (run := self.typical(n))),
+            *((f"{name}, a typical run", self._line(run)) for name, run in self.typical_runs.items()),
             *((f"{name}, means", self._means(name)) for name in self.names if self.failures),
             *((f"{variant.name} from", shown_path(variant.source)) for variant in self.variants),
             *((f"{name} stored", self.explain(name)) for name in self.names),
@@ -131,13 +124,11 @@ class Comparison(Samples, Record):
 
     def _table(self, variant: str) -> Table:
         verdict = f"verdict (95 % interval, ±{100 * self.margin:.3g} %)"
-        ratios, rows = self.ratios_of(variant), []
-        for quantity in compared(self.reads_ahead):
-            if quantity.name in ratios:
-                rows.append(ratios[quantity.name].row())
-            elif why := self.missing(variant, quantity.name):
-                rows.append((quantity.label, "-", "-", "-", why))
-        return Table(("geometric mean", self.reference, variant, "ratio", verdict), tuple(rows))
+        rows = tuple(
+            found.row() if isinstance(found, Ratio) else (quantity.label, "-", "-", "-", found)
+            for quantity, found in self.found(variant).items()
+        )
+        return Table(("geometric mean", self.reference, variant, "ratio", verdict), rows)
 
     def _warnings(self) -> Iterator[str]:
         yield from self.notes
@@ -149,7 +140,7 @@ class Comparison(Samples, Record):
         for what, count in weak.items():
             yield f"{count} of {plural(len(self.samples), 'run')}: {what}"
         for variant in self.failures:
-            runs = [s.measurement for s in (*self.warm_ups, *self.samples) if s.variant == variant]
+            runs = [s.measurement for s in self.all_runs if s.variant == variant]
             if any(run.ok for run in runs):
                 yield f"{variant} loaded in its warm-up"
             else:
@@ -160,18 +151,15 @@ class Comparison(Samples, Record):
         require("notebook", "a data frame", "pandas")
         import pandas as pd
 
-        rows = [sample.row(self.variant(sample.variant)) for sample in (*self.warm_ups, *self.samples)]
+        rows = [sample.row(self.variant(sample.variant)) for sample in self.all_runs]
         return pd.DataFrame(rows).convert_dtypes()
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Return the record that `to_dict` wrote, now or when variants were called arms (schema 1)."""
-        return super().from_dict(_renamed(data) if data.get("schema") == _FIRST_SCHEMA else data)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON-ready data, with verdict and ratios for those who read the JSON alone."""
         ratios = {
-            variant: {q: asdict(r) for q, r in found.items()} for variant, found in self._all_ratios.items()
+            name: {quantity: asdict(ratio) for quantity, ratio in self.ratios_of(name).items()}
+            for name in self.names
+            if name != self.reference
         }
         return {**super().to_dict(), "verdict": self.verdict, "ratios": ratios}
 
@@ -252,15 +240,3 @@ def merge_comparisons(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
     if not frames:
         raise MeasurementError("no results to merge: give the files that `save` or `to_html` wrote")
     return pd.concat(frames, ignore_index=True)
-
-
-def _renamed(data: dict[str, Any]) -> dict[str, Any]:
-    """Return what the first version wrote under the names that this one reads."""
-    try:
-        runs = {
-            kind: [{**sample, "variant": sample["arm"]} for sample in data[kind]]
-            for kind in ("samples", "warm_ups")
-        }
-        return {**data, **runs, "variants": data["arms"], "schema": Comparison._schema_name()}
-    except (KeyError, TypeError) as error:
-        raise ShardkitError(f"{_FIRST_SCHEMA}: not readable: {error!r}") from None

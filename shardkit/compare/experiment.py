@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from shardkit.base.errors import (
-    Cancelled,
-    CheckpointError,
-    MeasurementError,
-    ShardkitError,
-)
+from shardkit.base.errors import Cancelled, CheckpointError, MeasurementError, ShardkitError
 from shardkit.base.jobs import Crew, worker_count
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint.checkpoint import Checkpoint
@@ -22,7 +17,7 @@ from shardkit.compare.comparison import Comparison
 from shardkit.measure.launch import run_load
 from shardkit.measure.measurement import LoadMeasurement
 from shardkit.measure.samples import ORIGINAL, SHARDED, Sample, Variant
-from shardkit.measure.spec import LoadSpec, Rule, check, must, optional, share, whole_number
+from shardkit.measure.spec import LoadSpec, Rule, check, optional, share, whole_number
 from shardkit.shard.verify import compare_tensors
 
 _ProgressCallback = Callable[[int, int, str], bool | None]
@@ -101,7 +96,7 @@ def compare_loads(
     for name in [*opened][1:] if same_model else ():
         _require_same_model(opened[ORIGINAL], opened[name])
     variants = tuple(
-        Variant(name, c.source, len(c.files), c.total_bytes, c.dtypes, specs[name].arguments())
+        Variant(name, c.source, len(c.files), c.total_bytes, c.dtypes, dict(vars(specs[name])))
         for name, c in opened.items()
     )
     notes = () if same_model else ("the variants were not required to be the same model",)
@@ -123,12 +118,9 @@ def compare_loads(
     return replace(found, notes=(*found.notes, *mixed))
 
 
-def _are_by_name(others: object) -> bool:
-    return isinstance(others, Mapping) and all(isinstance(one, Mapping) for one in others.values())
-
-
-def _have_names(others: Mapping[object, object]) -> None:
-    must(_are_by_name, "arguments by name, for each variant by its name")(others)
+def _have_names(others: object) -> None:
+    if not isinstance(others, Mapping) or not all(isinstance(one, Mapping) for one in others.values()):
+        raise MeasurementError(f"{others!r} is not arguments by name, for each variant by its name")
     for name in others:
         if not isinstance(name, str) or name in ("", ORIGINAL, SHARDED):
             raise MeasurementError(
@@ -181,16 +173,18 @@ def _report(progress: _ProgressCallback | None, done: int, total: int, label: st
 
 
 def _require_same_model(original: Checkpoint, other: Checkpoint) -> None:
-    anyway = "same_model=False compares them anyway"
-    between = f"between {original.source} and {other.source}; {anyway}"
-    first, second = _shapes(original), _shapes(other)
+    between = f"between {original.source} and {other.source}; same_model=False compares them anyway"
+    first, second = ({t.name: t.shape for t in one.tensors.values()} for one in (original, other))
     if differ := sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name)):
         raise ShardkitError(
             f"not the same model: {plural(len(differ), 'tensor')} differ in name or shape ({listed(differ)}) "
             f"{between}"
         )
     names, crew = _sample_of(original, other), Crew(worker_count(None))
-    ours, theirs = (_with_only(checkpoint, names) for checkpoint in (original, other))
+    ours, theirs = (
+        replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in names}, aliases={})
+        for checkpoint in (original, other)
+    )
     found = compare_tensors(ours, theirs, crew)
     # The original may itself be the cast of what it is compared with.
     if not found.equal and not compare_tensors(theirs, ours, crew).equal:
@@ -198,10 +192,6 @@ def _require_same_model(original: Checkpoint, other: Checkpoint) -> None:
             f"not the same model: of {plural(len(names), 'tensor')} read, {len(found.mismatches)} differ in "
             f"their values ({listed(m.tensor for m in found.mismatches)}) {between}"
         )
-
-
-def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    return {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
 
 
 def _sample_of(*checkpoints: Checkpoint) -> list[str]:
@@ -215,7 +205,3 @@ def _sample_of(*checkpoints: Checkpoint) -> list[str]:
             names.append(name)
             left -= sizes[name]
     return names or sorted(spread, key=sizes.__getitem__)[:1]
-
-
-def _with_only(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:
-    return replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in names}, aliases={})

@@ -159,19 +159,20 @@ def minimum_memory(
     patience = max(_LEAST_SECONDS, _PATIENCE * free_seconds)
     runs: list[LimitedRun] = []
 
-    def run(limit: int) -> LimitedRun:
+    def run(limit: int) -> None:
         found = run_load(source, replace(spec, memory_limit=limit, timeout=patience))
-        runs.append(_limited_run(limit, found))
+        loaded, generated = (found.phase(name) is not None for name in (LOAD, FIRST_TOKEN))
+        runs.append(LimitedRun(limit, loaded, generated or found.ok, _seconds(found), found.end))
         if progress is not None and progress(runs[-1]) is False:
             raise Cancelled(f"stopped after {plural(len(runs), 'limited load')}")
-        return runs[-1]
 
-    if (odd := _search(run, predicted, tolerance, 2 * (usable_memory() or _FAR * predicted))) is not None:
+    most = 2 * (usable_memory() or _FAR * predicted)
+    if (odd := _search(run, runs, predicted, tolerance, most)) is not None:
         raise MeasurementError(
             f"no smallest memory limit for {source}: with a limit of {format_size(odd.limit_bytes)} "
             f"the load still ended as {odd.end}"
         )
-    (load_failed, load), (token_failed, token) = (_bracket(_tried(runs, goal)) for goal in _GOALS)
+    (load_failed, load), (token_failed, token) = (_bracket(runs, goal) for goal in _GOALS)
     return MemoryFloor(
         source=free.source,
         dtype=dtype,
@@ -188,47 +189,38 @@ def minimum_memory(
     )
 
 
-def _limited_run(limit: int, found: LoadMeasurement) -> LimitedRun:
-    loaded, generated = (found.phase(name) is not None for name in (LOAD, FIRST_TOKEN))
-    end = f"{found.outcome}: {found.reason}" if found.reason else found.outcome
-    return LimitedRun(limit, loaded, generated or found.ok, _seconds(found), end)
-
-
 def _seconds(found: LoadMeasurement) -> float:
     ends = (phase.end_seconds for phase in found.phases)
     return max((*found.curve.seconds, *ends), default=0.0)
 
 
-def _search(run: Callable[[int], LimitedRun], guess: int, tolerance: float, most: int) -> LimitedRun | None:
+def _search(
+    run: Callable[[int], object], runs: Sequence[LimitedRun], guess: int, tolerance: float, most: int
+) -> LimitedRun | None:
     """Run under limits until both floors are known closely enough; return the run that rules a floor out.
 
-    What loads under no limit up to `most`, or under the smallest one, has no floor.
+    Each run adds itself to `runs`. What loads under no limit up to `most`, or under the smallest one, has no
+    floor.
     """
-    runs: list[LimitedRun] = []
     for goal in _GOALS:  # the second begins with all that the first has seen: its floor is no lower
         outwards = 0
-        while (limit := _step(_tried(runs, goal), guess, outwards, tolerance)) is not None:
+        while (limit := _step(*_bracket(runs, goal), guess, outwards, tolerance)) is not None:
             limit = min(max(limit, _SMALLEST_LIMIT), most)
             if seen := next((one for one in runs if one.limit_bytes == limit), None):
                 return seen
-            runs.append(run(limit))
+            run(limit)
             outwards += len(runs) > 1  # the guess itself is no step
     return None
 
 
-def _tried(runs: Sequence[LimitedRun], goal: str) -> list[tuple[int, bool]]:
-    return [(run.limit_bytes, getattr(run, goal)) for run in runs]
-
-
-def _step(tried: Sequence[tuple[int, bool]], guess: int, outwards: int, tolerance: float) -> int | None:
+def _step(failed: int, succeeded: int, guess: int, outwards: int, tolerance: float) -> int | None:
     """Step outwards from what is known until it is a bracket, then bisect; None once it is close enough.
 
     The first step is the tolerance, for a guess that is right; the third is wide enough for one that is
     wrong by ten times, and the second lies between them.
     """
-    if not tried:
+    if not failed and not succeeded:
         return guess
-    failed, succeeded = _bracket(tried)
     if failed and succeeded:
         return None if succeeded <= failed * (1 + tolerance) else math.isqrt(failed * succeeded)
     near, far = math.log1p(0.9 * tolerance), math.log(_WIDEST_STEP)
@@ -236,8 +228,8 @@ def _step(tried: Sequence[tuple[int, bool]], guess: int, outwards: int, toleranc
     return int(failed * stride) or int(succeeded / stride)
 
 
-def _bracket(tried: Sequence[tuple[int, bool]]) -> tuple[int, int]:
+def _bracket(runs: Sequence[LimitedRun], goal: str) -> tuple[int, int]:
     """Return the largest limit that failed below the smallest that succeeded, and that; 0 for none."""
-    succeeded = min((limit for limit, success in tried if success), default=0)
-    failures = (limit for limit, success in tried if not success)
+    succeeded = min((run.limit_bytes for run in runs if getattr(run, goal)), default=0)
+    failures = (run.limit_bytes for run in runs if not getattr(run, goal))
     return max((limit for limit in failures if not succeeded or limit < succeeded), default=0), succeeded

@@ -33,8 +33,7 @@ _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRA
 UNTRUSTED = (
     'it needs custom code, which runs only if you trust it: allow it with options={"trust_remote_code": True}'
 )
-_SIGKILL = getattr(signal, "SIGKILL", 9)  # which Windows does not have
-_KILLED = (-_SIGKILL, 128 + _SIGKILL)  # as a wrapper's shell says it
+_KILLED = (-9, 128 + 9)  # by SIGKILL; as a wrapper's shell says it
 _SIGNALS = {int(number): number.name for number in signal.Signals}
 _NOT_STARTED = (126, 127)  # as a shell says it
 _AS_REPORTED = (
@@ -114,6 +113,10 @@ def run_load(
     """Load a checkpoint as `measure_load` does, its arguments checked before."""
     limit, given = spec.memory_limit_bytes, spec.options
     folder, files = loaded_files(source)
+    ahead = None
+    if spec.prefetch:
+        most = prefetch_bytes(Checkpoint.open(folder), spec.dtype, limit)
+        ahead = {"path": str(_PREFETCH), "files": files, "limit_bytes": most}
     job = {
         "folder": folder,
         "dtype": spec.dtype,
@@ -121,7 +124,7 @@ def run_load(
         "generate": spec.generate,
         "options": repr(given),  # JSON would make text of the numbers of GPUs
         "loaders": loader_names(read_config(LocalFiles(folder)), bool(given.get("trust_remote_code"))),
-        "prefetch": _prefetch_job(folder, files, spec.dtype, limit) if spec.prefetch else None,
+        "prefetch": ahead,
     }
     command = [os.path.expanduser(spec.python or sys.executable), str(WORKER)]
     state = page_cache.prepare(files, spec.cache)
@@ -132,11 +135,6 @@ def run_load(
     if chosen := [name for name in _FILE_OPTIONS if name in given]:
         state = page_cache.doubt(state, f"with {', '.join(chosen)} other files may have been loaded")
     return _measurement(folder, spec, state, end)
-
-
-def _prefetch_job(folder: str, files: list[str], dtype: str | None, limit: int | None) -> dict[str, Any]:
-    budget = prefetch_bytes(Checkpoint.open(folder), dtype, limit)
-    return {"path": str(_PREFETCH), "files": files, "limit_bytes": budget}
 
 
 def _read_since_load(end: ChildEnd) -> int | None:

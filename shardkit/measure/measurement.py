@@ -27,26 +27,10 @@ _SPIKE_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Phase:
-    """One step of a load, by its own clocks; the whole process with all its threads.
+    """One step of a load, by the clocks of the process with all its threads; None: not reported here.
 
-    Attributes
-    ----------
-    name
-        "imports", "tokenizer", "load", "first token" or "further tokens".
-    start_seconds
-        Since the process was started.
-    wall_seconds, user_seconds, system_seconds
-        Time, and CPU time in the program and in the kernel.
-    peak_total_bytes
-        The kernel's own peak of resident memory within the phase (VmHWM, reset before it).
-    peak_anonymous_bytes, peak_file_bytes
-        Peaks of anonymous memory, which cannot be evicted, and of file pages that the kernel may drop.
-    major_faults, read_bytes
-        Page faults that had to wait for the disk, and bytes that really came from it.
-    process_cpu_seconds
-        CPU time, user and system, from the start of the process to the end of the phase.
-
-    What the system does not report is None.
+    It starts so many seconds after its process; the total peak is the kernel's own (VmHWM, reset before);
+    `process_cpu_seconds` count from the start of the process.
     """
 
     name: str
@@ -59,7 +43,7 @@ class Phase:
     peak_file_bytes: int | None
     major_faults: int | None
     read_bytes: int | None
-    process_cpu_seconds: float | None = None
+    process_cpu_seconds: float
 
     @property
     def end_seconds(self) -> float:
@@ -74,16 +58,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class MemoryCurve:
-    """Resident memory over time; a point is the largest reading since the point before it.
+    """Resident memory since the process was started; a point is the largest reading since that before it.
 
-    Attributes
-    ----------
-    seconds
-        Since the process was started.
-    anonymous_bytes, file_bytes
-        The split that Linux reports; empty elsewhere.
-    profiler_seconds, profiler_bytes
-        All resident memory as memory_profiler reads it, on every system.
+    The split is what Linux reports; what memory_profiler reads, on every system, is all of it.
     """
 
     seconds: tuple[float, ...] = ()
@@ -95,18 +72,7 @@ class MemoryCurve:
 
 @dataclass(frozen=True)
 class SamplerCost:
-    """How closely memory was watched, and at what price.
-
-    Attributes
-    ----------
-    readings
-        How many.
-    longest_gap_seconds
-        Longest time between two, or after the last: a shorter spike may be missing from the anonymous and
-        file peaks.
-    cpu_share
-        Share of one core that the sampler took.
-    """
+    """How closely memory was watched, a spike shorter than the gap may be missing; and the cost in cores."""
 
     readings: int
     longest_gap_seconds: float | None
@@ -181,6 +147,11 @@ class LoadMeasurement(Record):
     def ok(self) -> bool:
         """Whether everything requested was done."""
         return self.outcome == "ok"
+
+    @property
+    def end(self) -> str:
+        """How it ended: the outcome, and the reason for it."""
+        return f"{self.outcome}: {self.reason}" if self.reason else self.outcome
 
     def phase(self, name: str) -> Phase | None:
         """Return a completed phase by name, or None."""
@@ -264,22 +235,23 @@ class LoadMeasurement(Record):
         facts = (
             ("source", self.source),
             ("requested", self.asked_for()),
-            ("outcome", f"{self.outcome}: {self.reason}" if self.reason else self.outcome),
+            ("outcome", self.end),
             ("load", self.time_line() + (_AHEAD if self.prefetch else "")),
             ("time to first token", format_seconds(self.time_to_first_token_seconds)),
             ("from process start", format_seconds(self.start_to_first_token_seconds)),
             *((QUANTITIES[name].label, self._peak(name, meaning)) for name, meaning in peaks.items()),
-            ("page cache", f"{self.cache.asked}, {'proven' if self.cache.proven else 'not proven'}"),
+            ("page cache", str(self.cache)),
             ("stack", self.stack()),
             ("machine", str(self.environment)),
         )
+        size = QUANTITIES["peak_total_bytes"].format
         phases = Table(
             ("phase", "wall", "user", "sys", "peak anonymous", "peak total", "from disk"),
             tuple(
                 (
                     phase.name,
                     *map(format_seconds, (phase.wall_seconds, phase.user_seconds, phase.system_seconds)),
-                    *map(_size, (phase.peak_anonymous_bytes, phase.peak_total_bytes, phase.read_bytes)),
+                    *map(size, (phase.peak_anonymous_bytes, phase.peak_total_bytes, phase.read_bytes)),
                 )
                 for phase in self.phases
             ),
@@ -290,7 +262,7 @@ class LoadMeasurement(Record):
     def _peak(self, name: str, meaning: str) -> str:
         if name in self.unreported():
             return NOT_REPORTED
-        return f"{_size(getattr(self, name))} ({meaning})"
+        return f"{QUANTITIES[name].format(getattr(self, name))} ({meaning})"
 
     def asked_for(self) -> str:
         """Return what was requested, in words: ``float16 on cpu, prefetch, within 12.7 GB``."""
@@ -325,7 +297,3 @@ class LoadMeasurement(Record):
         if gap is not None and gap > _LONG_GAP_SECONDS:
             notes.append("memory was not seen for more than 100 ms at a time: a short peak may be missing")
         return tuple(notes)
-
-
-def _size(number: int | None) -> str:
-    return "-" if number is None else format_size(number)

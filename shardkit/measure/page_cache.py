@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from shardkit.base.pages import resident_bytes
+from shardkit.base import pages
 from shardkit.base.sizes import format_size
 
 # Read-ahead around a page that somebody else touches must not spoil a proof.
@@ -20,19 +20,10 @@ _OTHER_READS = 64_000_000
 
 @dataclass(frozen=True)
 class CacheState:
-    """What of the weight files was in the page cache.
+    """What of the weight files was in the page cache before and after a load; None where that is unknown.
 
-    Attributes
-    ----------
-    asked
-        "cold" or "warm".
-    proven
-        Whether the files were seen in that state just before the process started, and nothing seen since
-        speaks against it.
-    why_not
-        If not proven: the reason.
-    total_bytes, resident_bytes_before, resident_bytes_after
-        Of the weight files; None where the system does not report it.
+    It is `proven` where they were seen to be `asked`, "cold" or "warm", just before the process started, and
+    nothing seen since speaks against it.
     """
 
     asked: str
@@ -42,22 +33,25 @@ class CacheState:
     resident_bytes_before: int | None
     resident_bytes_after: int | None
 
+    def __str__(self) -> str:
+        return f"{self.asked}, {'' if self.proven else 'not '}proven"
+
 
 def prepare(files: Iterable[str], asked: str) -> CacheState:
     """Evict the files ("cold") or read them ("warm"), and see whether that worked; then comes `conclude`."""
     files = list(files)
     why_not = ""
-    for file in files:
-        try:
-            _evict(file) if asked == "cold" else _read_through(file)
-        except (OSError, AttributeError) as error:
-            why_not = f"{os.path.basename(file)}: {error}"
+    if asked == "cold":
+        pages.drop(files)
+    else:
+        for file in files:
+            _read_through(file)
     total = sum(os.stat(file).st_size for file in files)
-    resident = resident_bytes(files)
+    resident = pages.resident_bytes(files)
     if resident is None:
-        why_not = why_not or "this system does not report reliably which pages of files are in memory"
+        why_not = "this system does not report reliably which pages of files are in memory"
     elif abs(resident - (0 if asked == "cold" else total)) > _TOLERANCE * total:
-        why_not = why_not or f"{resident / max(total, 1):.0%} was in memory before the load"
+        why_not = f"{resident / max(total, 1):.0%} was in memory before the load"
     return CacheState(asked, not why_not, why_not, total, resident, None)
 
 
@@ -67,7 +61,7 @@ def conclude(state: CacheState, files: Iterable[str], read_bytes: int | None) ->
     They cannot where somebody else read the files between the proof and the load. None: unknown, or read
     ahead on purpose.
     """
-    resident = resident_bytes(files)
+    resident = pages.resident_bytes(files)
     state = replace(state, resident_bytes_after=resident)
     if resident is None and state.proven:
         return doubt(state, "the files could not be checked again after the load")
@@ -86,16 +80,8 @@ def doubt(state: CacheState, why_not: str) -> CacheState:
     return replace(state, proven=False, why_not=state.why_not or why_not)
 
 
-def _evict(file: str) -> None:
-    """Drop a file's pages; the kernel skips, without a word, those that are dirty or mapped."""
-    with open(file, "rb") as handle:
-        with suppress(OSError):  # a read-only file system has nothing to sync
-            os.fsync(handle)
-        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def _read_through(file: str) -> None:
     buffer = bytearray(2**20)
-    with open(file, "rb", buffering=0) as handle:
+    with suppress(OSError), open(file, "rb", buffering=0) as handle:
         while handle.readinto(buffer):
             pass

@@ -5,7 +5,7 @@ A new figure is a property of `LoadMeasurement` and a line of the table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -24,20 +24,11 @@ Role = Literal["main", "drawn", "listed"]
 
 @dataclass(frozen=True)
 class Quantity:
-    """One figure of a load.
+    """One figure of a load: a property of `LoadMeasurement`, what people call it, and less and more of it.
 
-    Attributes
-    ----------
-    name
-        The property of `LoadMeasurement` that holds it.
-    label, less, more
-        What people call it, and less and more of it.
-    plain, ahead
-        Its place in a comparison of plain loads, and in one where a variant works before its load does:
-        "main" (verdict, picture and tables), "drawn" (picture and tables, where it is known), "listed"
-        (tables alone); None leaves it out.
-    is_of_token
-        Whether only a load that is followed by a first token has it.
+    `plain` and `ahead` are its role in a comparison of plain loads, and in one where a variant works before
+    its load does: "main" (verdict, picture and tables), "drawn" (picture and tables, where it is known),
+    "listed" (tables alone); None leaves it out. If `is_of_token`, a load has it only with a first token.
     """
 
     name: str
@@ -94,7 +85,7 @@ def compared(ahead: bool, *roles: Role) -> tuple[Quantity, ...]:
     return tuple(quantity for quantity, role in places if role in (roles or ("main", "drawn", "listed")))
 
 
-def why_missing(runs: Sequence[LoadMeasurement], quantity: Quantity) -> str:
+def why_missing(runs: Collection[LoadMeasurement], quantity: Quantity) -> str:
     """Return why no load that succeeded has a value of a quantity; "" if one has, or none needs any."""
     values = [quantity.of(run) for run in runs]
     if not runs or any(values):
@@ -108,21 +99,10 @@ def why_missing(runs: Sequence[LoadMeasurement], quantity: Quantity) -> str:
 
 @dataclass(frozen=True)
 class Ratio:
-    """One quantity of one variant, to that of the original (or of the first variant that loads).
+    """One quantity ("load_wall_seconds") of a variant, to that of the original or the first that loads.
 
-    Attributes
-    ----------
-    quantity
-        The `LoadMeasurement` property: "load_wall_seconds".
-    original, other
-        Geometric means over the pairs, in seconds or bytes as the name of the quantity says.
-    ratio, low, high
-        ``other / original``, which is the geometric mean of the pairs' ratios too, and its 95 % interval
-        (None with fewer than two pairs).
-    conclusion
-        "less", "more", "same" (within `margin`) or "inconclusive".
-    repeats_to_decide
-        If inconclusive: about how many repeats would decide; None if more than 200.
+    Both figures are geometric means over the pairs, and so is the ratio ``other / original``; low and high
+    are its 95 % interval, None for a single pair. `repeats_to_decide` is None if it would take more than 200.
     """
 
     quantity: str
@@ -151,7 +131,7 @@ class Ratio:
             repeats_to_decide=repeats_to_decide(first, second, margin),
         )
 
-    def words(self) -> str:
+    def __str__(self) -> str:
         """Return the verdict: ``3.61x faster (3.1x to 4.2x)``."""
         quantity = QUANTITIES[self.quantity]
         if self.low is None or self.high is None:
@@ -170,7 +150,7 @@ class Ratio:
         """Return what it is, both means, their ratio and the verdict, as a table shows them."""
         quantity = QUANTITIES[self.quantity]
         means = map(quantity.format, (self.original, self.other))
-        return quantity.label, *means, f"{self.ratio:.3g}x", self.words()
+        return quantity.label, *means, f"{self.ratio:.3g}x", str(self)
 
 
 def format_seconds(seconds: float | None) -> str:

@@ -110,9 +110,14 @@ class Samples:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        named = {sample.variant for sample in (*self.samples, *self.warm_ups)}
+        named = {sample.variant for sample in self.all_runs}
         if not named <= set(self.names) or not 0 < self.margin < math.inf or self.seed < 0:
             raise MeasurementError("runs of variants that it does not have, or a margin or seed below zero")
+
+    @property
+    def all_runs(self) -> tuple[Sample, ...]:
+        """Every run, the warm-ups first."""
+        return (*self.warm_ups, *self.samples)
 
     def with_sample(self, sample: Sample) -> Self:
         """Return the same with one run more."""
@@ -143,44 +148,34 @@ class Samples:
     @property
     def reads_ahead(self) -> bool:
         """Whether a variant prefetches: it works before the load does, so all count from process start."""
-        runs = (*self.samples, *self.warm_ups)
         asked = any(variant.options.get("prefetch") for variant in self.variants)
-        return asked or any(sample.measurement.prefetch for sample in runs)
-
-    @property
-    def times(self) -> tuple[str, ...]:
-        """The quantities by which loads are compared: time to the end of the load, and to the first token."""
-        return tuple(quantity.name for quantity in self.main if quantity.unit == "seconds")
+        return asked or any(sample.measurement.prefetch for sample in self.all_runs)
 
     @property
     def main(self) -> tuple[Quantity, ...]:
         """The quantities that the verdict is about."""
         return compared(self.reads_ahead, "main")
 
-    def drawn(self) -> tuple[Quantity, ...]:
-        """Return what pictures show: the main quantities, and others where they are known or missed."""
-        drawn = compared(self.reads_ahead, "drawn")
-        return (*self.main, *(quantity for quantity in drawn if self.why_missing(quantity) is not None))
-
-    def why_missing(self, quantity: Quantity) -> str | None:
-        """Return why no load has a quantity; "" if one has, None if none needs any."""
+    def drawn(self) -> dict[Quantity, str]:
+        """Return what pictures show, and why if no load has it: main quantities, others known or missed."""
         loads = [load for name in self.names for load in self.measurements(name)]
-        return why_missing(loads, quantity) or ("" if any(map(quantity.of, loads)) else None)
+        drawn = {q: why_missing(loads, q) for q in compared(self.reads_ahead, "main", "drawn")}
+        return {q: why for q, why in drawn.items() if why or q in self.main or any(map(q.of, loads))}
 
     @property
     def typical_runs(self) -> dict[str, LoadMeasurement]:
-        """The run that stands for each variant that was run: that with the median last time."""
-        return {name: run for name in self.names if (run := self.typical(name, self.times[1]))}
+        """The run that stands for each variant: its load of median time, else its first failure."""
+        found = {}
+        for name in self.names:
+            loads = sorted(self.measurements(name), key=lambda load: self.main[0].of(load) or 0.0)
+            if runs := loads[len(loads) // 2 :] or self._runs(name):
+                found[name] = runs[0]
+        return found
 
     def mean(self, variant: str, quantity: str) -> float | None:
         """Return the geometric mean of a `LoadMeasurement` property over a variant's loads; None if none."""
         values = [getattr(measurement, quantity) for measurement in self.measurements(variant)]
         return geometric_mean(known) if (known := [value for value in values if value]) else None
-
-    def median(self, variant: str, quantity: str) -> float | None:
-        """Return the median of a `LoadMeasurement` property over one variant's loads; None if unknown."""
-        values = [getattr(measurement, quantity) for measurement in self.measurements(variant)]
-        return median(known) if (known := [value for value in values if value is not None]) else None
 
     @property
     def ratios(self) -> dict[str, Ratio]:
@@ -188,50 +183,47 @@ class Samples:
         return self.ratios_of(SHARDED)
 
     def ratios_of(self, variant: str) -> dict[str, Ratio]:
-        """Return what was found of a variant by quantity; one that only one side has is left out."""
-        return self._all_ratios.get(variant, {})
+        """Return the ratios of a variant by quantity; one that only one side has is left out."""
+        return {q.name: found for q, found in self.found(variant).items() if isinstance(found, Ratio)}
+
+    def found(self, variant: str) -> dict[Quantity, Ratio | str]:
+        """Return what was found of a variant by quantity: its ratio, or why there is none."""
+        return self._found.get(variant, {})
 
     @cached_property
-    def _all_ratios(self) -> dict[str, dict[str, Ratio]]:
+    def _found(self) -> dict[str, dict[Quantity, Ratio | str]]:
         # Kept: verdict, tables and JSON all ask, and each interval takes 10,000 resamplings.
-        return {name: dict(self._ratios(name)) for name in self.names if name != self.reference}
+        return {name: dict(self._compared(name)) for name in self.names if name != self.reference}
 
-    def _ratios(self, variant: str) -> Iterator[tuple[str, Ratio]]:
+    def _compared(self, variant: str) -> Iterator[tuple[Quantity, Ratio | str]]:
+        first, second = (
+            {s.pair: s.measurement for s in self.samples if s.variant == name and s.measurement.ok}
+            for name in (self.reference, variant)
+        )
         for quantity in compared(self.reads_ahead):
-            known = {
-                (s.variant, s.pair): value
-                for s in self.samples
-                if s.measurement.ok and (value := quantity.of(s.measurement))
-            }
-            pairs = [pair for name, pair in known if name == variant and (self.reference, pair) in known]
-            if pairs:
-                first, second = ([known[name, pair] for pair in pairs] for name in (self.reference, variant))
-                yield quantity.name, Ratio.of_pairs(quantity, first, second, self.margin, self.seed)
+            values = [
+                (quantity.of(first[pair]), quantity.of(second[pair])) for pair in first if pair in second
+            ]
+            known = [(one, other) for one, other in values if one and other]
+            if known:
+                ones, others = zip(*known, strict=True)
+                yield quantity, Ratio.of_pairs(quantity, ones, others, self.margin, self.seed)
+            elif why := why_missing(first.values(), quantity) or why_missing(second.values(), quantity):
+                yield quantity, why
 
     @property
     def reference(self) -> str:
         """Name of the variant that the others are compared with: the original, or the first that loads."""
         return next((name for name in self.names if self.measurements(name)), ORIGINAL)
 
-    def missing(self, variant: str, quantity: str) -> str:
-        """Say why loads that succeeded have no value of a quantity; "" if they have, or need none."""
-        sides = (self.measurements(name) for name in (self.reference, variant))
-        return next(filter(None, (why_missing(runs, QUANTITIES[quantity]) for runs in sides)), "")
-
     @property
     def failures(self) -> dict[str, str]:
         """Variants of which no load succeeded, and why."""
         return {
-            name: f"{runs[-1].outcome}: {runs[-1].reason}"
+            name: runs[-1].end
             for name in self.names
             if (runs := self._runs(name)) and not any(run.ok for run in runs)
         }
-
-    def typical(self, variant: str, by: str | None = None) -> LoadMeasurement | None:
-        """Return a variant's run with the median of a quantity (the load's time); else its first failure."""
-        quantity = by or self.times[0]
-        loads = sorted(self.measurements(variant), key=lambda m: getattr(m, quantity) or 0.0)
-        return loads[len(loads) // 2] if loads else next(iter(self._runs(variant)), None)
 
 
 def _median_growth(loads: Sequence[LoadMeasurement], name: str, part: str) -> float | None:

@@ -106,13 +106,7 @@ _RULES: dict[str, Rule] = {
 
 @dataclass(frozen=True)
 class LoadSpec:
-    """The arguments of `measure_load`, which says what each means.
-
-    Raises
-    ------
-    MeasurementError
-        If one is not understood, or memory cannot be limited here.
-    """
+    """The arguments of `measure_load`, which says what each means; one that is not understood is refused."""
 
     dtype: str | None = None
     device: str = "cpu"
@@ -127,6 +121,7 @@ class LoadSpec:
     def __post_init__(self) -> None:
         check(vars(self), _RULES)
         object.__setattr__(self, "options", dict(self.options or {}))
+        object.__setattr__(self, "python", self.python and os.fspath(self.python))
         # Another interpreter loads with packages of its own, but who watches it is here.
         needed = ("memory_profiler", *(() if self.python else ("torch", "transformers")))
         require("load", "measuring a load", *needed)
@@ -135,7 +130,3 @@ class LoadSpec:
     def memory_limit_bytes(self) -> int | None:
         """The memory limit as a number."""
         return None if self.memory_limit is None else parse_size(self.memory_limit)
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments by name, as results keep them."""
-        return {**vars(self), "python": self.python and os.fspath(self.python)}

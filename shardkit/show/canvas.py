@@ -7,10 +7,7 @@ read on a dark theme; figures made here are white, whatever the theme.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from shardkit.base.extras import require
@@ -20,8 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-_COLORS = (BLUE, VERMILION, GREEN, PURPLE)
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # blue, vermilion, green, purple
 _HATCHES = ("", "///", "...", "xx", "--")  # one more than colors: twenty variants before two look the same
 _LONGEST_NAME = 20
 
@@ -31,28 +27,22 @@ def new_figure(**page: Any) -> Figure:
 
     MPLBACKEND is inherited, and may name a screen's backend that only the parent has.
     """
-    bare = bare_figure()
+    bare = bare_figure(**page)
     try:
         import matplotlib.pyplot as plt
 
         figure: Figure = plt.figure(**page)
     except Exception:  # each backend fails in its own way
-        figure = bare(**page)
+        return bare
     return figure
 
 
-def bare_figure() -> type[Figure]:
-    """Return the class of figures; its first import fails for an MPLBACKEND that names no backend at all."""
+def bare_figure(**page: Any) -> Figure:
+    """Make a figure of which pyplot does not know, whose state is the main thread's."""
     require("notebook", "a plot", "matplotlib")
-    if "matplotlib" not in sys.modules and (asked := os.environ.pop("MPLBACKEND", None)) is not None:
-        import matplotlib as mpl
-
-        os.environ["MPLBACKEND"] = asked
-        with suppress(ValueError):
-            mpl.rcParams["backend"] = asked
     from matplotlib.figure import Figure
 
-    return Figure
+    return Figure(**page)
 
 
 def new_axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 4), **options: Any) -> Any:

@@ -1,28 +1,20 @@
-"""Pictures of loads, plans and many results: bars, memory over time as areas, files as strips."""
+"""Pictures of loads and of many results: bars, and memory over time as areas."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
-from itertools import groupby
-from operator import itemgetter
 from statistics import geometric_mean
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from shardkit.base.errors import MeasurementError
-from shardkit.base.record import plural
 from shardkit.base.sizes import format_size
-from shardkit.checkpoint.parts import kind_of
 from shardkit.measure.intervals import mean_interval
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement
 from shardkit.measure.quantities import Quantity, Unit, format_seconds
 from shardkit.measure.samples import Samples
-from shardkit.plan.plan import ShardPlan
 from shardkit.show.canvas import (
-    BLUE,
-    PURPLE,
-    VERMILION,
     bare_figure,
     blacken,
     ink,
@@ -53,19 +45,7 @@ _MARKERS = {LOAD: "o", FIRST_TOKEN: "D"}
 
 
 def plot_bars(runs: Samples, ax: Sequence[Axes] | None = None) -> Sequence[Axes]:
-    """Draw wall time and peak memory side by side: a bar for the geometric mean, a dot for each run.
-
-    Parameters
-    ----------
-    runs
-        Such as a `Comparison`.
-    ax
-        Two axes, for times and for peaks; None makes a figure.
-
-    Returns
-    -------
-    The two axes.
-    """
+    """Draw wall time and peak memory, each on axes of its own: bars for geometric means, dots for runs."""
     if ax is None:
         ax = new_axes(2, 1, (8, 7.2)) if _is_crowded(runs) else new_axes(1, 2, (8, 3.6))
     for one, unit in zip(ax, _BARS, strict=True):
@@ -79,7 +59,7 @@ def _is_crowded(runs: Samples) -> bool:
 
 def _plot_quantities(runs: Samples, ax: Axes, unit: Unit) -> None:
     scale, shown_unit, title = _BARS[unit]
-    quantities = [quantity for quantity in runs.drawn() if quantity.unit == unit]
+    quantities = {quantity: why for quantity, why in runs.drawn().items() if quantity.unit == unit}
     labels = dict(zip(runs.names, short_names(runs.names), strict=True))
     step, ticks = _GROUP_WIDTH / len(labels), {}
     for place, quantity in enumerate(quantities):
@@ -94,7 +74,7 @@ def _plot_quantities(runs: Samples, ax: Axes, unit: Unit) -> None:
     ax.set_xticks(list(ticks), list(ticks.values()), fontsize=9 if step / len(quantities) > 0.15 else 7)
     ax.tick_params(axis="x", which="major", rotation=90 if upright else 0)
     ax.xaxis.remove_overlapping_locs = False  # the name of three bars stands under the middle one
-    ax.set_xticks(range(len(quantities)), [_caption(runs, quantity) for quantity in quantities], minor=True)
+    ax.set_xticks(range(len(quantities)), [_caption(*one) for one in quantities.items()], minor=True)
     ax.tick_params(axis="x", which="both", length=0)
     ax.tick_params(axis="x", which="minor", pad=24 if upright else 4)
     ax.set_xlim(-0.6, len(quantities) - 0.4)
@@ -103,10 +83,10 @@ def _plot_quantities(runs: Samples, ax: Axes, unit: Unit) -> None:
     _explain_bars(ax, runs) if ticks else say_empty(ax)
 
 
-def _caption(runs: Samples, quantity: Quantity) -> str:
+def _caption(quantity: Quantity, why_missing: str) -> str:
     """Return the name of a quantity for its bars, in lines: two stand side by side; or why there are none."""
     name = "\n" + quantity.label.replace(" from ", "\nfrom ")
-    return f"{name}\n({why})" if (why := runs.why_missing(quantity)) else name
+    return f"{name}\n({why_missing})" if why_missing else name
 
 
 def _explain_bars(ax: Axes, runs: Samples) -> None:
@@ -125,37 +105,25 @@ def _bar(ax: Axes, x: float, width: float, values: list[float], label: str | Non
         ax.vlines(x + 0.4 * width, *interval, color=ink(ax), linewidth=1.4, zorder=4)
 
 
-def plot_memory(source: Samples | Sequence[LoadMeasurement], ax: Axes | None = None) -> Axes:
-    """Draw resident memory over time, all loads on one axis of time that starts with each load.
+def plot_memory(runs: Samples, ax: Axes | None = None) -> Axes:
+    """Draw resident memory over time of each variant's typical run, from the start of its load.
 
-    Where a variant prefetches, and so works before its load, it starts with each process.
-
-    Filled: anonymous memory, which cannot be evicted. Broken, above it: all that is resident, with the file
-    pages that the kernel may drop. Crosses: the same, as memory_profiler reads it.
-
-    Parameters
-    ----------
-    source
-        Runs, such as a `Comparison`, of which each variant's typical one is drawn; or measurements.
-    ax
-        Axes to draw on; None makes a figure.
+    Where a variant prefetches, and so works before its load, from the start of its process. Filled: anonymous
+    memory, which cannot be evicted. Broken, above it: all that is resident, with the file pages that the
+    kernel may drop. Crosses: the same, as memory_profiler reads it.
     """
     ax = new_axes() if ax is None else ax
-    if isinstance(source, Samples):
-        labels = dict(zip(source.names, short_names(source.names), strict=True))
-        chosen = [(labels[name], run) for name, run in source.typical_runs.items()]
-        ahead = source.reads_ahead
-    else:
-        chosen = [(f"run {number}", run) for number, run in enumerate(source, 1)]
-        ahead = any(run.prefetch for run in source)
-    for number, (label, run) in enumerate(chosen):
-        start = 0.0 if ahead else run.load_start_seconds or 0.0
-        _plot_curve(ax, label, run, start, _DASHES[number % len(_DASHES)], **look(number))
-    ax.set_xlabel(f"seconds since the start of the {'process' if ahead else 'load'}", color=ink(ax))
+    labels = dict(zip(runs.names, short_names(runs.names), strict=True))
+    typical = runs.typical_runs
+    for number, (name, run) in enumerate(typical.items()):
+        start = 0.0 if runs.reads_ahead else run.load_start_seconds or 0.0
+        _plot_curve(ax, labels[name], run, start, _DASHES[number % len(_DASHES)], **look(number))
+    begin = "process" if runs.reads_ahead else "load"
+    ax.set_xlabel(f"seconds since the start of the {begin}", color=ink(ax))
     ax.set_ylim(0, ax.get_ylim()[1] * 1.05)
     tidy(ax, "GB", "Memory over time")
-    if chosen:
-        _explain_marks(ax, len(chosen))
+    if typical:
+        _explain_marks(ax, len(typical))
     return ax
 
 
@@ -220,24 +188,13 @@ def describe_memory(runs: Samples) -> str:
             if phase.name in _MARKERS:
                 end = phase.end_seconds if runs.reads_ahead else phase.wall_seconds
                 line.append(f"{phase.name} done after {format_seconds(end)}")
-        words.append(", ".join(line if run.ok else [*line, f"{run.outcome}: {run.reason}"]))
+        words.append(", ".join(line if run.ok else [*line, run.end]))
     return "; ".join(words) or "nothing was measured"
 
 
-def plot_comparison(runs: Samples, path: str | os.PathLike[str] | BinaryIO | None = None) -> Sequence[Axes]:
-    """Draw times, peaks and memory curves in one figure; save it if `path` (or a binary file) is given.
-
-    Returns
-    -------
-    The three axes.
-
-    Raises
-    ------
-    MeasurementError
-        If the picture cannot be written there.
-    """
-    figure = new_figure(**_page(runs))
-    axes = _draw_comparison(runs, figure)
+def plot_comparison(runs: Samples, path: str | os.PathLike[str] | None = None) -> Sequence[Axes]:
+    """Draw times, peaks and memory curves in one figure; save it if `path` is given."""
+    figure, axes = _draw_comparison(runs, new_figure)
     if path is not None:
         try:
             figure.savefig(path, dpi=150, facecolor="white")
@@ -247,19 +204,16 @@ def plot_comparison(runs: Samples, path: str | os.PathLike[str] | BinaryIO | Non
 
 
 def comparison_png(runs: Samples) -> bytes:
-    """Return what `plot_comparison` draws, made without pyplot, whose state is the main thread's."""
-    figure = bare_figure()(**_page(runs))
-    _draw_comparison(runs, figure)
+    """Return what `plot_comparison` draws, made without pyplot."""
+    figure, _ = _draw_comparison(runs, bare_figure)
     with BytesIO() as file:
         figure.savefig(file, format="png", dpi=110, facecolor="white")
         return file.getvalue()
 
 
-def _page(runs: Samples) -> dict[str, Any]:
-    return {"figsize": (8, 11 if _is_crowded(runs) else 7), "layout": "constrained", "facecolor": "white"}
-
-
-def _draw_comparison(runs: Samples, figure: Figure) -> list[Axes]:
+def _draw_comparison(runs: Samples, make: Callable[..., Figure]) -> tuple[Figure, list[Axes]]:
+    height = 11 if _is_crowded(runs) else 7
+    figure = make(figsize=(8, height), layout="constrained", facecolor="white")
     if _is_crowded(runs):
         axes = list(figure.subplots(3, 1))
     else:
@@ -269,18 +223,13 @@ def _draw_comparison(runs: Samples, figure: Figure) -> list[Axes]:
         blacken(ax)
     plot_bars(runs, axes[:2])
     plot_memory(runs, axes[2])
-    return axes
+    return figure, axes
 
 
 def plot_medians(medians: pd.DataFrame, variants: Sequence[str]) -> Figure:
     """Draw the medians of many results: axes for each column, a bar for each variant of each result.
 
-    Parameters
-    ----------
-    medians
-        Indexed by result and variant; the columns' names say their units.
-    variants
-        All that there are, in the order of their colors.
+    They are indexed by result and variant; `variants` are all that there are, in the order of their colors.
     """
     results = {result: row for row, result in enumerate(medians.index.unique(0))}
     step = _GROUP_WIDTH / len(variants)
@@ -304,45 +253,3 @@ def plot_medians(medians: pd.DataFrame, variants: Sequence[str]) -> Figure:
     else:
         say_empty(axes[0])
     return figure
-
-
-# Colour and hatching of what tensors are for.
-_KINDS = {
-    "embedding": ("#E69F00", ""),
-    "head": (PURPLE, "xx"),
-    "attention": (BLUE, ""),
-    "experts": (VERMILION, ".."),
-    "feed-forward": ("#56B4E9", "//"),
-    "norm": ("#000000", ""),
-    "other": ("#999999", "--"),
-}
-_SHOWN_SHARDS = 40
-
-
-def plot_shards(plan: ShardPlan, ax: Axes | None = None) -> Axes:
-    """Draw the layout of a plan: a bar for each file, cut into what its tensors are for, in their order.
-
-    The plan's own text and HTML say the same in numbers. More than 40 files are drawn as the first 40.
-    """
-    shown = plan.shards[:_SHOWN_SHARDS]
-    ax = new_axes(size=(8, 1.1 + 0.26 * max(3, len(shown)))) if ax is None else ax
-    scale, unit = (1e9, "GB") if plan.largest_file.nbytes >= 1e9 else (1e6, "MB")
-    for row, shard in enumerate(shown):
-        tensors = ((kind_of(t.source.name), t.begin, t.nbytes) for t in shard.tensors)
-        for kind, group in groupby(tensors, key=itemgetter(0)):
-            pieces = list(group)
-            start, end = pieces[0][1] / scale, (pieces[-1][1] + pieces[-1][2]) / scale
-            color, hatch = _KINDS[kind]
-            new = None if kind in ax.get_legend_handles_labels()[1] else kind
-            look: dict[str, Any] = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
-            ax.barh(row, end - start, 0.8, start, label=new, **look)
-    ax.axvline(plan.max_shard_size / scale, color=ink(ax), linestyle=":", linewidth=1)
-    rows = range(len(shown))
-    ax.set_yticks(rows, [f"{row + 1} of {len(plan.shards)}" for row in rows])
-    ax.tick_params(axis="y", labelsize=8, length=0)
-    ax.invert_yaxis()
-    tidy(ax, "file", f"{plural(len(plan.shards), 'file')}, {format_size(plan.total_bytes)} of weights")
-    ax.set_xlim(0, 1.03 * plan.largest_file.nbytes / scale)
-    ax.set_xlabel(f"{unit} (dotted: max_shard_size)", color=ink(ax))
-    ax.legend(frameon=False, fontsize=8, labelcolor=ink(ax), loc="upper left", bbox_to_anchor=(1, 1))
-    return ax

@@ -20,10 +20,7 @@ STAGES = {
 class ProgressBar:
     """Shows the `progress` of a job: ``with ProgressBar() as bar: shard_checkpoint(..., progress=bar)``.
 
-    Parameters
-    ----------
-    **options
-        Passed on to `tqdm`.
+    Options are passed on to `tqdm`.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -64,10 +64,10 @@ def _table(runs: Samples) -> Table:
             sample.variant,
             "warm-up" if sample.pair is None else str(sample.pair + 1),
             *(quantity.format(quantity.of(run)) for quantity in quantities),
-            f"{run.cache.asked}, {'proven' if run.cache.proven else 'not proven'}",
-            f"{run.outcome}: {run.reason}" if run.reason else run.outcome,
+            str(run.cache),
+            run.end,
         )
-        for sample in (*runs.warm_ups, *runs.samples)
+        for sample in runs.all_runs
         for run in (sample.measurement,)
     ]
     labels = (quantity.label for quantity in quantities)

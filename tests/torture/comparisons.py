@@ -41,7 +41,7 @@ def _same_twice(place: Place) -> Iterator[Finding]:
     found = _compare(place, repeats=5)
     wrong = [ratio for ratio in found.ratios.values() if ratio.conclusion in ("less", "more")]
     if wrong:
-        yield Fault("; ".join(f"{ratio.quantity}: {ratio.words()}" for ratio in wrong))
+        yield Fault("; ".join(f"{ratio.quantity}: {ratio}" for ratio in wrong))
     yield Seen(f"load {found.ratios['load_wall_seconds'].conclusion}")
 
 
@@ -51,7 +51,7 @@ def _slowed(place: Place) -> Iterator[Finding]:
     ratio = found.ratios_of("slowed")["load_wall_seconds"]
     yield Most("x, slowdown as measured", ratio.ratio)
     if ratio.conclusion != "more":
-        yield Fault(f"a load made {SLOWDOWN} x longer: {ratio.words()}")
+        yield Fault(f"a load made {SLOWDOWN} x longer: {ratio}")
 
 
 def _compare(place: Place, **more: Any) -> Comparison:

@@ -166,6 +166,7 @@ class ShardApp:
 
         for step in (self._choose, self._shard, self._compare):
             step.start.on_click(partial(self._begin, step))
+            step.cancel.on_click(self._cancelled)
         self._plan.changed = self._planned
         dlink((self._plan.dtype, "value"), (self._compare.dtype, "value"))
         self._shard.destination.observe(lambda _: self._refresh(), "value")
@@ -191,12 +192,15 @@ class ShardApp:
         step.refuse(page.error(_BUSY))
         for other in self._steps:
             other.let_cancel(True)
-        Worker.when_free(self._refresh)
         return False
 
     def _ended(self) -> None:
         self._working = None
         self._refresh()
+
+    def _cancelled(self, _: Any) -> None:
+        if self._working is None:  # it was another app's job
+            self._refresh()
 
     def _opened(self) -> None:
         if self.checkpoint is not None and self._shard.folder in ("", self._named):
@@ -206,7 +210,7 @@ class ShardApp:
         self._plan.open()
 
     def _planned(self) -> None:
-        self._choose.tell(self.plan)
+        self._choose.tell(self._plan.estimates)
         self._refresh()
 
     def _refresh(self) -> None:

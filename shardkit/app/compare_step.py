@@ -31,13 +31,7 @@ _MOST_REPEATS = 20
 
 
 class Compare(Step):
-    """Loads both checkpoints in turn, each time in a fresh process.
-
-    Attributes
-    ----------
-    comparison
-        What was found; of a run that was stopped, what was found so far.
-    """
+    """Loads both checkpoints in turn, each time in a fresh process; if stopped, it keeps what it found."""
 
     title, button, working = "4. Compare", "Compare", "Comparing…"
     hint = "Loads the original and the shards in turn, each time in a fresh process, and reports differences."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import Event, Lock, Thread
-from typing import ClassVar
 
 
 class Worker:
@@ -16,7 +15,6 @@ class Worker:
 
     _running = Lock()
     _stop = Event()
-    _waiting: ClassVar[list[Callable[[], None]]] = []
 
     def __init__(self) -> None:
         self._thread: Thread | None = None
@@ -37,18 +35,6 @@ class Worker:
         if cls._running.acquire(timeout=timeout):
             cls._running.release()
 
-    @classmethod
-    def when_free(cls, told: Callable[[], None]) -> None:
-        """Call `told` once, when the running job has ended."""
-        cls._waiting.append(told)
-        if not cls._running.locked():  # it ended just now
-            cls._tell()
-
-    @classmethod
-    def _tell(cls) -> None:
-        while cls._waiting:
-            cls._waiting.pop()()
-
     def start(self, job: Callable[[], None], ended: Callable[[], None]) -> bool:
         """Start a job, then call `ended`; False if another is running. The job deals with its own errors."""
         if not self._running.acquire(blocking=False):
@@ -61,7 +47,6 @@ class Worker:
             finally:
                 self._running.release()
                 ended()
-                self._tell()
 
         # A daemon: a kernel that is told to go must not wait for a copy that can be resumed.
         self._thread = Thread(target=run, name="shardkit-app", daemon=True)

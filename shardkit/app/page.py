@@ -17,8 +17,6 @@ from shardkit.checkpoint.parts import BLOCK, part_of
 from shardkit.formats.tensor import TensorInfo
 from shardkit.plan.plan import ShardPlan
 
-_DRAWN_FILES = 300  # more are thinner than a pixel
-
 
 class File(NamedTuple):
     """A weights file as the layout map draws it."""
@@ -90,21 +88,16 @@ def layout_map(checkpoint: Checkpoint, plan: ShardPlan) -> str:
     now = [File(f, sum(t.nbytes for t in tensors), [t.name for t in tensors]) for f, tensors in held.items()]
     planned = [File(s.file, s.nbytes, [t.source.name for t in s.tensors]) for s in plan.shards]
     scale = max(sum(file.nbytes for file in row) for row in (now, planned)) or 1
-    rows = _row("now", now, scale) + _row("planned", planned, scale)
-    return f'<div class="sk-map">{rows}</div>'
+    return f'<div class="sk-map">{_row("now", now, scale)}{_row("planned", planned, scale)}</div>'
 
 
 def _row(label: str, row: Sequence[File], scale: int) -> str:
     total = sum(file.nbytes for file in row)
-    words = f"{label}: {plural(len(row), 'file')}, {format_size(total)}"
-    if len(row) > _DRAWN_FILES:
-        words += f" (the first {_DRAWN_FILES} shown)"
-    drawn = row[:_DRAWN_FILES]
-    boxes = "".join(_box(number, file) for number, file in enumerate(drawn, 1))
-    width = 100 * sum(file.nbytes for file in drawn) / scale
+    words = escaped(f"{label}: {plural(len(row), 'file')}, {format_size(total)}")
+    boxes = "".join(_box(number, file) for number, file in enumerate(row, 1))
     return (
-        f'<div class="sk-label">{escaped(words)}</div><div class="sk-strip" role="img" '
-        f'aria-label="{escaped(words)}" style="width:{width:.3f}%">{boxes}</div>'
+        f'<div class="sk-label">{words}</div><div class="sk-strip" role="img" aria-label="{words}" '
+        f'style="width:{100 * total / scale:.3f}%">{boxes}</div>'
     )
 
 
@@ -125,7 +118,7 @@ def contents(names: Iterable[str]) -> str:
         if (part := part_of(name)).place == BLOCK:
             blocks.add(part.number)
         else:
-            beside[(name.split(".")[-2:] or [name])[0]] = None
+            beside[name.split(".")[-2:][0]] = None
     # Consecutive numbers differ from their place by the same amount.
     places = count()
     runs = [list(run) for _, run in groupby(sorted(blocks), key=lambda block: block - next(places))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -24,18 +23,11 @@ from shardkit.shard.report import ShardReport
 from shardkit.show.progress import STAGES
 
 _SHOW_EVERY_SECONDS = 0.15  # a page that is told more often than that falls behind
-_RATE_OVER_SECONDS = 5.0
 _GOES_ON = "Shard resumes where it stopped"
 
 
 class Shard(Step):
-    """Writes the shards and proves them.
-
-    Attributes
-    ----------
-    report
-        What was written; None until it is.
-    """
+    """Writes the shards and proves them."""
 
     title, button, working = "3. Shard", "Shard", "Sharding…"
     hint = "Copies byte ranges, loads nothing, then compares every tensor. The source is never changed."
@@ -129,29 +121,19 @@ class _ByteProgress:
     """Shows the progress of a job in bytes: a bar, and in words how much, how fast, how long yet."""
 
     def __init__(self, show: Callable[[float, str], None]) -> None:
-        self._show = show
-        self._shown_at = 0.0
-        self._seen: deque[tuple[float, int]] = deque()
+        self._show, self._stage, self._began, self._shown_at = show, "", 0.0, 0.0
 
     def __call__(self, progress: Progress) -> bool:
         """Show where the job stands; False asks it to stop."""
-        now = time.monotonic()
-        if not progress.done_bytes:  # another stage begins
-            self._seen.clear()
-        self._seen.append((now, progress.done_bytes))
-        while now - self._seen[0][0] > _RATE_OVER_SECONDS:
-            self._seen.popleft()
-        if now - self._shown_at >= _SHOW_EVERY_SECONDS or progress.done_bytes == progress.total_bytes:
+        now, done, total = time.monotonic(), progress.done_bytes, progress.total_bytes
+        if progress.stage != self._stage:
+            self._stage, self._began = progress.stage, now
+        if now - self._shown_at >= _SHOW_EVERY_SECONDS or done == total:
+            words = STAGES.get(progress.stage, progress.stage).capitalize()
+            line = f"{words}: {format_size(done)} of {format_size(total)}"
+            if done and now > self._began:
+                rate = done / (now - self._began)
+                line += f", {format_size(rate)}/s, {format_seconds((total - done) / rate)} left"
             self._shown_at = now
-            self._show(progress.done_bytes / (progress.total_bytes or 1), self._line(progress))
+            self._show(done / (total or 1), line)
         return not Worker.stopping()
-
-    def _line(self, progress: Progress) -> str:
-        words = STAGES.get(progress.stage, progress.stage).capitalize()
-        line = f"{words}: {format_size(progress.done_bytes)} of {format_size(progress.total_bytes)}"
-        (began, before), (now, done) = self._seen[0], self._seen[-1]
-        if done == before or now == began:
-            return line
-        rate = (done - before) / (now - began)
-        left = format_seconds((progress.total_bytes - done) / rate)
-        return f"{line}, {format_size(rate)}/s, {left} left"

@@ -47,19 +47,7 @@ class Area(widgets.HTML):  # type: ignore[misc]
 
 
 class Step:
-    """A heading, controls, a button that starts, and a line that says how it went.
-
-    Attributes
-    ----------
-    box
-        The widget that shows it.
-    controls
-        What a person sets; not while a job runs.
-    start
-        The button.
-    error
-        What the last attempt raised; None if it went well.
-    """
+    """A heading, controls that are fixed while a job runs, a button that starts it, and how it went."""
 
     title = hint = ""
     button = working = ""  # what the button says, and what it says while the job runs

@@ -54,10 +54,6 @@ _PARSER.add_argument(
 _COMMANDS = _PARSER.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
 
-class _WrongUsageError(Exception):
-    """Options that do not go together."""
-
-
 def _argument(name: str, told: str, **options: Any) -> Argument:
     """Declare an argument, or an option if its name begins with dashes; its default is shown in its help."""
     shown = " (default: %(default)s)" if options.get("default") not in (None, argparse.SUPPRESS) else ""
@@ -90,7 +86,7 @@ def _command(*arguments: Argument) -> Callable[[Callable[..., None]], Callable[.
         )
         for name, options in arguments:
             parser.add_argument(name, **options)
-        parser.set_defaults(command=function, parser=parser)
+        parser.set_defaults(command=function)
         return function
 
     return add
@@ -190,15 +186,16 @@ def shard(
     **common: Any,
 ) -> None:
     """Rewrite a checkpoint as shards, without loading it, and verify them."""
+    wrong_usage = _COMMANDS.choices["shard"].error
     with _told_how_to_go_on(), _progress_bar() as bar:
         common["progress"] = bar
         if is_on_hub(destination):
             if overwrite or not resume or stream is not None:
-                raise _WrongUsageError("--overwrite, --no-resume, --stream, --download only apply to folders")
+                wrong_usage("--overwrite, --no-resume, --stream, --download only apply to folders")
             report = shardkit.shard_on_hub(source, destination[5:], private=not public, **common)
         else:
             if public:
-                raise _WrongUsageError("--public only applies to hf:// destinations")
+                wrong_usage("--public only applies to hf:// destinations")
             common |= {"overwrite": overwrite, "resume": resume, "stream": stream}
             report = shardkit.shard_checkpoint(source, destination, **common)
     _show(report, as_json)
@@ -355,11 +352,7 @@ def run(words: Sequence[str]) -> None:
         _PARSER.print_help()
         sys.exit(2)
     asked = vars(_PARSER.parse_args(words))
-    command, parser = asked.pop("command"), asked.pop("parser")
-    try:
-        command(**asked)
-    except _WrongUsageError as error:
-        parser.error(str(error))
+    asked.pop("command")(**asked)
 
 
 def main() -> None:

@@ -25,17 +25,7 @@ _INJECTED = "# Parameters"  # how papermill begins the cell that it writes
 def check_parameters(names: Mapping[str, Any]) -> None:
     """Refuse parameters that a notebook does not know, and values that it cannot use.
 
-    The parameters are those that its cells annotate: ``repeats: int = 5``.
-
-    Parameters
-    ----------
-    names
-        The `globals()` of a notebook, behind its parameters.
-
-    Raises
-    ------
-    ParameterError
-        Names the parameter, its value, and what it may be.
+    The parameters are those that its cells annotate: ``repeats: int = 5``; the names are its `globals()`.
     """
     cells: Sequence[str] = names.get("In", ())
     known = dict.fromkeys(name for cell in cells for name in _assigned(cell, ast.AnnAssign))
@@ -61,11 +51,6 @@ def read_results(folder: str) -> tuple[dict[str, Comparison], pd.DataFrame]:
     """Return every comparison below a folder by its file's name, and their runs, a row each.
 
     Warm-ups are left out, unless a variant has nothing else.
-
-    Raises
-    ------
-    MeasurementError
-        If there is none, or one cannot be read.
     """
     files = {str(path): path for path in sorted(Path(folder).rglob("*comparison.json"))}
     runs = merge_comparisons(files)
@@ -79,14 +64,7 @@ def read_results(folder: str) -> tuple[dict[str, Comparison], pd.DataFrame]:
 def median_figures(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the medians of the main figures by result and variant, over the counted loads that succeeded.
 
-    Parameters
-    ----------
-    runs
-        As `read_results` returns them.
-
-    Returns
-    -------
-    Seconds and gigabytes, as the columns' names say: "load time (s)".
+    They are in seconds and gigabytes, as the columns' names say: "load time (s)".
     """
     main = compared(False, "main")
     names = [quantity.name for quantity in main]

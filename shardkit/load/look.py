@@ -35,14 +35,8 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
 def model_keys(job: dict[str, Any]) -> dict[str, Any]:
     """Return what the model class of a config gets from source and copy, and where the two differ.
 
-    Parameters
-    ----------
-    job
-        "source" and "copy", each with its "config", and "folder" or "tensors" (dtype and shape by name).
-
-    Returns
-    -------
-    "why" it cannot be asked; or "model", "stack", "keys", "missing" (from both) and "differences".
+    Of "source" and "copy" the job has "config", and "folder" or "tensors" (dtype and shape by name). The
+    answer is "why" it cannot be asked; or "model", "stack", "keys", "missing" (from both) and "differences".
     """
     import transformers
 
@@ -138,18 +132,9 @@ def _differences(source: dict[str, Any], copy: dict[str, Any]) -> list[str]:
 
 
 def kept_tensors(job: dict[str, Any]) -> dict[str, Any]:
-    """Return which tensors transformers does not load in a dtype when that is requested.
+    """Return which of the "names" transformers does not load in a "dtype" when that is requested: "kept".
 
     Does, without data, as transformers 5 does in `convert_and_load_state_dict_in_model`.
-
-    Parameters
-    ----------
-    job
-        "config", "names" of tensors, and "dtype".
-
-    Returns
-    -------
-    "kept", some of the names.
     """
     import torch
     from transformers.conversion_mapping import get_model_conversion_mapping

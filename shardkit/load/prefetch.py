@@ -21,12 +21,8 @@ _BUFFER_BYTES = 1 << 20
 class Prefetch:
     """Reads files, in order, in threads of its own, and keeps nothing but what the page cache keeps.
 
-    Parameters
-    ----------
-    files
-        Paths. One that cannot be read is left to whoever needs it, and their error.
-    limit_bytes
-        The most bytes to read; more than the page cache holds would push out what it has just read.
+    More bytes than that holds would push out what was just read: `limit_bytes` is the most to read. A file
+    that cannot be read is left to whoever needs it, and their error.
     """
 
     def __init__(self, files: Sequence[str], limit_bytes: int) -> None:

@@ -22,20 +22,10 @@ from shardkit.load.look import config_differences
 
 @dataclass(frozen=True)
 class ModelKeys:
-    """What a model class gets from a source and from its copy.
+    """What a model class, of a version of transformers, gets from a source and from its copy.
 
-    Attributes
-    ----------
-    model, stack
-        Which class was asked, of which version of transformers; empty where it was not asked.
-    keys
-        How many keys the model has.
-    missing
-        Keys that neither source nor copy has, which transformers initializes.
-    differences
-        Keys that are missing, unexpected or of another shape on one side only.
-    why_unchecked
-        Why it was not asked; empty where it was.
+    It has so many keys; some may be missing in both, which transformers initializes; those that are missing,
+    unexpected or of another shape on one side only are differences. `why_unchecked` is empty if it was asked.
     """
 
     model: str = ""

@@ -508,8 +508,7 @@ class TestCompare:
         comparison = app.run_all()
         assert instant_loads
         (alternative,) = re.findall(r'<img class="sk-picture" alt="(.*?)"', html(app))
-        assert "original: at most 700 MB anonymous" in alternative
-        assert comparison.verdict in html(app)
+        assert comparison.verdict in alternative
 
     @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
     def test_cancel_in_the_middle_of_a_load_ends_it_within_a_second(self, demo, tmp_path, monkeypatch):

@@ -71,10 +71,9 @@ cuda = SimpleNamespace(
     is_available=lambda: True, device_count=lambda: 2, synchronize=waited_for.append,
     max_memory_allocated=lambda gpu: 100 * (gpu + 1), get_device_name=lambda gpu: f"GPU {{gpu}}",
 )
-mps = SimpleNamespace(synchronize=lambda: waited_for.append("mps"))
 class Load(worker.Load):
     def imports(self):
-        self.torch = SimpleNamespace(cuda=cuda, mps=mps, get_num_threads=lambda: 1, __version__="2.13.0")
+        self.torch = SimpleNamespace(cuda=cuda, get_num_threads=lambda: 1, __version__="2.13.0")
         self.loader = SimpleNamespace(from_pretrained=self.from_pretrained)
     def prompt_ids(self):
         pass
@@ -98,7 +97,6 @@ class TestOnStandIns:
             ("cuda", 100, "GPU 0", "[0]"),
             ("cuda:1", 200, "GPU 1", "[1]"),
             ("auto", 300, "GPU 0 + GPU 1", "[0, 1]"),
-            ("mps", None, None, "['mps']"),
         ],
     )
     def test_gpus_that_the_load_uses_are_waited_for_and_read(
@@ -113,7 +111,6 @@ class TestOnStandIns:
         assert found.environment.gpu == names
         assert f"waited for {waited_for}" in found.notes
         assert ("peak GPU" in str(found)) == (device != "cpu")
-        assert ("not reported by this system: peak GPU" in str(found)) == (device == "mps")
 
     def test_gpus_that_an_option_names_are_waited_for_too(self, demo, tmp_path):
         python = fake_interpreter(tmp_path, TWO_GPUS.format(does="pass"))

@@ -19,7 +19,6 @@ from shardkit.measure.samples import Sample
 from shardkit.show.canvas import look
 from shardkit.show.plots import (
     comparison_png,
-    describe_memory,
     plot_bars,
     plot_comparison,
     plot_medians,
@@ -173,7 +172,6 @@ def test_where_a_variant_reads_ahead_times_start_with_the_process():
     assert curves.get_xlabel() == "seconds since the start of the process"
     marks = [line for line in curves.lines if line.get_marker() == "o" and len(line.get_xdata())]
     assert [mark.get_xdata()[0] for mark in marks] == [3.5, 3.5]
-    assert "load done after 3.5 s, first token done after 4.5 s" in describe_memory(found)
 
 
 def test_bars_that_a_system_does_not_report_are_missed_aloud():
@@ -181,7 +179,6 @@ def test_bars_that_a_system_does_not_report_are_missed_aloud():
     found = fake_comparison(samples=tuple(runs))
     _, peaks, _ = plot_comparison(found)
     assert "peak anonymous\n(not reported by this system)" in "".join(t.get_text() for t in texts(peaks))
-    assert "at most unknown anonymous" in describe_memory(found)
 
 
 def test_pictures_need_no_backend_of_a_screen(tmp_path):
@@ -251,13 +248,6 @@ def test_killed_variant_is_drawn_as_far_as_it_came():
 def test_nothing_measured_is_said_rather_than_drawn():
     axes = plot_comparison(fake_comparison(samples=(), warm_ups=()))
     assert "nothing was measured" in {text.get_text() for text in axes[0].texts}
-
-
-def test_memory_is_told_in_words_too():
-    words = describe_memory(fake_comparison(anonymous=(4000 * MB, 400 * MB)))
-    assert "original: at most 4 GB anonymous" in words
-    assert "sharded: at most 400 MB anonymous" in words
-    assert "first token done after 1 s" in words
 
 
 def test_three_variants_fit_into_the_picture():

@@ -122,7 +122,7 @@ class Compare(Step):
         self.comparison = comparison
         self.stopped = "Results so far are kept below. Compare starts over."
         self._verdict.fill(in_the_app(comparison.summary().html(), escaped))
-        self._picture.value = page.picture(comparison_png(comparison), alternative(comparison))
+        self._picture.value = page.picture(comparison_png(comparison), alternative(comparison.verdict))
 
 
 def _limits(asked: int | None) -> list[tuple[str, int]]:

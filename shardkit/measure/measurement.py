@@ -19,7 +19,6 @@ FIRST_TOKEN = "first token"  # noqa: S105 - a phase, not a password
 
 _AHEAD = " (files were read ahead before it: compare times from process start)"
 _PEAKS = ("peak_anonymous_bytes", "peak_file_bytes", "peak_total_bytes")
-_UNMEASURED_DEVICES = ("mps", "xpu", "npu", "hpu")
 _LONG_GAP_SECONDS = 0.1
 # A spike of this length is meant to be seen.
 _SPIKE_SECONDS = 0.02
@@ -217,8 +216,6 @@ class LoadMeasurement(Record):
         missing = {name: QUANTITIES[name].label for name in _PEAKS if seen and getattr(self, name) is None}
         if (load := self.phase(LOAD)) and load.read_bytes is None:
             missing["read_bytes"] = "bytes read from the disk"
-        if self.peak_device_bytes is None and self.device.partition(":")[0] in _UNMEASURED_DEVICES:
-            missing["peak_device_bytes"] = QUANTITIES["peak_device_bytes"].label
         return missing
 
     def summary(self) -> Summary:

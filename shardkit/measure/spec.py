@@ -20,7 +20,7 @@ from shardkit.measure.limit import limited
 
 Rule = Callable[[Any], object]  # raises what is wrong with a value, and what to give
 
-_DEVICE = re.compile(r"cpu|auto|balanced(_low_0)?|sequential|(cuda|mps|xpu|npu|hpu)(:\d+)?")
+_DEVICE = re.compile(r"cpu|auto|balanced(_low_0)?|sequential|cuda(:\d+)?")
 
 
 def check(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:

@@ -27,7 +27,6 @@ from typing import Any
 
 PROMPT = "The quick brown fox jumps over the lazy dog"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
-OTHER_DEVICES = ("mps", "xpu", "npu", "hpu")
 CODE_OPTIONS = ("trust_remote_code", "revision", "code_revision")
 
 
@@ -169,7 +168,7 @@ class Load:
         kind, _, number = self.job["device"].partition(":")
         if kind == "cpu" and options.get("device_map") not in (None, "cpu"):
             kind = "auto"  # by name or by an option of transformers
-        if kind in ("cpu", *OTHER_DEVICES) or not cuda.is_available():
+        if kind == "cpu" or not cuda.is_available():
             return []
         return [int(number or 0)] if kind == "cuda" else list(range(cuda.device_count()))
 
@@ -254,9 +253,6 @@ class Load:
     def _synchronize(self) -> None:  # the device works behind the clock's back
         for gpu in self._gpus():
             self.torch.cuda.synchronize(gpu)
-        kind = self.job["device"].partition(":")[0]
-        if kind in OTHER_DEVICES and hasattr(self.torch, kind):
-            getattr(self.torch, kind).synchronize()
 
     def _tokens(self, ids: Any) -> list[int]:
         """Return the tokens that the model gives; where it gives fewer, or none, a note says why."""

@@ -9,10 +9,9 @@ from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 from shardkit.base.errors import MeasurementError
-from shardkit.base.sizes import format_size
 from shardkit.measure.intervals import mean_interval
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement
-from shardkit.measure.quantities import Quantity, Unit, format_seconds
+from shardkit.measure.quantities import Quantity, Unit
 from shardkit.measure.samples import Samples
 from shardkit.show.canvas import (
     bare_figure,
@@ -175,21 +174,6 @@ def _explain_marks(ax: Axes, runs: int) -> None:
         columnspacing=1,
         labelcolor=ink(ax),
     )
-
-
-def describe_memory(runs: Samples) -> str:
-    """Return in words what `plot_memory` draws."""
-    words = []
-    for name, run in runs.typical_runs.items():
-        peaks = (run.peak_anonymous_bytes, run.peak_total_bytes)
-        anonymous, total = ("unknown" if peak is None else format_size(peak) for peak in peaks)
-        line = [f"{name}: at most {anonymous} anonymous, {total} with file pages"]
-        for phase in run.phases:
-            if phase.name in _MARKERS:
-                end = phase.end_seconds if runs.reads_ahead else phase.wall_seconds
-                line.append(f"{phase.name} done after {format_seconds(end)}")
-        words.append(", ".join(line if run.ok else [*line, run.end]))
-    return "; ".join(words) or "nothing was measured"
 
 
 def plot_comparison(runs: Samples, path: str | os.PathLike[str] | None = None) -> Sequence[Axes]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from shardkit.base.record import Summary, Table
 from shardkit.measure.samples import Samples
-from shardkit.show.plots import comparison_png, describe_memory
+from shardkit.show.plots import comparison_png
 
 CARRIED_IN = '<script type="application/json" id="shardkit-comparison">'
 _CARRIED = re.compile(re.escape(CARRIED_IN) + "(.*?)</script>", re.DOTALL)
@@ -39,7 +39,7 @@ def result_page(runs: Samples, summary: Summary, data: dict[str, Any]) -> str:
 </head>
 <body>
 {summary.html()}
-<p><img alt="{escape(alternative(runs))}" src="data:image/png;base64,{picture}"></p>
+<p><img alt="{escape(alternative(data["verdict"]))}" src="data:image/png;base64,{picture}"></p>
 <details><summary>Every run</summary><div class="shardkit">{_table(runs).html()}</div></details>
 {CARRIED_IN}{text}</script>
 </body>
@@ -52,9 +52,9 @@ def carried(page: str) -> str | None:
     return found.group(1) if (found := _CARRIED.search(page)) else None
 
 
-def alternative(runs: Samples) -> str:
+def alternative(verdict: str) -> str:
     """Return the words that stand for the picture."""
-    return f"Wall times and peaks as in the table above, and memory over time: {describe_memory(runs)}"
+    return f"Wall times and peaks as in the table above, and memory over time. {verdict}"
 
 
 def _table(runs: Samples) -> Table:

@@ -383,7 +383,3 @@ def _in_the_terminal(text: str) -> str:
     for words, here in _IN_THE_TERMINAL.items():
         text = text.replace(words, here)
     return text
-
-
-if __name__ == "__main__":
-    main()

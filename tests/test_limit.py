@@ -22,10 +22,6 @@ def groups_left(pid):
     return list(Path(machine.CGROUP_ROOT).rglob(f"shardkit-{pid}-*"))
 
 
-def own_group(nbytes):
-    return limit._make_group(nbytes) or pytest.skip("here groups are made by systemd alone")
-
-
 def touch(megabytes):
     return [sys.executable, "-c", f"b = bytearray({megabytes} * 10**6); b[::4096] = b'x' * len(b[::4096])"]
 
@@ -48,36 +44,6 @@ def test_what_still_runs_in_the_group_ends_with_it():
             pass
     assert sleeper.wait(10) == -9
     assert not groups_left(os.getpid())
-
-
-@needs_groups
-def test_groups_of_a_killed_process_are_removed():
-    parent = own_group(64 * MB).parent
-    stale = parent / "shardkit-999999999-0"
-    stale.mkdir()
-    with limited(200 * MB):
-        assert not stale.exists()
-    for left in groups_left(os.getpid()):
-        left.rmdir()
-
-
-@needs_groups
-def test_group_in_which_something_lives_is_left_alone_whoever_made_it():
-    parent = own_group(64 * MB).parent
-    foreign = parent / "shardkit-999999998-0"  # a number that means nothing here may be alive in a container
-    foreign.mkdir()
-    sleeper = subprocess.Popen(["sleep", "600"])
-    try:
-        (foreign / "cgroup.procs").write_text(str(sleeper.pid))
-        with limited(200 * MB):
-            assert sleeper.poll() is None
-            assert foreign.exists()
-    finally:
-        sleeper.kill()
-        sleeper.wait()
-        limit._remove(foreign)
-        for left in groups_left(os.getpid()):
-            left.rmdir()
 
 
 def test_process_of_another_namespace_is_not_taken_for_our_own(tmp_path):

@@ -105,13 +105,8 @@ def _make_group(nbytes: int) -> Path | None:
             _set_limit(group, nbytes, is_v2)
         except OSError:
             _remove(group)
-            continue
-        for left in parent.glob("shardkit-*"):  # by a process that was killed
-            if not Path("/proc", left.name.split("-")[1]).exists():
-                # Only if it is empty: a process that /proc does not show may live in another container.
-                with suppress(OSError):
-                    left.rmdir()
-        return group
+        else:
+            return group
     return None
 
 

@@ -196,13 +196,10 @@ def comparison_png(runs: Samples) -> bytes:
 
 
 def _draw_comparison(runs: Samples, make: Callable[..., Figure]) -> tuple[Figure, list[Axes]]:
-    height = 11 if _is_crowded(runs) else 7
-    figure = make(figsize=(8, height), layout="constrained", facecolor="white")
-    if _is_crowded(runs):
-        axes = list(figure.subplots(3, 1))
-    else:
-        grid = figure.add_gridspec(2, 2, height_ratios=(1, 1.15))
-        axes = [figure.add_subplot(place) for place in (grid[0, 0], grid[0, 1], grid[1, :])]
+    # Where two of them stand side by side, the third is below both.
+    places, heights = ([[0], [1], [2]], (1, 1, 1)) if _is_crowded(runs) else ([[0, 1], [2, 2]], (1, 1.15))
+    figure = make(figsize=(8, 3.5 * len(places)), layout="constrained", facecolor="white")
+    axes = [*figure.subplot_mosaic(places, height_ratios=heights).values()]
     for ax in axes:
         blacken(ax)
     plot_bars(runs, axes[:2])

@@ -21,11 +21,13 @@ from shardkit.base.errors import Cancelled
 from shardkit.measure.events import read_events
 from shardkit.measure.limit import Limited, limited
 from shardkit.measure.sampler import PortableSampler, Reading, StatusSampler
+from shardkit.measure.spec import LoadSpec
 
 _TAIL_BYTES = 4000
 _ASK_EVERY_SECONDS = 0.2
-_CENTURY = 3e9
 _EVENTS_BYTES = 4_000_000
+# A load from a folder has no business on the network, whose delays would count as the load's.
+_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 # The end of its stdin says that we were killed: then it ends the child's group, and removes the folder; and
 # the control group, with what has left the child's.
 _GUARD = """
@@ -59,13 +61,7 @@ class ChildEnd:
 
 
 def run_child(
-    command: Sequence[str],
-    job: Mapping[str, Any],
-    *,
-    timeout: float | None,
-    environment: Mapping[str, str],
-    memory_limit: int | None,
-    stop: Callable[[], bool] | None,
+    command: Sequence[str], job: Mapping[str, Any], spec: LoadSpec, stop: Callable[[], bool] | None
 ) -> ChildEnd:
     """Start `command`, give it `job` and the path of a results file, sample it until it ends.
 
@@ -77,7 +73,7 @@ def run_child(
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shardkit-")))
-        limit = stack.enter_context(limited(memory_limit))
+        limit = stack.enter_context(limited(spec.memory_limit_bytes))
         # Held open from the start: whatever the child puts in their place is not what we read.
         results, printed = (
             stack.enter_context((folder / name).open("w+b", buffering=0)) for name in ("results", "printed")
@@ -85,14 +81,14 @@ def run_child(
         (folder / "job").write_text(json.dumps({**job, "results": str(folder / "results")}))
         started_at = time.monotonic()
         try:
-            child = _start([*command, str(folder / "job")], limit, printed, environment)
+            child = _start([*command, str(folder / "job")], limit, printed)
         except (OSError, ValueError) as error:
             return ChildEnd(started_at, time.monotonic(), None, output=str(error))
         fine, portable = StatusSampler(child.pid), PortableSampler(child)
         with _gone_after(child, folder, limit.group):
             for sampler in (fine, portable):
                 sampler.start()
-            timed_out = _runs_out_of_time(child, fine, timeout, stop)
+            timed_out = _runs_out_of_time(child, fine, spec.timeout, stop)
         for sampler in (fine, portable):
             sampler.join()
         ended_at = time.monotonic()
@@ -113,9 +109,7 @@ def run_child(
         )
 
 
-def _start(
-    command: Sequence[str], limit: Limited, printed: FileIO, environment: Mapping[str, str]
-) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], limit: Limited, printed: FileIO) -> subprocess.Popen[bytes]:
     if shutil.which(command[0]) is None:  # said here, because under a limit a shell would be there to start
         raise FileNotFoundError(f"{command[0]}: not found, or not executable")
     return subprocess.Popen(  # noqa: S603 - the interpreter is the caller's choice
@@ -123,7 +117,7 @@ def _start(
         stdin=subprocess.DEVNULL,  # a library that asks a question gets no answer
         stdout=printed,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **environment},
+        env={**os.environ, **_ENVIRONMENT},
         start_new_session=True,  # a group of its own, so that all of it can be killed
     )
 
@@ -151,7 +145,7 @@ def _runs_out_of_time(
     timeout: float | None,
     stop: Callable[[], bool] | None,
 ) -> bool:
-    end = time.monotonic() + min(math.inf if timeout is None else timeout, _CENTURY)
+    end = time.monotonic() + (math.inf if timeout is None else timeout)
     while (left := end - time.monotonic()) > 0:
         seconds = min(left, _ASK_EVERY_SECONDS)
         sampler.join(seconds)  # it sees the end; `child.wait` would look for it 50 times a second

@@ -26,8 +26,6 @@ WORKER = Path(__file__).with_name("worker.py")
 _PREFETCH = Path(__file__).parents[1] / "load" / "prefetch.py"
 _CURVE_POINTS = 500
 _FILE_OPTIONS = ("use_safetensors", "variant", "subfolder", "gguf_file", "revision")
-# A load from a folder has no business on the network, whose delays would count as the load's.
-_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 # transformers names what its own function would be given.
 UNTRUSTED = (
@@ -36,10 +34,6 @@ UNTRUSTED = (
 _KILLED = (-9, 128 + 9)  # by SIGKILL; as a wrapper's shell says it
 _SIGNALS = {int(number): number.name for number in signal.Signals}
 _NOT_STARTED = (126, 127)  # as a shell says it
-_AS_REPORTED = (
-    "wall_seconds", "user_seconds", "system_seconds", "peak_total_bytes", "major_faults", "read_bytes",
-    "process_cpu_seconds",
-)  # fmt: skip
 
 
 def measure_load(
@@ -128,9 +122,7 @@ def run_load(
     }
     command = [os.path.expanduser(spec.python or sys.executable), str(WORKER)]
     state = page_cache.prepare(files, spec.cache)
-    end = run_child(
-        command, job, timeout=spec.timeout, environment=_ENVIRONMENT, memory_limit=limit, stop=stop
-    )
+    end = run_child(command, job, spec, stop)
     state = page_cache.conclude(state, files, None if spec.prefetch else _read_since_load(end))
     if chosen := [name for name in _FILE_OPTIONS if name in given]:
         state = page_cache.doubt(state, f"with {', '.join(chosen)} other files may have been loaded")
@@ -230,12 +222,8 @@ def _at(peak: int | None) -> str:
 def _phase(event: Mapping[str, Any], end: ChildEnd) -> Phase:
     start, stop = event["at"], event["at"] + event["wall_seconds"]
     inside = [reading for reading in end.readings if start <= reading.at <= stop]
-    return Phase(
-        name=event["name"],
-        start_seconds=start - end.started_at,
-        **{name: event[name] for name in _AS_REPORTED},
-        **_split_peaks(end, [event], inside),
-    )
+    reported = {name: value for name, value in event.items() if name in Phase.__annotations__}
+    return Phase(start_seconds=start - end.started_at, **reported, **_split_peaks(end, [event], inside))
 
 
 def _peaks(end: ChildEnd, load_at: float, was_reset: bool) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shardkit.checkpoint.parts import BLOCK, EMBEDDING, HEAD, Part, is_single_expert, kind_of, part_of
+from shardkit.checkpoint.parts import BLOCK, EMBEDDING, HEAD, Part, is_single_expert, part_of
 
 
 @pytest.mark.parametrize(
@@ -34,24 +34,3 @@ def test_parts_sort_in_the_order_of_a_forward_pass() -> None:
 def test_experts_are_told_from_the_stack_that_holds_them() -> None:
     assert is_single_expert("model.layers.0.mlp.experts.3.up_proj.weight")
     assert not is_single_expert("model.layers.0.mlp.experts.gate_up_proj")
-
-
-@pytest.mark.parametrize(
-    ("tensor", "kind"),
-    [
-        ("model.layers.0.self_attn.q_proj.weight", "attention"),
-        ("model.layers.0.mlp.gate_proj.weight", "feed-forward"),
-        ("model.layers.0.block_sparse_moe.experts.3.w1.weight", "experts"),
-        ("transformer.wte.weight", "embedding"),
-        ("lm_head.weight", "head"),
-        ("model.norm.weight", "norm"),
-        ("model.layers.0.input_layernorm.weight", "norm"),
-        ("transformer.h.0.ln_1.weight", "norm"),
-        ("transformer.h.0.self_attention.query_key_value.weight", "attention"),
-        ("rotary.inv_freq", "other"),
-        ("embed_out.weight", "head"),
-        ("model.layers.3.mlp.gate.e_score_correction_bias", "feed-forward"),
-    ],
-)
-def test_names_of_tensors_say_what_they_are_for(tensor: str, kind: str) -> None:
-    assert kind_of(tensor) == kind

@@ -1,4 +1,4 @@
-"""What part of a model a tensor belongs to, by its name: embedding, block or head; and what it is for."""
+"""What part of a model a tensor belongs to, by its name: embedding, block or head."""
 
 from __future__ import annotations
 
@@ -10,15 +10,7 @@ EMBEDDING, BLOCK, HEAD = range(3)
 # The first number in a name says which block, if it is no longer than a number of blocks can be.
 _NUMBERED = re.compile(r"(?:(.*?)\.)??(\d{1,6})\.")
 _EMBEDDING = re.compile(r"embed(?!_out)|\bwte\b|\bwpe\b|\bshared\b")
-_HEAD = re.compile("lm_head|classifier|score|embed_out")
 _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
-# By a word in the name, of which the first that fits counts.
-_USES = {
-    "attention": re.compile("att(n|ention)|[qkvo]_proj"),
-    "experts": re.compile("expert"),
-    "feed-forward": re.compile(r"mlp|ffn|feed_forward|dense|fc\d|(gate|up|down)_proj"),
-    "norm": re.compile("norm|ln_"),
-}
 
 
 class Part(NamedTuple):
@@ -42,16 +34,6 @@ def part_of(tensor: str) -> Part:
     if block := _NUMBERED.match(tensor):
         return Part(BLOCK, block[1] or "", int(block[2]))
     return Part(EMBEDDING if _EMBEDDING.search(tensor) else HEAD)
-
-
-def kind_of(tensor: str) -> str:
-    """Return what a tensor is for: "embedding", "head", "attention", "experts", "norm", "other" and so on."""
-    place = part_of(tensor).place
-    if place == EMBEDDING:
-        return "embedding"
-    if place == HEAD and _HEAD.search(tensor):
-        return "head"
-    return next((use for use, pattern in _USES.items() if pattern.search(tensor)), "other")
 
 
 def is_single_expert(tensor: str) -> bool:

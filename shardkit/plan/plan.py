@@ -16,8 +16,8 @@ from typing import Any
 from shardkit.base.errors import PlanError
 from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.base.sizes import format_size, parse_size
-from shardkit.checkpoint.checkpoint import Checkpoint, estimate_with_base
-from shardkit.checkpoint.estimate import Estimate, StoredTensor, load_dtype
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.estimate import Estimate, StoredTensor, estimate_load, load_dtype
 from shardkit.checkpoint.kept import kept_tensors
 from shardkit.checkpoint.quantized import quantized
 from shardkit.formats.safetensors import (
@@ -181,9 +181,7 @@ class ShardPlan(Record):
         """
         tensors = (t for shard in self.shards for t in shard.tensors)
         stored = (StoredTensor(t.source.name, t.source.elements, t.dtype, t.source.shape) for t in tensors)
-        return estimate_with_base(
-            self.source, stored, load_dtype(dtype), stem=self.stem, config=config, side_files=side_files
-        )
+        return estimate_load(self.source, stored, load_dtype(dtype), config=config, side_files=side_files)
 
     def header(self, shard: Shard) -> bytes:
         """Return what the file of one of the shards begins with."""

@@ -260,7 +260,7 @@ def test_odd_list_of_modules_takes_no_other_weights_along(modules: str, tmp_path
         ),
         ({"model-00001-of-00002.safetensors": WEIGHTS}, ["one of 2 shards", "number 2 of 00002 is missing"]),
         ({"model-00001-of-99999999.safetensors": WEIGHTS}, ["one of 99999999 shards", "most are missing"]),
-        ({"model.safetensors.index.json": index(w="gone.safetensors")}, ["'gone.safetensors'", "not exist"]),
+        ({"model.safetensors.index.json": index(w="gone.safetensors")}, ["gone.safetensors", "not exist"]),
         (
             {
                 "model.safetensors.index.json": index(w="a.safetensors", v="b.bin"),

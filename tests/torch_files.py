@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from hypothesis import strategies as st
 
+from shardkit.formats.ranged import RangedFile
 from shardkit.formats.strided import read_strided
 from shardkit.formats.torch_file import TorchFile, read_torch_file
 
@@ -33,7 +34,7 @@ class Counted:
             return [os.pread(file.fileno(), nbytes, offset) for offset, nbytes in ranges]
 
     def open(self, exact: bool = True) -> TorchFile:
-        return read_torch_file(self, self.size, self.path.name, str(self.path), exact=exact)
+        return read_torch_file(RangedFile(self, self.size, str(self.path)), self.path.name, exact=exact)
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -52,13 +53,13 @@ def contents(path: Path) -> dict[str, bytes]:
 
 def raw(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor as safetensors would have them, by torch."""
-    whole = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    whole = tensor.detach().clone(memory_format=torch.contiguous_format)
     return bytes(whole.reshape(-1).view(torch.uint8).numpy()) if whole.numel() else b""
 
 
 @st.composite
 def _views(draw: st.DrawFn, base: torch.Tensor, in_parts: bool) -> torch.Tensor:
-    """Draw a view: a part, of any shape, permuted, with steps, expanded, conjugate or negative."""
+    """Draw a view: a part, of any shape, permuted, with steps, expanded."""
     length = base.numel()
     start = draw(st.integers(0, length))
     view = base[start : draw(st.integers(start, length))]
@@ -79,19 +80,16 @@ def _views(draw: st.DrawFn, base: torch.Tensor, in_parts: bool) -> torch.Tensor:
     if draw(st.integers(0, 5)) == 0:
         view = view.expand(draw(st.integers(0, 3)), *view.shape)
     if view.dtype == torch.complex64:
-        parts = [view.real, view.imag, view.conj().imag]  # of another dtype: torch saves no storage as two
-        view = draw(st.sampled_from(parts if in_parts else [view, view.conj(), torch._neg_view(view)]))
-    elif view.dtype in SIGNED and draw(st.integers(0, 5)) == 0:
-        view = torch._neg_view(view)
+        parts = [view.real, view.imag]  # of another dtype: torch saves no storage as two
+        view = draw(st.sampled_from(parts if in_parts else [view]))
     return view
 
 
 def _kept(view: torch.Tensor, how: str) -> torch.Tensor:
     """A tensor as models keep it: plain, a parameter (with or without a gradient), or marked."""
-    is_view_of_kind = view.is_conj() or view.is_neg()
-    if how == "parameter" and view.is_floating_point() and not is_view_of_kind:
+    if how == "parameter" and view.is_floating_point():
         return torch.nn.Parameter(view, requires_grad=False)
-    if how == "trained" and view.dtype in SIGNED and not is_view_of_kind:
+    if how == "trained" and view.dtype in SIGNED:
         return torch.nn.Parameter(view)
     if how == "marked":
         view = view[...]

@@ -10,10 +10,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from shardkit.base.errors import CheckpointError
-from shardkit.checkpoint.layout import family, find_weights, output_stem, read_config, read_json, shard_set
+from shardkit.checkpoint.config import parts_of
+from shardkit.checkpoint.layout import (
+    family,
+    find_weights,
+    output_stem,
+    read_config,
+    read_json,
+    shard_set,
+)
 from shardkit.formats.names import is_weights
 from shardkit.sources.fileset import FileSet
 
@@ -62,13 +70,7 @@ class Beside(NamedTuple):
 def sort_out(
     files: FileSet, weights: Iterable[str], stem: str, config: Mapping[str, Any] | None = None
 ) -> Beside:
-    """Tell what comes along with `weights`, of which files called `stem` are made, from what does not.
-
-    Raises
-    ------
-    CheckpointError
-        If something that comes along cannot be read, or is a link that leaves the folder.
-    """
+    """Tell what comes along with `weights`, of which files called `stem` are made, from what does not."""
     weights = set(weights)
     others = [file for file in files.belonging() if file not in weights]
     stays = _rule(others, weights, {stem, *map(family, weights)})
@@ -79,7 +81,11 @@ def sort_out(
         if (why := stays(file))
         and (why in (PARTIAL, OTHER_FORMAT, UNREAD) or named.isdisjoint(path_parts(file)))
     }
-    side_files = {file: _size(files, file) for file in others if file not in left_out}
+    side_files = {}
+    for file in others:
+        if file not in left_out:
+            files.check(file)
+            side_files[file] = files.size(file)
     pointers = [file for file, size in side_files.items() if _is_pointer(files, file, size)]
     notes = tuple(f"{file} is a Git LFS pointer, not the file: run `git lfs pull`" for file in pointers)
     return Beside(side_files, left_out, notes)
@@ -113,11 +119,11 @@ def _rule(others: Iterable[str], weights: set[str], stems: set[str]) -> Callable
 
 def _runtime_folders(file: str) -> Iterable[str]:
     """Yield the folders of other runtimes that a file of weights lies in."""
-    *folders, name = file.split("/")
-    if is_weights(name) or _RUNTIMES.fullmatch(name):
-        for place, folder in enumerate(folders, start=1):
-            if _RUNTIME_FOLDERS.fullmatch(folder):
-                yield "/".join(folders[:place])
+    path = PurePosixPath(file)
+    if is_weights(path.name) or _RUNTIMES.fullmatch(path.name):
+        for folder in path.parents:
+            if _RUNTIME_FOLDERS.fullmatch(folder.name):
+                yield str(folder)
 
 
 def named_files(
@@ -138,29 +144,13 @@ def is_needed(file: str, named: set[str]) -> bool:
 def _texts(value: Any) -> Iterable[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (dict, list)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
+    for part in parts_of(value):
+        yield from _texts(part)
 
 
 def path_parts(file: str) -> list[str]:
     """Return a file's name and those of the folders that it lies in."""
-    parts = file.split("/")
-    return ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
-
-
-def _size(files: FileSet, file: str) -> int:
-    path = files.where(file)
-    if not files.is_file(file):
-        raise CheckpointError(
-            f"is a link to {os.readlink(path)}, which does not exist: the download is incomplete", file=path
-        )
-    if (real := files.leaves(file)) is not None:
-        raise CheckpointError(
-            f"is a link to {real}, outside the folder: if it belongs to the model, replace it with a copy",
-            file=path,
-        )
-    return files.size(file)
+    return [file, *map(str, PurePosixPath(file).parents)]
 
 
 def _is_pointer(files: FileSet, file: str, size: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
@@ -37,8 +36,6 @@ from shardkit.formats.strided import MAX_RECEIVED_SPAN
 from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
 from shardkit.sources.fileset import FileSet, State
 from shardkit.sources.resolve import resolve
-
-_HEADERS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -81,8 +78,6 @@ class Checkpoint(Record):
         How its files came about, as the index of an earlier run says: "source", "strategy".
     seen
         State of the weight files just before their headers were read; on this disk alone, so not in JSON.
-    derived
-        Files on the Hub whose offsets `confirm` has yet to read; not in JSON either.
     """
 
     source: str
@@ -102,7 +97,6 @@ class Checkpoint(Record):
     legacy: tuple[str, ...] = ()
     made: dict[str, str] = field(default_factory=dict)
     seen: dict[str, State] = field(init=False, default_factory=dict, compare=False, repr=False)
-    derived: set[str] = field(init=False, default_factory=set, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -135,45 +129,39 @@ class Checkpoint(Record):
             tensor, numbers.
         """
         found = resolve(source, needed_files, revision=revision, token=token, download=download)
-        return cls._read(found.files, found.source, found.chosen, found.notes)
-
-    @classmethod
-    def _read(
-        cls, folder: FileSet, source: str, chosen: str | None = None, notes: tuple[str, ...] = ()
-    ) -> Self:
-        config = read_config(folder)
+        place, chosen = found.files, found.chosen
+        config = read_config(place)
+        weights = find_weights(place, config, chosen)
+        seen = _states(place, weights.files)
+        form = format_of(weights.files[0])
+        scan = form.scan(place, weights.files)
+        metadata, file_metadata = of_checkpoint(scan.metadata, scan.tensors)
+        stem = output_stem(place, weights.chosen, config)
         # A file that lies beside no config is alone: what surrounds it is none of its business.
         is_alone = chosen is not None and config is None
-        weights = find_weights(folder, config, chosen)
-        seen = _states(folder, weights.files)
-        form = format_of(weights.files[0])
-        tensors, found, said, aliases, legacy, derived = form.scan(folder, weights.files)
-        metadata, file_metadata = of_checkpoint(found, tensors)
-        held = {name: tensor.file for name, tensor in tensors.items()}
-        stem = output_stem(folder, weights.chosen, config)
-        ours = {weights.chosen, *weights.files}
-        beside = Beside({}, {}) if is_alone else sort_out(folder, ours, stem, config)
-        told = (*weights.notes, *said, *index_notes(weights, held), *naming_notes(weights.chosen, stem))
+        beside = Beside({}, {})
+        if not is_alone:
+            beside = sort_out(place, (weights.chosen, *weights.files), stem, config)
+        notes = (*found.notes, *weights.notes, *scan.notes, *index_notes(weights, scan.tensors))
         checkpoint = cls(
-            source=source,
-            place=folder,
+            source=found.source,
+            place=place,
             format=form.name,
             stem=stem,
             files=weights.files,
-            tensors=tensors,
+            tensors=scan.tensors,
             metadata=metadata,
             config=config,
             side_files=beside.side_files,
             left_out=beside.left_out,
-            aliases=dict(aliases),
-            notes=(*notes, *told, *beside.notes),
+            aliases=dict(scan.aliases),
+            notes=(*notes, *naming_notes(weights.chosen, stem), *beside.notes),
             file_metadata=file_metadata,
             index_dtype=weights.dtype if config_dtype(config) is None else None,
-            legacy=legacy,
+            legacy=scan.legacy,
             made=dict(weights.made),
         )
         checkpoint.seen.update(seen)
-        checkpoint.derived.update(derived)
         return checkpoint
 
     def to_dict(self) -> dict[str, Any]:
@@ -277,16 +265,9 @@ class Checkpoint(Record):
             return True
 
     def confirm(self) -> Self:
-        """Return it once all offsets are read in its files; of torch's files on the Hub, some are derived.
-
-        Raises
-        ------
-        CheckpointError
-            If one of them is another.
-        """
-        if self.derived:
-            confirm_offsets(self.place, self.derived, self.tensors.values())
-            self.derived.clear()
+        """Return it once all offsets are read in its files; of torch's files on the Hub, some are derived."""
+        if self.place.folder is None and self.format == "pickle":
+            confirm_offsets(self.place, self.files, self.tensors)
         return self
 
     def check_streamable(self) -> Self:
@@ -315,9 +296,10 @@ class Checkpoint(Record):
     def summary(self) -> Summary:
         """Return what a person wants to know before sharding it."""
         beside = sum(self.side_files.values())
+        why = "config.json names none" if self.config else "no config.json"
         facts = (
             ("source", shown_path(self.source)),
-            ("architecture", self.architecture or self._why_unknown()),
+            ("architecture", self.architecture or f"unknown ({why})"),
             ("parameters", f"{self.parameters:,} in {plural(len(self.tensors), 'tensor')}"),
             (
                 "weights",
@@ -336,9 +318,6 @@ class Checkpoint(Record):
         )
         return Summary("Checkpoint", facts, (dtypes,), self._notes())
 
-    def _why_unknown(self) -> str:
-        return f"unknown ({'config.json names none' if self.config else 'no config.json'})"
-
     def _config_against_files(self) -> str:
         said = config_dtype(self.config)
         held = [DTYPE_NAMES[dtype] for dtype in self.dtypes if dtype in FLOAT_DTYPES]
@@ -353,25 +332,18 @@ class Checkpoint(Record):
     def _notes(self) -> tuple[str, ...]:
         notes = list(self.notes)
         if self.aliases:
-            notes.append(shared_note(self))
+            more = format_size(sum(self.tensors[name].nbytes for name in self.aliases))
+            notes.append(
+                f"{plural(len(self.aliases), 'tensor')} sharing the storage of another in the source, "
+                f"written separately ({more} more): {listed(self.aliases)}"
+            )
         if self.left_out:
-            notes.append(f"not copied: {by_kind(self.left_out)}")
+            kinds: dict[str, list[str]] = {}
+            for file, kind in self.left_out.items():
+                kinds.setdefault(kind, []).append(file)
+            by_kind = (f"{kind}: {plural(len(f), 'file')} ({listed(f)})" for kind, f in kinds.items())
+            notes.append(f"not copied: {'; '.join(by_kind)}")
         return tuple(notes)
-
-
-def shared_note(checkpoint: Checkpoint) -> str:
-    """Return which tensors of a pickle share storage, and how many bytes writing each of them adds."""
-    more = format_size(sum(checkpoint.tensors[name].nbytes for name in checkpoint.aliases))
-    count, names = plural(len(checkpoint.aliases), "tensor"), listed(checkpoint.aliases)
-    return f"{count} sharing the storage of another in the source, written separately ({more} more): {names}"
-
-
-def by_kind(left_out: Mapping[str, str]) -> str:
-    """Return how many files of each kind there are, and the first of them by name."""
-    kinds: dict[str, list[str]] = {}
-    for file, kind in left_out.items():
-        kinds.setdefault(kind, []).append(file)
-    return "; ".join(f"{kind}: {plural(len(f), 'file')} ({listed(f)})" for kind, f in kinds.items())
 
 
 def _states(files: FileSet, names: tuple[str, ...]) -> dict[str, State]:

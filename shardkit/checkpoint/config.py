@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import isfinite, isnan
 from typing import Any
 
@@ -30,13 +30,10 @@ def adapted_config(config: Mapping[str, Any], dtype: str | None, auto: str | Non
     """Return the JSON of a config that fits the new files; None where it fits as it is.
 
     `auto` is what a load chooses for the source and would not for the new files: then the config says it.
-
-    A cast is followed by every dtype that the config names, those of its parts included; and a file name
-    of weights (`transformers_weights`) would name one that is gone.
     """
     adapted = {key: value for key, value in config.items() if key != "transformers_weights"}
     if dtype is not None:
-        adapted = _with_dtype(adapted, dtype)
+        adapted = _cast_value("", adapted, dtype)
         if config_dtype(adapted) is None and adapted.keys() & {"architectures", "model_type"}:
             adapted["dtype"] = dtype
     elif auto is not None:
@@ -56,8 +53,9 @@ def plain_json(value: Any) -> Any:
     return value
 
 
-def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    return {key: _cast_value(key, value, dtype) for key, value in config.items()}
+def parts_of(value: Any) -> Iterable[Any]:
+    """Return what a JSON object or list holds."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _cast_value(key: str, value: Any, dtype: str) -> Any:

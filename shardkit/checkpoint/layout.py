@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 from shardkit.base.errors import CheckpointError, reading
 from shardkit.base.record import listed, plural
+from shardkit.checkpoint.config import parts_of
 from shardkit.formats.names import is_index, is_weights
 from shardkit.formats.safetensors import JsonBounds, reading_json
+from shardkit.formats.tensor import TensorInfo
 from shardkit.sources.fileset import FileSet, is_inside
 
 CANONICAL_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
@@ -36,22 +38,9 @@ _VARIANT = re.compile(r"\.(?:(?:fp|bf|int|nf)\d+|\d+bit)")
 
 
 class Weights(NamedTuple):
-    """The weights that a load reads.
+    """The weights that a load reads: the file or index that decides, and files in transformers' order.
 
-    Attributes
-    ----------
-    chosen
-        The file or index that decides.
-    files
-        Files that hold tensors, in the order in which transformers reads them.
-    weight_map
-        Which file holds which tensor, as the index says; empty without an index.
-    notes
-        For the user.
-    dtype
-        What the index says its tensors have, which transformers believes; None where it does not say.
-    made
-        How its files came about, as an index of ours says; empty where another tool wrote it.
+    What the index says of them is in `weight_map`, `dtype` and, of how they came about, `made`.
     """
 
     chosen: str
@@ -89,13 +78,7 @@ def output_stem(files: FileSet, chosen: str, config: Mapping[str, Any] | None) -
 
 
 def read_json(files: FileSet, name: str) -> Any:
-    """Return a JSON document as Python reads it (`Infinity` and `NaN` included), within bounds.
-
-    Raises
-    ------
-    CheckpointError
-        If it cannot be read, or takes too much.
-    """
+    """Return a JSON document as Python reads it (`Infinity` and `NaN` included), within bounds."""
     path = files.where(name)
     with reading(path):
         if (size := files.size(name)) > _MAX_JSON_BYTES:
@@ -111,9 +94,7 @@ def read_json(files: FileSet, name: str) -> Any:
         document = json.loads(raw.decode("utf-8"))
     level = [document]
     for _ in range(_MAX_JSON_DEPTH):
-        children = (value.values() if isinstance(value, dict) else value for value in level)
-        level = [v for values in children if isinstance(values, Iterable) for v in values]
-        level = [value for value in level if isinstance(value, (dict, list))]
+        level = [part for value in level for part in parts_of(value) if isinstance(part, (dict, list))]
         if not level:
             return document
     raise CheckpointError(f"is nested more than {_MAX_JSON_DEPTH} levels deep", file=path)
@@ -140,13 +121,7 @@ def read_config(files: FileSet) -> dict[str, Any] | None:
 
 
 def find_weights(files: FileSet, config: Mapping[str, Any] | None, chosen: str | None = None) -> Weights:
-    """Return the weights that a load of `files` reads; or those that `chosen`, a file or an index, is of.
-
-    Raises
-    ------
-    CheckpointError
-        If there are none, several of equal right, or some are missing.
-    """
+    """Return the weights that a load of `files` reads; or those that `chosen`, a file or an index, is of."""
     if chosen is None:
         chosen = _choose(files, config)
     if is_index(chosen):
@@ -227,13 +202,7 @@ def _by_number(files: FileSet, chosen: str) -> Weights:
 
 
 def _by_index(files: FileSet, index: str) -> Weights:
-    """Return the weights that an index names, every file checked to be one of `files`.
-
-    Raises
-    ------
-    CheckpointError
-        If the index is damaged, or names files that are missing or outside.
-    """
+    """Return the weights that an index names, every file checked to be one of `files`."""
     where = files.where(index)
     document = _object(read_json(files, index))
     weight_map = document.get("weight_map")
@@ -254,23 +223,17 @@ def _by_index(files: FileSet, index: str) -> Weights:
     return Weights(index, named, weight_map, dtype=_strings(metadata).get("dtype"), made=made)
 
 
-def index_notes(weights: Weights, held: Mapping[str, str]) -> tuple[str, ...]:
-    """Return where an index is wrong about its files: transformers goes by the files, and so do we.
-
-    Parameters
-    ----------
-    held
-        Which file holds which tensor, in truth.
-    """
+def index_notes(weights: Weights, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """Return where an index is wrong about its files: transformers goes by the files, and so do we."""
     said, notes = weights.weight_map, []
     for problem, names in (
-        ("lists {} that no file contains", [name for name in said if name not in held]),
-        ("lists {} in the wrong file", [name for name, file in said.items() if held.get(name, file) != file]),
-        ("omits {} that its files contain", [name for name in held if said and name not in said]),
+        ("lists {} that no file contains", said.keys() - tensors.keys()),
+        ("lists {} in the wrong file", [n for n in said if n in tensors and tensors[n].file != said[n]]),
+        ("omits {} that its files contain", tensors.keys() - said.keys() if said else ()),
     ):
         if names:
             found = problem.format(plural(len(names), "tensor"))
-            notes.append(f"{weights.chosen} {found}: {listed(names)}")
+            notes.append(f"{weights.chosen} {found}: {listed(sorted(names))}")
     return tuple(notes)
 
 
@@ -284,17 +247,6 @@ def naming_notes(chosen: str, stem: str) -> tuple[str, ...]:
 
 def _check_inside(files: FileSet, file: str, named_in: str) -> None:
     """Refuse a file name that leaves the folder, by itself or through a link."""
-    where = files.where(named_in)
     if not is_inside(file):
-        raise CheckpointError(f"names a file outside the folder: {file!r}", file=where)
-    if not files.is_file(os.path.normpath(file)):
-        if (path := files.path(file)) is not None and os.path.exists(path):
-            raise CheckpointError(f"names {file!r}, which is not a regular file", file=where)
-        raise CheckpointError(
-            f"names {file!r}, which does not exist: the download may be incomplete", file=where
-        )
-    if (real := files.leaves(file)) is not None:
-        raise CheckpointError(
-            f"names {file!r}, a link to {real}, outside the folder: replace it with the file itself",
-            file=where,
-        )
+        raise CheckpointError(f"names a file outside the folder: {file!r}", file=files.where(named_in))
+    files.check(os.path.normpath(file))

@@ -8,17 +8,16 @@ those of the format's reference reader: https://github.com/huggingface/safetenso
 from __future__ import annotations
 
 import json
-import os
 import re
 import reprlib
-import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from json.encoder import encode_basestring
 from math import inf
 from typing import Any, NamedTuple, NoReturn, TypeGuard
 
-from shardkit.base.errors import CheckpointError, reading
+from shardkit.base.errors import CheckpointError
+from shardkit.formats.ranged import RangedFile
 
 # The format allows 100 MB, the Hub's client reads 25 MB. Parsed, a hostile header of 100 MB would take
 # gigabytes, and so would one of 25 MB but for these bounds, which leave room for 100,000 tensors and more.
@@ -40,21 +39,11 @@ DTYPE_BITS = {
 
 
 class JsonBounds(NamedTuple):
-    """What JSON may have, so that a hostile one takes bounded time and memory.
+    """What JSON may have, so that a hostile one takes bounded time and memory."""
 
-    Attributes
-    ----------
-    structure
-        Brackets and commas.
-    colons
-        As many as there are keys.
-    unquoted
-        Bytes from quote to quote: beyond, one wide character makes each of them four.
-    """
-
-    structure: int
-    colons: int
-    unquoted: int
+    structure: int  # brackets and commas
+    colons: int  # as many as there are keys
+    unquoted: int  # bytes from quote to quote: beyond, one wide character makes each of them four
 
 
 # Eleven brackets and commas for a tensor of five dimensions, four colons for each tensor.
@@ -80,14 +69,7 @@ class Header(NamedTuple):
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
-    """Return the size of a tensor in bytes.
-
-    Raises
-    ------
-    ValueError
-        If the dtype is not one of the format's, the size overflows 63 bits, or the tensor does not
-        fill whole bytes (4 and 6 bit dtypes).
-    """
+    """Return the size of a tensor in bytes."""
     if dtype not in DTYPE_BITS:
         raise ValueError(f"dtype {_clip(dtype)} is not one of {', '.join(DTYPE_BITS)}")
     elements = 1
@@ -101,59 +83,18 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
     return bits // 8
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read and validate the header of the safetensors file at `path`.
-
-    Raises
-    ------
-    CheckpointError
-        If the file cannot be read or breaks a rule of the format; names file, tensor and numbers.
-    """
-    file = os.fspath(path)
-    # O_NONBLOCK: opening a named pipe must fail the check below, not wait for a writer.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
-    with reading(file), open(os.open(file, flags), "rb") as handle:
-        status = os.fstat(handle.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError("is not a regular file", file=file)
-
-        def read_at(offset: int, nbytes: int) -> bytes:
-            handle.seek(offset)
-            return handle.read(nbytes)
-
-        raw = read_raw_header(read_at, status.st_size, file)
-    return parse_header(raw, status.st_size - PREFIX_BYTES - len(raw), file)
-
-
-def read_raw_header(read: Callable[[int, int], bytes], file_bytes: int, file: str) -> bytes:
-    """Return the raw JSON header of a file, wherever it is: ``read(offset, nbytes)`` reads it.
-
-    Raises
-    ------
-    CheckpointError
-        As `read_header`, if the file cannot have the header that it says it has.
-    """
-    prefix = read(0, PREFIX_BYTES)
-    if len(prefix) < PREFIX_BYTES:
-        raise CheckpointError(
-            f"has {file_bytes} bytes, but a safetensors file has at least {PREFIX_BYTES}: "
-            "the file may be incomplete",
-            file=file,
-        )
-    refuse_lfs_pointer(prefix, file)
+def read_header(file: RangedFile) -> Header:
+    """Read and validate the header of a safetensors file."""
+    prefix = file.get(0, PREFIX_BYTES)
+    refuse_lfs_pointer(prefix, file.where)
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"declares a header of {length} bytes, more than the limit of {MAX_HEADER_BYTES}: "
             "this is not a safetensors file",
-            file=file,
+            file=file.where,
         )
-    if PREFIX_BYTES + length > file_bytes:
-        raise CheckpointError(
-            f"declares a header of {length} bytes, but has only {file_bytes}: the file may be incomplete",
-            file=file,
-        )
-    return read(PREFIX_BYTES, length)
+    return _parse(file.get(PREFIX_BYTES, length), file.size - PREFIX_BYTES - length, file.where)
 
 
 def refuse_lfs_pointer(beginning: bytes, file: str) -> None:
@@ -164,15 +105,9 @@ def refuse_lfs_pointer(beginning: bytes, file: str) -> None:
         )
 
 
-def parse_header(raw: bytes, data_bytes: int, file: str) -> Header:
-    """Validate a raw JSON header against the `data_bytes` that follow it in the file.
-
-    Raises
-    ------
-    CheckpointError
-        As `read_header`; `file` is the name to give in the message.
-    """
-    document = load_json(raw, file)
+def _parse(raw: bytes, data_bytes: int, file: str) -> Header:
+    """Validate a raw JSON header against the `data_bytes` that follow it in the file."""
+    document = _load_json(raw, file)
     if not raw.startswith(b"{") or not isinstance(document, dict):
         raise CheckpointError("the header is not a JSON object", file=file)
     metadata = document.pop("__metadata__", {})
@@ -191,15 +126,10 @@ def parse_header(raw: bytes, data_bytes: int, file: str) -> Header:
     return Header(tuple(entries), metadata, PREFIX_BYTES + len(raw))
 
 
-def load_json(raw: bytes, file: str) -> Any:
-    """Parse strict JSON from a file that may be hostile: no duplicate keys, no NaN, no deep nesting.
+def _load_json(raw: bytes, file: str) -> Any:
+    """Parse strict JSON: no duplicate keys, no NaN, no deep nesting.
 
     Numbers too large for a float come out infinite: a function called for each would take seconds.
-
-    Raises
-    ------
-    CheckpointError
-        If `raw` is anything else; `file` is the name to give in the message.
     """
     with reading_json(raw, file, _HEADER_BOUNDS):
         document = json.loads(
@@ -215,13 +145,7 @@ def load_json(raw: bytes, file: str) -> Any:
 
 @contextmanager
 def reading_json(raw: bytes, file: str, bounds: JsonBounds) -> Iterator[None]:
-    """Refuse JSON beyond the bounds before it is parsed, and name the file if it cannot be.
-
-    Raises
-    ------
-    CheckpointError
-        As said.
-    """
+    """Refuse JSON beyond the bounds before it is parsed, and name the file if it cannot be."""
     _bound(sum(map(raw.count, (b"[", b"{", b","))), "brackets and commas", bounds.structure, file)
     _bound(raw.count(b":"), "colons", bounds.colons, file)
     if _has_long_token(raw, bounds.unquoted):

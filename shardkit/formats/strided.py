@@ -19,25 +19,11 @@ MAX_RECEIVED_SPAN = 1 << 24  # of a tensor that is received from elsewhere, to b
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the items of a tensor lie in its file, where they are not written as they lie.
-
-    Attributes
-    ----------
-    shape, strides
-        In items; of a float4 tensor, an item is a pair.
-    itemsize
-        In bytes.
-    flipped
-        Bits that are the other way round in each item, read as a little-endian integer: signs.
-    swapped
-        Bytes of each number in an item whose bytes are in the other order; 0 for none.
-    """
+    """How items of `itemsize` bytes lie in a file: shape and strides count items (of float4, pairs)."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     itemsize: int
-    flipped: int = 0
-    swapped: int = 0
 
     @property
     def span(self) -> int:
@@ -59,10 +45,7 @@ def is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def read_strided(path: str, offset: int, layout: Layout, begin: int, nbytes: int) -> Iterator[memoryview]:
-    """Yield bytes of a tensor as they are written, from byte `begin` on, given where its first item is.
-
-    Pieces have at most `PIECE_BYTES`, or one item; their buffer is used again.
-    """
+    """Yield bytes of a tensor as they are written, from byte `begin` on, given where its first item is."""
     with reading(path), open(path, "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) < offset + layout.span:
             raise CheckpointError(
@@ -76,54 +59,24 @@ def read_strided(path: str, offset: int, layout: Layout, begin: int, nbytes: int
 
 
 def gather(data: Any, offset: int, layout: Layout, begin: int, nbytes: int) -> Iterator[memoryview]:
-    """Yield bytes as `read_strided`, out of a buffer that has the first item at `offset`."""
+    """Yield bytes as `read_strided`, out of a buffer; pieces have at most `PIECE_BYTES`, or one item."""
     import numpy as np
 
-    if nbytes <= 0:
+    if not nbytes:
         return
-    size = layout.itemsize
+    size, end = layout.itemsize, begin + nbytes
     strides = [stride * size for stride in layout.strides]
     tensor: NDArray[Any] = np.ndarray(layout.shape, f"<u{size}", data, offset, strides)
-    first, end = begin // size, -(-(begin + nbytes) // size)
-    most, position = max(1, PIECE_BYTES // size), first * size
-    buffers = np.empty((2, min(most, end - first)), f"<u{size}")
-    for piece in _pieces(tensor, first, end, most):
-        items = _gathered(piece, buffers)
-        if layout.swapped:
-            items.view(f"u{layout.swapped}").byteswap(inplace=True)
-        if layout.flipped:
-            items ^= items.dtype.type(layout.flipped)
-        written = items.view("u1").data.toreadonly()
-        yield written[max(0, begin - position) : begin + nbytes - position]
+    pieces = np.nditer(
+        tensor,
+        ["external_loop", "buffered", "ranged"],
+        [["readonly", "contig"]],
+        order="C",
+        buffersize=max(1, PIECE_BYTES // size),
+    )
+    pieces.iterrange = begin // size, -(-end // size)
+    position = begin // size * size
+    for items in pieces:
+        written = items.view("u1").data
+        yield written[max(0, begin - position) : end - position]
         position += len(written)
-
-
-def _pieces(tensor: NDArray[Any], first: int, end: int, most: int) -> Iterator[NDArray[Any]]:
-    """Cut items `first` to `end`, in row-major order, into views of at most `most` items each."""
-    if tensor.ndim == 0:
-        yield tensor
-        return
-    row = tensor.size // len(tensor)
-    at = first
-    while at < end:
-        number, inside = divmod(at, row)
-        rows = min(most, end - at) // row
-        if inside or not rows:  # part of a row, or one that is too long
-            stop = min(end, (number + 1) * row)
-            yield from _pieces(tensor[number, ...], inside, stop - number * row, most)
-        else:
-            stop = at + rows * row
-            yield tensor[number : number + rows]
-        at = stop
-
-
-def _gathered(piece: NDArray[Any], buffers: NDArray[Any]) -> NDArray[Any]:
-    """Copy a piece into a buffer; first in the order in which it lies, so that each page is read once."""
-    order = sorted(range(piece.ndim), key=piece.strides.__getitem__, reverse=True)
-    for buffer in buffers[:, : piece.size]:
-        lying = buffer.reshape([piece.shape[axis] for axis in order])
-        lying[...] = piece.transpose(order)
-        piece, order = lying.transpose(sorted(order, key=order.__getitem__)), sorted(order)
-        if piece.flags.c_contiguous:
-            break
-    return piece.reshape(-1)

@@ -28,13 +28,7 @@ QUANTIZED_DTYPES = tuple(name for name in DTYPE_NAMES if name == "F4" or name.st
 
 
 def parse_dtype(dtype: object) -> str | None:
-    """Return the dtype that a cast is to end in, in safetensors' words; None for none.
-
-    Raises
-    ------
-    PlanError
-        If it is not one of those that can be cast to.
-    """
+    """Return the dtype that a cast is to end in, in safetensors' words; None for none."""
     if dtype is None:
         return None
     name = str(dtype).removeprefix("torch.").lower()

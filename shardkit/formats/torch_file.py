@@ -7,12 +7,12 @@ from typing import Any
 
 from shardkit.base.errors import CheckpointError
 from shardkit.base.record import listed, plural, printable
-from shardkit.formats.ranged import RangedFile, Reader
+from shardkit.formats.ranged import RangedFile
 from shardkit.formats.safetensors import check_name, refuse_lfs_pointer, tensor_bytes
 from shardkit.formats.strided import Layout, is_contiguous
 from shardkit.formats.tensor import DTYPE_NAMES, TensorInfo, collector_paused
 from shardkit.formats.torch_legacy import read_legacy
-from shardkit.formats.torch_program import Odd, View, item_bytes
+from shardkit.formats.torch_program import View, item_bytes
 from shardkit.formats.torch_zip import ZIP_MAGIC, Stored, read_archive
 
 _MOST_EXPANDED = 1 << 30  # of a tensor that repeats what its file holds
@@ -20,50 +20,22 @@ _MOST_EXPANDED = 1 << 30  # of a tensor that repeats what its file holds
 
 @dataclass(frozen=True, slots=True)
 class TorchFile:
-    """What a file of torch's holds.
-
-    Attributes
-    ----------
-    tensors
-        In the order in which they were saved.
-    aliases
-        Names whose bytes are those of an earlier name, and that name.
-    notes
-        What a person should be told.
-    is_archive
-        Whether torch can map it (since 1.6), and need not load all of it.
-    is_exact
-        Whether all offsets were read in the file: if not, read it again with ``exact=True`` before its bytes
-        are used.
-    """
+    """What a file of torch's holds; torch need not load all of one that is an archive."""
 
     tensors: tuple[TensorInfo, ...]
     aliases: dict[str, str]
     notes: tuple[str, ...]
     is_archive: bool
-    is_exact: bool
 
 
-def read_torch_file(read: Reader, size: int, name: str, where: str, *, exact: bool = True) -> TorchFile:
-    """List the tensors of a file of `size` bytes, of which ``read(ranges)`` returns ranges.
+def read_torch_file(file: RangedFile, name: str, *, exact: bool = True) -> TorchFile:
+    """List the tensors of a file; with `exact=False`, some offsets are derived from a few ranges of it.
 
     A name whose storage, offset, shape and strides are those of an earlier one is an alias of it. It is a
     tensor like any other: what shares storage may be tied again by a load, and may not.
-
-    Parameters
-    ----------
-    name, where
-        Of the file: in its checkpoint, and in errors.
-    exact
-        False to read no more than the end and the beginning of a file of the Hub.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is damaged, or wants more than tensors when loaded.
     """
-    file = RangedFile(read, size, where)
-    beginning = file.get(0, min(size, 16))
+    where = file.where
+    beginning = file.get(0, min(file.size, 16))
     refuse_lfs_pointer(beginning, where)
     is_archive = beginning.startswith(ZIP_MAGIC)  # as torch decides it
     try:
@@ -74,11 +46,11 @@ def read_torch_file(read: Reader, size: int, name: str, where: str, *, exact: bo
     except CheckpointError:
         raise
     except Exception as error:  # a hostile program can make anything of its interpreter
-        text = printable(str(error) or type(error).__name__)[:200]
-        raise CheckpointError(f"refused, not a plain state dict: {text}", file=where) from error
+        text = printable(str(error) or type(error).__name__)[:300]
+        raise CheckpointError(f"refused: {text}", file=where) from error
     count = plural(len(skipped), "value")
     notes = (f"{name} contains {count} that are not tensors, left out: {listed(skipped)}",) if skipped else ()
-    return TorchFile(infos, _aliases(tensors), notes, is_archive, stored.is_exact)
+    return TorchFile(infos, _aliases(tensors), notes, is_archive)
 
 
 def _tensors(value: Any, where: str) -> tuple[dict[str, View], list[str]]:
@@ -86,48 +58,36 @@ def _tensors(value: Any, where: str) -> tuple[dict[str, View], list[str]]:
     if type(value) is dict and type(value.get("state_dict")) is dict:
         value = value["state_dict"]  # as trainers save it; transformers itself loads none of that
     if type(value) is not dict:
-        kind = "Tensor" if isinstance(value, (View, Odd)) else type(value).__name__
-        raise CheckpointError(f"contains a {kind}, not a state dict", file=where)
-    found = {name: item for name, item in value.items() if isinstance(item, (View, Odd))}
+        kind = "Tensor" if type(value) is View else type(value).__name__
+        raise ValueError(f"it contains a {kind}, not a state dict")
+    found = {name: item for name, item in value.items() if type(item) is View}
     skipped = [printable(str(name))[:200] for name in value if name not in found]
     if skipped and not found:
-        raise CheckpointError(f"contains no named tensors, only {listed(skipped)}", file=where)
+        raise ValueError(f"it contains no named tensors, only {listed(skipped)}")
     tensors = {}
     for name, tensor in found.items():
         if type(name) is not str:
-            raise CheckpointError(f"contains a tensor whose name is {name!r}, not a string", file=where)
+            raise ValueError(f"it contains a tensor whose name is {name!r}, not a string")
         check_name(name, where)
-        if isinstance(tensor, Odd):
-            raise CheckpointError(
-                "is sparse, quantized, nested or without data, not a plain tensor", file=where, tensor=name
-            )
         if tensor.dtype not in DTYPE_NAMES:
-            raise CheckpointError(
-                f"safetensors has no dtype for torch.{tensor.dtype}", file=where, tensor=name
-            )
+            raise ValueError(f"safetensors has no dtype for tensor {name[:99]!r}, torch.{tensor.dtype}")
         tensors[name] = tensor
     return tensors, skipped
 
 
 def _info(name: str, view: View, stored: Stored, file: str, whole: RangedFile) -> TensorInfo:
     storage, itemsize, shape = view.storage, item_bytes(view.dtype), view.shape
-    offset = stored.starts[storage.key] + storage.first * storage.itemsize + view.offset * itemsize
+    offset = stored.starts[storage.key] + view.offset * itemsize
     if view.dtype == "F4" and shape:  # torch counts pairs, along the last dimension
         shape = (*shape[:-1], shape[-1] * 2)
     nbytes = tensor_bytes(view.dtype, shape)
     if nbytes > max(whole.size, _MOST_EXPANDED):
-        raise CheckpointError(
-            f"claims {nbytes} bytes, but its storage has {storage.nbytes} and the file {whole.size}: save "
-            "it as contiguous",
-            file=whole.where,
-            tensor=name,
+        raise ValueError(
+            f"tensor {name[:99]!r} claims {nbytes} bytes, but its storage has {storage.nbytes} and the file "
+            f"{whole.size}: save it as contiguous"
         )
-    swapped = (
-        (itemsize // 2 if view.dtype == "C64" else itemsize) if stored.is_swapped and itemsize > 1 else 0
-    )
-    layout = None
-    if nbytes and (view.flipped or swapped or not is_contiguous(view.shape, view.strides)):
-        layout = Layout(view.shape, view.strides, itemsize, view.flipped, swapped)
+    is_plain = not nbytes or is_contiguous(view.shape, view.strides)
+    layout = None if is_plain else Layout(view.shape, view.strides, itemsize)
     return TensorInfo(name, view.dtype, shape, file, offset, nbytes, layout)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from struct import Struct, unpack_from
-from typing import Any, NamedTuple, NoReturn
+from pickletools import genops
+from typing import IO, Any, NamedTuple
 
 from shardkit.formats.safetensors import DTYPE_BITS
 from shardkit.formats.tensor import DTYPE_NAMES
@@ -27,21 +27,15 @@ _CODES = {f"torch.{name}": code for code, name in DTYPE_NAMES.items()}
 _STORAGES = {
     "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32",
     "Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexFloat": "C64", "Untyped": "U8",
-    "ComplexDouble": "complex128", "QInt8": "qint8", "QUInt8": "quint8", "QInt32": "qint32",
-    "QUInt4x2": "quint4x2", "QUInt2x4": "quint2x4",
+    "ComplexDouble": "complex128",
 }  # fmt: skip
 # Bytes of an item as it lies in a storage: of float4, a pair. Of torch's other dtypes, one.
 _ITEM_BYTES = {dtype: bits + 7 >> 3 for dtype, bits in DTYPE_BITS.items()} | {
-    "complex128": 16, "complex32": 4, "qint32": 4, "bits16": 2,
+    "complex128": 16, "complex32": 4, "bits16": 2,
 }  # fmt: skip
-_LONG, _STOP = Struct("<L"), ord(".")
-_STORAGE = re.compile(r"torch\.(?:storage\.)?(\w+)Storage")
-_DTYPE = re.compile(r"torch\.(?:bool|(?:bfloat|float|u?int|complex|bits|qu?int)\d\w*)")
-_QUANTIZER = re.compile(r"torch\.per_(?:tensor|channel)_\w+")
+_STORAGE = re.compile(rf"torch\.(?:storage\.)?({'|'.join(_STORAGES)})Storage")
+_DTYPE = re.compile(r"torch\.(?:bool|(?:bfloat|float|u?int|complex|bits)\d\w*)")
 _CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter")
-# What a negative or conjugate view flips in each item; items are little-endian, an imaginary part comes last.
-_SIGNS = {"F16": 1 << 15, "BF16": 1 << 15, "F32": 1 << 31, "F64": 1 << 63, "C64": 1 << 63 | 1 << 31}
-_SIGN_OF_IMAGINARY = 1 << 63
 _MANY = 1 << 60
 _MOST_ARGUMENTS = 8
 
@@ -52,31 +46,21 @@ class _Name(str):
     __slots__ = ()
 
 
-class Odd:
-    """A tensor that is not plain: sparse, quantized, nested or without data."""
-
-
 class Storage(NamedTuple):
-    """What tensors are views of: `items` from item `first` on, of the bytes that the file has under `key`."""
+    """What tensors are views of: `items` of the bytes that the file has under `key`."""
 
     key: str
     dtype: str
-    first: int
     items: int
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an item."""
-        return item_bytes(self.dtype)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its items."""
-        return self.items * self.itemsize
+        return self.items * item_bytes(self.dtype)
 
 
 class View(NamedTuple):
-    """A tensor as torch describes it; offset and strides count items, of which bits may be `flipped`.
+    """A tensor as torch describes it; offset and strides count items.
 
     `dtype` is that of safetensors, or torch's word for what safetensors has not.
     """
@@ -86,7 +70,6 @@ class View(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    flipped: int = 0
 
 
 def item_bytes(dtype: str) -> int:
@@ -95,60 +78,26 @@ def item_bytes(dtype: str) -> int:
 
 
 class Program:
-    """One pickle, carried out from byte `at` of `data` on.
+    """One pickle, carried out: the `value` that it makes, and every storage that it names, by key.
 
-    Attributes
-    ----------
-    value
-        What it makes.
-    end
-        Where it ends.
-    storages
-        Every storage that it names, by key.
-
-    Raises
-    ------
-    Exception
-        Of any kind, where the program is damaged or asks for more than tensors.
+    Any exception may come of one that is damaged, or asks for more than tensors.
     """
 
-    def __init__(self, data: bytes, at: int = 0) -> None:
-        self._data, self.end = data, at
+    def __init__(self, data: bytes | IO[bytes]) -> None:
         self._stack: list[Any] = []
         self._outer: list[list[Any]] = []
         self._memo: list[Any] = []
         self._made = 0
         self.storages: dict[str, Storage] = {}
-        if self._byte() != 0x80 or self._byte() > 5:
-            raise ValueError("it does not start like a file of torch.save")
-        self.value = self._run()
-
-    def _run(self) -> Any:
-        opcodes, data = _OPCODES, self._data
-        for _ in range(_MAX_STEPS):
-            code = data[self.end]
-            self.end += 1
-            if code == _STOP:
-                value = self._stack.pop()
-                if self._stack or self._outer:
-                    raise ValueError("it leaves objects on the stack")
-                return value
-            opcodes[code](self)
-        raise ValueError(f"it has more than {_MAX_STEPS} opcodes")
-
-    def _byte(self) -> int:
-        self.end += 1
-        return self._data[self.end - 1]
-
-    def _long(self) -> int:
-        self.end += 4
-        return int(_LONG.unpack_from(self._data, self.end - 4)[0])
-
-    def _take(self, nbytes: int) -> bytes:
-        begin, self.end = self.end, self.end + nbytes
-        if self.end > len(self._data):
-            raise IndexError("it ends unexpectedly")
-        return self._data[begin : self.end]
+        for step, (opcode, argument, _) in enumerate(genops(data)):
+            if step == _MAX_STEPS:
+                raise ValueError(f"it has more than {_MAX_STEPS} opcodes")
+            if (carry_out := _OPCODES.get(opcode.name)) is None:
+                raise ValueError(f"it contains the opcode {opcode.name}, which is not allowed")
+            carry_out(self, argument)
+        self.value = self._stack.pop()
+        if self._stack or self._outer:
+            raise ValueError("it leaves objects on the stack")
 
     def _push(self, value: object) -> None:
         self._stack.append(value)
@@ -159,28 +108,16 @@ class Program:
             raise ValueError(f"it creates more than {_MAX_MADE} tuples, lists and dicts")
         self._stack.append(value)
 
-    def _put(self) -> None:
-        self._keep(self._byte())
-
-    def _put_long(self) -> None:
-        self._keep(self._long())
-
-    def _keep(self, index: int) -> None:
+    def _put(self, index: int) -> None:
         if index == len(self._memo):
             self._memo.append(self._stack[-1])
         else:  # none is left out: one opcode could ask for gigabytes
             self._memo[index] = self._stack[-1]
 
-    def _get(self) -> None:
-        self._stack.append(self._memo[self._byte()])
+    def _get(self, index: int) -> None:
+        self._stack.append(self._memo[index])
 
-    def _get_long(self) -> None:
-        self._stack.append(self._memo[self._long()])
-
-    def _small(self) -> None:
-        self._stack.append(self._byte())
-
-    def _mark(self) -> None:
+    def _mark(self, _: object) -> None:
         if len(self._outer) >= _MAX_MARKS:
             raise ValueError(f"it is nested more than {_MAX_MARKS} deep")
         self._outer.append(self._stack)
@@ -207,73 +144,36 @@ class Program:
             raise ValueError("it sets an item of something that is not a dict")
         _fill(self._stack[-1], zip(items[::2], items[1::2], strict=True))
 
-    def _name(self) -> None:
-        middle = self._data.index(b"\n", self.end, self.end + 500)
-        end = self._data.index(b"\n", middle + 1, middle + 500)
-        name = _Name(self._data[self.end : end].decode().replace("\n", "."))
-        self.end = end + 1
-        known = name in _CALLS or name in _CLASSES or _ITEM.fullmatch(name)
-        if not known:
+    def _global(self, named: str) -> None:
+        name = _Name(named.replace(" ", "."))
+        if not (name in _CALLS or name in _CLASSES or _STORAGE.fullmatch(name) or _DTYPE.fullmatch(name)):
             raise ValueError(f"it imports {name}, which is not allowed")
         self._stack.append(name)
 
-    def _reduce(self) -> None:
+    def _reduce(self, _: object) -> None:
         self._make(_call(*self._last(2)), 3)
 
-    def _build(self) -> None:
+    def _build(self, _: object) -> None:
         self._stack.pop()  # of a module's state its `_metadata`, which is none of the map
         if type(self._stack[-1]) is not dict:
             raise ValueError("it sets the state of an object, which is not allowed")
 
-    def _persistent(self) -> None:
-        kind, name, key, _, count, *view = self._stack.pop()
+    def _persistent(self, _: object) -> None:
+        kind, name, key, _device, count, *view = self._stack.pop()
         found = _STORAGE.fullmatch(name) if type(name) is _Name else None
-        if kind != "storage" or found is None or type(key) is not str or not _are_counts([count]):
+        is_whole = view in ([], [None])  # files before 0.4 have slices of storages
+        if (
+            kind != "storage"
+            or found is None
+            or type(key) is not str
+            or not _are_counts([count])
+            or not is_whole
+        ):
             raise ValueError("a storage is not described the way torch does")
-        whole = Storage(key, _STORAGES[found[1]], 0, count)
-        if self.storages.setdefault(key, whole).nbytes != whole.nbytes:
+        storage = Storage(key, _STORAGES[found[1]], count)
+        if self.storages.setdefault(key, storage).nbytes != storage.nbytes:
             raise ValueError(f"storage {key[:200]!r} claims different sizes")
-        self._push(_part(whole, *view))
-
-    def _refuse(self) -> NoReturn:
-        raise ValueError("it contains a set, an object or a buffer, which is not allowed")
-
-
-_ITEM = re.compile("|".join(pattern.pattern for pattern in (_STORAGE, _DTYPE, _QUANTIZER)))
-_OPCODES: list[Callable[[Program], object]] = [Program._refuse] * 256
-for _code, _opcode in {
-    b"q": Program._put,
-    b"r": Program._put_long,
-    b"h": Program._get,
-    b"j": Program._get_long,
-    b"(": Program._mark,
-    b"t": lambda p: p._make(tuple(p._since_mark())),
-    b"\x85": lambda p: p._make(tuple(p._last(1))),
-    b"\x86": lambda p: p._make(tuple(p._last(2))),
-    b"\x87": lambda p: p._make(tuple(p._last(3))),
-    b"K": Program._small,
-    b"M": lambda p: p._push(int.from_bytes(p._take(2), "little")),
-    b"J": lambda p: p._push(int.from_bytes(p._take(4), "little", signed=True)),
-    b"\x8a": lambda p: p._push(int.from_bytes(p._take(p._byte()), "little", signed=True)),
-    b"G": lambda p: p._push(unpack_from(">d", p._take(8))[0]),
-    b"X": lambda p: p._push(str(p._take(p._long()), "utf-8", "surrogatepass")),
-    b"U": lambda p: p._push(str(p._take(p._byte()), "utf-8")),
-    b"N": lambda p: p._push(None),
-    b"\x88": lambda p: p._push(True),
-    b"\x89": lambda p: p._push(False),
-    b")": lambda p: p._push(()),
-    b"]": lambda p: p._make([], 3),
-    b"}": lambda p: p._make({}, 3),
-    b"a": lambda p: p._extend(p._last(1)),
-    b"e": lambda p: p._extend(p._since_mark()),
-    b"s": lambda p: p._set(p._last(2)),
-    b"u": lambda p: p._set(p._since_mark()),
-    b"c": Program._name,
-    b"R": Program._reduce,
-    b"b": Program._build,
-    b"Q": Program._persistent,
-}.items():
-    _OPCODES[_code[0]] = _opcode
+        self._push(storage)
 
 
 def _fill(target: dict[Any, Any], items: Iterable[Sequence[Any]]) -> None:
@@ -282,15 +182,6 @@ def _fill(target: dict[Any, Any], items: Iterable[Sequence[Any]]) -> None:
         if type(key) is not str and not (type(key) is int and -_MANY < key < _MANY):
             raise ValueError(f"a key is a {type(key).__name__}, not a string")
         target[key] = value
-
-
-def _part(whole: Storage, view: tuple[str, int, int] | None = None) -> Storage:
-    if view is None:
-        return whole
-    _, first, count = view  # as torch wrote slices of a storage, long ago
-    if not _are_counts((first, count)) or first + count > whole.items:
-        raise ValueError(f"storage {whole.key[:200]!r} has a view that extends beyond its end")
-    return whole._replace(first=first, items=count)
 
 
 def _call(name: object, arguments: object) -> object:
@@ -312,39 +203,30 @@ def _ordered(pairs: object = None) -> dict[Any, Any]:
     return made
 
 
-def _tensor(storage: object, offset: object, shape: object, strides: object) -> View:
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any, dtype: Any = None) -> View:
     if type(storage) is not Storage:
         raise ValueError("a tensor has no storage in the file")
-    return _view(storage, storage.dtype, offset, shape, strides)
-
-
-def _tensor_v2(*given: Any) -> View:
-    storage, offset, shape, strides, _, _, *more = given
-    return _flip(_tensor(storage, offset, shape, strides), *more)
-
-
-def _tensor_v3(*given: Any) -> View:
-    storage, offset, shape, strides, _, _, name, *more = given
-    if type(storage) is not Storage or type(name) is not _Name or not _DTYPE.fullmatch(name):
-        raise ValueError("a tensor has no storage in the file, or no dtype")
-    dtype = _CODES.get(name, name.removeprefix("torch."))
-    return _flip(_view(storage, dtype, offset, shape, strides), *more)
-
-
-def _view(storage: Storage, dtype: str, offset: Any, shape: Any, strides: Any) -> View:
+    if any(more[2:]):  # after what is said of gradients
+        raise ValueError("a tensor is a conjugate or negative view: save it resolved")
     if (
         not (type(shape) is type(strides) is tuple and len(shape) == len(strides) <= _MAX_DIMENSIONS)
         or not _are_counts((offset, *shape, *strides))
     ):  # fmt: skip
         raise ValueError("a tensor's offset, shape or strides are not non-negative integers")
-    last, is_empty = offset, False
-    for length, stride in zip(shape, strides, strict=True):
-        last += (length - 1) * stride
-        is_empty = is_empty or not length
+    dtype = dtype or storage.dtype
+    last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     end, held = (last + 1) * item_bytes(dtype), storage.nbytes
-    if not is_empty and end > held:
+    if 0 not in shape and end > held:
         raise ValueError(f"a tensor extends to byte {end} of a storage of {held}")
     return View(storage, dtype, offset, shape, strides)
+
+
+def _tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> View:
+    gradient, hooks, dtype, *rest = more
+    if type(dtype) is not _Name or not _DTYPE.fullmatch(dtype):
+        raise ValueError("a tensor has no dtype")
+    dtype = _CODES.get(dtype, dtype.removeprefix("torch."))
+    return _tensor(storage, offset, shape, strides, gradient, hooks, *rest, dtype=dtype)
 
 
 def _are_counts(values: Iterable[Any]) -> bool:
@@ -354,35 +236,22 @@ def _are_counts(values: Iterable[Any]) -> bool:
     return True
 
 
-def _flip(view: View, metadata: Any = None) -> View:
-    if not metadata:
-        return view
-    if type(metadata) is not dict or not metadata.keys() <= {"conj", "neg"} or view.dtype not in _SIGNS:
-        raise ValueError("a tensor is an unknown kind of view")
-    flipped = _SIGNS[view.dtype] if metadata.get("neg") else 0
-    if metadata.get("conj") and view.dtype == "C64":
-        flipped ^= _SIGN_OF_IMAGINARY
-    return view._replace(flipped=flipped)
-
-
-def _parameter(data: object, *_: object) -> View | Odd:
-    if not isinstance(data, (View, Odd)):
+def _parameter(data: object, *_: object) -> View:
+    if type(data) is not View:
         raise ValueError("a parameter has no tensor")
     return data
 
 
-def _of_type(function: object, kind: object, arguments: object, *_: object) -> View | Odd:
+def _of_type(function: object, kind: object, arguments: object, *_: object) -> View:
     # As torch writes a tensor with attributes, which are no part of its data.
-    made = None
-    if type(kind) is _Name and kind in _CLASSES and type(function) is _Name and function in _REBUILDS:
-        made = _call(function, arguments)
-    if not isinstance(made, (View, Odd)):
+    if (
+        type(kind) is not _Name
+        or kind not in _CLASSES
+        or type(function) is not _Name
+        or function not in _REBUILDS
+    ):
         raise ValueError("a tensor has a custom type")
-    return made
-
-
-def _odd(*_: object) -> Odd:
-    return Odd()
+    return _parameter(_call(function, arguments))
 
 
 def _inert(*_: object) -> None:
@@ -391,22 +260,40 @@ def _inert(*_: object) -> None:
 
 _REBUILDS: dict[str, Callable[..., object]] = {
     "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor_v2,
+    "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch._utils._rebuild_sparse_tensor": _odd,
-    "torch._utils._rebuild_qtensor": _odd,
-    "torch._utils._rebuild_nested_tensor": _odd,
-    "torch._utils._rebuild_meta_tensor_no_storage": _odd,
-    "torch._utils._rebuild_wrapper_subclass": _odd,
-    "torch._utils._rebuild_device_tensor_from_numpy": _odd,
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _odd,
 }
 _CALLS = _REBUILDS | {
     "collections.OrderedDict": _ordered,
     "torch._tensor._rebuild_from_type_v2": _of_type,
-    "torch.serialization._get_layout": _inert,
     "torch.device": _inert,
     "torch.Size": _inert,
+}
+_OPCODES: dict[str, Callable[[Program, Any], object]] = {
+    **dict.fromkeys(("PROTO", "STOP"), _inert),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), Program._put),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), Program._get),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"), Program._push),
+    "SHORT_BINSTRING": lambda p, text: p._push(text.encode("latin-1").decode()),
+    "NONE": lambda p, _: p._push(None),
+    "NEWTRUE": lambda p, _: p._push(True),
+    "NEWFALSE": lambda p, _: p._push(False),
+    "EMPTY_TUPLE": lambda p, _: p._push(()),
+    "EMPTY_LIST": lambda p, _: p._make([], 3),
+    "EMPTY_DICT": lambda p, _: p._make({}, 3),
+    "MARK": Program._mark,
+    "TUPLE": lambda p, _: p._make(tuple(p._since_mark())),
+    "TUPLE1": lambda p, _: p._make(tuple(p._last(1))),
+    "TUPLE2": lambda p, _: p._make(tuple(p._last(2))),
+    "TUPLE3": lambda p, _: p._make(tuple(p._last(3))),
+    "APPEND": lambda p, _: p._extend(p._last(1)),
+    "APPENDS": lambda p, _: p._extend(p._since_mark()),
+    "SETITEM": lambda p, _: p._set(p._last(2)),
+    "SETITEMS": lambda p, _: p._set(p._since_mark()),
+    "GLOBAL": Program._global,
+    "REDUCE": Program._reduce,
+    "BUILD": Program._build,
+    "BINPERSID": Program._persistent,
 }

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from shardkit.formats.safetensors import PREFIX_BYTES, Header, parse_header, read_raw_header
+from shardkit.base.errors import CheckpointError, reading
+from shardkit.base.jobs import ResultT, TaskT, run_all
+from shardkit.formats.ranged import RangedFile, Span
 
 CHUNK_BYTES = 1 << 20
-# Nearly every header fits, so that a file takes one request.
-_HEADER_GUESS = 1 << 17
+_AT_ONCE = 8  # of reads that each cost a round trip
 State: TypeAlias = tuple[int | str, ...]  # of a file; its size first
 # Of the tools that made the copy (`.git` may be a file): not of the model.
 NOT_OURS = re.compile(r"\.git|\.cache|\.huggingface|__pycache__|\.ipynb_checkpoints|\..*\.shardkit-.*")
@@ -64,26 +65,24 @@ class FileSet(ABC):
 
     @abstractmethod
     def read(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
-        """Yield a range of a file, `CHUNK_BYTES` at a time (the last may be less), in a buffer used again.
+        """Yield a range of a file, `CHUNK_BYTES` at a time (the last may be less), in a buffer used again."""
 
-        Raises
-        ------
-        CheckpointError
-            If the file cannot be read, or ends before the range does.
-        """
+    def ranged(self, name: str) -> RangedFile:
+        """Return a file to read small ranges of."""
 
-    def header(self, name: str) -> Header:
-        """Read and validate the header of a safetensors file; as `formats.safetensors.read_header`."""
-        size, where = self.size(name), self.where(name)
-        beginning = self.read_bytes(name, 0, min(size, _HEADER_GUESS))
+        def read(span: Span) -> bytes:
+            return self.read_bytes(name, *span)
 
-        def read(offset: int, nbytes: int) -> bytes:
-            missing = min(size, offset + nbytes) - len(beginning)
-            rest = self.read_bytes(name, len(beginning), missing) if missing > 0 else b""
-            return (beginning + rest)[offset : offset + nbytes]
+        with reading(where := self.where(name)):
+            return RangedFile(lambda spans: self.each(read, spans).values(), self.size(name), where)
 
-        raw = read_raw_header(read, size, where)
-        return parse_header(raw, size - PREFIX_BYTES - len(raw), where)
+    def each(self, function: Callable[[TaskT], ResultT], tasks: Sequence[TaskT]) -> dict[TaskT, ResultT]:
+        """Return what comes of tasks that read; several at once where each read costs a round trip."""
+        if self.folder is not None or len(tasks) == 1:
+            return {task: function(task) for task in tasks}
+        with run_all(function, tasks, _AT_ONCE) as results:
+            found = dict(results)
+        return {task: found[task] for task in tasks}
 
     @abstractmethod
     def fetched(self, name: str) -> Path:
@@ -102,10 +101,10 @@ class FileSet(ABC):
         """Return where the kernel may copy a file from; None where it is not on this machine."""
         return self.folder / name if self.folder is not None else None
 
-    def leaves(self, name: str) -> Path | None:
-        """Return where a file really is, if a link leads out of the folder."""
-        del name
-        return None
+    def check(self, name: str) -> None:
+        """Refuse a file that is not there, or a link that leads out of the folder."""
+        if not self.is_file(name):
+            raise CheckpointError("does not exist: the download may be incomplete", file=self.where(name))
 
     def where(self, name: str) -> str:
         """Return what to call one of the files where a person is told of it."""

@@ -52,17 +52,7 @@ class RemoteFile:
 
 
 class Repository(FileSet):
-    """One commit of a model repository, called ``hf://org/name@commit``.
-
-    Attributes
-    ----------
-    repo_id, sha
-        Which repository, which commit.
-    token
-        What it is read with; in no text of this class.
-    listing
-        All its files, by name.
-    """
+    """One commit of a model repository, called ``hf://org/name@commit``; its token is in no text of it."""
 
     def __init__(self, repo_id: str, sha: str, token: str | None, files: Mapping[str, RemoteFile]) -> None:
         self.repo_id, self.sha, self.token, self.listing = repo_id, sha, token, files
@@ -71,13 +61,7 @@ class Repository(FileSet):
 
     @classmethod
     def at(cls, repo_id: str, sha: str, token: str | None, tries: int = access.TRIES) -> Repository:
-        """Return a commit, all its files listed.
-
-        Raises
-        ------
-        CheckpointError
-            If it cannot be listed, or has file names that cannot be.
-        """
+        """Return a commit, all its files listed."""
         api, what = HfApi(token=token or False), f"hf://{repo_id}@{sha}"
         tree = access.ask(
             lambda: list(api.list_repo_tree(repo_id, revision=sha, recursive=True)), what, tries
@@ -112,50 +96,25 @@ class Repository(FileSet):
         return self.listing.keys()
 
     def read(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
-        """Yield a range of a file, `CHUNK_BYTES` at a time (the last may be less), in a buffer used again.
-
-        Raises
-        ------
-        CheckpointError
-            If the Hub refuses, stays away, or sends anything but this range of this commit.
-        """
-        buffer = bytearray(min(CHUNK_BYTES, nbytes))
-        view, filled = memoryview(buffer), 0
+        """Yield a range of a file, `CHUNK_BYTES` at a time (the last may be less), in a buffer used again."""
+        held = bytearray()
         for piece in self._pieces(name, offset, nbytes):
-            taken = 0
-            while taken < len(piece):
-                count = min(len(piece) - taken, len(buffer) - filled)
-                view[filled : filled + count] = piece[taken : taken + count]
-                filled, taken = filled + count, taken + count
-                if filled == len(buffer):
-                    yield view
-                    filled = 0
-        if filled:
-            yield view[:filled]
+            held += piece
+            while len(held) >= CHUNK_BYTES:
+                yield memoryview(held)[:CHUNK_BYTES]
+                held = held[CHUNK_BYTES:]
+        if held:
+            yield memoryview(held)
 
     def fetched(self, name: str) -> Path:
-        """Return a small file's path in the client's cache, downloaded if need be, checked against its hash.
-
-        Raises
-        ------
-        CheckpointError
-            If it cannot be downloaded, or is not what the repository lists.
-        """
+        """Return a small file's path in the client's cache, downloaded if need be, with its hash checked."""
         token, where = self.token or False, self.where(name)
-        path = Path(
-            access.ask(lambda: hf_hub_download(self.repo_id, name, revision=self.sha, token=token), where)
-        )
-        self.check({name: path})
-        return path
+        path = access.ask(lambda: hf_hub_download(self.repo_id, name, revision=self.sha, token=token), where)
+        self.check_hashes({name: Path(path)})
+        return Path(path)
 
-    def check(self, downloaded: Mapping[str, Path]) -> None:
-        """Hold files of the client's cache against the Hub's hashes of them.
-
-        Raises
-        ------
-        CheckpointError
-            If any is another; all such are removed, so that nobody takes them for the Hub's.
-        """
+    def check_hashes(self, downloaded: Mapping[str, Path]) -> None:
+        """Hold files of the client's cache against the Hub's hashes of them; remove those that are others."""
         with run_all(self._is_as_listed, downloaded.items()) as results:
             wrong = sorted(file for (file, _), is_right in results if not is_right)
         if wrong:
@@ -224,17 +183,16 @@ class Repository(FileSet):
                 f"run `hf download {self.repo_id} --revision {self.sha}`, then try again",
             )
         hf_raise_for_status(response)
-        if response.status_code != 206:
-            raise self._wrong(file, f"unexpected HTTP status {response.status_code}")
-        if (coding := response.headers.get("Content-Encoding", "identity")) != "identity":
-            raise self._wrong(file, f"was sent with Content-Encoding {coding}, but none was requested")
         said, listed = response.headers.get("Content-Range", ""), self.listing[file]
         total = said.rpartition("/")[2][:80]
         if total != str(listed.size):
             raise self._wrong(file, f"has {total} bytes, but the Hub listed {listed.size}: it changed")
-        if not said.startswith(f"bytes {offset}-"):
+        coding = response.headers.get("Content-Encoding", "identity")
+        if not said.startswith(f"bytes {offset}-") or coding != "identity":
             raise self._wrong(
-                file, f"unexpected Content-Range {said[:80]!r}: requested {nbytes} bytes from offset {offset}"
+                file,
+                f"unexpected answer: status {response.status_code}, Content-Range {said[:80]!r}, encoding "
+                f"{coding[:80]!r}; requested {nbytes} bytes from offset {offset}",
             )
         for redirect in response.history:
             linked = _etag(redirect, "X-Linked-Etag")

@@ -42,33 +42,21 @@ class HubId(NamedTuple):
 
 
 def parse_id(text: str, revision: str | None = None) -> HubId:
-    """Return what an id means: ``org/name``, ``org/name@revision``, ``hf://org/name``.
-
-    Raises
-    ------
-    CheckpointError
-        If it is no id, or names another revision than `revision`, or one that cannot be.
-    """
+    """Return what an id means: ``org/name``, ``org/name@revision``, ``hf://org/name``."""
     found = _ID.fullmatch(text)
     repo_id, named = found.groups() if found else ("", None)
-    if not _is_name(repo_id):
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
         raise CheckpointError(
             f"{text[:200]!r} is not a local folder or file, and not a Hub id (org/name, org/name@revision)"
-        )
+        ) from None
     if revision and named and revision != named:
         raise CheckpointError(f"{text!r} names another revision than {revision!r}: give only one")
     wanted = (named or constants.DEFAULT_REVISION) if revision is None else revision
     if {"", ".", ".."} & set(wanted.split("/")):  # it is a path in the client's cache
         raise CheckpointError(f"{wanted[:200]!r} is not a revision: use a branch, a tag or a commit")
     return HubId(repo_id, wanted)
-
-
-def _is_name(repo_id: str) -> bool:
-    """Whether the client takes it for the name of a repository."""
-    with suppress(HFValidationError):
-        validate_repo_id(repo_id)
-        return True
-    return False
 
 
 def find_model(
@@ -79,26 +67,7 @@ def find_model(
     token: str | None = None,
     download: bool = False,
 ) -> Found:
-    """Return the files of a model: in the client's cache where all are there, otherwise on the Hub.
-
-    Parameters
-    ----------
-    text, revision
-        As for `parse_id`.
-    needed_files
-        Which of a model's files make up its checkpoint.
-    token
-        As for `find_token`.
-    download
-        Download what the cache lacks, and check it against the Hub's hashes.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no such model, or no access to it; says how to get it.
-    SpaceError
-        If it does not fit on the cache's disk.
-    """
+    """Return the files of a model: in the client's cache where all are there, otherwise on the Hub."""
     wanted = parse_id(text, revision)
     cached = _cached_commit(wanted)
     if constants.is_offline_mode():
@@ -213,9 +182,8 @@ def _download(repository: Repository, snapshot: LocalFiles, needed: Sequence[str
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _check_space(repository, snapshot.name, nbytes, needed)
         raise SpaceError(f"{repository.name}: the disk of {snapshot.name} is full") from error
-    repository.check({name: Path(snapshot.name, name) for name in needed})
+    repository.check_hashes({name: Path(snapshot.name, name) for name in needed})
     with suppress(OSError):
         doubt.unlink()
     what = f"{plural(len(missing), 'file')}, {format_size(nbytes)}"

@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from shardkit.base.errors import CheckpointError, reading
-from shardkit.formats.safetensors import Header, read_header
 from shardkit.sources.fileset import CHUNK_BYTES, NOT_OURS, FileSet
 
 _AHEAD_BYTES = 8 << 20
@@ -56,10 +55,6 @@ class LocalFiles(FileSet):
                     )
                 yield chunk
 
-    def header(self, name: str) -> Header:
-        """Read and validate the header of a safetensors file."""
-        return read_header(self.folder / name)
-
     def fetched(self, name: str) -> Path:
         """Return the path of a file."""
         return self.folder / name
@@ -81,16 +76,25 @@ class LocalFiles(FileSet):
                 if os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path)):  # no pipe
                     yield Path(os.path.relpath(path, self.folder)).as_posix()
 
-    def leaves(self, name: str) -> Path | None:
-        """Return where a file really is, if that is outside the folder.
+    def check(self, name: str) -> None:
+        """Refuse a file that is not there, or a link that leads out of the folder.
 
         The Hub's client links files of a folder, and of a snapshot in its cache, into that cache's `blobs`.
         """
-        real, home = (self.folder / name).resolve(), self.folder.resolve()
+        path = self.where(name)
+        if not self.is_file(name):
+            if os.path.exists(path):
+                raise CheckpointError("is not a regular file", file=path)
+            link = f"is a link to {os.readlink(path)}, which " if os.path.islink(path) else ""
+            raise CheckpointError(f"{link}does not exist: the download may be incomplete", file=path)
+        real, home = Path(path).resolve(), self.folder.resolve()
         blobs, repository = real.parent, real.parent.parent
         is_of_snapshot = home.parent.name == "snapshots" and repository == home.parent.parent
         is_cached = blobs.name == "blobs" and (is_of_snapshot or _CACHED.match(repository.name) is not None)
-        return None if real.is_relative_to(home) or is_cached else real
+        if not (real.is_relative_to(home) or is_cached):
+            raise CheckpointError(
+                f"is a link to {real}, outside the folder: replace it with the file itself", file=path
+            )
 
 
 def _read_ahead(handle: int, offset: int, nbytes: int) -> None:

@@ -16,12 +16,7 @@ _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 class Part(NamedTuple):
     """A part of a model; parts sort in the order of a forward pass.
 
-    Attributes
-    ----------
-    place
-        EMBEDDING, BLOCK, or HEAD: whatever else stands outside blocks, as the last norm does.
-    stack, number
-        Of a block: what holds it ("model.layers"), and which it is.
+    Of a block, `stack` is what holds it ("model.layers"). Whatever else stands outside blocks is of the head.
     """
 
     place: int

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from shardkit.checkpoint.config import parts_of
 from shardkit.formats.tensor import DTYPE_NAMES, QUANTIZED_DTYPES, TensorInfo
 
 # transformers, MLX ("quantization"), AutoAWQ, compressed-tensors; of codecs, a vector quantizer is a layer.
@@ -24,20 +25,12 @@ _PACKED_DTYPES = ("I8", "U8", "I16", "U16", "I32", "U32")
 _INTEGER_DTYPES = (*_PACKED_DTYPES, "I64", "U64")
 
 
-def quantization(config: Mapping[str, Any]) -> str | None:
+def quantization(config: Any) -> str | None:
     """Return how the weights are quantized, as a config, or one nested in it, says; None if they are not."""
-    for key, value in config.items():
+    for key, value in config.items() if isinstance(config, dict) else ():
         if isinstance(value, dict) and value and _SETTINGS.fullmatch(key):
             return str(value.get("quant_method", key))
-    return next(filter(None, map(quantization, _nested(config.values()))), None)
-
-
-def _nested(values: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
-    for value in values:
-        if isinstance(value, dict):
-            yield value
-        elif isinstance(value, list):
-            yield from _nested(value)
+    return next(filter(None, map(quantization, parts_of(config))), None)
 
 
 def quantized(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> str | None:

@@ -37,17 +37,7 @@ _SHOWN_SHARDS = 12
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A tensor of the source, and what becomes of it in a shard.
-
-    Attributes
-    ----------
-    source
-        The tensor as it is on disk.
-    dtype
-        What it is written as, in safetensors' words.
-    begin, nbytes
-        Its place in the shard's data section, in bytes.
-    """
+    """A tensor of the source, and what becomes of it in a shard, where `begin` is in its data section."""
 
     source: TensorInfo
     dtype: str

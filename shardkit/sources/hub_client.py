@@ -32,13 +32,7 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def find_token(token: str | None = None) -> str | None:
-    """Return the token to use: the argument, the environment's, the client's store's, Colab's, Kaggle's.
-
-    Raises
-    ------
-    CheckpointError
-        If it could not be sent as it is.
-    """
+    """Return the token to use: the argument, the environment's, the client's store's, Colab's, Kaggle's."""
     found = (token or get_token() or _kaggle_secret() or "").strip()  # get_token asks Colab, too
     if found and not _TOKEN.fullmatch(found):  # the client would quote it in an error
         raise CheckpointError("the Hub token contains invalid characters: copy it again")
@@ -88,13 +82,7 @@ class Patience:
         self._failures = 0
 
     def wait(self, reason: str, pause: float | None = None, tries: int = TRIES) -> None:
-        """Wait before the next try, `pause` seconds where the server has said so.
-
-        Raises
-        ------
-        UnreachableError
-            If these are more than `tries` failures in a row, or the server asks for too long a pause.
-        """
+        """Wait before the next try, `pause` seconds where the server has said so."""
         self._failures += 1
         if self._failures > tries or (pause or 0) > _LONGEST_WAIT:
             asked = f", asking to wait {pause:.0f} s" if pause else ""
@@ -109,11 +97,6 @@ def ask(call: Callable[[], ResultT], what: str, tries: int = TRIES, *, bars: boo
     """Return what a call of the Hub's client returns; try again after failures that may pass.
 
     `bars` lets the client show how far a download is.
-
-    Raises
-    ------
-    CheckpointError
-        If it is refused, or fails again and again; says what to do.
     """
     patience = Patience(what)
     while True:

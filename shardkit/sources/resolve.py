@@ -21,17 +21,7 @@ Needed: TypeAlias = Callable[[FileSet], list[str]]
 
 
 class Found(NamedTuple):
-    """The files that a source means.
-
-    Attributes
-    ----------
-    files, source
-        Where they are, and what to call them.
-    notes
-        What a person should be told.
-    chosen
-        The file of them that was asked for; None where all were.
-    """
+    """The files that a source means, what to call them, and which of them is meant; None where all are."""
 
     files: FileSet
     source: str
@@ -47,20 +37,7 @@ def resolve(
     token: str | None = None,
     download: bool = False,
 ) -> Found:
-    """Return what a source means: a folder or file here comes first, then a model on the Hub.
-
-    Parameters
-    ----------
-    source, revision, token, download
-        As for `Checkpoint.open`.
-    needed_files
-        Which of a model's files make up its checkpoint.
-
-    Raises
-    ------
-    CheckpointError
-        If it is none of these, or cannot be reached.
-    """
+    """Return what a source means: a folder or file here comes first, then a model on the Hub."""
     text = os.fspath(source)
     path = Path(os.path.abspath(os.path.expanduser(text)))
     if revision is not None and os.path.exists(path):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -161,7 +161,9 @@ def _choose_only_candidate(files: FileSet) -> str:
         )
     names = [name for name in everything if "/" not in name]
     for pattern in (r".*\.safetensors\.index(\.[^.]+)?\.json", r".*\.safetensors", r".*\.bin"):
-        if found := _by_checkpoint(name for name in names if re.fullmatch(pattern, name)):
+        # Shards of one count together.
+        matching = [name for name in names if re.fullmatch(pattern, name)]
+        if found := list({shard_set(name) or name: name for name in matching}.values()):
             canonical = [name for name in found if family(name) in (*CANONICAL_STEMS, "pytorch_model")]
             if len(canonical or found) == 1:
                 return (canonical or found)[0]
@@ -171,14 +173,6 @@ def _choose_only_candidate(files: FileSet) -> str:
             )
     hint = f"; its folders {folders} do: give the path of one" if inside else ""
     raise CheckpointError(f"contains no weights (no .safetensors, no .bin){hint}", file=files.name)
-
-
-def _by_checkpoint(names: Iterable[str]) -> list[str]:
-    """Return the first file of each checkpoint among files of weights: shards of one count together."""
-    first: dict[object, str] = {}
-    for name in names:
-        first.setdefault(shard_set(name) or name, name)
-    return list(first.values())
 
 
 def _by_number(files: FileSet, chosen: str) -> Weights:

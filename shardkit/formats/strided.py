@@ -67,16 +67,11 @@ def gather(data: Any, offset: int, layout: Layout, begin: int, nbytes: int) -> I
     size, end = layout.itemsize, begin + nbytes
     strides = [stride * size for stride in layout.strides]
     tensor: NDArray[Any] = np.ndarray(layout.shape, f"<u{size}", data, offset, strides)
-    pieces = np.nditer(
-        tensor,
-        ["external_loop", "buffered", "ranged"],
-        [["readonly", "contig"]],
-        order="C",
-        buffersize=max(1, PIECE_BYTES // size),
-    )
+    most = max(1, PIECE_BYTES // size)
+    pieces: Any = np.nditer(tensor, ["external_loop", "buffered", "ranged"], order="C", buffersize=most)
     pieces.iterrange = begin // size, -(-end // size)
     position = begin // size * size
     for items in pieces:
-        written = items.view("u1").data
+        written = np.ascontiguousarray(items).view("u1").data
         yield written[max(0, begin - position) : end - position]
         position += len(written)

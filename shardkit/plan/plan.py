@@ -27,7 +27,7 @@ from shardkit.formats.safetensors import (
     build_header,
     empty_header_chars,
 )
-from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused, parse_dtype
+from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, parse_dtype
 from shardkit.plan.packing import STRATEGIES, Item, layout
 from shardkit.plan.packing import Strategy as Strategy
 from shardkit.sources.resolve import is_on_hub
@@ -263,9 +263,8 @@ def plan_shards(
     kept = _kept(checkpoint, target) if target is not None else {}
     metadata = {**FORMAT_METADATA, **checkpoint.metadata}
     empty = empty_header_chars(metadata)
-    with collector_paused():
-        items = [Item.of(t, None if t.name in kept else target) for t in checkpoint.tensors.values()]
-        shards = _shards(STRATEGIES[strategy].pack(items, limit, empty), checkpoint.stem, empty)
+    items = [Item.of(t, None if t.name in kept else target) for t in checkpoint.tensors.values()]
+    shards = _shards(STRATEGIES[strategy].pack(items, limit, empty), checkpoint.stem, empty)
     _check_headers(checkpoint, shards)
     return ShardPlan(
         source=checkpoint.source,

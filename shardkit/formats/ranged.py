@@ -9,7 +9,7 @@ from shardkit.base.errors import CheckpointError
 Span = tuple[int, int]  # offset, nbytes
 Reader = Callable[[Sequence[Span]], Iterable[bytes]]
 
-BLOCK_BYTES = 1 << 17  # nearly every header of safetensors fits, so that a file takes one read
+BLOCK_BYTES = 1 << 16
 _AT_ONCE = 64
 _MAX_READ_BYTES = 16_000_000  # of the directory of an archive: room for 150,000 records
 

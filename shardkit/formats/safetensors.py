@@ -25,6 +25,7 @@ MAX_HEADER_BYTES = 25_000_000
 _MAX_NAME = 4096
 _MAX_METADATA = 10_000
 PREFIX_BYTES = 8
+_USUAL_BYTES = 1 << 17  # nearly every header fits, so that a file takes one read
 FORMAT_METADATA = {"format": "pt"}
 _clip = reprlib.repr
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
@@ -85,7 +86,7 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
 
 def read_header(file: RangedFile) -> Header:
     """Read and validate the header of a safetensors file."""
-    prefix = file.get(0, PREFIX_BYTES)
+    prefix = file.get(0, max(PREFIX_BYTES, min(file.size, _USUAL_BYTES)))[:PREFIX_BYTES]
     refuse_lfs_pointer(prefix, file.where)
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:

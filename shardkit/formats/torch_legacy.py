@@ -14,7 +14,7 @@ _MAGIC, _VERSION, _LENGTH_BYTES = 0x1950A86A20F9469CFC6C, 1001, 8
 def read_legacy(file: RangedFile, *, exact: bool) -> Stored:
     """Read the pickles of a file; none of its weights."""
     most = min(file.size, MAX_PROGRAM_BYTES)
-    first = min(most, 8 * BLOCK_BYTES)
+    first = min(most, 16 * BLOCK_BYTES)
     try:
         program, keys, at = _programs(file.get(0, first))
     except (IndexError, ValueError):

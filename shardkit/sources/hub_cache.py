@@ -196,9 +196,8 @@ def _check_space(repository: Repository, folder: str, nbytes: int, needed: Seque
         can_stream = ".safetensors" in needed[0]  # the weights, or their index
         instead = ", or shard without downloading (stream=True)" if can_stream else ""
         raise SpaceError(
-            f"{repository.name}: the download needs {nbytes:,} bytes ({format_size(nbytes)}), but the disk "
-            "of "
-            f"{folder} has {free:,} ({format_size(free)}) free: move the cache (HF_HOME){instead}"
+            f"{repository.name}: the download needs {nbytes:,} bytes ({format_size(nbytes)}), but "
+            f"the disk of {folder} has {free:,} ({format_size(free)}) free: move the cache (HF_HOME){instead}"
         )
 
 

@@ -173,11 +173,8 @@ def explained(error: BaseException, what: str) -> CheckpointError:
         )
     elif isinstance(error, errors.RevisionNotFoundError):
         message = f"the repository has no such revision: see its branches and tags at {page}"
-    elif isinstance(error, errors.EntryNotFoundError):
-        message = "the repository has no such file at this revision"
     else:
-        lacking = "this token cannot read it"
-        message = refused(error, f"access denied: {lacking}; use one that can: {LOG_IN}")
+        message = refused(error, f"access denied: this token cannot read it; use one that can: {LOG_IN}")
     return CheckpointError(message, file=what)
 
 

@@ -161,9 +161,9 @@ def _choose_only_candidate(files: FileSet) -> str:
         )
     names = [name for name in everything if "/" not in name]
     for pattern in (r".*\.safetensors\.index(\.[^.]+)?\.json", r".*\.safetensors", r".*\.bin"):
-        # Shards of one count together.
-        matching = [name for name in names if re.fullmatch(pattern, name)]
-        if found := list({shard_set(name) or name: name for name in matching}.values()):
+        matching = [name for name in reversed(names) if re.fullmatch(pattern, name)]
+        # Shards of one count together, by their first.
+        if found := sorted({shard_set(name) or name: name for name in matching}.values()):
             canonical = [name for name in found if family(name) in (*CANONICAL_STEMS, "pytorch_model")]
             if len(canonical or found) == 1:
                 return (canonical or found)[0]

@@ -245,17 +245,11 @@ def _check_layout(entries: Sequence[Entry], data_bytes: int, file: str) -> None:
                 tensor=entry.name,
             )
         position = entry.end
-        if position > data_bytes:
-            raise CheckpointError(
-                f"ends at byte {_clip(position)} of the data, but the file has only {data_bytes}: "
-                "the file may be incomplete",
-                file=file,
-                tensor=entry.name,
-            )
     if position != data_bytes:
+        rest = data_bytes - position
+        problem = f"{rest} bytes belong to no tensor" if rest > 0 else "the file may be incomplete"
         raise CheckpointError(
-            f"the tensors end at byte {position} of the data, but the file has {data_bytes}: "
-            f"{data_bytes - position} bytes belong to no tensor",
+            f"the tensors end at byte {position} of the data, but the file has {data_bytes}: {problem}",
             file=file,
         )
 

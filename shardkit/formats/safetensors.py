@@ -108,7 +108,15 @@ def refuse_lfs_pointer(beginning: bytes, file: str) -> None:
 
 def _parse(raw: bytes, data_bytes: int, file: str) -> Header:
     """Validate a raw JSON header against the `data_bytes` that follow it in the file."""
-    document = _load_json(raw, file)
+    with reading_json(raw, file, _HEADER_BOUNDS):
+        document = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_no_constant,
+            parse_int=_integer if b"-0" in raw else None,  # for each number, it would take seconds
+        )
+        if _SURROGATE.search(raw):  # only an escape can hide half of a surrogate pair, which is no text
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
     if not raw.startswith(b"{") or not isinstance(document, dict):
         raise CheckpointError("the header is not a JSON object", file=file)
     metadata = document.pop("__metadata__", {})
@@ -125,23 +133,6 @@ def _parse(raw: bytes, data_bytes: int, file: str) -> Header:
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     _check_layout(entries, data_bytes, file)
     return Header(tuple(entries), metadata, PREFIX_BYTES + len(raw))
-
-
-def _load_json(raw: bytes, file: str) -> Any:
-    """Parse strict JSON: no duplicate keys, no NaN, no deep nesting.
-
-    Numbers too large for a float come out infinite: a function called for each would take seconds.
-    """
-    with reading_json(raw, file, _HEADER_BOUNDS):
-        document = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_unique_keys,
-            parse_constant=_no_constant,
-            parse_int=_integer if b"-0" in raw else None,
-        )
-        if _SURROGATE.search(raw):  # only an escape can hide half of a surrogate pair, which is no text
-            json.dumps(document, ensure_ascii=False).encode("utf-8")
-        return document
 
 
 @contextmanager

@@ -18,7 +18,7 @@ DTYPE_NAMES = {
     "F4": "float4_e2m1fn_x2", "F6_E2M3": "float6_e2m3fn", "F6_E3M2": "float6_e3m2fn",
 }  # fmt: skip
 
-# The dtypes that a cast may start from or end in; anything smaller is quantised.
+# The dtypes that a cast may start from or end in; anything smaller is quantized.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 QUANTIZED_DTYPES = tuple(name for name in DTYPE_NAMES if name == "F4" or name.startswith(("F6_", "F8_")))

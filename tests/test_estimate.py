@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -24,6 +28,7 @@ from transformers import (
 
 from shardkit import Checkpoint, PlanError, make_demo_checkpoint, measure_load, plan_shards
 from shardkit.base.machine import filesystem
+from shardkit.base.sizes import format_size
 from shardkit.checkpoint import checkpoint as checkpoint_module
 from shardkit.checkpoint import estimate
 from shardkit.checkpoint.estimate import StoredTensor, estimate_load
@@ -191,20 +196,66 @@ def test_of_quantized_weights_no_host_is_promised(config, dtype):
     assert "at least 271 MB (cannot be evicted)" in str(found)
 
 
-@pytest.mark.parametrize("base", ["mistralai/Mistral-7B-v0.1", None])
-def test_an_adapter_is_a_part_and_promised_no_host(base, tmp_path):
-    lora = {f"model.layers.0.self_attn.q_proj.lora_{x}.weight": torch.zeros(8, 100) for x in "AB"}
-    save_file(lora, tmp_path / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "base_model_name_or_path": base}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    checkpoint = Checkpoint.open(tmp_path)
+def test_stacked_experts_that_are_transposed_are_copied():
+    config = {"model_type": "qwen3_vl_moe", "text_config": {"hidden_size": 64}}
+    stored = [
+        StoredTensor("model.layers.0.mlp.experts.gate_up_proj", 4 * 64 * 96, "BF16", (4, 64, 96)),
+        StoredTensor("model.layers.0.mlp.experts.down_proj", 4 * 48 * 64, "BF16", (4, 48, 64)),
+        StoredTensor("model.layers.0.q_proj.weight", 64 * 64, "BF16", (64, 64)),
+    ]
+    transposed = estimate_load("moe", stored, None, config=config)
+    assert transposed.copied_bytes == 2 * 4 * 64 * (96 + 48)
+    assert transposed.stacking_bytes == 2 * 4 * 64 * 96
+    assert transposed.mapped_bytes == 2 * 64 * 64
+    straight = [StoredTensor("model.layers.0.mlp.experts.gate_up_proj", 4 * 64 * 96, "BF16", (4, 96, 64))]
+    assert estimate_load("moe", straight, None, config=config).copied_bytes == 0
+
+
+@pytest.fixture
+def adapter(model, tmp_path) -> Callable[..., Checkpoint]:
+    """Make a peft adapter of the model, or of what is named."""
+
+    def make(base: str | None = model.source, **config: Any) -> Checkpoint:
+        lora = {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight": torch.zeros(8, 100)
+                for x in "AB"}  # fmt: skip
+        save_file(lora, tmp_path / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "base_model_name_or_path": base, **config}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        return Checkpoint.open(tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_an_adapter_takes_what_its_base_takes_and_its_own(adapter, model, dtype):
+    found, base = adapter().estimate(dtype), model.estimate(dtype)
+    assert found.dtype == base.dtype
+    assert found.copied_bytes == base.copied_bytes + 4 * 1600
+    assert found.mapped_bytes == base.mapped_bytes
+    assert [host.verdict for host in found.hosts] == [host.verdict for host in base.hosts]
+    assert f"an adapter: the estimate includes its base model, {model.source}" in str(found)
+    assert (found.tolerance, base.tolerance) == (None, 0.05)
+    assert f"about {format_size(found.peak_anonymous_bytes)} (cannot be evicted)" in str(found)
+
+
+@pytest.mark.parametrize("base", ["mistralai/Mistral-7B-v0.1", "{tmp}", "{tmp}/nothing", None])
+def test_an_adapter_without_its_base_is_promised_no_host(adapter, tmp_path, base):
+    named = base and base.format(tmp=tmp_path)  # the folder is the adapter's own
+    checkpoint = adapter(named)
     planned = plan_shards(checkpoint).estimate(None, config=checkpoint.config)
     for found in (checkpoint.estimate(), checkpoint.estimate("float16"), planned):
         assert (found.hosts, found.tolerance) == ((), None)
-        assert f"an adapter: its base model ({base or 'not named'}) is not included" in str(found)
+        said = f"its base model ({named or 'not named'}) is not on this machine and not included"
+        assert said in str(found)
         assert "at least 271 MB (cannot be evicted)" in str(found)
+
+
+def test_weights_of_an_adapter_without_its_config_are_an_adapters_too(adapter, tmp_path):
+    adapter()
     (tmp_path / "adapter_config.json").unlink()
-    assert "an adapter: its base model (not named)" in str(Checkpoint.open(tmp_path).estimate())
+    found = Checkpoint.open(tmp_path).estimate()
+    assert found.hosts == ()
+    assert "an adapter: its base model (" in str(found)
 
 
 @pytest.fixture
@@ -220,15 +271,17 @@ TMPFS = filesystem("/dev/shm") == "tmpfs"
 def test_an_adapter_of_diffusers_has_no_config(tmp_path):
     save_file({"unet.to_q.lora_A.weight": torch.zeros(8, 100)}, tmp_path / "pytorch_lora_weights.safetensors")
     found = Checkpoint.open(tmp_path).estimate()
-    assert found.hosts == ()
+    assert (found.hosts, found.copied_bytes) == ((), 4 * 800)
     assert "an adapter: its base model (" in str(found)
 
 
 @pytest.mark.skipif(not TMPFS, reason="/dev/shm is no tmpfs here")
 def test_files_on_tmpfs_are_memory_of_the_load(on_tmpfs):
-    measured = measure_load(on_tmpfs.source, dtype="float16", cache="warm")
+    # The pages are there all the time, but count only while they are mapped: on a busy machine not all at once.
+    loads = (measure_load(on_tmpfs.source, dtype="float16", cache="warm") for _ in range(3))
+    measured = max(load.peak_anonymous_bytes for load in loads)
     found = on_tmpfs.estimate("float16")
-    assert found.peak_anonymous_bytes == pytest.approx(measured.peak_anonymous_bytes, rel=found.tolerance)
+    assert found.peak_anonymous_bytes == pytest.approx(measured, rel=found.tolerance)
     assert (found.resident_bytes, found.mapped_bytes) == (on_tmpfs.total_bytes, 0)
     assert "100 MB of files on tmpfs, whose pages cannot be evicted" in str(found)
     assert "the kernel may drop" not in str(found)
@@ -257,13 +310,14 @@ def test_of_links_the_file_system_counts_where_they_lead(demo, tmp_path, monkeyp
 
 SHAPES = {
     "gpt2": (GPT2LMHeadModel, GPT2Config, {"vocab_size": 16000, "n_embd": 768, "n_layer": 6, "n_head": 12}),
+    "gptj": (GPTJForCausalLM, GPTJConfig, {"vocab_size": 16000, "n_embd": 512, "n_head": 8}),
     "bert": (BertForMaskedLM, BertConfig, {"num_hidden_layers": 6}),
     "t5": (T5ForConditionalGeneration, T5Config, {"d_model": 512, "num_layers": 4}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_promise_is_kept_with_the_first_token(kind, tmp_path):
+def test_promise_is_kept_with_buffers_and_the_first_token(kind, tmp_path):
     make, config, shape = SHAPES[kind]
     make(config(**shape)).to(torch.bfloat16).save_pretrained(tmp_path)
     measured, found = measure_load(tmp_path, cache="warm"), Checkpoint.open(tmp_path).estimate()
@@ -271,13 +325,42 @@ def test_promise_is_kept_with_the_first_token(kind, tmp_path):
     assert found.peak_anonymous_bytes == pytest.approx(measured.peak_anonymous_bytes, rel=0.05)
 
 
-@pytest.mark.parametrize("kind", ["mamba2", "jetmoe", "wav2vec2", "rwkv", "gptj", "no-such-model", None])
+@pytest.mark.parametrize("kind", ["mamba2", "jetmoe", "wav2vec2", "rwkv", "no-such-model", None])
 def test_nothing_is_promised_of_what_was_not_measured(kind):
     found = estimate_load("m", [StoredTensor("w", 1000, "BF16")], None, config={"model_type": kind})
     assert found.tolerance is None
     assert "±" not in str(found)
     assert "about 271 MB (cannot be evicted)" in str(found)
     assert "accuracy not measured" in str(found)
+
+
+def test_masks_of_each_layer_count(tmp_path):
+    config = GPTNeoConfig(vocab_size=16000, hidden_size=256, num_heads=8)
+    GPTNeoForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    measured, found = measure_load(tmp_path, cache="warm"), Checkpoint.open(tmp_path).estimate()
+    assert found.tolerance is None  # what is there for a moment depends on the allocator
+    assert found.peak_anonymous_bytes == pytest.approx(measured.peak_anonymous_bytes, rel=0.05)
+
+
+def test_buffers_that_no_file_holds_count():
+    config = {"model_type": "gpt_neo", "num_layers": 24, "max_position_embeddings": 2048}
+    stored = [StoredTensor("w", 1000, "BF16")]
+    found = estimate_load("m", stored, None, config=config)
+    assert found.buffer_bytes == 27 * 2048**2
+    assert "113 MB for buffers that no file contains" in str(found)
+    for odd in ("24" * 10**6, [24], None, 2.5):
+        unsaid = estimate_load("m", stored, None, config={**config, "num_layers": odd})
+        assert (unsaid.buffer_bytes, unsaid.tolerance) == (0, None)
+
+
+def test_weights_that_are_divided_in_place_are_copied():
+    stored = [
+        StoredTensor(f"rwkv.blocks.0.{part}.weight", 1000, "BF16")
+        for part in ("attention.output", "attention.key", "feed_forward.value", "feed_forward.key")
+    ]
+    found = estimate_load("m", stored, None, config={"model_type": "rwkv"})
+    assert (found.copied_bytes, found.mapped_bytes) == (4000, 4000)
+    assert estimate_load("m", stored, "float16", config={"model_type": "rwkv"}).copied_bytes == 8000
 
 
 def test_masks_of_older_files_are_not_read():

@@ -181,7 +181,8 @@ def test_bars_that_a_system_does_not_report_are_missed_aloud():
     assert "peak anonymous\n(not reported by this system)" in "".join(t.get_text() for t in texts(peaks))
 
 
-def test_pictures_need_no_backend_of_a_screen(tmp_path):
+@pytest.mark.parametrize("backend", ["module://not_here.backend", "nonsense"])
+def test_pictures_need_no_backend_of_a_screen(tmp_path, backend):
     fake_comparison().save(tmp_path / "c.json")
     script = (
         "import sys; from shardkit import Comparison; from shardkit.show.plots import plot_bars\n"
@@ -189,7 +190,7 @@ def test_pictures_need_no_backend_of_a_screen(tmp_path):
         "found.plot(sys.argv[1] + '/a.png'); found.save(sys.argv[1] + '/a.html')\n"
         "plot_bars(found)[0].figure.savefig(sys.argv[1] + '/b.png')"
     )
-    environment = {**os.environ, "MPLBACKEND": "module://not_here.backend"}
+    environment = {**os.environ, "MPLBACKEND": backend}
     subprocess.run([sys.executable, "-c", script, tmp_path], env=environment, check=True)
     for name in ("a.png", "b.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

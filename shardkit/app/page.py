@@ -17,6 +17,8 @@ from shardkit.checkpoint.parts import BLOCK, part_of
 from shardkit.formats.tensor import TensorInfo
 from shardkit.plan.plan import ShardPlan
 
+_DRAWN_FILES = 300  # more are thinner than a pixel
+
 
 class File(NamedTuple):
     """A weights file as the layout map draws it."""
@@ -93,11 +95,14 @@ def layout_map(checkpoint: Checkpoint, plan: ShardPlan) -> str:
 
 def _row(label: str, row: Sequence[File], scale: int) -> str:
     total = sum(file.nbytes for file in row)
-    words = escaped(f"{label}: {plural(len(row), 'file')}, {format_size(total)}")
-    boxes = "".join(_box(number, file) for number, file in enumerate(row, 1))
+    some = f" (the first {_DRAWN_FILES} shown)" * (len(row) > _DRAWN_FILES)
+    words = escaped(f"{label}: {plural(len(row), 'file')}, {format_size(total)}{some}")
+    drawn = row[:_DRAWN_FILES]
+    boxes = "".join(_box(number, file) for number, file in enumerate(drawn, 1))
+    width = 100 * sum(file.nbytes for file in drawn) / scale
     return (
         f'<div class="sk-label">{words}</div><div class="sk-strip" role="img" aria-label="{words}" '
-        f'style="width:{100 * total / scale:.3f}%">{boxes}</div>'
+        f'style="width:{width:.3f}%">{boxes}</div>'
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
@@ -19,6 +21,7 @@ from shardkit.checkpoint.estimate import (
     LOAD_BITS,
     Estimate,
     StoredTensor,
+    estimate_adapter,
     estimate_load,
     load_dtype,
 )
@@ -221,15 +224,18 @@ class Checkpoint(Record):
         PlanError
             If the dtype is unknown.
         """
-        target = self.auto_dtype if dtype in (None, "auto") else load_dtype(dtype)
+        target = None if dtype in (None, "auto") else load_dtype(dtype)
+        if target is None and not is_adapter(self.stem, self.config, self.tensors):
+            target = self.auto_dtype
         stored = (
             StoredTensor(name, t.elements, t.dtype, t.shape, is_alias=name in self.aliases)
             for name, t in self.tensors.items()
         )
-        return estimate_load(
+        return estimate_with_base(
             self.source,
             stored,
             target,
+            stem=self.stem,
             config=self.config,
             side_files=self.side_files,
             held_whole=bool(self.legacy),
@@ -344,6 +350,40 @@ class Checkpoint(Record):
             by_kind = (f"{kind}: {plural(len(f), 'file')} ({listed(f)})" for kind, f in kinds.items())
             notes.append(f"not copied: {'; '.join(by_kind)}")
         return tuple(notes)
+
+
+def estimate_with_base(
+    source: str,
+    tensors: Iterable[StoredTensor],
+    dtype: str | None,
+    *,
+    stem: str,
+    config: Mapping[str, Any] | None,
+    **beside: Any,
+) -> Estimate:
+    """Estimate a load; that of a peft adapter with its base model, where that is on this machine."""
+    tensors = tuple(tensors)
+    if not is_adapter(stem, config, (tensor.name for tensor in tensors)):
+        return estimate_load(source, tensors, dtype, config=config, **beside)
+    named = (config or {}).get("base_model_name_or_path")
+    base = _open_base(named) if isinstance(named, str) else None
+    return estimate_adapter(source, tensors, dtype, named, base.estimate(dtype) if base else None)
+
+
+def is_adapter(stem: str, config: Mapping[str, Any] | None, names: Iterable[str]) -> bool:
+    """Whether weights are an adapter's, of peft or diffusers, which needs a base model beside it."""
+    if stem == "adapter_model" or "peft_type" in (config or {}):
+        return True
+    return config is None and {"lora" in name for name in names} == {True}
+
+
+def _open_base(named: str) -> Checkpoint | None:
+    """Open the base model that an adapter names; None if it is not here, cannot be read, or is an adapter."""
+    with suppress(CheckpointError):
+        if os.path.exists(os.path.expanduser(named)):
+            base = Checkpoint.open(named)
+            return None if is_adapter(base.stem, base.config, base.tensors) else base
+    return None
 
 
 def _states(files: FileSet, names: tuple[str, ...]) -> dict[str, State]:

@@ -7,7 +7,7 @@ any other is converted into memory of its own, and so are experts that the model
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -29,9 +29,9 @@ RUNTIME_BYTES = 271_000_000
 # rewrite weights, or need more for the first token, so that nothing is promised of them.
 # fmt: off
 _MEASURED = frozenset((
-    "apertus", "arcee", "bart", "bert", "biogpt", "bloom", "cohere", "cohere2", "deberta-v2",
+    "apertus", "arcee", "bart", "bert", "biogpt", "bloom", "codegen", "cohere", "cohere2", "deberta-v2",
     "distilbert", "electra", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "glm",
-    "glm4", "gpt2", "gpt_neox", "granite", "helium", "lfm2", "llama", "mbart", "mistral",
+    "glm4", "gpt2", "gpt_neox", "gptj", "granite", "helium", "lfm2", "llama", "mbart", "mistral",
     "modernbert", "mpt", "nemotron", "olmo", "olmo2", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3",
     "roberta", "seed_oss", "smollm3", "stablelm", "starcoder2", "t5", "xlm-roberta",
 ))
@@ -49,6 +49,20 @@ _TOKENIZER_MATTERS = 0.03
 # While it stacks experts, transformers holds some of them twice, for a moment: this share of their bytes,
 # as measured with Mixtral's, Qwen3-MoE's and DeepSeek-V3's shapes, with a cast and without.
 _STACKING_SHARE = {True: 1.0, False: 0.25}
+# Experts that are stacked in the files, but transposed: where in their shape the hidden size then stands.
+_TRANSPOSED = {"qwen3_vl_moe": {"gate_up_proj": 1, "down_proj": 2}}
+# Divided in place before the first token, so that pages of the mapping become memory of the process.
+_REWRITTEN = {"rwkv": re.compile(r"attention\.output\.weight|feed_forward\.value\.weight")}
+# Large buffers that no file holds, from the config's numbers, as transformers 5.23 makes them: of GPT-Neo a
+# mask for each layer, and as seen about three more while they are made; of GPTBigCode one, and one more.
+_BUFFERS: dict[str, tuple[tuple[str, ...], Callable[..., int]]] = {
+    "gpt_neo": (("num_layers", "max_position_embeddings"), lambda layers, length: (layers + 3) * length**2),
+    "gpt_bigcode": (("n_positions",), lambda length: 2 * length**2),
+    **dict.fromkeys(
+        ("gptj", "codegen"),
+        (("n_layer", "n_positions", "rotary_dim"), lambda layers, length, width: 4 * layers * length * width),
+    ),
+}
 # Masks that older files of GPT-2, GPT-Neo, GPT-J and GPT-NeoX hold, and that no load reads any more.
 _MASK = re.compile(r"\.(attn|attention)\.bias$")
 # Of what a model can be loaded in.
@@ -88,8 +102,8 @@ class Estimate(Record):
         Whether it fits what is left of this machine's memory, and the free hosts; empty where not known.
     notes
         For the user.
-    tokenizer_bytes
-        Anonymous memory of the tokenizer beside the weights.
+    tokenizer_bytes, buffer_bytes
+        Anonymous memory of the tokenizer beside the weights, and of buffers that no file holds.
     resident_bytes
         Weights in files on tmpfs, which are memory that cannot be evicted, and count as the load's.
     tolerance
@@ -105,13 +119,15 @@ class Estimate(Record):
     hosts: tuple[HostFit, ...] = ()
     notes: tuple[str, ...] = ()
     tokenizer_bytes: int = 0
+    buffer_bytes: int = 0
     resident_bytes: int = 0
     tolerance: float | None = None
 
     @property
     def new_bytes(self) -> int:
         """Memory that the load takes beside the files, wherever they are."""
-        return self.runtime_bytes + self.copied_bytes + self.stacking_bytes + self.tokenizer_bytes
+        beside = self.stacking_bytes + self.tokenizer_bytes + self.buffer_bytes
+        return self.runtime_bytes + self.copied_bytes + beside
 
     @property
     def peak_anonymous_bytes(self) -> int:
@@ -134,6 +150,7 @@ class Estimate(Record):
         others = (
             (self.stacking_bytes, "while experts are stacked"),
             (self.tokenizer_bytes, "for the tokenizer"),
+            (self.buffer_bytes, "for buffers that no file contains"),
             (self.resident_bytes, "of files on tmpfs, whose pages cannot be evicted"),
         )
         words = f"{format_size(self.mapped_bytes)} stay in the files; the kernel may evict them"
@@ -154,7 +171,13 @@ class Estimate(Record):
 
 
 def load_dtype(dtype: object) -> str | None:
-    """Return the name of a dtype to load in, "float64" included; None: as stored."""
+    """Return the name of a dtype to load in, "float64" included; None: as stored.
+
+    Raises
+    ------
+    PlanError
+        If it is none that a model is loaded in.
+    """
     if dtype is None or dtype in LOAD_BITS:
         return dtype
     target = parse_dtype(dtype)
@@ -171,13 +194,25 @@ def estimate_load(
     held_whole: bool = False,
     in_memory: bool = False,
 ) -> Estimate:
-    """Add up what a load in `dtype` ("float16"; None: as stored) copies, and what it leaves mapped."""
+    """Add up what a load in `dtype` ("float16"; None: as stored) copies, and what it leaves mapped.
+
+    Parameters
+    ----------
+    config
+        Of the model, which may say that it is quantized, or of a type of which more is known.
+    side_files
+        Sizes of the files beside the weights, the tokenizer's among them.
+    held_whole
+        Whether the files cannot be mapped (legacy pickles), so that all of them is in memory first.
+    in_memory
+        Whether the files are on tmpfs, so that their pages are memory that cannot be evicted.
+    """
     config = config or {}
-    model_type = config.get("model_type")
     stored = [tensor for tensor in tensors if not (_MASK.search(tensor.name) and len(tensor.shape) == 4)]
     found = (DTYPE_NAMES[tensor.dtype] for tensor in stored if tensor.dtype in QUANTIZED_DTYPES)
     method = quantization(config) or next(found, None)
-    copied, stacking, mapped, read = _weights(stored, dtype, str(model_type), held_whole)
+    copied, stacking, mapped, read = _weights(stored, dtype, config, held_whole)
+    buffers = _buffer_bytes(config)
     made = Estimate(
         source,
         dtype,
@@ -185,49 +220,59 @@ def estimate_load(
         copied,
         stacking,
         0 if in_memory else mapped,
-        tokenizer_bytes=_tokenizer_bytes(side_files or {}, model_type),
+        tokenizer_bytes=_tokenizer_bytes(side_files or {}, config.get("model_type")),
+        buffer_bytes=buffers or 0,
         resident_bytes=read if in_memory else 0,
     )
     if method:
         note = f"quantized ({method}): headers do not show how it is loaded, so this is a lower bound"
         return replace(made, notes=(note,))
-    if _is_adapter(config, stored):
-        base = str(config.get("base_model_name_or_path") or "not named")[:200]
-        return replace(made, notes=(f"an adapter: its base model ({base}) is not included: inspect it too",))
-    if why := _why_rough(made, model_type):
+    if why := _why_rough(made, config.get("model_type"), buffers):
         return with_hosts(replace(made, notes=(why,)))
     return with_hosts(replace(made, tolerance=TOLERANCE))
 
 
 def _weights(
-    tensors: Iterable[StoredTensor], dtype: str | None, model_type: str, held_whole: bool
+    tensors: Iterable[StoredTensor], dtype: str | None, config: Mapping[str, Any], held_whole: bool
 ) -> tuple[int, int, int, int]:
     """Return bytes of weights: copied, there twice while stacked, mapped, and read through a mapping."""
-    copied = mapped = stacking = read = 0
+    copied = mapped = stacking = transposing = read = 0
+    model_type = str(config.get("model_type"))
     patterns = "|".join(sorted(listed_patterns(family(model_type), dtype))) if dtype else ""
-    for name, elements, stored, _, is_alias in tensors:
+    keeps = re.compile(patterns) if patterns else None
+    rewritten = _REWRITTEN.get(model_type)
+    for name, elements, stored, shape, is_alias in tensors:
         is_expert = is_single_expert(name)
-        target = "float32" if patterns and re.search(patterns, name) else dtype
+        is_transposed = _is_transposed(name, shape, model_type, config)
+        target = "float32" if keeps and keeps.search(name) else dtype
         converts = target is not None and stored in FLOAT_DTYPES and DTYPE_NAMES[stored] != target
+        in_file = 0 if is_alias else elements * DTYPE_BITS[stored] // 8
         if is_alias and not converts:
             continue
-        in_file = elements * DTYPE_BITS[stored] // 8
-        nbytes = elements * LOAD_BITS[target] // 8 if target is not None and converts else in_file
+        bits = LOAD_BITS[target] if target is not None and converts else DTYPE_BITS[stored]
+        nbytes = elements * bits // 8
         stacking += int(is_expert * _STACKING_SHARE[converts] * nbytes)
-        if converts or is_expert:
+        transposing = max(transposing, nbytes * is_transposed)  # the one at hand is there twice
+        if converts or is_expert or is_transposed or (rewritten and rewritten.search(name)):
             copied += nbytes
         elif not held_whole:
             mapped += nbytes
-        if not is_alias and held_whole:
-            copied += in_file
-        elif not is_alias:
-            read += in_file
-    return copied, stacking, mapped, read
+        copied += in_file * held_whole
+        read += in_file * (not held_whole)
+    return copied, stacking + transposing, mapped, read
 
 
-def _is_adapter(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> bool:
-    """Whether weights are an adapter's, of peft or diffusers (without a config), beside its base model."""
-    return "peft_type" in config or (not config and {"lora" in t.name for t in tensors} == {True})
+def _is_transposed(name: str, shape: tuple[int, ...], model_type: str, config: Mapping[str, Any]) -> bool:
+    place = _TRANSPOSED.get(model_type, {}).get(name.rpartition(".experts.")[2])
+    text = config.get("text_config") or {}
+    return place is not None and len(shape) == 3 and shape[place] == text.get("hidden_size")
+
+
+def _buffer_bytes(config: Mapping[str, Any]) -> int | None:
+    """Return the bytes of buffers that no file holds; None where the config does not say how large."""
+    names, count = _BUFFERS.get(str(config.get("model_type")), ((), lambda: 0))
+    numbers = [config.get(name) for name in names]
+    return count(*numbers) if all(type(number) is int for number in numbers) else None
 
 
 def _tokenizer_bytes(side_files: Mapping[str, int], model_type: object) -> int:
@@ -235,14 +280,14 @@ def _tokenizer_bytes(side_files: Mapping[str, int], model_type: object) -> int:
     return next(sizes, 0) * (3 if model_type in _UNIGRAM else 1)
 
 
-def _why_rough(made: Estimate, model_type: object) -> str | None:
+def _why_rough(made: Estimate, model_type: object, buffers: int | None) -> str | None:
     """Return why no ±5 % can be promised; None if it can."""
     if made.stacking_bytes:
         return (
             "experts are stacked during loading, and how many exist twice at a time depends on the machine: "
             "measured peaks were up to 10 % above and 21 % below this estimate"
         )
-    if model_type not in _MEASURED:
+    if model_type not in _MEASURED or buffers is None:
         kind = f"models of type {str(model_type)[:100]!r}" if model_type else "models of an unknown type"
         return (
             f"accuracy not measured: {kind} may keep buffers that no file contains, rewrite weights, or need "
@@ -251,6 +296,23 @@ def _why_rough(made: Estimate, model_type: object) -> str | None:
     if made.tokenizer_bytes > _TOKENIZER_MATTERS * made.peak_anonymous_bytes:
         return "the tokenizer takes a large share of this, and its memory is known only roughly"
     return None
+
+
+def estimate_adapter(
+    source: str, tensors: Iterable[StoredTensor], dtype: str | None, named: object, base: Estimate | None
+) -> Estimate:
+    """Add a peft adapter to the estimate of the base model that it names; without that, no host fits."""
+    # Whatever the base is loaded in, peft keeps an adapter that can be trained in float32.
+    copied = sum(tensor.elements for tensor in tensors) * LOAD_BITS["float32"] // 8
+    if base is None:
+        called = str(named or "not named")[:200]
+        note = (
+            f"an adapter: its base model ({called}) is not on this machine and not included: inspect it too"
+        )
+        return Estimate(source, dtype, RUNTIME_BYTES, copied, 0, 0, notes=(note,))
+    notes = (*base.notes, f"an adapter: the estimate includes its base model, {base.source}")
+    both = replace(base, source=source, copied_bytes=base.copied_bytes + copied, notes=notes, tolerance=None)
+    return with_hosts(both) if base.hosts else both
 
 
 def with_hosts(made: Estimate) -> Estimate:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from shardkit.base.errors import CheckpointError
 from shardkit.formats.safetensors import read_header
-from shardkit.formats.tensor import TensorInfo
+from shardkit.formats.tensor import TensorInfo, collector_paused
 from shardkit.formats.torch_file import TorchFile, read_torch_file
 from shardkit.sources.fileset import FileSet
 
@@ -46,11 +46,12 @@ def _scan_safetensors(files: FileSet, names: Sequence[str]) -> Scan:
     """List the tensors of safetensors files, by their headers."""
     tensors: dict[str, TensorInfo] = {}
     metadata, notes = [], list[str]()
-    headers = files.each(lambda name: read_header(files.ranged(name)), names)
-    for name, (entries, found, start) in headers.items():
-        metadata.append(found)
-        for tensor, dtype, shape, begin, end in entries:
-            _add(tensors, TensorInfo(tensor, dtype, shape, name, start + begin, end - begin), notes)
+    with collector_paused():
+        headers = files.each(lambda name: read_header(files.ranged(name)), names)
+        for name, (entries, found, start) in headers.items():
+            metadata.append(found)
+            for tensor, dtype, shape, begin, end in entries:
+                _add(tensors, TensorInfo(tensor, dtype, shape, name, start + begin, end - begin), notes)
     return Scan(tensors, tuple(metadata), tuple(notes))
 
 

@@ -62,16 +62,47 @@ def gather(data: Any, offset: int, layout: Layout, begin: int, nbytes: int) -> I
     """Yield bytes as `read_strided`, out of a buffer; pieces have at most `PIECE_BYTES`, or one item."""
     import numpy as np
 
-    if not nbytes:
+    if nbytes <= 0:
         return
-    size, end = layout.itemsize, begin + nbytes
+    size = layout.itemsize
     strides = [stride * size for stride in layout.strides]
     tensor: NDArray[Any] = np.ndarray(layout.shape, f"<u{size}", data, offset, strides)
-    most = max(1, PIECE_BYTES // size)
-    pieces: Any = np.nditer(tensor, ["external_loop", "buffered", "ranged"], order="C", buffersize=most)
-    pieces.iterrange = begin // size, -(-end // size)
-    position = begin // size * size
-    for items in pieces:
-        written = np.ascontiguousarray(items).view("u1").data
-        yield written[max(0, begin - position) : end - position]
+    first, end = begin // size, -(-(begin + nbytes) // size)
+    most, position = max(1, PIECE_BYTES // size), first * size
+    buffers = np.empty((2, min(most, end - first)), f"<u{size}")
+    for piece in _pieces(tensor, first, end, most):
+        items = _gathered(piece, buffers)
+        written = items.view("u1").data.toreadonly()
+        yield written[max(0, begin - position) : begin + nbytes - position]
         position += len(written)
+
+
+def _pieces(tensor: NDArray[Any], first: int, end: int, most: int) -> Iterator[NDArray[Any]]:
+    """Cut items `first` to `end`, in row-major order, into views of at most `most` items each."""
+    if tensor.ndim == 0:
+        yield tensor
+        return
+    row = tensor.size // len(tensor)
+    at = first
+    while at < end:
+        number, inside = divmod(at, row)
+        rows = min(most, end - at) // row
+        if inside or not rows:  # part of a row, or one that is too long
+            stop = min(end, (number + 1) * row)
+            yield from _pieces(tensor[number, ...], inside, stop - number * row, most)
+        else:
+            stop = at + rows * row
+            yield tensor[number : number + rows]
+        at = stop
+
+
+def _gathered(piece: NDArray[Any], buffers: NDArray[Any]) -> NDArray[Any]:
+    """Copy a piece into a buffer; first in the order in which it lies, so that each page is read once."""
+    order = sorted(range(piece.ndim), key=piece.strides.__getitem__, reverse=True)
+    for buffer in buffers[:, : piece.size]:
+        lying = buffer.reshape([piece.shape[axis] for axis in order])
+        lying[...] = piece.transpose(order)
+        piece, order = lying.transpose(sorted(order, key=order.__getitem__)), sorted(order)
+        if piece.flags.c_contiguous:
+            break
+    return piece.reshape(-1)

@@ -10,7 +10,7 @@ from shardkit.base.record import listed, plural, printable
 from shardkit.formats.ranged import RangedFile
 from shardkit.formats.safetensors import check_name, refuse_lfs_pointer, tensor_bytes
 from shardkit.formats.strided import Layout, is_contiguous
-from shardkit.formats.tensor import DTYPE_NAMES, TensorInfo
+from shardkit.formats.tensor import DTYPE_NAMES, TensorInfo, collector_paused
 from shardkit.formats.torch_legacy import read_legacy
 from shardkit.formats.torch_program import View, item_bytes
 from shardkit.formats.torch_zip import ZIP_MAGIC, Stored, read_archive
@@ -39,9 +39,10 @@ def read_torch_file(file: RangedFile, name: str, *, exact: bool = True) -> Torch
     refuse_lfs_pointer(beginning, where)
     is_archive = beginning.startswith(ZIP_MAGIC)  # as torch decides it
     try:
-        stored = (read_archive if is_archive else read_legacy)(file, exact=exact)
-        tensors, skipped = _tensors(stored.value, where)
-        infos = tuple(_info(tensor, view, stored, name, file) for tensor, view in tensors.items())
+        with collector_paused():
+            stored = (read_archive if is_archive else read_legacy)(file, exact=exact)
+            tensors, skipped = _tensors(stored.value, where)
+            infos = tuple(_info(tensor, view, stored, name, file) for tensor, view in tensors.items())
     except CheckpointError:
         raise
     except Exception as error:  # a hostile program can make anything of its interpreter

@@ -16,8 +16,8 @@ from typing import Any
 from shardkit.base.errors import PlanError
 from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.base.sizes import format_size, parse_size
-from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.checkpoint.estimate import Estimate, StoredTensor, estimate_load, load_dtype
+from shardkit.checkpoint.checkpoint import Checkpoint, estimate_with_base
+from shardkit.checkpoint.estimate import Estimate, StoredTensor, load_dtype
 from shardkit.checkpoint.kept import kept_tensors
 from shardkit.checkpoint.quantized import quantized
 from shardkit.formats.safetensors import (
@@ -27,7 +27,7 @@ from shardkit.formats.safetensors import (
     build_header,
     empty_header_chars,
 )
-from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, parse_dtype
+from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused, parse_dtype
 from shardkit.plan.packing import STRATEGIES, Item, layout
 from shardkit.plan.packing import Strategy as Strategy
 from shardkit.sources.resolve import is_on_hub
@@ -171,7 +171,9 @@ class ShardPlan(Record):
         """
         tensors = (t for shard in self.shards for t in shard.tensors)
         stored = (StoredTensor(t.source.name, t.source.elements, t.dtype, t.source.shape) for t in tensors)
-        return estimate_load(self.source, stored, load_dtype(dtype), config=config, side_files=side_files)
+        return estimate_with_base(
+            self.source, stored, load_dtype(dtype), stem=self.stem, config=config, side_files=side_files
+        )
 
     def header(self, shard: Shard) -> bytes:
         """Return what the file of one of the shards begins with."""
@@ -263,8 +265,9 @@ def plan_shards(
     kept = _kept(checkpoint, target) if target is not None else {}
     metadata = {**FORMAT_METADATA, **checkpoint.metadata}
     empty = empty_header_chars(metadata)
-    items = [Item.of(t, None if t.name in kept else target) for t in checkpoint.tensors.values()]
-    shards = _shards(STRATEGIES[strategy].pack(items, limit, empty), checkpoint.stem, empty)
+    with collector_paused():
+        items = [Item.of(t, None if t.name in kept else target) for t in checkpoint.tensors.values()]
+        shards = _shards(STRATEGIES[strategy].pack(items, limit, empty), checkpoint.stem, empty)
     _check_headers(checkpoint, shards)
     return ShardPlan(
         source=checkpoint.source,

@@ -7,7 +7,10 @@ read on a dark theme; figures made here are white, whatever the theme.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from shardkit.base.extras import require
@@ -40,6 +43,12 @@ def new_figure(**page: Any) -> Figure:
 def bare_figure(**page: Any) -> Figure:
     """Make a figure of which pyplot does not know, whose state is the main thread's."""
     require("notebook", "a plot", "matplotlib")
+    if "matplotlib" not in sys.modules and (asked := os.environ.pop("MPLBACKEND", None)) is not None:
+        import matplotlib as mpl  # which fails for a value that names no backend at all
+
+        os.environ["MPLBACKEND"] = asked
+        with suppress(ValueError):
+            mpl.rcParams["backend"] = asked
     from matplotlib.figure import Figure
 
     return Figure(**page)

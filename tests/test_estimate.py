@@ -277,7 +277,7 @@ def test_an_adapter_of_diffusers_has_no_config(tmp_path):
 
 @pytest.mark.skipif(not TMPFS, reason="/dev/shm is no tmpfs here")
 def test_files_on_tmpfs_are_memory_of_the_load(on_tmpfs):
-    # The pages are there all the time, but count only while they are mapped: on a busy machine not all at once.
+    # The pages are there all the time, but count only while they are mapped: under load, not all at once.
     loads = (measure_load(on_tmpfs.source, dtype="float16", cache="warm") for _ in range(3))
     measured = max(load.peak_anonymous_bytes for load in loads)
     found = on_tmpfs.estimate("float16")

@@ -33,8 +33,8 @@ CAST = "shardkit to float16"
 PEAK = "print([l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')][0])"
 SHARD = f"""
 import shardkit, sys
-shardkit.shard_checkpoint(sys.argv[1], sys.argv[2], max_shard_size="500MB", workers={WORKERS},
-                          dtype=sys.argv[3] or None, verify=sys.argv[4] == "verify")
+shardkit.shard_checkpoint(sys.argv[1], sys.argv[2], max_shard_size="500MB", dtype=sys.argv[3] or None,
+                          verify=sys.argv[4] == "verify")
 assert sys.argv[3] or "torch" not in sys.modules
 {PEAK}
 """

@@ -81,6 +81,7 @@ bench: $(MARK)
 	$(BIN)/python -m tests.benchmarks.bench_shard
 	$(BIN)/python -m tests.benchmarks.bench_measure
 	$(BIN)/python -m tests.benchmarks.bench_hub
+	$(BIN)/python -m tests.benchmarks.bench_blocks
 
 torture: $(MARK)
 	$(BIN)/python -m tests.torture

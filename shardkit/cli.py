@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -299,6 +300,27 @@ def fit(source: str, dtype: str | None, trust_remote_code: bool, as_json: bool) 
 
     options = _load_options(trust_remote_code)
     _show(shardkit.minimum_memory(source, dtype=dtype, options=options, progress=progress), as_json)
+
+
+@_command(
+    SOURCE,
+    _argument("--prompt", "Text to continue.", required=True, metavar="TEXT"),
+    _argument("--max-memory", 'Memory that the process may need: "2GB".', metavar="SIZE"),
+    _argument("--max-new-tokens", "Tokens to add.", type=_at_least_one, default=32, metavar="N"),
+    LOAD_DTYPE,
+    JSON,
+)
+def generate(source: str, dtype: str | None, as_json: bool, **asked: Any) -> None:
+    """Continue a prompt, token by token, with a model that may be larger than its memory."""
+    from shardkit.load.generate import generate_text
+
+    show = None if as_json else partial(print, end="", flush=True)
+    found = generate_text(source, dtype=dtype or "auto", on_text=show, **asked)
+    if as_json:
+        _show(found, as_json)
+    else:
+        print()
+        _say(found.status)
 
 
 @_command(

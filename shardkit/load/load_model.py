@@ -9,12 +9,15 @@ from typing import Any
 from shardkit.base.errors import CheckpointError
 from shardkit.base.extras import require
 from shardkit.base.machine import usable_memory
+from shardkit.base.sizes import parse_size
 from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.config import architecture
 from shardkit.checkpoint.layout import find_weights, read_config
 from shardkit.formats.tensor import CAST_DTYPES, parse_dtype
+from shardkit.load.budget import Workload
 from shardkit.load.prefetch import Prefetch
+from shardkit.load.within import load_within
 from shardkit.sources.resolve import resolve
 
 # Pages beyond this share of the memory that is free would push out others that were just read.
@@ -27,12 +30,19 @@ def load_model(
     *,
     dtype: str | Any = "auto",
     prefetch: bool = True,
+    max_memory: int | str | dict[Any, Any] | None = None,
+    context_tokens: int = 1024,
+    batch_size: int = 1,
     **from_pretrained_options: Any,
 ) -> Any:
-    """Load a model with transformers, with its files prefetched by several threads from the start.
+    """Load a model with transformers: with its files prefetched, or such that it runs within `max_memory`.
 
-    The threads start before torch and transformers are imported, and continue during the first forward pass,
-    which would otherwise wait for the disk page by page. They use a few megabytes.
+    Prefetched: threads start before torch and transformers are imported, and continue during the first
+    forward pass, which would otherwise wait for the disk page by page. They use a few megabytes.
+
+    Within `max_memory`: a model that does not fit keeps as many of its weights in memory as it may, and reads
+    the others for every pass, while it computes. Its logits are those of the plain load, bit for bit. Its
+    `memory_plan` shows what stays and what is read. Deleting the model ends its thread and frees its buffers.
 
     Parameters
     ----------
@@ -43,7 +53,14 @@ def load_model(
         Passed to `from_pretrained`. Shards in this dtype are mapped, not copied, so the source must stay
         where it is as long as the model is used.
     prefetch
-        Whether to prefetch the files.
+        Whether to prefetch the files; without `max_memory`.
+    max_memory
+        The most memory that the process may need on this model's account, all else in it included: "2GB", or
+        bytes. None, or enough for all of the model: it is loaded as transformers does. A dict is passed on to
+        `from_pretrained`.
+    context_tokens, batch_size
+        The longest sequence and the most sequences at a time, whose KV cache and activations are part of
+        `max_memory`. A model that streams refuses more.
     **from_pretrained_options
         Passed on: ``device_map``, ``attn_implementation``, ...
 
@@ -56,16 +73,27 @@ def load_model(
     ------
     CheckpointError
         If the source is not a valid checkpoint, or is a file that transformers would not load.
+        With `max_memory`, also if it does not fit and is not a decoder of transformers, or is quantized. As
+        the model runs, if a file is truncated, changed, or cannot be read.
     PlanError
-        If `dtype` is text, but not a dtype.
+        If `dtype` is text, but not a dtype; or `max_memory` is too small: names the smallest that is not.
+    SizeError
+        If `max_memory` is not a size.
     MissingPackageError
         If torch or transformers is not installed.
     """
     require("load", "loading a model", "torch", "transformers")
     if isinstance(dtype, str) and dtype != "auto":
         parse_dtype(dtype)
+    if isinstance(max_memory, dict):  # for each device, as transformers has it
+        from_pretrained_options["max_memory"], max_memory = max_memory, None
+    budget = None if max_memory is None else parse_size(max_memory)
     folder, files = loaded_files(source)
     checkpoint = Checkpoint.open(folder)
+    if budget is not None:
+        work = Workload(budget, context_tokens, batch_size)
+        if (model := load_within(checkpoint, dtype, work, from_pretrained_options)) is not None:
+            return model
     reading = Prefetch(files, prefetch_bytes(checkpoint, dtype))
     if prefetch:
         reading.start()

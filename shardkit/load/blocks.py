@@ -1,0 +1,259 @@
+"""A model larger than the memory it may use: some weights stay there, the others are read as it runs.
+
+What stays is spread evenly over the blocks, so that one thread reads what is next while the model computes,
+and reads the first block of the next pass during the last of this one. A weight is provided where the model
+looks it up, so that it does not matter whether a model calls a module or only reads its weight; its memory
+counts until no tensor views it any more.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from shardkit.base.errors import CheckpointError, PlanError, ShardkitError
+from shardkit.base.record import listed, plural
+from shardkit.base.sizes import format_size
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.load.budget import MemoryPlan, Workload, beside_weights
+from shardkit.load.direct import WeightFiles, own_memory
+from shardkit.load.read_ahead import ReadAhead
+from shardkit.load.recipes import Unit, recipes_of, units_of
+from shardkit.load.residence import Residence, choose_residence, smallest_budget
+from shardkit.load.rows import rows_in_file
+
+
+def fill_within(model: Any, checkpoint: Checkpoint, work: Workload) -> MemoryPlan:
+    """Give a decoder its weights such that the process stays within a budget, and return how.
+
+    Parameters
+    ----------
+    model
+        Of transformers, on the meta device but for buffers that no file has.
+    checkpoint
+        What its weights are in: on this machine, and left as it is while the model is used.
+    work
+        What the model is for, and the memory for it; a pass over more raises a PlanError.
+
+    Raises
+    ------
+    PlanError
+        If the memory is too little; names the least that is not.
+    CheckpointError
+        If weights are missing, or files were changed or cannot be read.
+    """
+    needs = beside_weights(model.config, str(model.dtype).removeprefix("torch."), work)
+    files = WeightFiles(checkpoint)
+    rows, units = [], []
+    for unit, module in units_of(model, recipes_of(model, checkpoint)):
+        (rows if _stays_in_file(unit, module) else units).append((unit, module))
+    sizes = [unit.size for unit, _ in units]
+    if work.max_memory < (smallest := smallest_budget(sizes) + sum(needs)):
+        raise PlanError(
+            f"max_memory of {format_size(work.max_memory)} is too small: {checkpoint.source} needs at least "
+            f"{smallest:,} bytes here, {format_size(sum(needs))} of them beside weights (context of "
+            f"{plural(work.context_tokens, 'token')}, batch of {work.batch_size})"
+        )
+    plan = choose_residence(sizes, work.max_memory - sum(needs))
+    streamed = sum(size.read for size, stays in zip(sizes, plan.stays, strict=True) if not stays)
+    _attach(model, units, plan, files)
+    _attach_rows(rows, units, files)
+    _check_complete(model, checkpoint)
+    _guard(model, work)
+    return MemoryPlan(work, *needs, plan.working_bytes, plan.resident_bytes, streamed)
+
+
+def _stays_in_file(unit: Unit, module: Any) -> bool:
+    """Whether a unit is an embedding, of which a token needs one row."""
+    import torch
+
+    weight, source = unit.weights[0], unit.weights[0].sources[0]
+    is_plain = weight.recipe.converter is None and source.layout is None and len(source.shape) == 2
+    return isinstance(module, torch.nn.Embedding) and is_plain and weight.elements > 0
+
+
+def _attach(model: Any, units: Sequence[tuple[Unit, Any]], plan: Residence, files: WeightFiles) -> None:
+    """Read the units that stay, and have the modules of the others look up theirs in a stream."""
+    import torch
+
+    streamed = []
+    for (unit, module), stays in zip(units, plan.stays, strict=True):
+        if not stays:
+            streamed.append((unit, module))
+            continue
+        buffer = memoryview(own_memory(unit.size.read))
+        files.read(unit.sources, buffer)
+        for attribute, value in unit.tensors(buffer, model.config).items():
+            if unit.are_buffers:
+                module._buffers[attribute] = value
+            else:
+                module._parameters[attribute] = torch.nn.Parameter(value, requires_grad=False)
+    if streamed:
+        stream = Stream([unit for unit, _ in streamed], plan, files, model.config)
+        for unit, module in streamed:
+            module.__dict__["_parameters"] = StreamedParameters(module._parameters, unit, stream)
+            module.register_forward_hook(module._parameters.release)
+
+
+def _attach_rows(
+    rows: Iterable[tuple[Unit, Any]], units: Iterable[tuple[Unit, Any]], files: WeightFiles
+) -> None:
+    """Have embeddings look up rows in their files; or in a tied head, if that is in memory."""
+    heads = {unit.weights[0].name: module for unit, module in units if len(unit.weights) == 1}
+    for unit, module in rows:
+        weight = unit.weights[0]
+        head = heads.get(weight.name)
+        is_here = head is not None and not isinstance(head._parameters, StreamedParameters)
+        module._parameters[weight.attribute] = (
+            next(iter(head._parameters.values()))
+            if is_here
+            else rows_in_file(weight, tuple(weight.sources[0].shape), files)
+        )
+
+
+def _check_complete(model: Any, checkpoint: Checkpoint) -> None:
+    missing = []
+    for path, module in model.named_modules():
+        own = {} if isinstance(module._parameters, StreamedParameters) else module._parameters
+        for name, value in (*own.items(), *module._buffers.items()):
+            if value is not None and value.is_meta:
+                missing.append(f"{path}.{name}")
+    if missing:
+        raise CheckpointError(
+            f"has no {listed(missing)}, which {type(model).__name__} needs", file=checkpoint.source
+        )
+
+
+def _guard(model: Any, work: Workload) -> None:
+    """Refuse passes that need more memory than was planned, and to move or cast the model.
+
+    Passes in several threads would take each other's buffers: one at a time.
+    """
+    running = threading.RLock()
+
+    def check(_: Any, arguments: Any, named: Any) -> None:
+        tokens = next((value for value in (*arguments, named.get("input_ids")) if value is not None), None)
+        tokens = named.get("inputs_embeds") if tokens is None else tokens
+        cache = named.get("past_key_values")
+        before = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        batch, length = (0, 0) if tokens is None else (len(tokens), tokens.shape[1] + before)
+        if batch > work.batch_size or length > work.context_tokens:
+            raise PlanError(
+                f"{batch} x {length} tokens need more memory than was planned for {work.batch_size} x "
+                f"{work.context_tokens}: load the model with a larger batch_size or context_tokens"
+            )
+        running.acquire()
+
+    def end(*_: object) -> None:
+        with suppress(RuntimeError):  # called, too, where a pass was refused
+            running.release()
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+    model.register_forward_hook(end, always_call=True)
+    model._apply = _Unmoved(model)
+
+
+class _Unmoved:
+    """What `model.to(...)` comes down to: nothing where the model is there already, else refused."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._dtype = weakref.ref(model), model.dtype
+
+    def __call__(self, function: Any, recurse: bool = True) -> Any:
+        import torch
+
+        del recurse
+        found = function(torch.empty(0, dtype=self._dtype))
+        if (found.dtype, found.device.type) != (self._dtype, "cpu"):
+            raise ShardkitError(
+                "a model loaded with max_memory can be neither moved nor cast: load it with the dtype it "
+                "should have"
+            )
+        return self._model()
+
+
+class Stream:
+    """Weights of units as they are needed: what reads them ahead, and which are in use.
+
+    Parameters
+    ----------
+    units
+        Those that are not resident, in the order in which they are expected to be used. The order of the
+        first pass is used for the next ones.
+    plan, files, config
+        How much memory may be read into, what from, and of which model.
+    """
+
+    def __init__(self, units: Sequence[Unit], plan: Residence, files: WeightFiles, config: Any) -> None:
+        self._config, self._lock = config, threading.Lock()
+        self._order, self._used = list(units), dict[Unit, None]()
+        self._unit: Unit | None = None
+        self._weights: dict[str, Any] = {}
+
+        def read(unit: Any, buffer: memoryview, may_read: Any) -> None:
+            files.read(unit.sources, buffer, may_read)
+
+        self._ahead = ReadAhead({unit: unit.size.read for unit in units}, plan.buffer_bytes, read)
+        weakref.finalize(self, self._ahead.close)
+
+    def weights(self, unit: Unit) -> dict[str, Any]:
+        """Return the parameters of a unit by attribute; the ones returned before are given up.
+
+        Raises
+        ------
+        CheckpointError
+            If they cannot be read.
+        """
+        with self._lock:
+            if unit is not self._unit:
+                self._unit, self._weights = None, {}
+                self._learn(unit)
+                self._weights = self._parameters(self._ahead.take(unit), unit)
+                self._unit = unit
+            return self._weights
+
+    def release(self, unit: Unit) -> None:
+        """Give up a unit's parameters, whose module is through with them."""
+        with self._lock:
+            if unit is self._unit:
+                self._unit, self._weights = None, {}
+
+    def _parameters(self, buffer: memoryview, unit: Unit) -> dict[str, Any]:
+        import torch
+
+        made = unit.tensors(buffer, self._config).items()
+        return {name: torch.nn.Parameter(value, requires_grad=False) for name, value in made}
+
+    def _learn(self, unit: Unit) -> None:
+        """Notice a new pass, and whether the last used the units in another order than expected."""
+        if unit in self._used:
+            order = list(self._used)
+            if len(order) == len(self._order) and order != self._order:
+                self._order = order
+                self._ahead.reorder(order)
+            self._used = {}
+        self._used[unit] = None
+
+
+class StreamedParameters(dict[str, Any]):
+    """A module's parameters, on the meta device, that are looked up in a stream."""
+
+    def __init__(self, described: dict[str, Any], unit: Unit, stream: Stream) -> None:
+        super().__init__(described)
+        self._unit, self._stream = unit, stream
+
+    def __getitem__(self, name: str) -> Any:
+        described = super().__getitem__(name)
+        return described if described is None else self._stream.weights(self._unit)[name]
+
+    def release(self, *_: object) -> None:
+        """Give up what was looked up: a hook for after the module's forward pass."""
+        self._stream.release(self._unit)
+
+    def __setitem__(self, name: str, value: Any) -> NoReturn:
+        raise ShardkitError(
+            f"{self._unit.module}.{name} is read from its file for every pass: it cannot be set"
+        )

@@ -1,0 +1,220 @@
+"""Text from a model, token by token, with what each token cost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from shardkit.base.errors import CheckpointError, PlanError
+from shardkit.base.extras import require
+from shardkit.base.record import Record, Summary, plural
+from shardkit.base.sizes import format_size, parse_size
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.load.budget import process_bytes
+from shardkit.load.load_model import load_model
+
+_SAMPLE_SECONDS = 0.02
+# Keeps the cache of keys and values small where the prompt is short.
+_CONTEXT_STEP = 64
+
+
+@dataclass(frozen=True)
+class Generation(Record):
+    """What a model wrote, and what that took.
+
+    Attributes
+    ----------
+    source
+        The checkpoint.
+    text, token_ids
+        What came after the prompt.
+    first_token_seconds
+        From the start of generation; the model is loaded by then.
+    seconds_per_token
+        Median of the tokens after the first; None if there is none.
+    read_bytes_per_token
+        Bytes read from disk, likewise; None where the system does not report them.
+    peak_bytes
+        Most memory of the process that could not be evicted.
+    max_memory_bytes
+        The budget; None without one.
+    resident_bytes, streamed_bytes
+        Weights in memory, and those read for every pass; of a model that fits, all are resident.
+    """
+
+    source: str
+    text: str
+    token_ids: tuple[int, ...]
+    first_token_seconds: float
+    seconds_per_token: float | None
+    read_bytes_per_token: int | None
+    peak_bytes: int
+    max_memory_bytes: int | None
+    resident_bytes: int
+    streamed_bytes: int
+
+    def summary(self) -> Summary:
+        """Return the text, and what it took."""
+        weights = f"{format_size(self.resident_bytes)} resident, {format_size(self.streamed_bytes)} streamed"
+        facts = (("text", self.text), ("weights", weights), ("cost", self.status))
+        return Summary("Generation", facts)
+
+    @property
+    def status(self) -> str:
+        """Seconds, bytes read and memory as people read them, in one line."""
+        limit = f" of {format_size(self.max_memory_bytes)}" if self.max_memory_bytes else ""
+        parts = [f"{plural(len(self.token_ids), 'token')}, the first in {self.first_token_seconds:.2f} s"]
+        if self.seconds_per_token is not None:
+            parts.append(f"then {self.seconds_per_token:.2f} s each")
+        if self.read_bytes_per_token is not None:
+            parts.append(f"{format_size(self.read_bytes_per_token)} read each")
+        return ", ".join([*parts, f"peak memory {format_size(self.peak_bytes)}{limit} (cannot be evicted)"])
+
+
+def generate_text(
+    source: str,
+    prompt: str,
+    *,
+    max_memory: int | str | None = None,
+    max_new_tokens: int = 32,
+    dtype: str = "auto",
+    on_text: Callable[[str], None] | None = None,
+    **from_pretrained_options: Any,
+) -> Generation:
+    """Continue a prompt greedily, within a memory budget, and measure each token.
+
+    Parameters
+    ----------
+    source, max_memory, dtype, **from_pretrained_options
+        As for `load_model`.
+    prompt
+        Text to continue.
+    max_new_tokens
+        The most tokens to add.
+    on_text
+        Called with each piece of text as it is made.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no tokenizer; also as `load_model` does.
+    PlanError
+        If the prompt has no tokens; also as `load_model` does.
+    """
+    require("load", "generating text", "torch", "transformers")
+    checkpoint = Checkpoint.open(source, download=True)
+    tokenizer = _tokenizer(checkpoint)
+    tokens = tokenizer(prompt, return_tensors="pt")
+    length = tokens["input_ids"].shape[1]
+    if not length:
+        raise PlanError("the prompt has no tokens")
+    context = -(-(length + max_new_tokens) // _CONTEXT_STEP) * _CONTEXT_STEP
+    with _peak() as peak:
+        options = {"max_memory": max_memory, "context_tokens": context, **from_pretrained_options}
+        model = load_model(source, dtype=dtype, **options)
+        budget = parse_size(max_memory) if max_memory is not None else None
+        meter = _Meter(checkpoint, tokenizer, getattr(model, "memory_plan", None), budget, peak, on_text)
+        asked = {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
+        model.generate(**asked, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, streamer=meter)
+        return meter.generation()
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"has no tokenizer that can be loaded: {why}", file=checkpoint.source
+        ) from error
+
+
+class _Meter:
+    """What `generate` hands each token to: notes when it came and what was read until then."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: Any,
+        plan: Any,
+        budget: int | None,
+        peak: list[int],
+        on_text: Callable[[str], None] | None,
+    ) -> None:
+        self._checkpoint, self._tokenizer, self._plan, self._budget = checkpoint, tokenizer, plan, budget
+        self._peak, self._on_text = peak, on_text
+        self._tokens: list[int] = []
+        self._shown = ""
+        self._moments = [(time.perf_counter(), _read_bytes())]
+
+    def put(self, value: Any) -> None:
+        """Take the prompt, and then one token at a time."""
+        if value.dim() > 1:  # the prompt
+            self._moments = [(time.perf_counter(), _read_bytes())]
+            return
+        self._tokens += value.tolist()
+        self._moments.append((time.perf_counter(), _read_bytes()))
+        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        # The last characters may be part of one that takes several tokens.
+        self._show(text if not text.endswith("\ufffd") else self._shown)
+
+    def end(self) -> None:
+        """Show what is left."""
+        self._show(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+
+    def _show(self, text: str) -> None:
+        new, self._shown = text[len(self._shown) :], text
+        if self._on_text is not None:
+            self._on_text(new)
+
+    def generation(self) -> Generation:
+        """Return the text and the figures."""
+        pairs = list(zip(self._moments, self._moments[1:], strict=False))
+        seconds = [after[0] - before[0] for before, after in pairs]
+        read = [after[1] - before[1] for before, after in pairs if after[1] is not None]
+        return Generation(
+            source=self._checkpoint.source,
+            text=self._shown,
+            token_ids=tuple(self._tokens),
+            first_token_seconds=seconds[0] if seconds else 0.0,
+            seconds_per_token=median(seconds[1:]) if len(seconds) > 1 else None,
+            read_bytes_per_token=int(median(read[1:])) if len(read) > 1 else None,
+            peak_bytes=max(*self._peak, process_bytes()),
+            max_memory_bytes=self._budget,
+            resident_bytes=self._plan.resident_bytes if self._plan else self._checkpoint.total_bytes,
+            streamed_bytes=self._plan.streamed_bytes if self._plan else 0,
+        )
+
+
+def _read_bytes() -> int | None:
+    """Return the bytes that this process has read from disks; None where the system does not report it."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("read_bytes:")))
+    return None
+
+
+@contextmanager
+def _peak() -> Iterator[list[int]]:
+    """Give a list whose items are, at the end of the block, memory that the process had meanwhile."""
+    most, done = [process_bytes(), 0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_SAMPLE_SECONDS):
+            most[1] = max(most[1], process_bytes())
+
+    thread = threading.Thread(target=watch, name="shardkit-peak", daemon=True)
+    thread.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,104 @@
+"""Loading within a memory budget: what can be, and a decoder of transformers that has no weights yet."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from shardkit.base.errors import CheckpointError, PlanError
+from shardkit.base.record import listed
+from shardkit.checkpoint.checkpoint import Checkpoint, is_adapter
+from shardkit.checkpoint.config import architecture
+from shardkit.checkpoint.quantized import quantized
+from shardkit.load import budget
+from shardkit.load.blocks import fill_within
+from shardkit.load.budget import Workload
+from shardkit.load.recipes import Described
+
+# Divides weights in place before the first token, which those that are read again do not survive.
+_REWRITES_WEIGHTS = ("rwkv",)
+_PROBLEMS = {"missing_keys": "lacks weights that", "mismatched_keys": "has weights of other shapes than"}
+
+
+def load_within(checkpoint: Checkpoint, dtype: object, work: Workload, options: dict[str, Any]) -> Any:
+    """Return a model that streams what does not fit; None if all fits, so that a plain load will do.
+
+    Parameters
+    ----------
+    checkpoint
+        On this machine.
+    dtype
+        To load in: "float16", "auto".
+    work
+        What the model is for, and the memory for it.
+    options
+        For `from_pretrained`.
+
+    Raises
+    ------
+    CheckpointError, PlanError
+        As `load_model` does.
+    """
+    import transformers
+
+    if is_adapter(checkpoint.stem, checkpoint.config, checkpoint.tensors):
+        raise CheckpointError("is an adapter, which max_memory does not support", file=checkpoint.source)
+    if options.get("device_map") not in (None, "cpu", {"": "cpu"}):
+        raise PlanError(f"max_memory is for the CPU, not for device_map={options['device_map']!r}")
+    name = str(dtype).removeprefix("torch.")
+    name = (checkpoint.auto_dtype or "float32") if name == "auto" else name
+    trusted = bool(options.get("trust_remote_code"))
+    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trusted)
+    estimate = checkpoint.estimate(name)
+    weights = estimate.new_bytes - estimate.runtime_bytes + estimate.mapped_bytes + estimate.resident_bytes
+    if weights + sum(budget.beside_weights(config, name, work)) <= work.max_memory:
+        return None
+    _check_streamable(checkpoint, trusted)
+    model = _empty_decoder(checkpoint, config, name, options)
+    model.memory_plan = fill_within(model, checkpoint, work)
+    return model
+
+
+def _check_streamable(checkpoint: Checkpoint, trusted: bool) -> None:
+    import transformers
+
+    def refuse(why: str) -> NoReturn:
+        raise CheckpointError(f"does not fit max_memory, and {why}", file=checkpoint.source)
+
+    config, version = checkpoint.config or {}, transformers.__version__
+    if int(version.split(".")[0]) < 5:
+        refuse(f"only transformers 5 can stream it: {version} is installed")
+    if why := quantized(checkpoint.config, checkpoint.tensors):
+        refuse(f"quantized weights cannot be streamed: {why}")
+    named, model_type = architecture(config), str(config.get("model_type"))
+    decoders = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    is_decoder = named in _names(decoders.get(model_type)) and not config.get("is_encoder_decoder")
+    if not is_decoder or model_type in _REWRITES_WEIGHTS:
+        refuse(f"{named or model_type} is not a decoder that can be streamed")
+    if trusted and config.get("auto_map"):
+        refuse("a model with its own code cannot be streamed")
+
+
+def _names(found: Any) -> tuple[str, ...]:
+    return (found,) if isinstance(found, str) else tuple(found or ())
+
+
+def _empty_decoder(checkpoint: Checkpoint, config: Any, dtype: str, options: dict[str, Any]) -> Any:
+    """Return the model that `from_pretrained` would load, its weights on the meta device."""
+    import transformers
+
+    options = {name: options[name] for name in options if name not in ("device_map", "trust_remote_code")}
+    kind = getattr(transformers, architecture(checkpoint.config) or "")
+    described = {name: Described(tensor) for name, tensor in checkpoint.tensors.items()}
+    made = {"config": config, "state_dict": described, "dtype": dtype, "output_loading_info": True, **options}
+    # First with everything on the meta device: else, what is missing would be made at random, in memory.
+    _, found = kind.from_pretrained(None, device_map="meta", **made)
+    for kind_of_problem, what in _PROBLEMS.items():
+        if found[kind_of_problem]:
+            names = listed(sorted(map(str, found[kind_of_problem])))
+            raise CheckpointError(f"{what} {kind.__name__} needs: {names}", file=checkpoint.source)
+    model, _ = kind.from_pretrained(None, **made)
+    model.name_or_path = model.config._name_or_path = checkpoint.folder
+    hub = {"cache_dir": None, "force_download": False, "proxies": None, "local_files_only": True}
+    hub |= {"token": None, "revision": "main", "subfolder": "", "trust_remote_code": False}
+    model.adjust_generation_fn(options.get("generation_config"), False, False, checkpoint.folder, **hub)
+    return model

@@ -1,0 +1,479 @@
+"""A model within a memory budget: the plain model's logits, and no more memory or reading than promised."""
+
+import gc
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from shardkit import (
+    CheckpointError,
+    PlanError,
+    ShardkitError,
+    load_model,
+    make_demo_checkpoint,
+    shard_checkpoint,
+)
+from shardkit.load import budget, read_ahead
+from shardkit.load.residence import UnitSize, choose_residence, smallest_budget
+from shardkit.measure.limit import limited, why_unlimited
+from tests.architectures import make_model
+from tests.unasked import COMMAND
+
+DECODERS = (
+    "MistralForCausalLM", "FalconForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+    "GemmaForCausalLM", "GPT2LMHeadModel", "PhiForCausalLM", "MixtralForCausalLM",
+)  # fmt: skip
+LAYOUTS = ("one file", "size", "layer", "balanced", "bin")
+PROMPT = torch.tensor([[3, 5, 8, 13, 21, 34, 55, 89]])
+CONTEXT = 48
+
+
+@pytest.fixture(autouse=True)
+def _nothing_else_in_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let budgets be as small as the models: what tests and libraries take is not counted."""
+    monkeypatch.setattr(budget, "process_bytes", lambda: 0)
+    monkeypatch.setattr(budget, "HEADROOM_BYTES", 0)
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_left() -> Any:
+    yield
+    gc.collect()
+    assert readers(0) == []
+
+
+def readers(expected: int) -> list[threading.Thread]:
+    """The threads that read weights, once there are as few as expected, or after a while."""
+    found: list[threading.Thread] = []
+    for _ in range(200):
+        found = [thread for thread in threading.enumerate() if thread.name == "shardkit-blocks"]
+        if len(found) <= expected:
+            break
+        time.sleep(0.01)
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Save a tiny model of a class in a layout, once: ``saved("GPT2LMHeadModel", "layer", "bfloat16")``."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def save(name: str, layout: str = "one file", dtype: str = "float32") -> Path:
+        if (name, layout, dtype) not in made:
+            folder = tmp_path_factory.mktemp(name) / "model"
+            if layout == "one file":
+                make_model(name, dtype).save_pretrained(folder)
+            elif layout == "bin":
+                shutil.copytree(save(name, "one file", dtype), folder)
+                torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+                (folder / "model.safetensors").unlink()
+            else:
+                size = "60KB" if layout == "size" else "1GB"
+                shard_checkpoint(save(name, "one file", dtype), folder, max_shard_size=size, strategy=layout)
+            made[name, layout, dtype] = folder
+        return made[name, layout, dtype]
+
+    return save
+
+
+def passes(model: Any, count: int = 3) -> None:
+    """Run a model: what was read ahead may be right, but not what is read later."""
+    for _ in range(count):
+        logits(model)
+
+
+def smallest(folder: Path, **options: Any) -> int:
+    """The smallest budget, as the error for a smaller one names it."""
+    with pytest.raises(PlanError, match="is too small") as caught:
+        load_model(folder, max_memory=1, **{"context_tokens": CONTEXT, **options})
+    return int(re.search(r"at least ([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
+
+
+def bounded(folder: Path, *, more: int = 0, **options: Any) -> Any:
+    options = {"context_tokens": CONTEXT, **options}
+    model = load_model(folder, max_memory=smallest(folder, **options) + more, **options)
+    assert model.memory_plan.streamed_bytes > 0
+    return model
+
+
+def logits(model: Any, tokens: torch.Tensor = PROMPT) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def tokens(model: Any, prompt: torch.Tensor = PROMPT, **options: Any) -> list[list[int]]:
+    mask = torch.ones_like(prompt)
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": None,
+        "attention_mask": mask,
+        **options,
+    }
+    return model.generate(prompt, **options).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits_are_those_of_the_plain_model(saved: Any, name: str, dtype: str) -> None:
+    folder = saved(name, "one file", dtype)
+    plain, streamed = load_model(folder), bounded(folder)
+    assert type(streamed) is type(plain)
+    for _ in range(2):
+        assert torch.equal(logits(streamed), logits(plain))
+    assert tokens(streamed) == tokens(plain)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("name", DECODERS)
+def test_any_layout_gives_the_same_logits(saved: Any, name: str, layout: str) -> None:
+    plain, streamed = load_model(saved(name)), bounded(saved(name, layout), more=8192)
+    assert torch.equal(logits(streamed), logits(plain))
+    assert tokens(streamed) == tokens(plain)
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float16")])
+@pytest.mark.parametrize(
+    "name", ["MistralForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM", "GemmaForCausalLM"]
+)
+def test_weights_are_cast_as_a_plain_load_casts_them(saved: Any, name: str, stored: str, dtype: str) -> None:
+    folder = saved(name, "layer", stored)
+    plain, streamed = load_model(folder, dtype=dtype), bounded(folder, dtype=dtype)
+    assert streamed.dtype == plain.dtype
+    assert torch.equal(logits(streamed), logits(plain))
+    assert tokens(streamed) == tokens(plain)
+
+
+@pytest.mark.parametrize("more", [0, 5_000, 20_000, 60_000])
+def test_every_budget_gives_the_same_logits(saved: Any, more: int) -> None:
+    folder = saved("LlamaForCausalLM", "layer")
+    streamed = bounded(folder, more=more)
+    assert torch.equal(logits(streamed), logits(load_model(folder)))
+    plan = streamed.memory_plan
+    beside = plan.process_bytes + plan.cache_bytes + plan.activation_bytes
+    assert plan.resident_bytes + plan.working_bytes + beside <= plan.work.max_memory
+
+
+def test_a_model_that_fits_is_loaded_as_ever(saved: Any) -> None:
+    model = load_model(saved("LlamaForCausalLM"), max_memory="1GB")
+    assert not hasattr(model, "memory_plan")
+    assert readers(0) == []
+
+
+def test_bias_free_head_tied_to_the_embedding_reads_no_second_copy(saved: Any) -> None:
+    folder = saved("GemmaForCausalLM")
+    names = {name for name, _ in load_model(folder).named_parameters()}
+    assert "lm_head.weight" not in names
+    assert torch.equal(logits(bounded(folder, more=200)), logits(load_model(folder)))
+
+
+def test_filesystem_without_direct_reads_gives_the_same_logits(saved: Any, monkeypatch: Any) -> None:
+    monkeypatch.delattr(os, "O_DIRECT")
+    folder = saved("MistralForCausalLM", "layer")
+    assert torch.equal(logits(bounded(folder)), logits(load_model(folder)))
+
+
+def test_weights_that_are_read_without_calling_their_module(saved: Any, monkeypatch: Any) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        up = functional.linear(x, self.up_proj.weight)  # before the gate, and neither module is called
+        gate = self.act_fn(functional.linear(x, self.gate_proj.weight))
+        return functional.linear(gate * up, self.down_proj.weight)
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    folder = saved("LlamaForCausalLM")
+    plain, streamed = load_model(folder), bounded(folder)
+    for _ in range(3):
+        assert torch.equal(logits(streamed), logits(plain))
+
+
+def test_more_weights_at_once_than_there_are_buffers_is_an_error(saved: Any, monkeypatch: Any) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        held = [module.weight for module in (self.gate_proj, self.up_proj, self.down_proj)]
+        return functional.linear(self.act_fn(functional.linear(x, held[0])), held[2])
+
+    monkeypatch.setattr(read_ahead, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    with pytest.raises(ShardkitError, match="too many of its streamed weights at once"):
+        logits(bounded(saved("LlamaForCausalLM")))
+
+
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BertForMaskedLM", "RwkvForCausalLM"])
+def test_what_cannot_be_streamed_is_refused(saved: Any, name: str) -> None:
+    with pytest.raises(CheckpointError, match="not a decoder that can be streamed"):
+        load_model(saved(name), max_memory=1000)
+
+
+def test_missing_weights_are_named(saved: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved("MistralForCausalLM"), tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks weights .*layers\.1\.mlp\.up_proj\.weight"):
+        load_model(folder, max_memory=1000)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cuda", {"": 0}])
+def test_other_devices_are_refused(saved: Any, device_map: Any) -> None:
+    with pytest.raises(PlanError, match="for the CPU"):
+        load_model(saved("MistralForCausalLM"), max_memory=1000, device_map=device_map)
+
+
+def test_a_longer_sequence_than_planned_is_refused(saved: Any) -> None:
+    model = bounded(saved("MistralForCausalLM"), context_tokens=16)
+    assert len(tokens(model, max_new_tokens=8)[0]) == 16
+    with pytest.raises(PlanError, match="1 x 17 tokens need more memory than was planned for 1 x 16"):
+        tokens(model, max_new_tokens=12)
+    with pytest.raises(PlanError, match="2 x 8 tokens"):
+        tokens(model, PROMPT.repeat(2, 1), max_new_tokens=2)
+
+
+def test_moving_it_where_it_is_does_nothing_and_casting_it_is_refused(saved: Any) -> None:
+    model = bounded(saved("MistralForCausalLM"))
+    assert model.to("cpu") is model
+    assert str(model.device) == "cpu"
+    with pytest.raises(ShardkitError, match="neither moved nor cast"):
+        model.half()
+
+
+# What happens to the files while the model runs.
+
+
+@pytest.fixture
+def own_copy(saved: Any, tmp_path: Path) -> Path:
+    return shutil.copytree(saved("MistralForCausalLM"), tmp_path / "own")
+
+
+def test_deleted_source_is_read_on(own_copy: Path) -> None:
+    plain = tokens(load_model(own_copy))
+    model = bounded(own_copy)
+    shutil.rmtree(own_copy)
+    assert tokens(model) == plain
+
+
+def test_truncated_source_is_an_error_with_numbers(own_copy: Path) -> None:
+    model = bounded(own_copy)
+    file = own_copy / "model.safetensors"
+    size = file.stat().st_size
+    os.truncate(file, 5000)
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors, tensor '.*': .*{size} bytes.* 5000 "):
+        passes(model)
+    with pytest.raises(CheckpointError, match=rf"{size} bytes"):
+        logits(model)
+
+
+def test_rewritten_source_is_an_error(own_copy: Path) -> None:
+    model = bounded(own_copy)
+    file = own_copy / "model.safetensors"
+    file.write_bytes(b"\0" * file.stat().st_size)
+    with pytest.raises(CheckpointError, match="was changed while in use"):
+        passes(model)
+
+
+def test_failing_disk_is_an_error_and_works_again_once_it_does(own_copy: Path, monkeypatch: Any) -> None:
+    expected = logits(load_model(own_copy))
+    model = bounded(own_copy)
+    real = os.preadv
+
+    def fail(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(CheckpointError, match=r"tensor '.*': cannot be read: Input/output error"):
+        passes(model)
+    monkeypatch.setattr(os, "preadv", real)
+    assert torch.equal(logits(model), expected)
+
+
+def test_two_models_at_once_and_deleting_one_frees_it(saved: Any) -> None:
+    folders = [saved("MistralForCausalLM"), saved("GPT2LMHeadModel")]
+    expected = [tokens(load_model(folder)) for folder in folders]
+    first, second = map(bounded, folders)
+    assert len(readers(2)) == 2
+    assert [tokens(first), tokens(second)] == expected
+    found: list[Any] = []
+    threads = [threading.Thread(target=lambda m=m: found.append(tokens(m))) for m in (first, first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(found) == sorted([expected[0], *expected])
+    del threads
+    held = weakref.ref(first.model.layers[0].mlp.up_proj)
+    del first
+    gc.collect()
+    assert held() is None
+    assert len(readers(1)) == 1
+    assert tokens(second) == expected[1]
+
+
+# Several tokens in one pass.
+
+
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "GPT2LMHeadModel"])
+def test_guessed_tokens_are_those_that_the_unbounded_model_gives(saved: Any, name: str) -> None:
+    folder = saved(name)
+    plain, streamed = load_model(folder), bounded(folder)
+    prompt = PROMPT.repeat(1, 3)
+    how = {"max_new_tokens": 16, "prompt_lookup_num_tokens": 4}
+    assert tokens(streamed, prompt, **how) == tokens(plain, prompt, **how)
+    assert tokens(streamed, prompt, **how) == tokens(plain, prompt, max_new_tokens=16)
+
+
+def test_assistant_model_and_batches_give_the_same_tokens(saved: Any) -> None:
+    folder = saved("LlamaForCausalLM")
+    plain, streamed = load_model(folder), bounded(folder, batch_size=3)
+    batch = torch.stack([PROMPT[0], PROMPT[0].flip(0), PROMPT[0] + 1])
+    assert tokens(streamed, batch) == tokens(plain, batch)
+    helper = load_model(saved("MistralForCausalLM"))
+    assert tokens(streamed, assistant_model=helper) == tokens(plain, assistant_model=helper)
+
+
+# The choice of what stays.
+
+
+UNITS = st.lists(
+    st.builds(UnitSize, st.integers(1, 99), st.integers(1, 99), st.sampled_from([0, 0, 40])), min_size=1
+)
+
+
+@given(units=UNITS, more=st.integers(0, 2000))
+def test_any_budget_from_the_smallest_on_is_kept(units: list[UnitSize], more: int) -> None:
+    least = smallest_budget(units)
+    plan = choose_residence(units, least + more)
+    assert plan.total_bytes <= least + more
+    streamed = [unit for unit, stays in zip(units, plan.stays, strict=True) if not stays]
+    assert plan.resident_bytes == sum(unit.resident for unit in units) - sum(u.resident for u in streamed)
+    assert all(unit.read <= plan.buffer_bytes for unit in streamed)
+    with pytest.raises(ShardkitError, match="are left for weights"):
+        choose_residence(units, least - 1)
+
+
+def test_what_stays_is_spread_evenly() -> None:
+    block = [UnitSize(8, 8), UnitSize(2, 2), UnitSize(2, 2), UnitSize(8, 8), *[UnitSize(28, 28)] * 3]
+    plan = choose_residence(block * 32, 32 * 104 // 2)
+    shares = [
+        sum(unit.resident for unit, stays in zip(block, plan.stays[start : start + 7], strict=True) if stays)
+        for start in range(0, 7 * 32, 7)
+    ]
+    assert max(shares) - min(shares) <= 28
+    assert plan.resident_bytes > 32 * 104 // 2 - 2 * 28 - 8
+
+
+def test_largest_units_stay_where_smaller_buffers_leave_room_for_more() -> None:
+    plan = choose_residence([UnitSize(9, 9), *[UnitSize(1, 1)] * 6], 14)
+    assert (plan.stays[0], plan.resident_bytes, plan.buffer_bytes) == (True, 12, 2)
+
+
+# Memory and reading, as the kernel counts them, in a process of its own.
+
+_RUN = """
+import json, os, sys, threading, time
+import torch, transformers
+from shardkit import load_model
+from shardkit.load.budget import process_bytes
+most, done = [0], threading.Event()
+def watch():
+    while not done.wait(0.002):
+        most[0] = max(most[0], process_bytes())
+def read():
+    return int(open("/proc/self/io").read().split("read_bytes: ")[1].split()[0])
+transformers.AutoModelForCausalLM, transformers.MistralForCausalLM
+before = process_bytes()
+budget = before + int(sys.argv[2])
+thread = threading.Thread(target=watch); thread.start()
+model = load_model(sys.argv[1], max_memory=budget, context_tokens=64)
+seen = []
+class Streamer:
+    def put(self, value): seen.append(read())
+    def end(self): pass
+ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])
+count = dict(max_new_tokens=int(sys.argv[3]), do_sample=False, eos_token_id=None)
+out = model.generate(ids, streamer=Streamer(), **count)
+done.set(); thread.join()
+plan = model.memory_plan
+print(json.dumps(dict(before=before, budget=budget, most=most[0], tokens=out[0].tolist(), read=seen,
+    resident=plan.resident_bytes, streamed=plan.streamed_bytes, working=plan.working_bytes,
+    beside=plan.process_bytes + plan.cache_bytes + plan.activation_bytes)))
+"""
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("larger")
+    make_demo_checkpoint(folder / "demo", size="120MB")
+    shard_checkpoint(folder / "demo", folder / "layers", strategy="layer")
+    return folder / "layers"
+
+
+@pytest.mark.parametrize("more", [150_000_000, 190_000_000])
+def test_a_process_keeps_its_budget_and_reads_what_was_promised(larger: Path, more: int) -> None:
+    command = [sys.executable, "-c", _RUN, str(larger), str(more), "12"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["most"] <= found["budget"]
+    assert found["resident"] >= 0.8 * (found["budget"] - found["beside"] - found["working"])
+    each = [after - before for before, after in zip(found["read"][2:], found["read"][3:], strict=False)]
+    assert 0.9 * found["streamed"] <= sum(each) / len(each) <= 1.05 * found["streamed"]
+
+
+@pytest.mark.skipif(why_unlimited() is not None, reason="memory cannot be limited here")
+def test_a_process_lives_under_a_limit_as_large_as_its_budget(larger: Path) -> None:
+    with limited(520_000_000) as limit:
+        code = _RUN.replace("before + int(sys.argv[2])", "int(sys.argv[2])")
+        command = limit.command([sys.executable, "-c", code, str(larger), "520000000", "12"])
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# The command line.
+
+FIELDS = {
+    "text", "token_ids", "seconds_per_token", "first_token_seconds", "read_bytes_per_token", "peak_bytes",
+    "max_memory_bytes", "resident_bytes", "streamed_bytes",
+}  # fmt: skip
+
+
+def command(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_command_line_generates_within_a_budget(larger: Path) -> None:
+    words = ("generate", larger, "--prompt", "The quick brown fox", "--max-new-tokens", 4)
+    done = command(*words, "--max-memory", "450MB", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() >= FIELDS
+    assert 0 < len(found["token_ids"]) <= 4
+    assert found["peak_bytes"] <= found["max_memory_bytes"] == 450_000_000
+    assert found["streamed_bytes"] > 0
+    shown = command(*words)
+    assert shown.stdout == found["text"] + "\n"
+    assert "peak memory" in shown.stderr
+
+
+def test_command_line_names_the_smallest_budget_in_one_line(larger: Path) -> None:
+    done = command("generate", larger, "--prompt", "x", "--max-memory", "1MB")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"shardkit: .*is too small: .* needs at least [\d,]+ bytes here.*\n", done.stderr)

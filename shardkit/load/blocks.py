@@ -21,9 +21,10 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.load.budget import MemoryPlan, Workload, beside_weights
 from shardkit.load.direct import WeightFiles, own_memory
 from shardkit.load.read_ahead import ReadAhead
-from shardkit.load.recipes import Unit, recipes_of, units_of
-from shardkit.load.residence import Residence, choose_residence, smallest_budget
+from shardkit.load.recipes import parts_of
+from shardkit.load.residence import choose_residence, smallest_budget
 from shardkit.load.rows import rows_in_file
+from shardkit.load.units import Filler, Unit, units_of
 
 
 def fill_within(model: Any, checkpoint: Checkpoint, work: Workload) -> MemoryPlan:
@@ -48,52 +49,56 @@ def fill_within(model: Any, checkpoint: Checkpoint, work: Workload) -> MemoryPla
     needs = beside_weights(model.config, str(model.dtype).removeprefix("torch."), work)
     files = WeightFiles(checkpoint)
     rows, units = [], []
-    for unit, module in units_of(model, recipes_of(model, checkpoint)):
+    for unit, module in units_of(model, parts_of(model, checkpoint)):
         (rows if _stays_in_file(unit, module) else units).append((unit, module))
-    sizes = [unit.size for unit, _ in units]
-    if work.max_memory < (smallest := smallest_budget(sizes) + sum(needs)):
+    sizes = [unit.nbytes for unit, _ in units]
+    must_stay = {place for place, (unit, _) in enumerate(units) if unit.are_buffers}
+    step = max((unit.step_bytes for unit, _ in units), default=0)
+    if work.max_memory < (smallest := smallest_budget(sizes, must_stay) + step + sum(needs)):
         raise PlanError(
             f"max_memory of {format_size(work.max_memory)} is too small: {checkpoint.source} needs at least "
             f"{smallest:,} bytes here, {format_size(sum(needs))} of them beside weights (context of "
             f"{plural(work.context_tokens, 'token')}, batch of {work.batch_size})"
         )
-    plan = choose_residence(sizes, work.max_memory - sum(needs))
-    streamed = sum(size.read for size, stays in zip(sizes, plan.stays, strict=True) if not stays)
-    _attach(model, units, plan, files)
+    plan = choose_residence(sizes, work.max_memory - sum(needs) - step, must_stay)
+    streamed = [pair for pair, stays in zip(units, plan.stays, strict=True) if not stays]
+    filler = Filler(files)
+    _make_resident((pair for pair, stays in zip(units, plan.stays, strict=True) if stays), filler)
+    _attach_stream(streamed, plan.buffer_bytes, filler)
     _attach_rows(rows, units, files)
     _check_complete(model, checkpoint)
     _guard(model, work)
-    return MemoryPlan(work, *needs, plan.working_bytes, plan.resident_bytes, streamed)
+    read = sum(unit.read_bytes for unit, _ in streamed)
+    return MemoryPlan(work, *needs, plan.buffer_bytes + step, plan.resident_bytes, read)
 
 
 def _stays_in_file(unit: Unit, module: Any) -> bool:
     """Whether a unit is an embedding, of which a token needs one row."""
     import torch
 
-    weight, source = unit.weights[0], unit.weights[0].sources[0]
-    is_plain = weight.recipe.converter is None and source.layout is None and len(source.shape) == 2
-    return isinstance(module, torch.nn.Embedding) and is_plain and weight.elements > 0
+    part, *others = unit.weights[0].parts
+    is_plain = not others and part.source.layout is None and len(part.source.shape) == 2
+    return isinstance(module, torch.nn.Embedding) and is_plain and part.elements > 0
 
 
-def _attach(model: Any, units: Sequence[tuple[Unit, Any]], plan: Residence, files: WeightFiles) -> None:
-    """Read the units that stay, and have the modules of the others look up theirs in a stream."""
+def _make_resident(units: Iterable[tuple[Unit, Any]], filler: Filler) -> None:
     import torch
 
-    streamed = []
-    for (unit, module), stays in zip(units, plan.stays, strict=True):
-        if not stays:
-            streamed.append((unit, module))
-            continue
-        buffer = memoryview(own_memory(unit.size.read))
-        files.read(unit.sources, buffer)
-        for attribute, value in unit.tensors(buffer, model.config).items():
+    for unit, module in units:
+        buffer = memoryview(own_memory(unit.nbytes))
+        filler.fill(unit, buffer)
+        for attribute, value in unit.tensors(buffer).items():
             if unit.are_buffers:
                 module._buffers[attribute] = value
             else:
                 module._parameters[attribute] = torch.nn.Parameter(value, requires_grad=False)
-    if streamed:
-        stream = Stream([unit for unit, _ in streamed], plan, files, model.config)
-        for unit, module in streamed:
+
+
+def _attach_stream(units: Sequence[tuple[Unit, Any]], buffer_bytes: int, filler: Filler) -> None:
+    """Have modules look up their weights in a stream."""
+    if units:
+        stream = Stream([unit for unit, _ in units], buffer_bytes, filler)
+        for unit, module in units:
             module.__dict__["_parameters"] = StreamedParameters(module._parameters, unit, stream)
             module.register_forward_hook(module._parameters.release)
 
@@ -108,9 +113,7 @@ def _attach_rows(
         head = heads.get(weight.name)
         is_here = head is not None and not isinstance(head._parameters, StreamedParameters)
         module._parameters[weight.attribute] = (
-            next(iter(head._parameters.values()))
-            if is_here
-            else rows_in_file(weight, tuple(weight.sources[0].shape), files)
+            next(iter(head._parameters.values())) if is_here else rows_in_file(weight, files)
         )
 
 
@@ -183,20 +186,17 @@ class Stream:
     units
         Those that are not resident, in the order in which they are expected to be used. The order of the
         first pass is used for the next ones.
-    plan, files, config
-        How much memory may be read into, what from, and of which model.
+    buffer_bytes, filler
+        How much memory may be read into, and what does it.
     """
 
-    def __init__(self, units: Sequence[Unit], plan: Residence, files: WeightFiles, config: Any) -> None:
-        self._config, self._lock = config, threading.Lock()
+    def __init__(self, units: Sequence[Unit], buffer_bytes: int, filler: Filler) -> None:
+        self._lock = threading.Lock()
         self._order, self._used = list(units), dict[Unit, None]()
         self._unit: Unit | None = None
         self._weights: dict[str, Any] = {}
 
-        def read(unit: Any, buffer: memoryview, may_read: Any) -> None:
-            files.read(unit.sources, buffer, may_read)
-
-        self._ahead = ReadAhead({unit: unit.size.read for unit in units}, plan.buffer_bytes, read)
+        self._ahead = ReadAhead({unit: unit.nbytes for unit in units}, buffer_bytes, filler.fill)
         weakref.finalize(self, self._ahead.close)
 
     def weights(self, unit: Unit) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class Stream:
     def _parameters(self, buffer: memoryview, unit: Unit) -> dict[str, Any]:
         import torch
 
-        made = unit.tensors(buffer, self._config).items()
+        made = unit.tensors(buffer).items()
         return {name: torch.nn.Parameter(value, requires_grad=False) for name, value in made}
 
     def _learn(self, unit: Unit) -> None:

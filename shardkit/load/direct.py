@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 
 from shardkit.base.errors import CheckpointError, reading
 from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.formats.strided import read_strided
 from shardkit.formats.tensor import TensorInfo
 from shardkit.sources.fileset import State
 from shardkit.sources.local import file_state
@@ -33,17 +34,8 @@ def own_memory(nbytes: int) -> mmap.mmap:
 
 
 def pages_of(tensor: TensorInfo) -> int:
-    """Return the bytes of all pages of its file that a tensor touches."""
-    return (-(-end_of(tensor) // PAGE) - tensor.offset // PAGE) * PAGE
-
-
-def end_of(tensor: TensorInfo) -> int:
-    """Return the byte of its file after the last that belongs to a tensor."""
-    return tensor.offset + (tensor.layout.span if tensor.layout else tensor.nbytes)
-
-
-def _always(_: int) -> bool:
-    return True
+    """Return the bytes of all pages of its file that a contiguous tensor touches."""
+    return (-(-(tensor.offset + tensor.nbytes) // PAGE) - tensor.offset // PAGE) * PAGE
 
 
 class WeightFiles:
@@ -61,13 +53,13 @@ class WeightFiles:
         }
 
     def read(
-        self, tensors: Iterable[TensorInfo], buffer: memoryview, may_read: Callable[[int], bool] = _always
+        self, tensor: TensorInfo, buffer: memoryview, may_hold: Callable[[int], bool] = lambda _: True
     ) -> None:
-        """Read the pages of tensors, one after the other, into a page-aligned buffer.
+        """Read the pages of a contiguous tensor into a page-aligned buffer of their size.
 
         Parameters
         ----------
-        may_read
+        may_hold
             Called before so many bytes more of the buffer are filled; False ends the reading.
 
         Raises
@@ -75,19 +67,25 @@ class WeightFiles:
         CheckpointError
             If a file ends too early, was changed, or cannot be read; names file, tensor and numbers.
         """
-        at = 0
-        for tensor in tensors:
-            nbytes = pages_of(tensor)
-            self._files[tensor.file].read_pages(tensor, buffer[at : at + nbytes], may_read)
-            at += nbytes
+        self._files[tensor.file].read_pages(tensor, tensor.offset, tensor.nbytes, buffer, may_hold)
 
-    def read_part(self, tensor: TensorInfo, begin: int, buffer: memoryview) -> None:
-        """Read a few bytes of a tensor, from its byte `begin` on; raises as `read`."""
+    def read_range(
+        self, tensor: TensorInfo, begin: int, nbytes: int, buffer: memoryview
+    ) -> tuple[bytearray | memoryview, int]:
+        """Read bytes of a tensor, and return what they are in, and where; raises as `read` does.
+
+        The page-aligned buffer, two pages larger than they, is used where they lie together in the file.
+        """
+        if tensor.layout is None:
+            first = tensor.offset + begin
+            self._files[tensor.file].read_pages(tensor, first, nbytes, buffer, lambda _: True)
+            return buffer, first % PAGE
+        pieces = read_strided(self._files[tensor.file].path, tensor.offset, tensor.layout, begin, nbytes)
+        return bytearray().join(map(bytes, pieces)), 0
+
+    def read_row(self, tensor: TensorInfo, begin: int, buffer: memoryview) -> None:
+        """Read a few bytes of a tensor, from its byte `begin` on; raises as `read` does."""
         self._files[tensor.file].read_part(tensor, begin, buffer)
-
-    def path(self, tensor: TensorInfo) -> str:
-        """Return the path of a tensor's file."""
-        return self._files[tensor.file].path
 
 
 class _OpenFile:
@@ -108,15 +106,17 @@ class _OpenFile:
             if handle >= 0:
                 os.close(handle)
 
-    def read_pages(self, tensor: TensorInfo, buffer: memoryview, may_read: Callable[[int], bool]) -> None:
-        start = tensor.offset // PAGE * PAGE
-        needed, done, allowed = end_of(tensor) - start, 0, 0
+    def read_pages(
+        self, tensor: TensorInfo, first: int, nbytes: int, buffer: memoryview, may_hold: Callable[[int], bool]
+    ) -> None:
+        start = first // PAGE * PAGE
+        needed, done, held = first + nbytes - start, 0, 0
         self._check(tensor.name)
         while done < needed:
-            end = min(done + _CHUNK_BYTES, len(buffer))
-            if end > allowed and not may_read(end - allowed):
+            end = min(done + _CHUNK_BYTES, -(-needed // PAGE) * PAGE)
+            if end > held and not may_hold(end - held):
                 return
-            allowed = max(end, allowed)
+            held = max(end, held)
             with reading(self.path, tensor.name):
                 count = self._read(buffer[done:end], start + done)
             done += self._counted(count, tensor)
@@ -144,7 +144,7 @@ class _OpenFile:
     def _counted(self, count: int, tensor: TensorInfo) -> int:
         if count:
             return count
-        size, end = os.fstat(self._cached).st_size, end_of(tensor)
+        size, end = os.fstat(self._cached).st_size, tensor.offset + tensor.nbytes
         raise CheckpointError(
             f"ends at byte {size}, but its data extends to byte {end}: it was truncated while in use",
             file=self.path,

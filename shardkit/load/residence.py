@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from shardkit.base.errors import ShardkitError
+from shardkit.base.errors import PlanError
 from shardkit.base.sizes import format_size
 
 # Memory to read ahead into, by the largest unit that is streamed: that one, and the beginning of the next.
 _AHEAD_SHARE = 5 / 4
 # Reading anything smaller than this share of the largest costs more time than its memory is worth.
 _SMALL_SHARE = 1 / 64
-
-
-class UnitSize(NamedTuple):
-    """What a unit, the weights of one module, takes.
-
-    Attributes
-    ----------
-    resident
-        Bytes in memory where it stays there.
-    read
-        Bytes to read for it.
-    converted
-        Bytes beside those while it is used, if what is read is cast or rearranged.
-    must_stay
-        Whether it cannot be streamed.
-    """
-
-    resident: int
-    read: int
-    converted: int = 0
-    must_stay: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,77 +27,73 @@ class Residence:
         Memory of those that stay.
     buffer_bytes
         Memory that the others are read into.
-    working_bytes
-        Memory beside the resident units: `buffer_bytes`, and what is converted at a time.
     """
 
     stays: tuple[bool, ...]
     resident_bytes: int
     buffer_bytes: int
-    working_bytes: int
 
     @property
     def total_bytes(self) -> int:
         """Memory for all of it."""
-        return self.resident_bytes + self.working_bytes
+        return self.resident_bytes + self.buffer_bytes
 
 
-def choose_residence(units: Sequence[UnitSize], budget: int) -> Residence:
+def choose_residence(sizes: Sequence[int], budget: int, must_stay: Container[int] = ()) -> Residence:
     """Choose what stays: as many bytes as `budget` allows, spread evenly over the order of execution.
 
     What is read ahead takes as much memory as the largest unit that is streamed, and more, so that keeping
     the largest units may leave room for more.
 
+    Parameters
+    ----------
+    sizes
+        Bytes of the units, in order of execution.
+    budget
+        Bytes for all of it.
+    must_stay
+        Places of units that cannot be streamed.
+
     Raises
     ------
-    ShardkitError
-        If the budget is too small; `smallest_budget` is one that is not.
+    PlanError
+        If the budget is less than `smallest_budget`.
     """
-    found = [_fill(units, limit, budget) for limit in _limits(units)]
+    found = [_fill(sizes, limit, budget, must_stay) for limit in (0, *sorted({*sizes}))]
     fitting = [plan for plan in found if plan.total_bytes <= budget]
     if not fitting:
-        needed = format_size(smallest_budget(units))
-        raise ShardkitError(f"{format_size(budget)} are left for weights, but streaming needs {needed}")
+        needed = format_size(smallest_budget(sizes, must_stay))
+        raise PlanError(f"{format_size(budget)} are left for weights, but streaming needs {needed}")
     return max(fitting, key=lambda plan: plan.resident_bytes)
 
 
-def smallest_budget(units: Sequence[UnitSize]) -> int:
+def smallest_budget(sizes: Sequence[int], must_stay: Container[int] = ()) -> int:
     """Return the smallest budget that `choose_residence` takes, in bytes."""
-    return min(_fill(units, limit, 0).total_bytes for limit in _limits(units))
+    return min(_fill(sizes, limit, 0, must_stay).total_bytes for limit in (0, *sorted({*sizes})))
 
 
-def _limits(units: Sequence[UnitSize]) -> list[int]:
-    """Return the sizes that the largest streamed unit may have, 0 among them."""
-    return [0, *sorted({unit.read for unit in units})]
-
-
-def _fill(units: Sequence[UnitSize], limit: int, budget: int) -> Residence:
-    small = _SMALL_SHARE * max((unit.read for unit in units), default=0)
-    may_leave = [place for place, u in enumerate(units) if small < u.read <= limit and not u.must_stay]
-    leaving = [units[place] for place in may_leave]
-    largest = max((unit.read for unit in leaving), default=0)
-    buffer = math.ceil(largest * _AHEAD_SHARE) if len(leaving) > 1 else largest
-    # While a unit that stays is converted, what was read for it exists beside it; buffers do not yet.
-    loading = max((u.read + u.converted for u in units if u.converted), default=0)
-    converted = max((unit.converted for unit in leaving), default=0)
-    working = max(buffer + converted, loading)
-    stays = [True] * len(units)
-    for place in may_leave:
-        stays[place] = False
-    resident = sum(unit.resident for unit, stay in zip(units, stays, strict=True) if stay)
-    for place in [*_evenly(units, may_leave, budget - working - resident)]:
-        stays[place] = True
-        resident += units[place].resident
+def _fill(sizes: Sequence[int], limit: int, budget: int, must_stay: Container[int]) -> Residence:
+    """Stream no unit above a limit, nor a small one, and as few others as the budget allows."""
+    small = _SMALL_SHARE * max(sizes, default=0)
+    may_leave = [
+        place for place, size in enumerate(sizes) if small < size <= limit and place not in must_stay
+    ]
+    largest = max((sizes[place] for place in may_leave), default=0)
+    buffer = math.ceil(largest * _AHEAD_SHARE) if len(may_leave) > 1 else largest
+    resident = sum(sizes) - sum(sizes[place] for place in may_leave)
+    staying = {*_evenly(sizes, may_leave, budget - buffer - resident)}
+    resident += sum(sizes[place] for place in staying)
     # What is left is too little for any unit: more can be read ahead.
-    buffer += max(0, min(budget - working - resident, largest))
-    return Residence(tuple(stays), resident, buffer, max(buffer + converted, loading))
+    buffer += max(0, min(budget - buffer - resident, largest))
+    leaving = {*may_leave} - staying
+    return Residence(tuple(place not in leaving for place in range(len(sizes))), resident, buffer)
 
 
-def _evenly(units: Sequence[UnitSize], places: Sequence[int], room: int) -> Iterator[int]:
+def _evenly(sizes: Sequence[int], places: Sequence[int], room: int) -> Iterator[int]:
     """Yield which of some units stay: of each size the same share, then what still fits, largest first."""
     alike: dict[int, list[int]] = {}
-    for place in sorted(places, key=lambda place: (-units[place].resident, place)):
-        alike.setdefault(units[place].resident, []).append(place)
+    for place in sorted(places, key=lambda place: (-sizes[place], place)):
+        alike.setdefault(sizes[place], []).append(place)
     share = max(0, room) / max(1, sum(size * len(group) for size, group in alike.items()))
     counts = {size: min(len(group), int(share * len(group))) for size, group in alike.items()}
     room -= sum(size * count for size, count in counts.items())

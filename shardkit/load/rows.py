@@ -8,28 +8,29 @@ from typing import TYPE_CHECKING, Any
 
 from shardkit.base.errors import ShardkitError
 from shardkit.load.direct import WeightFiles
-from shardkit.load.recipes import Weight, torch_dtype
+from shardkit.load.recipes import torch_dtype
+from shardkit.load.units import Weight
 
 if TYPE_CHECKING:
     import torch
 
 
-def rows_in_file(weight: Weight, shape: tuple[int, ...], files: WeightFiles) -> Any:
-    """Return a weight of `shape` (tokens, width) that `torch.nn.functional.embedding` takes, without data.
+def rows_in_file(weight: Weight, files: WeightFiles) -> Any:
+    """Return a weight of shape (tokens, width) that `torch.nn.functional.embedding` takes, without data.
 
     Each lookup reads its rows from the file, and casts them to the weight's dtype; it raises as
     `WeightFiles.read` does. All other uses of the values raise a ShardkitError.
     """
     kind = _in_file()
-    made = kind._make_wrapper_subclass(kind, shape, dtype=weight.dtype, device="cpu", requires_grad=False)
-    made.rows = _rows(weight, shape, files)
+    made = kind._make_wrapper_subclass(
+        kind, weight.shape, dtype=weight.dtype, device="cpu", requires_grad=False
+    )
+    made.rows = _rows(weight, files)
     return made
 
 
-def _rows(
-    weight: Weight, shape: tuple[int, ...], files: WeightFiles
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    source, (count, width) = weight.sources[0], shape
+def _rows(weight: Weight, files: WeightFiles) -> Callable[[torch.Tensor], torch.Tensor]:
+    source, (count, width) = weight.parts[0].source, weight.shape
     nbytes, dtype = source.nbytes // count, torch_dtype(source)
 
     def rows(tokens: torch.Tensor) -> torch.Tensor:
@@ -41,7 +42,7 @@ def _rows(
             raise IndexError(f"index out of range: {weight.name} has {count} rows, not {numbers[-1] + 1}")
         data = memoryview(bytearray(max(nbytes * len(numbers), 1)))
         for place, number in enumerate(numbers):
-            files.read_part(source, number * nbytes, data[place * nbytes : (place + 1) * nbytes])
+            files.read_row(source, number * nbytes, data[place * nbytes : (place + 1) * nbytes])
         if not numbers:
             return torch.empty((*tokens.shape, width), dtype=weight.dtype)
         found = torch.frombuffer(data, dtype=dtype, count=len(numbers) * width).view(-1, width)

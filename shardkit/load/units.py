@@ -1,0 +1,180 @@
+"""The weights of one module, which are read together into one piece of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shardkit.load.direct import PAGE, WeightFiles, own_memory, pages_of
+from shardkit.load.recipes import Part, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+# What is cast or put together goes through memory of this size.
+_STEP_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter, or a buffer that is saved, of a module.
+
+    Attributes
+    ----------
+    name, attribute
+        In the model, and in its module.
+    shape, dtype
+        That it has in the model.
+    parts
+        What it is made from.
+    """
+
+    name: str
+    attribute: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[Part, ...]
+
+    @property
+    def is_view(self) -> bool:
+        """Whether it is used as it is read, in the pages of its file."""
+        first, *others = self.parts
+        source = first.source
+        is_stored = torch_dtype(source) == self.dtype and source.layout is None
+        return not others and is_stored and source.offset % self.dtype.itemsize == 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory: pages."""
+        if self.is_view:
+            return pages_of(self.parts[0].source)
+        elements = sum(part.elements for part in self.parts)
+        return -(-elements * self.dtype.itemsize // PAGE) * PAGE
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes to read for it."""
+        if self.is_view:
+            return self.nbytes
+        return sum(map(_stored_bytes, self.parts))
+
+    def tensor(self, buffer: memoryview, begin: int) -> torch.Tensor:
+        """Return it in the place that it has in a buffer, which lives as long as the tensor does."""
+        import torch
+
+        elements = sum(part.elements for part in self.parts)
+        if not elements:
+            return torch.empty(self.shape, dtype=self.dtype)
+        begin += self.parts[0].source.offset % PAGE if self.is_view else 0
+        found = torch.frombuffer(buffer, dtype=self.dtype, count=elements, offset=begin)
+        return found.view(self.shape)
+
+
+def _stored_bytes(part: Part) -> int:
+    return part.elements * torch_dtype(part.source).itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """The weights that a module has itself: parameters, or buffers."""
+
+    module: str
+    weights: tuple[Weight, ...]
+    are_buffers: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(weight.nbytes for weight in self.weights)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes to read for it."""
+        return sum(weight.read_bytes for weight in self.weights)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of memory beside those, while it is read."""
+        parts = (part for weight in self.weights if not weight.is_view for part in weight.parts)
+        return max((min(_STEP_BYTES, _stored_bytes(part)) + 2 * PAGE for part in parts), default=0)
+
+    def tensors(self, buffer: memoryview) -> dict[str, torch.Tensor]:
+        """Return the weights by attribute, out of a buffer that was filled."""
+        at, found = 0, {}
+        for weight in self.weights:
+            found[weight.attribute] = weight.tensor(buffer, at)
+            at += weight.nbytes
+        return found
+
+
+class Filler:
+    """Fills buffers with units; one at a time.
+
+    Parameters
+    ----------
+    files
+        Where their tensors are.
+    """
+
+    def __init__(self, files: WeightFiles) -> None:
+        self._files = files
+        self._step: memoryview | None = None
+
+    def fill(self, unit: Unit, buffer: memoryview, may_hold: Callable[[int], bool] = lambda _: True) -> None:
+        """Read a unit, and cast and put together what is stored otherwise.
+
+        Parameters
+        ----------
+        may_hold
+            Called before so many bytes more of the buffer are used; False ends it.
+
+        Raises
+        ------
+        CheckpointError
+            As `WeightFiles.read` does.
+        """
+        at = 0
+        for weight in unit.weights:
+            if weight.is_view:
+                self._files.read(weight.parts[0].source, buffer[at : at + weight.nbytes], may_hold)
+            else:
+                whole = weight.tensor(buffer, at).view(-1)
+                for part in weight.parts:
+                    if not may_hold(part.elements * weight.dtype.itemsize):
+                        return
+                    self._copy(part, whole[part.place : part.place + part.elements])
+            at += weight.nbytes
+
+    def _copy(self, part: Part, target: torch.Tensor) -> None:
+        import torch
+
+        dtype, done = torch_dtype(part.source), 0
+        self._step = self._step or memoryview(own_memory(_STEP_BYTES + 2 * PAGE))
+        size = dtype.itemsize
+        while done < part.elements:
+            count = min(part.elements - done, _STEP_BYTES // size)
+            data, begin = self._files.read_range(
+                part.source, (part.begin + done) * size, count * size, self._step
+            )
+            values = torch.frombuffer(data, dtype=dtype, count=count, offset=begin)
+            target[done : done + count].copy_(values)
+            done += count
+
+
+def units_of(model: Any, parts: Mapping[str, tuple[Part, ...]]) -> Iterable[tuple[Unit, Any]]:
+    """Yield the units of a model in order of its modules, and the module of each."""
+    same: dict[int, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in parts:
+            same.setdefault(id(value), name)
+    for path, module in model.named_modules():
+        for own, are_buffers in ((module._parameters, False), (module._buffers, True)):
+            named = ((attribute, value, same.get(id(value), "")) for attribute, value in own.items())
+            weights = tuple(
+                Weight(name, attribute, tuple(value.shape), value.dtype, parts[name])
+                for attribute, value, name in named
+                if name
+            )
+            if weights:
+                yield Unit(path, weights, are_buffers), module

@@ -398,7 +398,7 @@ def read():
 transformers.AutoModelForCausalLM, transformers.MistralForCausalLM
 before = process_bytes()
 budget = before + int(sys.argv[2])
-thread = threading.Thread(target=watch); thread.start()
+thread = threading.Thread(target=watch, daemon=True); thread.start()
 model = load_model(sys.argv[1], max_memory=budget, context_tokens=64)
 seen = []
 class Streamer:

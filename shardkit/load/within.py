@@ -8,6 +8,7 @@ from shardkit.base.errors import CheckpointError, PlanError
 from shardkit.base.record import listed
 from shardkit.checkpoint.checkpoint import Checkpoint, is_adapter
 from shardkit.checkpoint.config import architecture
+from shardkit.checkpoint.estimate import RUNTIME_BYTES
 from shardkit.checkpoint.quantized import quantized
 from shardkit.load import budget
 from shardkit.load.blocks import fill_within
@@ -50,7 +51,9 @@ def load_within(checkpoint: Checkpoint, dtype: object, work: Workload, options: 
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trusted)
     estimate = checkpoint.estimate(name)
     weights = estimate.new_bytes - estimate.runtime_bytes + estimate.mapped_bytes + estimate.resident_bytes
-    if weights + sum(budget.beside_weights(config, name, work)) <= work.max_memory:
+    process, cache, activations = budget.beside_weights(config, name, work)
+    # What a load imports may not be there yet.
+    if max(process, RUNTIME_BYTES) + cache + activations + weights <= work.max_memory:
         return None
     _check_streamable(checkpoint, trusted)
     model = _empty_decoder(checkpoint, config, name, options)

@@ -48,7 +48,8 @@ def fill_within(model: Any, checkpoint: Checkpoint, work: Workload) -> MemoryPla
     """
     needs = beside_weights(model.config, str(model.dtype).removeprefix("torch."), work)
     files = WeightFiles(checkpoint)
-    rows, units = [], []
+    rows: list[tuple[Unit, Any]] = []
+    units: list[tuple[Unit, Any]] = []
     for unit, module in units_of(model, parts_of(model, checkpoint)):
         (rows if _stays_in_file(unit, module) else units).append((unit, module))
     sizes = [unit.nbytes for unit, _ in units]
@@ -57,7 +58,7 @@ def fill_within(model: Any, checkpoint: Checkpoint, work: Workload) -> MemoryPla
     if work.max_memory < (smallest := smallest_budget(sizes, must_stay) + step + sum(needs)):
         raise PlanError(
             f"max_memory of {format_size(work.max_memory)} is too small: {checkpoint.source} needs at least "
-            f"{smallest:,} bytes here, {format_size(sum(needs))} of them beside weights (context of "
+            f"{smallest:,} bytes here, {format_size(sum(needs))} of them for all else (context of "
             f"{plural(work.context_tokens, 'token')}, batch of {work.batch_size})"
         )
     plan = choose_residence(sizes, work.max_memory - sum(needs) - step, must_stay)
@@ -110,11 +111,10 @@ def _attach_rows(
     heads = {unit.weights[0].name: module for unit, module in units if len(unit.weights) == 1}
     for unit, module in rows:
         weight = unit.weights[0]
-        head = heads.get(weight.name)
-        is_here = head is not None and not isinstance(head._parameters, StreamedParameters)
-        module._parameters[weight.attribute] = (
-            next(iter(head._parameters.values())) if is_here else rows_in_file(weight, files)
-        )
+        own = heads[weight.name]._parameters if weight.name in heads else None
+        is_here = own is not None and not isinstance(own, StreamedParameters)
+        found = next(iter(own.values())) if own and is_here else rows_in_file(weight, files)
+        module._parameters[weight.attribute] = found
 
 
 def _check_complete(model: Any, checkpoint: Checkpoint) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -177,9 +178,9 @@ class _Meter:
 
     def generation(self) -> Generation:
         """Return the text and the figures."""
-        pairs = list(zip(self._moments, self._moments[1:], strict=False))
-        seconds = [after[0] - before[0] for before, after in pairs]
-        read = [after[1] - before[1] for before, after in pairs if after[1] is not None]
+        seconds = [after[0] - before[0] for before, after in pairwise(self._moments)]
+        counts = [count for _, count in self._moments if count is not None]
+        read = [after - before for before, after in pairwise(counts)]
         return Generation(
             source=self._checkpoint.source,
             text=self._shown,

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from queue import SimpleQueue
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from shardkit.base.errors import ShardkitError
 from shardkit.load.direct import own_memory
@@ -15,7 +15,7 @@ from shardkit.load.direct import own_memory
 _PATIENCE_SECONDS = 5.0
 
 # Reads an item into a buffer; before each part it asks whether it may hold so many bytes more, or must stop.
-Read: TypeAlias = Callable[[Hashable, memoryview, Callable[[int], bool]], None]
+Read: TypeAlias = Callable[[Any, memoryview, Callable[[int], bool]], None]
 
 
 class ReadAhead:
@@ -110,7 +110,7 @@ class ReadAhead:
             with self._changed:
                 turn, item = self._turn, self._order[self._next]
                 self._next = (self._next + 1) % len(self._order)
-                self._changed.wait_for(lambda item=item, turn=turn: self._is_wanted(item, turn))
+                self._changed.wait_for(partial(self._is_wanted, item, turn))
                 self._reading = item if self._is_current(turn) else self._reading
             self._hand_out(item, turn)
 

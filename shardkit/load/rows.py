@@ -55,7 +55,7 @@ def _rows(weight: Weight, files: WeightFiles) -> Callable[[torch.Tensor], torch.
 def _in_file() -> Any:
     import torch
 
-    class RowsInFile(torch.Tensor):
+    class RowsInFile(torch.Tensor):  # type: ignore[misc]
         """A weight of which `torch.nn.functional.embedding` reads rows."""
 
         rows: Callable[[torch.Tensor], torch.Tensor]

@@ -49,8 +49,8 @@ class Weight:
         """Bytes of memory: pages."""
         if self.is_view:
             return pages_of(self.parts[0].source)
-        elements = sum(part.elements for part in self.parts)
-        return -(-elements * self.dtype.itemsize // PAGE) * PAGE
+        size: int = self.dtype.itemsize
+        return -(-sum(part.elements for part in self.parts) * size // PAGE) * PAGE
 
     @property
     def read_bytes(self) -> int:
@@ -72,7 +72,8 @@ class Weight:
 
 
 def _stored_bytes(part: Part) -> int:
-    return part.elements * torch_dtype(part.source).itemsize
+    size: int = torch_dtype(part.source).itemsize
+    return part.elements * size
 
 
 @dataclass(frozen=True, eq=False)

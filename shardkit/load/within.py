@@ -101,7 +101,12 @@ def _empty_decoder(checkpoint: Checkpoint, config: Any, dtype: str, options: dic
             raise CheckpointError(f"{what} {kind.__name__} needs: {names}", file=checkpoint.source)
     model, _ = kind.from_pretrained(None, **made)
     model.name_or_path = model.config._name_or_path = checkpoint.folder
-    hub = {"cache_dir": None, "force_download": False, "proxies": None, "local_files_only": True}
+    hub: dict[str, Any] = {
+        "cache_dir": None,
+        "force_download": False,
+        "proxies": None,
+        "local_files_only": True,
+    }
     hub |= {"token": None, "revision": "main", "subfolder": "", "trust_remote_code": False}
     model.adjust_generation_fn(options.get("generation_config"), False, False, checkpoint.folder, **hub)
     return model

@@ -242,6 +242,8 @@ def clean(destination: str) -> None:
     _argument("--cache", "cold: read from the disk; warm: from the page cache.", default="cold"),
     _argument("--device", "Device to load to: cpu, cuda, cuda:1, auto.", default="cpu"),
     _argument("--memory-limit", 'Memory limit of each load: "12.7GB" to simulate Colab\'s limit.'),
+    _argument("--max-memory", 'Budget of each load, which streams what does not fit: "2GB".', metavar="SIZE"),
+    _argument("--generate", "Tokens after each load.", type=_at_least_one, default=1, metavar="N"),
     _switch(
         "--prefetch",
         "Also load the shards with their files prefetched; times then count from process start.",

@@ -26,6 +26,7 @@ from shardkit import (
     ShardkitError,
     load_model,
     make_demo_checkpoint,
+    measure_load,
     shard_checkpoint,
 )
 from shardkit.load import budget, read_ahead
@@ -134,6 +135,9 @@ def test_logits_are_those_of_the_plain_model(saved: Any, name: str, dtype: str) 
     folder = saved(name, "one file", dtype)
     plain, streamed = load_model(folder), bounded(folder)
     assert type(streamed) is type(plain)
+    with torch.no_grad():
+        last = [model(PROMPT, logits_to_keep=1).logits for model in (streamed, plain)]
+    assert torch.equal(*last)
     for _ in range(2):
         assert torch.equal(logits(streamed), logits(plain))
     assert tokens(streamed) == tokens(plain)
@@ -442,6 +446,18 @@ def test_a_process_lives_under_a_limit_as_large_as_its_budget(larger: Path) -> N
         command = limit.command([sys.executable, "-c", code, str(larger), "420000000", "6"])
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("budget", [None, "420MB"])
+def test_a_measured_load_has_seconds_and_bytes_of_a_token(larger: Path, budget: str | None) -> None:
+    found = measure_load(larger, generate=4, max_memory=budget)
+    assert found.ok, found.reason
+    assert found.seconds_per_token > 0
+    assert found.max_memory_bytes == (budget and 420_000_000)
+    if budget:
+        assert found.read_bytes_per_token > 1_000_000
+        assert found.peak_anonymous_bytes <= 420_000_000
+        assert "budget of 420 MB" in str(found)
 
 
 # The command line.

@@ -43,6 +43,7 @@ def compare_loads(
     python: _Source | None = None,
     timeout: float | None = None,
     options: Mapping[str, Any] | None = None,
+    max_memory: int | str | None = None,
     others: Mapping[str, Mapping[str, Any]] | None = None,
     same_model: bool = True,
     seed: int = 0,
@@ -58,7 +59,7 @@ def compare_loads(
     ----------
     original, sharded
         As `source` of `measure_load`; models on the Hub are downloaded before anything is measured.
-    dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options
+    dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options, max_memory
         As for `measure_load`, for every load.
     repeats
         Number of pairs.
@@ -88,7 +89,9 @@ def compare_loads(
         If `progress` or `stop` asked to stop.
     """
     check({"repeats": repeats, "margin": margin, "seed": seed, "others": others}, _RULES)
-    common = LoadSpec(dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options or {})
+    common = LoadSpec(
+        dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options or {}, max_memory
+    )
     wanted = {ORIGINAL: {"source": original}, SHARDED: {"source": sharded}, **(others or {})}
     specs = {name: _spec(name, common, changes) for name, changes in wanted.items()}
     sources = {name: changes.get("source", sharded) for name, changes in wanted.items()}

@@ -46,7 +46,8 @@ def fill_within(model: Any, checkpoint: Checkpoint, work: Workload) -> MemoryPla
     CheckpointError
         If weights are missing, or files were changed or cannot be read.
     """
-    needs = beside_weights(model.config, str(model.dtype).removeprefix("torch."), work)
+    process, cache, activations = beside_weights(model.config, str(model.dtype).removeprefix("torch."), work)
+    needs = (process, cache, activations + _head_scratch(model, work))
     files = WeightFiles(checkpoint)
     rows: list[tuple[Unit, Any]] = []
     units: list[tuple[Unit, Any]] = []
@@ -71,6 +72,28 @@ def fill_within(model: Any, checkpoint: Checkpoint, work: Workload) -> MemoryPla
     _guard(model, work)
     read = sum(unit.read_bytes for unit, _ in streamed)
     return MemoryPlan(work, *needs, plan.buffer_bytes + step, plan.resident_bytes, read)
+
+
+def _head_scratch(model: Any, work: Workload) -> int:
+    """Return the bytes that a head needs at the end of a prompt, which can be avoided in some dtypes.
+
+    It gets the last token alone, in the strides of all of them, for which torch copies the weights. With its
+    own strides it does not, and gives the same bits in these dtypes, but others in float16.
+    """
+    import torch
+
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if weight is None:
+        return 0
+    if work.batch_size > 1 or weight.dtype not in (torch.bfloat16, torch.float32):
+        return int(weight.numel() * weight.dtype.itemsize)
+    model.get_output_embeddings().register_forward_pre_hook(_with_own_strides)
+    return 0
+
+
+def _with_own_strides(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    value, *others = arguments
+    return (value.reshape(-1).view(value.shape) if value.is_contiguous() else value, *others)
 
 
 def _stays_in_file(unit: Unit, module: Any) -> bool:

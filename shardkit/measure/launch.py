@@ -24,6 +24,7 @@ from shardkit.sources.local import LocalFiles
 
 WORKER = Path(__file__).with_name("worker.py")
 _PREFETCH = Path(__file__).parents[1] / "load" / "prefetch.py"
+_PACKAGE = Path(__file__).parents[1]
 _CURVE_POINTS = 500
 _FILE_OPTIONS = ("use_safetensors", "variant", "subfolder", "gguf_file", "revision")
 
@@ -48,6 +49,7 @@ def measure_load(
     python: str | os.PathLike[str] | None = None,
     timeout: float | None = None,
     options: Mapping[str, Any] | None = None,
+    max_memory: int | str | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> LoadMeasurement:
     """Load a checkpoint with `from_pretrained` in a fresh process, and measure it.
@@ -83,6 +85,8 @@ def measure_load(
     options
         Passed to `from_pretrained` as they are: text, numbers, booleans, None, and lists, tuples and dicts of
         them; anything else is refused. With ``trust_remote_code=True`` the checkpoint's own code runs.
+    max_memory
+        Load with `load_model` instead, whose budget this is; on the CPU.
     stop
         Called a few times a second; True stops the load.
 
@@ -97,7 +101,9 @@ def measure_load(
     MissingPackageError
         If a package that loads or measures is not installed.
     """
-    spec = LoadSpec(dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options or {})
+    spec = LoadSpec(
+        dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options or {}, max_memory
+    )
     return run_load(source, spec, stop=stop)
 
 
@@ -119,6 +125,8 @@ def run_load(
         "options": repr(given),  # JSON would make text of the numbers of GPUs
         "loaders": loader_names(read_config(LocalFiles(folder)), bool(given.get("trust_remote_code"))),
         "prefetch": ahead,
+        "max_memory": spec.max_memory_bytes,
+        "package": str(_PACKAGE),
     }
     command = [os.path.expanduser(spec.python or sys.executable), str(WORKER)]
     state = page_cache.prepare(files, spec.cache)
@@ -164,6 +172,7 @@ def _measurement(folder: str, spec: LoadSpec, cache: page_cache.CacheState, end:
         options=dict(spec.options),
         prefetch=spec.prefetch,
         memory_limit_bytes=limit,
+        max_memory_bytes=spec.max_memory_bytes,
         outcome=outcome,
         reason=reason,
         phases=tuple(_phase(event, end) for event in end.events["end"]),

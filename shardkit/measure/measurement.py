@@ -16,6 +16,7 @@ Outcome = Literal["ok", "failed", "killed", "timeout"]
 
 LOAD = "load"
 FIRST_TOKEN = "first token"  # noqa: S105 - a phase, not a password
+FURTHER_TOKENS = "further tokens"
 
 _AHEAD = " (files were read ahead before it: compare times from process start)"
 _PEAKS = ("peak_anonymous_bytes", "peak_file_bytes", "peak_total_bytes")
@@ -84,7 +85,7 @@ class LoadMeasurement(Record):
 
     Attributes
     ----------
-    source, dtype, device, generate, prefetch, memory_limit_bytes, options
+    source, dtype, device, generate, prefetch, memory_limit_bytes, max_memory_bytes, options
         What was requested; dtype None leaves the choice to transformers, `options` went to
         `from_pretrained` as they are.
     outcome
@@ -138,6 +139,7 @@ class LoadMeasurement(Record):
     environment: Environment
     prefetch: bool = False
     memory_limit_bytes: int | None = None
+    max_memory_bytes: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     output: str = ""
     notes: tuple[str, ...] = ()
@@ -187,6 +189,21 @@ class LoadMeasurement(Record):
         """CPU time of all threads from process start to the first token, or of the load if none is wanted."""
         phase = self.phase(FIRST_TOKEN if self.generate else LOAD)
         return phase.process_cpu_seconds if phase else None
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Wall time of a token after the first."""
+        return self._per_token("wall_seconds")
+
+    @property
+    def read_bytes_per_token(self) -> float | None:
+        """Bytes that came from the disk for a token after the first."""
+        return self._per_token("read_bytes")
+
+    def _per_token(self, name: str) -> float | None:
+        phase, count = self.phase(FURTHER_TOKENS), len(self.token_ids) - 1
+        value = getattr(phase, name) if phase else None
+        return value / count if value is not None and count > 0 else None
 
     def time_line(self) -> str:
         """Return the load's times in the words of IPython's ``%%time``."""
@@ -267,6 +284,7 @@ class LoadMeasurement(Record):
         words += ["prefetch"] * self.prefetch
         words += [f"{name}={value}" for name, value in self.options.items()]
         words += [f"within {format_size(self.memory_limit_bytes)}"] if self.memory_limit_bytes else []
+        words += [f"budget of {format_size(self.max_memory_bytes)}"] if self.max_memory_bytes else []
         return ", ".join(words)
 
     def stack(self) -> str:

@@ -74,6 +74,9 @@ _TABLE = (
     Quantity("peak_anonymous_bytes", "peak anonymous", **_PEAK, plain="main", ahead="main"),
     Quantity("peak_total_bytes", "peak total", **_PEAK, plain="drawn", ahead="drawn"),
     Quantity("peak_device_bytes", "peak GPU", **_PEAK, plain="drawn", ahead="drawn"),
+    # Of loads that are followed by several tokens; of others nobody misses them.
+    Quantity("seconds_per_token", "time per token", **_WALL, plain="drawn", ahead="drawn"),
+    Quantity("read_bytes_per_token", "read per token", "bytes", plain="drawn", ahead="drawn"),
     Quantity("peak_file_bytes", "peak file-backed", **_PEAK),
 )
 QUANTITIES = {quantity.name: quantity for quantity in _TABLE}

@@ -19,7 +19,7 @@ from shardkit.measure.quantities import QUANTITIES, Quantity, Ratio, compared, w
 
 ORIGINAL, SHARDED = "original", "sharded"
 
-_ASKED = ("dtype", "device", "generate", "prefetch", "memory_limit_bytes")
+_ASKED = ("dtype", "device", "generate", "prefetch", "memory_limit_bytes", "max_memory_bytes")
 _CLOCKED = ("wall_seconds", "user_seconds", "system_seconds", "major_faults", "read_bytes")
 # Growth below a quarter of the weights is not a copy of them, and weights below this size show nothing.
 _TELLING_SHARE, _TELLING_BYTES = 0.25, 64_000_000

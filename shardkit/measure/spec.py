@@ -101,6 +101,7 @@ _RULES: dict[str, Rule] = {
         must(lambda value: isinstance(value, (int, float)) and 0 <= value < math.inf, "a number of seconds")
     ),
     "options": optional(_arrive),
+    "max_memory": optional(parse_size),
 }
 
 
@@ -117,6 +118,7 @@ class LoadSpec:
     python: str | os.PathLike[str] | None = None
     timeout: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    max_memory: int | str | None = None
 
     def __post_init__(self) -> None:
         check(vars(self), _RULES)
@@ -130,3 +132,8 @@ class LoadSpec:
     def memory_limit_bytes(self) -> int | None:
         """The memory limit as a number."""
         return None if self.memory_limit is None else parse_size(self.memory_limit)
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        """The memory budget as a number."""
+        return None if self.max_memory is None else parse_size(self.max_memory)

@@ -1,7 +1,8 @@
 """One load of one checkpoint, timed phase by phase, in a process of its own.
 
 Stands alone: it is run by path with whatever interpreter it is given (Python 3.9 up, transformers 4.37
-to 5.x), so it imports nothing of shardkit and nothing beyond the standard library, torch and transformers.
+to 5.x), so it imports nothing beyond the standard library, torch and transformers: shardkit only for a load
+within a memory budget, which nothing else does.
 
 The job comes as JSON in the file that the last argument names. What happened goes, an event a line, to the
 file that the job names: not to stdout, where libraries print, and not through a pipe, which could fill. An
@@ -229,10 +230,21 @@ class Load:
         self._noted("whether all tensors fit is unknown", lambda: self._say_what_did_not_fit(found))
 
     def _clocked(self, options: dict[str, Any]) -> Any:
+        load = self._within_budget if self.job["max_memory"] else self.loader.from_pretrained
         with self.reporter.phase("load"):
-            loaded = self.loader.from_pretrained(self.folder, **options)
+            loaded = load(self.folder, **options)
             self._synchronize()
         return loaded
+
+    def _within_budget(self, folder: str, **options: Any) -> Any:
+        sys.path.append(os.path.dirname(self.job["package"]))
+        from shardkit.load.load_model import load_model
+
+        # Of a prompt of a few tokens, and what is generated.
+        context = -(-(len(PROMPT) + self.job["generate"]) // 64) * 64
+        del options["output_loading_info"]
+        budget = {"max_memory": self.job["max_memory"], "context_tokens": context, "prefetch": False}
+        return load_model(folder, **budget, **options)
 
     def _say_device_peak(self) -> None:
         if gpus := self._gpus():

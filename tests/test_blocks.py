@@ -427,9 +427,8 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "layers"
 
 
-@pytest.mark.parametrize("more", [150_000_000, 190_000_000])
-def test_a_process_keeps_its_budget_and_reads_what_was_promised(larger: Path, more: int) -> None:
-    command = [sys.executable, "-c", _RUN, str(larger), str(more), "6"]
+def test_a_process_keeps_its_budget_and_reads_what_was_promised(larger: Path) -> None:
+    command = [sys.executable, "-c", _RUN, str(larger), "150000000", "6"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -448,16 +447,14 @@ def test_a_process_lives_under_a_limit_as_large_as_its_budget(larger: Path) -> N
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("budget", [None, "420MB"])
-def test_a_measured_load_has_seconds_and_bytes_of_a_token(larger: Path, budget: str | None) -> None:
-    found = measure_load(larger, generate=4, max_memory=budget)
+def test_a_measured_load_has_seconds_and_bytes_of_a_token(larger: Path) -> None:
+    found = measure_load(larger, generate=4, max_memory="420MB")
     assert found.ok, found.reason
     assert found.seconds_per_token > 0
-    assert found.max_memory_bytes == (budget and 420_000_000)
-    if budget:
-        assert found.read_bytes_per_token > 1_000_000
-        assert found.peak_anonymous_bytes <= 420_000_000
-        assert "budget of 420 MB" in str(found)
+    assert found.max_memory_bytes == 420_000_000
+    assert found.read_bytes_per_token > 1_000_000
+    assert found.peak_anonymous_bytes <= 420_000_000
+    assert "budget of 420 MB" in str(found)
 
 
 # The command line.

@@ -13,7 +13,7 @@ from shardkit.base.sizes import format_size
 from shardkit.checkpoint.estimate import LOAD_BITS
 
 # For pages of libraries that every pass touches, page tables, and what a first pass allocates once.
-HEADROOM_BYTES = 96_000_000
+HEADROOM_BYTES = 64_000_000
 # Activations of a token in a pass, at most: so many vectors of the hidden size, and of the MLP's.
 _HIDDEN_VECTORS, _MLP_VECTORS = 10, 4
 _TOKENS_WITH_LOGITS = 64  # a prompt has those of its last token alone; guessed tokens have them all

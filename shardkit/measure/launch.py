@@ -156,14 +156,6 @@ def _measurement(folder: str, spec: LoadSpec, cache: page_cache.CacheState, end:
     outcome, reason = _outcome(end, limit, peaks)
     if outcome == "failed" and "trust_remote_code" in reason and not spec.options.get("trust_remote_code"):
         reason = f"{UNTRUSTED}{_where(end)}"
-    notes = [event["text"] for event in end.events["note"]]
-    if not peaks["peak_is_kernels"]:
-        notes.append("the kernel's own memory peak is unknown: peaks are sampled, short ones may be missing")
-    if end.events["hello"] and not end.readings and not end.portable_readings:
-        notes.append(
-            "the loading process could not be sampled (a wrapper must `exec` it): its peaks of anonymous "
-            "and file memory are unknown"
-        )
     return LoadMeasurement(
         source=folder,
         dtype=spec.dtype,
@@ -186,8 +178,20 @@ def _measurement(folder: str, spec: LoadSpec, cache: page_cache.CacheState, end:
         sampler=_sampler_cost(end, load["at"]),
         environment=describe_machine(folder, limit, **last.get("stack", {})),
         output="" if outcome == "ok" else end.output,
-        notes=tuple(notes),
+        notes=_notes(end, peaks["peak_is_kernels"]),
     )
+
+
+def _notes(end: ChildEnd, is_kernels: bool) -> tuple[str, ...]:
+    notes = [event["text"] for event in end.events["note"]]
+    if not is_kernels:
+        notes.append("the kernel's own memory peak is unknown: peaks are sampled, short ones may be missing")
+    if end.events["hello"] and not end.readings and not end.portable_readings:
+        notes.append(
+            "the loading process could not be sampled (a wrapper must `exec` it): its peaks of anonymous "
+            "and file memory are unknown"
+        )
+    return tuple(notes)
 
 
 def _outcome(end: ChildEnd, limit: int | None, peaks: Mapping[str, int | None]) -> tuple[Outcome, str]:

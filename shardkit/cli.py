@@ -100,7 +100,7 @@ MAX_SHARD_SIZE = _argument(
 )
 STRATEGY = _argument(
     "--strategy",
-    "Fill files in order, write one per layer, or a few of nearly equal size.",
+    "; ".join(f"{name}: {packing.words}" for name, packing in STRATEGIES.items()) + ".",
     choices=list(STRATEGIES),
     default="size",
 )

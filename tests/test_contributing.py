@@ -1,30 +1,47 @@
 """CONTRIBUTING.md shows how to add a strategy, a format, a source, a quantity and a host: here it is done."""
 
 import http.server
+import json
 import re
+import subprocess
+import sys
 import tempfile
 import threading
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from shardkit import Checkpoint, plan_shards, shard_checkpoint, verify_checkpoint
+from shardkit import (
+    Checkpoint,
+    CheckpointError,
+    DestinationError,
+    load_model,
+    plan_shards,
+    shard_checkpoint,
+    verify_checkpoint,
+)
 from shardkit.checkpoint.hosts import HOSTS
 from shardkit.checkpoint.scan import FORMATS
 from shardkit.measure.measurement import LoadMeasurement
-from shardkit.measure.quantities import QUANTITIES
+from shardkit.measure.quantities import QUANTITIES, Quantity
 from shardkit.plan.packing import STRATEGIES
+from shardkit.shard.copy import read_chunks, tensor_range
 from shardkit.sources.resolve import SOURCES
 from tests.fake_loads import fake_comparison
 
-PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 @pytest.fixture(autouse=True)
 def _added(request, monkeypatch, tmp_path):
     """Carry out the example of a section; whatever it registers is gone at the end."""
+    if not hasattr(request, "param"):
+        yield
+        return
     registries = STRATEGIES, FORMATS, SOURCES, QUANTITIES, HOSTS
     before = [dict(registry) for registry in registries]
     monkeypatch.setattr(LoadMeasurement, "waiting_seconds", None, raising=False)
@@ -36,6 +53,16 @@ def _added(request, monkeypatch, tmp_path):
     for registry, entries in zip(registries, before, strict=True):
         registry.clear()
         registry.update(entries)
+
+
+def test_examples_pass_the_checks_of_the_package(tmp_path):
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)):
+        (tmp_path / f"example_{number}.py").write_text(f'"""An example."""\n\n{code}')
+    checks = ["ruff", "check", "--config"], ["mypy", "--config-file"]
+    for check in checks:
+        command = [sys.executable, "-m", *check, ROOT / "pyproject.toml", tmp_path]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
 
 
 @pytest.fixture
@@ -101,6 +128,27 @@ def test_a_source(address, source, tmp_path):
     assert report.verification.received
     assert verify_checkpoint(source, tmp_path / "out").equal
     assert verify_checkpoint(address, tmp_path / "out").equal
+    assert f"streamed from {address}" in str(report)
+    assert Checkpoint.from_dict(json.loads(json.dumps(opened.to_dict()))).place == opened.place
+    with pytest.raises(CheckpointError, match="not on this machine: shard it to a folder"):
+        load_model(address)
+    with pytest.raises(DestinationError, match="is not a local folder"):
+        shard_checkpoint(source, f"{address}/copy")
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*refused"):
+        Checkpoint.open("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("_added", ["A source"], indirect=True)
+def test_a_source_that_fails_or_sends_too_little_on_the_way(address, monkeypatch):
+    opened = Checkpoint.open(address)
+    files = type(opened.place)
+    for broken, words in (
+        (lambda *_: iter([memoryview(b"1234")]), "4 bytes came where 4000 bytes from byte"),
+        (lambda *_: (_ for _ in ()).throw(OSError("gone")), "cannot be read: gone"),
+    ):
+        monkeypatch.setattr(files, "read", broken)
+        with pytest.raises(CheckpointError, match=words):
+            deque(read_chunks(tensor_range(opened.place, opened.tensors["a"], "F32")))
 
 
 @pytest.mark.parametrize("_added", ["A quantity"], indirect=True)
@@ -108,6 +156,9 @@ def test_a_quantity():
     comparison = fake_comparison()
     assert "time spent waiting" in str(comparison)
     assert "waiting_seconds" in comparison.ratios
+    with pytest.raises(ValueError, match="no axis for counts"):
+        Quantity("minor_faults", "minor page faults", "count", plain="main")
+    assert Quantity("minor_faults", "minor page faults", "count", plain="listed").format(69105) == "69,105"
 
 
 @pytest.mark.parametrize("_added", ["A host"], indirect=True)

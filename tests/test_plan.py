@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from shardkit import Checkpoint, PlanError, ShardPlan, SizeError, TensorInfo, plan_shards
 from shardkit.formats.safetensors import MAX_HEADER_BYTES
+from shardkit.plan import packing
 from tests.support import bits, checkpoints, limits, union
 
-STRATEGIES = ("size", "layer", "balanced")
+STRATEGIES = tuple(packing.STRATEGIES)
 
 
 def checkpoint(

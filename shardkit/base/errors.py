@@ -36,8 +36,8 @@ def reading(file: str | None = None, tensor: str | None = None) -> Iterator[None
     try:
         yield
     except OSError as error:
-        where = file or error.filename
-        raise CheckpointError(f"cannot be read: {error.strerror}", file=where, tensor=tensor) from error
+        why, where = error.strerror or error, file or error.filename
+        raise CheckpointError(f"cannot be read: {why}", file=where, tensor=tensor) from error
 
 
 class DownloadNeededError(CheckpointError):

@@ -118,6 +118,10 @@ def loaded_files(source: str | os.PathLike[str]) -> tuple[str, list[str]]:
         If `source` holds no checkpoint, or is a file beside the one that transformers chooses.
     """
     found = resolve(source, needed_files, download=True)
+    if found.files.folder is None:
+        raise CheckpointError(
+            "is not on this machine: shard it to a folder, and load that", file=found.source
+        )
     config = read_config(found.files)
     if found.chosen and config is None:
         raise CheckpointError(

@@ -8,11 +8,16 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from shardkit.measure.measurement import Phase
+
 _LARGEST = 2**63
 _SURROGATE = re.compile("[\ud800-\udfff]")  # which JSON can say, and no file or screen takes
 _NUMBER, _COUNT_OR_NONE = (int, float), (int, type(None))
 _CLOCKED = ("at", "wall_seconds", "user_seconds", "system_seconds")
-_COUNTED = ("major_faults", "read_bytes", "peak_total_bytes", "anonymous_bytes", "file_bytes")
+_COUNTED = (
+    *(name for name, kind in Phase.__annotations__.items() if kind == "int | None" and "peak_" not in name),
+    *("peak_total_bytes", "anonymous_bytes", "file_bytes"),
+)
 _FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     "hello": {"pid": (int,)},
     "begin": {"name": (str,), "at": _NUMBER, "peak_reset": (bool,)},

@@ -5,7 +5,7 @@ A new figure is a property of `LoadMeasurement` and a line of the table.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NOT_REPORTED = "not reported by this system"
 
-Unit = Literal["seconds", "bytes"]
+Unit = Literal["seconds", "bytes", "count"]
 Role = Literal["main", "drawn", "listed"]
 
 
@@ -40,6 +40,10 @@ class Quantity:
     ahead: Role | None = None
     is_of_token: bool = False
 
+    def __post_init__(self) -> None:
+        if self.unit == "count" and {self.plain, self.ahead} & {"main", "drawn"}:
+            raise ValueError(f"{self.name}: the picture has no axis for counts, so they are only listed")
+
     def of(self, measurement: LoadMeasurement) -> float | None:
         """Return the value that one load has; None if unknown."""
         value: float | None = getattr(measurement, self.name)
@@ -49,7 +53,8 @@ class Quantity:
         """Return a value with its unit."""
         if value is None:
             return "-"
-        return format_size(value) if self.unit == "bytes" else format_seconds(value)
+        formats: dict[Unit, Callable[[Any], str]] = {"bytes": format_size, "seconds": format_seconds}
+        return formats[self.unit](value) if self.unit in formats else f"{value:,.0f}"
 
 
 _WALL: dict[str, Any] = {"unit": "seconds", "less": "faster", "more": "slower"}

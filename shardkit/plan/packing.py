@@ -198,7 +198,7 @@ class Packing(NamedTuple):
     pack: Callable[[Sequence[Item], int, int], list[list[Item]]]
 
 
-STRATEGIES: dict[Strategy, Packing] = {
+STRATEGIES: dict[str, Packing] = {
     "size": Packing("fill one file after the other", pack_by_size),
     "layer": Packing("one file for each decoder block", pack_by_layer),
     "balanced": Packing("few files of nearly equal size", pack_balanced),

@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore", "flock not supported", UserWarning)  # its oth
 
 def resolve(destination: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a destination, links followed; refuse one on the Hub."""
-    if is_on_hub(destination):
+    if is_on_hub(destination) or "://" in str(destination):
         raise DestinationError(
             f"{destination}: is not a local folder: use shard_on_hub, or shard to a folder and push it"
         )

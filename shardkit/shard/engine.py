@@ -26,7 +26,7 @@ from shardkit.shard.folder_store import FolderStore
 from shardkit.shard.report import ShardReport
 from shardkit.shard.side_files import write_side_files
 from shardkit.shard.store import Job, Store
-from shardkit.sources.resolve import hub_name
+from shardkit.sources.resolve import hub_name, is_on_hub
 
 
 @resumable()
@@ -181,7 +181,11 @@ def shard_on_hub(
 def _is_streamed(
     checkpoint: Checkpoint, plan: ShardPlan, destination: str | os.PathLike[str], stream: bool | None
 ) -> bool:
-    """Whether a model on the Hub is streamed: as requested, or where disks have no room for both."""
+    """Whether a model that is not here is streamed: as requested, or where disks have no room for both."""
+    if not is_on_hub(checkpoint.place.name):
+        if stream is False:
+            raise CheckpointError("cannot be downloaded, only streamed", file=checkpoint.source)
+        stream = True
     from shardkit.sources.hub_cache import must_stream
 
     nbytes = plan.disk_bytes

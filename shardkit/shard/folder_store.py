@@ -52,6 +52,7 @@ from shardkit.shard.side_files import altered_files
 from shardkit.shard.store import Job, Store
 from shardkit.shard.verify import altered, verify_written
 from shardkit.sources.local import file_state
+from shardkit.sources.resolve import is_on_hub
 
 _CHANGED = "changed while being copied; nothing was published"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -131,7 +132,9 @@ class FolderStore(Store):
                 f"the previous destination could not be removed completely; the rest is in {left}"
             )
         if self.job.is_received:
-            self.notes.append("streamed from the Hub: the source was not downloaded")
+            place = self.job.checkpoint.place.name
+            where = "the Hub" if is_on_hub(place) else place
+            self.notes.append(f"streamed from {where}: the source was not downloaded")
         return str(self.destination), found
 
     def _check_destination(self) -> None:

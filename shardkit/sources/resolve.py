@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from shardkit.base.errors import CheckpointError
+from shardkit.base.errors import CheckpointError, reading
 from shardkit.base.record import as_text
 from shardkit.formats.names import is_index
 from shardkit.sources.fileset import FileSet
@@ -51,8 +51,12 @@ def resolve(
         if path.suffix in (".json", ".py", ".txt", ".md") and not is_index(path.name):
             raise CheckpointError("is not a weights file: give its folder", file=str(path))
         return Found(LocalFiles(path.parent), str(path), chosen=path.name)
-    find = next((find for scheme, find in SOURCES.items() if text.startswith(scheme)), _on_the_hub)
-    return find(text, needed_files, revision=revision, token=token, download=download)
+    with reading(text):
+        return _finder(text)(text, needed_files, revision=revision, token=token, download=download)
+
+
+def _finder(text: str) -> Callable[..., Found]:
+    return next((find for scheme, find in SOURCES.items() if text.lower().startswith(scheme)), _on_the_hub)
 
 
 def _on_the_hub(text: str, needed_files: Needed, **how: Any) -> Found:
@@ -81,9 +85,10 @@ def commit_of(name: str) -> tuple[str, str] | None:
 
 
 def reopen(name: str) -> FileSet:
-    """Return the files that a saved result names: those of a folder here, or of a commit on the Hub."""
+    """Return the files that a saved result names: those of a folder here, of a commit, of another source."""
     if (commit := commit_of(name)) is None:
-        return LocalFiles(name)
+        is_elsewhere = name.lower().startswith(tuple(SOURCES))
+        return _finder(name)(name, lambda _: []).files if is_elsewhere else LocalFiles(name)
     from shardkit.sources.hub import reopened
 
     return reopened(*commit)

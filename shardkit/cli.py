@@ -72,9 +72,9 @@ def _without(option: str, told: str) -> Argument:
 
 
 def _at_least_one(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)
 
 
 def _command(*arguments: Argument) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -176,6 +176,17 @@ def test_copy_given_before_its_source_gets_a_hint(tmp_path: Path) -> None:
     assert "swap them" in str(found)
 
 
+def test_damage_after_a_cast_names_its_file_and_gives_no_such_hint(tmp_path: Path) -> None:
+    source, destination = cast_pair(tmp_path, "bfloat16")
+    file = sorted(destination.glob("*.safetensors"))[0]
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    found = str(verify_checkpoint(source, destination))
+    assert f"in {file.name}" in found
+    assert "swap them" not in found
+
+
 @pytest.mark.parametrize("place", [0, 1, 300, -1])
 def test_one_flipped_bit_after_a_cast_is_found(place: int, tmp_path: Path) -> None:
     source, destination = cast_pair(tmp_path, "bfloat16")

@@ -209,7 +209,10 @@ def _outcome(end: ChildEnd, limit: int | None, peaks: Mapping[str, int | None]) 
         return "failed", f"{errors[-1]['reason']}{where}"
     if end.return_code in _KILLED and end.limit_kills and limit is not None:
         size = format_size(limit)
-        return "killed", f"by the kernel at its memory limit of {size}{when}{anonymous} anonymous"
+        return (
+            "killed",
+            f"by the kernel at its memory limit of {size}{when}{anonymous and anonymous + ' anonymous'}",
+        )
     if end.return_code < 0:
         name = _SIGNALS.get(-end.return_code, f"signal {-end.return_code}")
         hint = ": as the kernel does when memory runs out" if name == "SIGKILL" else ""

@@ -123,7 +123,7 @@ class Verification(Record):
         tables = (Table(("tensor", "differs in"), rows),) if rows else ()
         rest = len(self.mismatches) - len(rows)
         notes = (f"{plural(rest, 'more tensor')} differ{'s' * (rest == 1)}",) * bool(rest)
-        if self.cast and self.mismatches:
+        if self.cast and len(self.mismatches) > self.cast // 2:
             notes += ("if the second is the source of the cast, swap them",)
         return Summary("Verification", tuple(fact for fact in facts if fact[1]), tables, notes)
 

@@ -115,7 +115,7 @@ def compare_tensors(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verific
     found = digest_pairs(ranges, crew, "verify")
     digests = dict(zip((tensor.name for tensor, _ in comparable), found, strict=True))
     differ = {
-        name: f"bytes: digest {a[:12]} in the source, {b[:12]} in the destination"
+        name: f"bytes: digest {a[:12]} in the source, {b[:12]} in {theirs.tensors[name].file}"
         for name, (a, b) in digests.items()
         if a != b
     }

@@ -164,13 +164,14 @@ class Samples:
 
     @property
     def typical_runs(self) -> dict[str, LoadMeasurement]:
-        """The run that stands for each variant: its load of median time, else its first failure."""
-        found = {}
-        for name in self.names:
-            loads = sorted(self.measurements(name), key=lambda load: self.main[0].of(load) or 0.0)
-            if runs := loads[len(loads) // 2 :] or self._runs(name):
-                found[name] = runs[0]
-        return found
+        """The run that stands for each variant that was run; as `typical`."""
+        return {name: run for name in self.names if (run := self.typical(name))}
+
+    def typical(self, variant: str, by: str | None = None) -> LoadMeasurement | None:
+        """Return a variant's load with the median of a quantity (the load's time), else its first failure."""
+        quantity = by or self.main[0].name
+        loads = sorted(self.measurements(variant), key=lambda load: getattr(load, quantity) or 0.0)
+        return next(iter(loads[len(loads) // 2 :] or self._runs(variant)), None)
 
     def mean(self, variant: str, quantity: str) -> float | None:
         """Return the geometric mean of a `LoadMeasurement` property over a variant's loads; None if none."""

@@ -154,7 +154,7 @@ def make_demo_checkpoint(
     Parameters
     ----------
     folder
-        Where to write it: a new or empty folder.
+        Where to write it: a new folder, or an empty one that is not the current directory.
     size
         Bytes of the weights in `dtype`, from 5 MB to the real shape of Mistral-7B-v0.1 ("14.5GB" in 16 bits,
         "29GB" in 32); met within 3% below 1 GB, within 6% above.

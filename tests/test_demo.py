@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkit import demo
-from shardkit.base.errors import DestinationError, PlanError, SizeError, SpaceError
+from shardkit.base.errors import CheckpointError, DestinationError, PlanError, SizeError, SpaceError
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.demo import DemoShape, demo_shape, make_demo_checkpoint
 from shardkit.plan.plan import plan_shards
@@ -323,7 +323,7 @@ def test_too_small_a_disk_is_refused_with_both_numbers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("cause", "seen"),
-    [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.EIO, "input/output error"), DestinationError)],
+    [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.EIO, "input/output error"), CheckpointError)],
 )
 def test_a_write_that_is_cut_short_leaves_nothing(tmp_path, monkeypatch, cause, seen):
     def cut(*_):
@@ -348,7 +348,7 @@ def test_a_write_that_was_cut_short_is_resumed_by_the_same_call(small, tmp_path,
         return real(files, name, start)
 
     monkeypatch.setattr(demo.DemoFiles, "_drawn", cut)
-    with pytest.raises(DestinationError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         make_demo_checkpoint(tmp_path / "demo", size="5MB")
     assert "run again to resume" in caught.value.__notes__[0]
     assert not (tmp_path / "demo").exists()

@@ -3,9 +3,11 @@
 import collections
 import gc
 import importlib
+import io
 import json
 import os
 import pickle
+import pickletools
 import subprocess
 import sys
 import warnings
@@ -389,7 +391,10 @@ def test_values_that_are_no_tensors_are_left_out_and_named(
     save({**more, **model.state_dict()}, source / "pytorch_model.bin")
     report = shard_checkpoint(source, tmp_path / "out")
     assert report.tensors == len(model.state_dict())
-    assert "4 values that are not tensors, left out: transformer.h.0._extra_state, epoch" in str(report)
+    assert (
+        "4 values that are not tensors of its state dict, left out: transformer.h.0._extra_state, epoch"
+        in str(report)
+    )
     assert report.verification is not None
     assert report.verification.model is not None
     assert report.verification.model.differences == ()
@@ -662,3 +667,43 @@ def test_state_dict_in_a_wrapper_that_transformers_does_not_look_into_is_sharded
     assert report.verification is not None
     assert report.verification.model is not None
     assert report.verification.model.missing == ()
+
+
+def test_what_lies_beside_a_state_dict_is_named(tmp_path: Path) -> None:
+    both = {"state_dict": {"a": torch.ones(1)}, "ema": {"a": torch.ones(1)}, "extra.weight": torch.ones(3)}
+    found = Checkpoint.open(save(both, tmp_path / "both.bin") / "both.bin")
+    assert list(found.tensors) == ["a"]
+    assert "2 values that are not tensors of its state dict, left out: ema, extra.weight" in str(found)
+    empty = {"state_dict": {}, "w": torch.ones(3)}
+    assert list(Checkpoint.open(save(empty, tmp_path / "w.bin") / "w.bin").tensors) == ["w"]
+
+
+def test_values_that_torch_reads_beside_tensors_are_left_out_with_a_note(tmp_path: Path) -> None:
+    values = {"bytes": b"abc", "set": {1}, "complex": 1j, "counts": collections.Counter("aab")}
+    found = Checkpoint.open(save({"a": torch.ones(2), **values}, tmp_path / "w.bin") / "w.bin")
+    assert list(found.tensors) == ["a"]
+    assert f"4 values that are not tensors of its state dict, left out: {', '.join(values)}" in str(found)
+
+
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html>", b"", b"\x08\0\0\0\0\0\0\0{}"])
+def test_other_files_are_not_taken_for_torch_s(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"does not start like a file of torch\.save"):
+        Checkpoint.open(tmp_path)
+
+
+def test_file_of_python_2_numbers_its_memo_from_one(tmp_path: Path) -> None:
+    path = tmp_path / "w.bin"
+    torch.save({"a": torch.arange(3.0)}, path, _use_new_zipfile_serialization=False)
+    stream, made = io.BytesIO(path.read_bytes()), b""
+    for _ in range(5):
+        start = stream.tell()
+        opcodes = [(opcode.name, place) for opcode, _, place in pickletools.genops(stream)]
+        program = bytearray(stream.getvalue()[start : stream.tell()])
+        for name, place in opcodes:
+            if name in ("BINPUT", "BINGET"):
+                program[place - opcodes[0][1] + 1] += 1
+        made += program
+    path.write_bytes(made + stream.read())
+    assert torch.equal(torch.load(path)["a"], torch.arange(3.0))
+    assert Checkpoint.open(path).tensors["a"].shape == (3,)

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from shardkit import Cancelled, Checkpoint, Progress, Verification, shard_checkpoint, verify_checkpoint
+from shardkit import (
+    Cancelled,
+    Checkpoint,
+    Progress,
+    Verification,
+    make_demo_checkpoint,
+    shard_checkpoint,
+    verify_checkpoint,
+)
 from tests.support import (
     FreshFolder,
     Tensor,
@@ -329,3 +337,17 @@ def test_copy_that_a_load_would_take_in_another_dtype_is_not_equal(llama: Path, 
     found = verify_checkpoint(llama, copy)
     assert not found.equal
     assert "a load chooses float32, but float16 for the copy" in str(found)
+
+
+def test_config_that_chooses_another_dtype_than_that_of_the_cast_is_found(tmp_path: Path) -> None:
+    demo = tmp_path / "demo"
+    make_demo_checkpoint(demo, size="6MB")
+    shard_checkpoint(demo, tmp_path / "copy", dtype="float16")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    for key, wrong in (("torch_dtype", "float32"), ("torch_dtype", "float16")):
+        (tmp_path / "copy" / "config.json").write_text(json.dumps({**config, key: wrong}))
+        found = verify_checkpoint(demo, tmp_path / "copy")
+        assert found.equal == (wrong == "float16")
+        assert (
+            "a load chooses float32 for the copy, which is stored in float16" in str(found)
+        ) != found.equal

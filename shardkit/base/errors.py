@@ -17,17 +17,19 @@ class CheckpointError(ShardkitError):
     ----------
     file, tensor
         Where it was found, when known.
+    message
+        What is wrong with it.
     """
 
     def __init__(self, message: str, *, file: str | None = None, tensor: str | None = None) -> None:
-        self.file, self.tensor, self._message = file, tensor, message
+        self.file, self.tensor, self.message = file, tensor, message
         clipped = tensor and (tensor if len(tensor) <= 200 else tensor[:197] + "...")
         where = ", ".join(filter(None, (file, None if tensor is None else f"tensor {clipped!r}")))
         super().__init__(f"{where}: {message}" if where else message)
 
     def of(self, tensor: str) -> CheckpointError:
         """Return the same error of a tensor; of none where its name is empty."""
-        return type(self)(self._message, file=self.file, tensor=tensor) if tensor else self
+        return type(self)(self.message, file=self.file, tensor=tensor) if tensor else self
 
 
 @contextmanager

@@ -243,4 +243,7 @@ def _check_inside(files: FileSet, file: str, named_in: str) -> None:
     """Refuse a file name that leaves the folder, by itself or through a link."""
     if not is_inside(file):
         raise CheckpointError(f"names a file outside the folder: {file!r}", file=files.where(named_in))
-    files.check(os.path.normpath(file))
+    try:
+        files.check(os.path.normpath(file))
+    except CheckpointError as error:
+        raise CheckpointError(f"names {file!r}, which {error.message}", file=files.where(named_in)) from error

@@ -49,19 +49,21 @@ def read_torch_file(file: RangedFile, name: str, *, exact: bool = True) -> Torch
         text = printable(str(error) or type(error).__name__)[:300]
         raise CheckpointError(f"refused: {text}", file=where) from error
     count = plural(len(skipped), "value")
-    notes = (f"{name} contains {count} that are not tensors, left out: {listed(skipped)}",) if skipped else ()
-    return TorchFile(infos, _aliases(tensors), notes, is_archive)
+    notes = (f"{name} contains {count} that are not tensors of its state dict, left out: {listed(skipped)}",)
+    return TorchFile(infos, _aliases(tensors), notes * bool(skipped), is_archive)
 
 
 def _tensors(value: Any, where: str) -> tuple[dict[str, View], list[str]]:
     """Return the tensors of what a pickle describes, and the names of all else."""
-    if type(value) is dict and type(value.get("state_dict")) is dict:
-        value = value["state_dict"]  # as trainers save it; transformers itself loads none of that
+    beside: list[Any] = []
+    if type(value) is dict and type(inner := value.get("state_dict")) is dict and _holds_tensors(inner):
+        beside = [name for name in value if name != "state_dict"]
+        value = inner  # as trainers save it; transformers itself loads none of that
     if type(value) is not dict:
         kind = "Tensor" if type(value) is View else type(value).__name__
         raise ValueError(f"it contains a {kind}, not a state dict")
     found = {name: item for name, item in value.items() if type(item) is View}
-    skipped = [printable(str(name))[:200] for name in value if name not in found]
+    skipped = [printable(str(name))[:200] for name in (*beside, *(n for n in value if n not in found))]
     if skipped and not found:
         raise ValueError(f"it contains no named tensors, only {listed(skipped)}")
     tensors = {}
@@ -73,6 +75,10 @@ def _tensors(value: Any, where: str) -> tuple[dict[str, View], list[str]]:
             raise ValueError(f"safetensors has no dtype for tensor {name[:99]!r}, torch.{tensor.dtype}")
         tensors[name] = tensor
     return tensors, skipped
+
+
+def _holds_tensors(value: dict[Any, Any]) -> bool:
+    return any(type(item) is View for item in value.values())
 
 
 def _info(name: str, view: View, stored: Stored, file: str, whole: RangedFile) -> TensorInfo:

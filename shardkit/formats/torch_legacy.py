@@ -8,6 +8,7 @@ from shardkit.formats.ranged import BLOCK_BYTES, RangedFile
 from shardkit.formats.torch_program import MAX_PROGRAM_BYTES, Program
 from shardkit.formats.torch_zip import Stored
 
+_PICKLE = b"\x80\x02"
 _MAGIC, _VERSION, _LENGTH_BYTES = 0x1950A86A20F9469CFC6C, 1001, 8
 
 
@@ -37,7 +38,7 @@ def read_legacy(file: RangedFile, *, exact: bool) -> Stored:
 def _programs(data: bytes) -> tuple[Program, list[str], int]:
     stream = BytesIO(data)
     for expected in (_MAGIC, _VERSION):
-        if Program(stream).value != expected:
+        if not data.startswith(_PICKLE) or Program(stream).value != expected:
             raise ValueError("it does not start like a file of torch.save")
     Program(stream)  # what is said of the system that wrote it
     program, keys = Program(stream), Program(stream).value

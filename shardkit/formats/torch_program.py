@@ -36,6 +36,7 @@ _ITEM_BYTES = {dtype: bits + 7 >> 3 for dtype, bits in DTYPE_BITS.items()} | {
 _STORAGE = re.compile(rf"torch\.(?:storage\.)?({'|'.join(_STORAGES)})Storage")
 _DTYPE = re.compile(r"torch\.(?:bool|(?:bfloat|float|u?int|complex|bits)\d\w*)")
 _CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter")
+_BUILTINS = ("builtins", "__builtin__")  # as Python 2 called it, and protocol 2 does
 _MANY = 1 << 60
 _MOST_ARGUMENTS = 8
 
@@ -109,6 +110,8 @@ class Program:
         self._stack.append(value)
 
     def _put(self, index: int) -> None:
+        if index == 1 and not self._memo:
+            self._memo.append(None)  # Python 2 counts from one
         if index == len(self._memo):
             self._memo.append(self._stack[-1])
         else:  # none is left out: one opcode could ask for gigabytes
@@ -268,8 +271,8 @@ _REBUILDS: dict[str, Callable[..., object]] = {
 _CALLS = _REBUILDS | {
     "collections.OrderedDict": _ordered,
     "torch._tensor._rebuild_from_type_v2": _of_type,
-    "torch.device": _inert,
-    "torch.Size": _inert,
+    **dict.fromkeys(("torch.device", "torch.Size", "_codecs.encode", "collections.Counter"), _inert),
+    **dict.fromkeys((f"{module}.{name}" for module in _BUILTINS for name in ("set", "complex")), _inert),
 }
 _OPCODES: dict[str, Callable[[Program, Any], object]] = {
     **dict.fromkeys(("PROTO", "STOP"), _inert),

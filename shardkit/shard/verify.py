@@ -95,9 +95,13 @@ def _judged(ours: Checkpoint, theirs: Checkpoint, compare: Callable[[], Verifica
     """Ask what a model gets from both sides while tensors are compared; judge which dtype a load chooses."""
     with model_keys(ours, theirs) as answer:
         found = replace(compare(), model=answer())
-    if not found.cast and ours.auto_dtype != theirs.auto_dtype and ours.config is not None:
-        dtypes = Mismatch("dtype", f"a load chooses {ours.auto_dtype}, but {theirs.auto_dtype} for the copy")
-        return replace(found, mismatches=(*found.mismatches, dtypes))
+    stored = [DTYPE_NAMES[dtype] for dtype in theirs.dtypes if dtype in FLOAT_DTYPES]
+    wanted = {ours.auto_dtype, *stored} if found.cast else {ours.auto_dtype}
+    if theirs.auto_dtype not in wanted and ours.config is not None:
+        words = f"a load chooses {ours.auto_dtype}, but {theirs.auto_dtype} for the copy"
+        if found.cast:
+            words = f"a load chooses {theirs.auto_dtype} for the copy, which is stored in {', '.join(stored)}"
+        return replace(found, mismatches=(*found.mismatches, Mismatch("dtype", words)))
     return found
 
 

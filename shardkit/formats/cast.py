@@ -17,8 +17,6 @@ _NUMPY: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float1
 _EXACT = {("BF16", "F32"), ("F16", "F32"), ("F16", "BF16")}  # neither overflow nor underflow is possible
 # Infinity as an unsigned integer; only NaN is above, where the sign is left out.
 _INFINITY = {"F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
-# Of bfloat16, as unsigned integers: 2**-14, how many are from there to 2**16, what exponents say more.
-_LEAST_NORMAL, _NORMAL, _REBIAS = np.uint16(0x3880), np.uint16(0x0F00), np.uint16(0x3800)
 
 
 class Cast(NamedTuple):
@@ -32,29 +30,6 @@ class Cast(NamedTuple):
 def cast(data: bytes | memoryview, dtype: str, target: str) -> Cast:
     """Cast the bytes of whole elements from one floating-point dtype to another ("F32" to "BF16")."""
     values = np.frombuffer(data, dtype=_NUMPY[dtype])
-    if (dtype, target) == ("BF16", "F16"):
-        return _bfloat16_to_float16(values)
-    return _cast(values, dtype, target)
-
-
-def _bfloat16_to_float16(values: NDArray[Any]) -> Cast:
-    """Shift the bits of what is normal in float16, which is exact and faster; cast the rest."""
-    bits = values.view(np.uint16)
-    result = bits & 0x7FFF
-    signs = result - _LEAST_NORMAL  # unsigned: what is less comes out large
-    others = np.flatnonzero(signs >= _NORMAL)
-    if len(others) > len(values) // 8:
-        return _cast(values, "BF16", "F16")
-    rest = _cast(values[others], "BF16", "F16")
-    np.subtract(result, _REBIAS, out=result)
-    np.multiply(result, 8, out=result)
-    np.bitwise_and(bits, 0x8000, out=signs)
-    np.bitwise_or(result, signs, out=result)
-    result[others] = np.frombuffer(rest.data, np.uint16)
-    return Cast(result.view(np.uint8).data, rest.overflowed, rest.flushed)
-
-
-def _cast(values: NDArray[Any], dtype: str, target: str) -> Cast:
     with np.errstate(over="ignore", invalid="ignore"):
         narrow = values.astype(np.float32) if dtype == "F64" else values
         result = narrow.astype(_NUMPY[target])

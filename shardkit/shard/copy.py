@@ -26,7 +26,7 @@ from shardkit.plan.plan import Shard
 from shardkit.sources.fileset import FileSet
 from shardkit.sources.local import LocalFiles
 
-_CAST_BYTES = 1 << 18  # with its result and what is counted, what a core has close at hand
+_CAST_BYTES = 1 << 19  # with its result and what is counted, what a core has close at hand
 TASK_BYTES = 16 << 20  # small enough to stop within a second, whatever the disk
 
 # What a kernel or filesystem says when it cannot copy this way; the next way is tried then.

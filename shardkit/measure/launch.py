@@ -161,7 +161,7 @@ def _measurement(folder: str, spec: LoadSpec, cache: page_cache.CacheState, end:
         dtype=spec.dtype,
         device=spec.device,
         generate=spec.generate,
-        options=dict(spec.options),
+        options=_as_json(spec.options),
         prefetch=spec.prefetch,
         memory_limit_bytes=limit,
         max_memory_bytes=spec.max_memory_bytes,
@@ -180,6 +180,11 @@ def _measurement(folder: str, spec: LoadSpec, cache: page_cache.CacheState, end:
         output="" if outcome == "ok" else end.output,
         notes=_notes(end, peaks["peak_is_kernels"]),
     )
+
+
+def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as results keep them, and as they arrived: what would not is refused."""
+    return dict(LoadSpec(options=options).options)
 
 
 def _notes(end: ChildEnd, is_kernels: bool) -> tuple[str, ...]:

@@ -88,10 +88,21 @@ class FileSet(ABC):
     def fetched(self, name: str) -> Path:
         """Return the path of a small file on this machine, downloaded if need be."""
 
+    def pieces(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
+        """Yield a range as `read` does, sure to be as long as requested."""
+        left, where = nbytes, self.where(name)
+        with reading(where):
+            for piece in self.read(name, offset, nbytes):
+                left -= len(piece)
+                yield piece
+        if left:
+            wanted = f"{nbytes} bytes from byte {offset} on"
+            raise CheckpointError(f"{nbytes - left} bytes came where {wanted} were requested", file=where)
+
     def read_bytes(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
         """Return a range of a file, by default to its end; as `read`."""
         nbytes = self.size(name) - offset if nbytes is None else nbytes
-        return b"".join(map(bytes, self.read(name, offset, nbytes)))  # each piece is in the same buffer
+        return b"".join(map(bytes, self.pieces(name, offset, nbytes)))  # each piece is in the same buffer
 
     def content(self, name: str) -> bytes:
         """Return all of a small file."""

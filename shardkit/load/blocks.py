@@ -106,16 +106,20 @@ def _stays_in_file(unit: Unit, module: Any) -> bool:
 
 
 def _make_resident(units: Iterable[tuple[Unit, Any]], filler: Filler) -> None:
-    import torch
-
     for unit, module in units:
         buffer = memoryview(own_memory(unit.nbytes))
         filler.fill(unit, buffer)
-        for attribute, value in unit.tensors(buffer).items():
-            if unit.are_buffers:
-                module._buffers[attribute] = value
-            else:
-                module._parameters[attribute] = torch.nn.Parameter(value, requires_grad=False)
+        if unit.are_buffers:
+            module._buffers.update(unit.tensors(buffer))
+        else:
+            module._parameters.update(_parameters(unit, buffer))
+
+
+def _parameters(unit: Unit, buffer: memoryview) -> dict[str, Any]:
+    import torch
+
+    made = unit.tensors(buffer).items()
+    return {name: torch.nn.Parameter(value, requires_grad=False) for name, value in made}
 
 
 def _attach_stream(units: Sequence[tuple[Unit, Any]], buffer_bytes: int, filler: Filler) -> None:
@@ -234,7 +238,7 @@ class Stream:
             if unit is not self._unit:
                 self._unit, self._weights = None, {}
                 self._learn(unit)
-                self._weights = self._parameters(self._ahead.take(unit), unit)
+                self._weights = _parameters(unit, self._ahead.take(unit))
                 self._unit = unit
             return self._weights
 
@@ -243,12 +247,6 @@ class Stream:
         with self._lock:
             if unit is self._unit:
                 self._unit, self._weights = None, {}
-
-    def _parameters(self, buffer: memoryview, unit: Unit) -> dict[str, Any]:
-        import torch
-
-        made = unit.tensors(buffer).items()
-        return {name: torch.nn.Parameter(value, requires_grad=False) for name, value in made}
 
     def _learn(self, unit: Unit) -> None:
         """Notice a new pass, and whether the last used the units in another order than expected."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -197,9 +196,10 @@ class _Meter:
 
 def _read_bytes() -> int | None:
     """Return the bytes that this process has read from disks; None where the system does not report it."""
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/self/io").read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith("read_bytes:")))
+    import psutil
+
+    with suppress(psutil.Error, OSError, AttributeError, ValueError):
+        return int(psutil.Process().io_counters().read_bytes)
     return None
 
 

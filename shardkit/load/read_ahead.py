@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -61,9 +62,14 @@ class ReadAhead:
                 self._drop_before(item)
             else:
                 self._seek(item)
+            is_collected = False
             while item not in self._ready:
                 if not self._changed.wait(_PATIENCE_SECONDS):
-                    self._check_progress()
+                    if self._is_starved and not is_collected:
+                        gc.collect()  # frames of an error that was raised keep views
+                        is_collected = True
+                    else:
+                        self._check_progress()
             found = self._ready.pop(item)
             self._changed.notify_all()
         if isinstance(found, Exception):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from shardkit import CastError, PlanError, shard_checkpoint
-from shardkit.formats.cast import cast
+from shardkit.formats.cast import Caster
 from shardkit.shard import copy as transfer
 from shardkit.sources import local
 from tests.support import FreshFolder
@@ -34,7 +34,8 @@ def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 def cast_by_us(values: torch.Tensor, target: str) -> tuple[torch.Tensor, int, int]:
     dtype = next(name for name, known in TORCH.items() if known == values.dtype)
-    result = cast(values.view(torch.uint8).numpy().tobytes(), dtype, target)
+    data = values.view(torch.uint8).numpy().tobytes()
+    result = Caster(dtype, target, len(data)).cast(data)
     return torch.frombuffer(bytearray(result.data), dtype=TORCH[target]), result.overflowed, result.flushed
 
 

@@ -13,6 +13,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from shardkit.formats.safetensors import DTYPE_BITS
+
 _NUMPY: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _EXACT = {("BF16", "F32"), ("F16", "F32"), ("F16", "BF16")}  # neither overflow nor underflow is possible
 # Infinity as an unsigned integer; only NaN is above, where the sign is left out.
@@ -27,27 +29,46 @@ class Cast(NamedTuple):
     flushed: int
 
 
-def cast(data: bytes | memoryview, dtype: str, target: str) -> Cast:
-    """Cast the bytes of whole elements from one floating-point dtype to another ("F32" to "BF16")."""
-    values = np.frombuffer(data, dtype=_NUMPY[dtype])
-    with np.errstate(over="ignore", invalid="ignore"):
-        narrow = values.astype(np.float32) if dtype == "F64" else values
-        result = narrow.astype(_NUMPY[target])
-    lost = (0, 0) if (dtype, target) in _EXACT else _lost(values, dtype, result, target)
-    return Cast(result.view(np.uint8).data, *lost)
+class Caster:
+    """Casts chunk after chunk of whole elements from one floating-point dtype to another ("F32" to "BF16").
+
+    The memory of results is used again, because fresh memory costs as much time as counting: a chunk is good
+    until the next one is cast.
+
+    Parameters
+    ----------
+    nbytes
+        Of the largest chunk.
+    """
+
+    def __init__(self, dtype: str, target: str, nbytes: int) -> None:
+        count = nbytes * 8 // DTYPE_BITS[dtype]
+        self._dtype, self._target = dtype, target
+        self._result = np.empty(count, _NUMPY[target])
+        self._before = np.empty(count, f"u{DTYPE_BITS[dtype] // 8}")
+        self._after = np.empty(count, f"u{DTYPE_BITS[target] // 8}")
+
+    def cast(self, data: bytes | memoryview) -> Cast:
+        """Cast a chunk."""
+        values = np.frombuffer(data, dtype=_NUMPY[self._dtype])
+        result = self._result[: values.size]
+        with np.errstate(over="ignore", invalid="ignore"):
+            narrow = values.astype(np.float32) if self._dtype == "F64" else values
+            np.copyto(result, narrow, casting="unsafe")
+        lost = (0, 0) if (self._dtype, self._target) in _EXACT else self._lost(values, result)
+        return Cast(result.view(np.uint8).data, *lost)
+
+    def _lost(self, values: NDArray[Any], result: NDArray[Any]) -> tuple[int, int]:
+        before, after = _magnitude(values, self._before), _magnitude(result, self._after)
+        flushed = int(np.count_nonzero(before)) - int(np.count_nonzero(after))
+        if after.max(initial=0) < _INFINITY[self._target]:
+            return 0, flushed
+        infinite = int(np.count_nonzero(after == _INFINITY[self._target]))
+        return infinite - int(np.count_nonzero(before == _INFINITY[self._dtype])), flushed
 
 
-def _lost(values: NDArray[Any], dtype: str, result: NDArray[Any], target: str) -> tuple[int, int]:
-    before, after = _magnitude(values), _magnitude(result)
-    flushed = int(np.count_nonzero(before)) - int(np.count_nonzero(after))
-    if after.max(initial=0) < _INFINITY[target]:
-        return 0, flushed
-    infinite = int(np.count_nonzero(after == _INFINITY[target]))
-    return infinite - int(np.count_nonzero(before == _INFINITY[dtype])), flushed
-
-
-def _magnitude(values: NDArray[Any]) -> NDArray[Any]:
+def _magnitude(values: NDArray[Any], out: NDArray[Any]) -> NDArray[Any]:
     """Return all bits but the sign as unsigned integers, which are counted faster than floats of 16 bits."""
-    bits = values.view(f"u{values.itemsize}")
-    magnitude: NDArray[Any] = bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
+    bits = values.view(out.dtype)
+    magnitude: NDArray[Any] = np.bitwise_and(bits, np.iinfo(out.dtype).max >> 1, out=out[: bits.size])
     return magnitude

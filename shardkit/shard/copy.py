@@ -231,11 +231,12 @@ def cast_chunks(part: Range) -> Iterator[tuple[memoryview, int, int]]:
     if not part.is_cast:
         yield from ((chunk, 0, 0) for chunk in read_chunks(part))
         return
-    from shardkit.formats.cast import cast
+    from shardkit.formats.cast import Caster
 
+    caster = Caster(part.dtype, part.target, _CAST_BYTES)
     for chunk in read_chunks(part):
         for start in range(0, len(chunk), _CAST_BYTES):
-            yield cast(chunk[start : start + _CAST_BYTES], part.dtype, part.target)
+            yield caster.cast(chunk[start : start + _CAST_BYTES])
 
 
 def _write_chunks(part: Range, target: int) -> Outcome:

@@ -1,6 +1,6 @@
 """Every kind of trial, by the name that the command line knows it by."""
 
-from tests.torture import comparisons, flips, hubs, kills, mutations, pickles, places, races, space
+from tests.torture import budgets, comparisons, flips, hubs, kills, mutations, pickles, places, races, space
 
 KINDS = {
     "kills": kills.RANDOM, "kills-at-calls": kills.CHOSEN,
@@ -10,5 +10,6 @@ KINDS = {
     "places": places.ODD, "fallbacks": places.FALLBACKS,
     "hub-trips": hubs.TRIPS, "hub-kills": hubs.KILLED,
     "cancels": places.CANCELS, "interrupts": places.INTERRUPTS,
+    "budgets": budgets.BUDGETS,
     "same-twice": comparisons.SAME, "slowdowns": comparisons.SLOWED,
 }  # fmt: skip

@@ -1,18 +1,7 @@
 __version__: str
 
+from . import errors as errors
 from .app import ShardApp as ShardApp
-from .base.errors import Cancelled as Cancelled
-from .base.errors import CastError as CastError
-from .base.errors import CheckpointError as CheckpointError
-from .base.errors import DestinationError as DestinationError
-from .base.errors import DownloadNeededError as DownloadNeededError
-from .base.errors import MeasurementError as MeasurementError
-from .base.errors import MissingPackageError as MissingPackageError
-from .base.errors import PlanError as PlanError
-from .base.errors import ShardkitError as ShardkitError
-from .base.errors import SizeError as SizeError
-from .base.errors import SpaceError as SpaceError
-from .base.errors import VerificationError as VerificationError
 from .base.jobs import Progress as Progress
 from .checkpoint.checkpoint import Checkpoint as Checkpoint
 from .checkpoint.estimate import Estimate as Estimate

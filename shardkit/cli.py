@@ -343,9 +343,9 @@ def _require_writable(output: Path | None, plot: Path | None) -> None:
         if not path.absolute().parent.is_dir():
             raise ShardkitError(f"{path}: the folder does not exist")
         if path.is_dir():
-            raise ShardkitError(f"{path}: is a folder: choose a file in it")
+            raise ShardkitError(f"{path} is a folder: choose a file in it")
         if path.suffix.lower() not in endings:
-            raise ShardkitError(f"{path}: must end in {' or '.join(endings[:2])}")
+            raise ShardkitError(f"{path} must end in {' or '.join(endings[:2])}")
         if path.suffix.lower() != ".json":
             require("notebook", f"drawing {path}", "matplotlib")
 

@@ -31,7 +31,7 @@ from shardkit.base.errors import CheckpointError, DestinationError, PlanError, S
 from shardkit.base.jobs import Crew, resumable
 from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.formats.tensor import CAST_DTYPES, TensorInfo
+from shardkit.formats.tensor import CAST_DTYPES, DtypeLike, TensorInfo, dtype_name
 from shardkit.plan.plan import Shard, ShardPlan, plan_shards
 from shardkit.shard.destination import resolve
 from shardkit.shard.engine import reshard
@@ -141,7 +141,7 @@ def make_demo_checkpoint(
     folder: str | os.PathLike[str],
     *,
     size: int | str = "512MB",
-    dtype: str = "bfloat16",
+    dtype: DtypeLike = "bfloat16",
     shards: int = 2,
     seed: int = 0,
 ) -> Checkpoint:
@@ -176,6 +176,7 @@ def make_demo_checkpoint(
     SpaceError
         If the disk is too small (a `DestinationError`).
     """
+    dtype = dtype_name(dtype)
     shape = demo_shape(size, dtype)
     if seed < 0:
         raise PlanError(f"seed {seed} is negative, but must be zero or more")
@@ -199,8 +200,7 @@ def demo_shape(size: int | str, dtype: str = "bfloat16") -> DemoShape:
     The widest model of seven layers or more is chosen. The true width keeps the original's
     `intermediate`, only its layers vary; narrower models tune theirs to meet the size.
     """
-    if dtype not in _DTYPES:
-        raise PlanError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
+    dtype = dtype_name(dtype)
     asked, itemsize = parse_size(size), np.dtype(_DTYPES[dtype]).itemsize
     largest = _LARGEST_PARAMETERS * itemsize
     if not _SMALLEST_BYTES <= asked <= largest:
@@ -283,5 +283,5 @@ def _existing_demo(target: Path, plan: ShardPlan, made_by: dict[str, Any]) -> Ch
         if ((found.config or {}).get("shardkit_demo"), sizes) == (made_by, wanted):
             return found
     raise DestinationError(
-        f"{target}: is not empty, and not the requested demo: choose another folder, or delete this one"
+        f"{target} is not empty, and not the requested demo: choose another folder, or delete this one"
     )

@@ -20,15 +20,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from shardkit import (
-    CheckpointError,
-    PlanError,
-    ShardkitError,
-    load_model,
-    make_demo_checkpoint,
-    measure_load,
-    shard_checkpoint,
-)
+from shardkit import load_model, make_demo_checkpoint, measure_load, shard_checkpoint
+from shardkit.errors import CheckpointError, PlanError, ShardkitError
 from shardkit.load import budget, read_ahead
 from shardkit.load.residence import choose_residence, smallest_budget
 from shardkit.measure.limit import limited, why_unlimited
@@ -278,7 +271,7 @@ def test_truncated_source_is_an_error_with_numbers(own_copy: Path) -> None:
     file = own_copy / "model.safetensors"
     size = file.stat().st_size
     os.truncate(file, 5000)
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors, tensor '.*': .*{size} bytes.* 5000 "):
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors, tensor '.*' .*{size} bytes.* 5000 "):
         passes(model)
     with pytest.raises(CheckpointError, match=rf"{size} bytes"):
         logits(model)
@@ -301,7 +294,7 @@ def test_failing_disk_is_an_error_and_works_again_once_it_does(own_copy: Path, m
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(CheckpointError, match=r"tensor '.*': cannot be read: Input/output error"):
+    with pytest.raises(CheckpointError, match=r"tensor '.*' cannot be read: Input/output error"):
         passes(model)
     monkeypatch.setattr(os, "preadv", real)
     assert torch.equal(logits(model), expected)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from shardkit import CastError, PlanError, shard_checkpoint
+from shardkit import shard_checkpoint
+from shardkit.errors import CastError, PlanError
 from shardkit.formats.cast import Caster
 from shardkit.shard import copy as transfer
 from shardkit.sources import local

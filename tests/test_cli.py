@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 import shardkit
-from shardkit import Checkpoint, Comparison, ShardkitError, cli, plan_shards
+from shardkit import Checkpoint, Comparison, cli, plan_shards
 from shardkit.demo import make_demo_checkpoint
+from shardkit.errors import ShardkitError
 from shardkit.measure.limit import why_unlimited
 from tests.unasked import COMMAND
 

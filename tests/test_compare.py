@@ -461,7 +461,7 @@ class TestExperiment:
         ("others", "says"),
         [
             ({"x": {"colour": "red"}}, "variant 'x': colour is not an argument"),
-            ({"x": {"dtype": "int7"}}, "variant 'x': dtype: 'int7'"),
+            ({"x": {"dtype": "int7"}}, "variant 'x': dtype 'int7' is not one of"),
             ({"x": {"memory_limit": "bad"}}, "variant 'x': memory_limit: 'bad' is not a size"),
             ({"original": {"prefetch": True}}, "is named 'original'"),
             ({5: {}}, "is named 5"),

@@ -14,17 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from shardkit import (
-    Checkpoint,
-    CheckpointError,
-    DestinationError,
-    load_model,
-    plan_shards,
-    shard_checkpoint,
-    verify_checkpoint,
-)
+from shardkit import Checkpoint, load_model, plan_shards, shard_checkpoint, verify_checkpoint
 from shardkit.checkpoint.hosts import HOSTS
 from shardkit.checkpoint.scan import FORMATS
+from shardkit.errors import CheckpointError, DestinationError
 from shardkit.measure.measurement import LoadMeasurement
 from shardkit.measure.quantities import QUANTITIES, Quantity
 from shardkit.plan.packing import STRATEGIES

@@ -26,13 +26,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from shardkit import Checkpoint, PlanError, make_demo_checkpoint, measure_load, plan_shards
+from shardkit import Checkpoint, make_demo_checkpoint, measure_load, plan_shards
 from shardkit.base.machine import filesystem
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint import checkpoint as checkpoint_module
 from shardkit.checkpoint import estimate
 from shardkit.checkpoint.estimate import StoredTensor, estimate_load
 from shardkit.checkpoint.hosts import fit
+from shardkit.errors import PlanError
 
 
 @pytest.fixture(scope="module")

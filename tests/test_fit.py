@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardkit import Cancelled, MeasurementError, measure_load, minimum_memory
+from shardkit import measure_load, minimum_memory
 from shardkit.compare import fit
 from shardkit.compare.fit import LimitedRun, _bracket, _search
+from shardkit.errors import Cancelled, MeasurementError
 from shardkit.measure import limit
 from shardkit.measure.limit import why_unlimited
 from tests.fake_loads import MB, fake_load

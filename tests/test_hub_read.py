@@ -25,15 +25,8 @@ from huggingface_hub import constants, snapshot_download
 from safetensors.torch import save_file
 
 from shardkit import (
-    Cancelled,
     Checkpoint,
-    CheckpointError,
-    DestinationError,
-    DownloadNeededError,
     Progress,
-    ShardkitError,
-    SpaceError,
-    VerificationError,
     compare_loads,
     make_demo_checkpoint,
     measure_load,
@@ -42,6 +35,15 @@ from shardkit import (
     verify_checkpoint,
 )
 from shardkit.checkpoint.belonging import needed_files
+from shardkit.errors import (
+    Cancelled,
+    CheckpointError,
+    DestinationError,
+    DownloadNeededError,
+    ShardkitError,
+    SpaceError,
+    VerificationError,
+)
 from shardkit.sources import hub as remote
 from shardkit.sources import hub_client as access
 from shardkit.sources.hub_cache import must_stream
@@ -282,9 +284,9 @@ class TestLooking:
         path.write_bytes(raw)
         hub.add_model(ID, folder)
         assert Checkpoint.open(ID).tensors
-        with pytest.raises(CheckpointError, match="'t2': is not at byte"):
+        with pytest.raises(CheckpointError, match="'t2' is not at byte"):
             shard_checkpoint(ID, tmp_path / "out", stream=True)
-        with pytest.raises(CheckpointError, match="'t2': is not at byte"):
+        with pytest.raises(CheckpointError, match="'t2' is not at byte"):
             verify_checkpoint(ID, tmp_path / "sound")
         assert not (tmp_path / "out").exists()
 
@@ -900,7 +902,7 @@ for source in "org/own", "org/own", "org/download", "org/wrong", "other/gated", 
             source, out, overwrite=True, max_shard_size="1MB", workers=1, stream=source != "org/download",
             **given, **more)
         print(report, repr(report), json.dumps(report.to_dict()))
-    except shardkit.ShardkitError:
+    except shardkit.errors.ShardkitError:
         traceback.print_exc()
 """
         for number, name in enumerate(("org/wrong", "org/download")):

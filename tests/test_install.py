@@ -143,6 +143,7 @@ MISSING = {
 SAY = """
 import sys
 from shardkit import *
+from shardkit.errors import ShardkitError
 from shardkit.notebook import read_results
 from shardkit.show.plots import plot_bars
 results, model = sys.argv[1:]

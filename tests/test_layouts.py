@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shardkit import Checkpoint, CheckpointError, shard_checkpoint, verify_checkpoint
+from shardkit import Checkpoint, shard_checkpoint, verify_checkpoint
+from shardkit.errors import CheckpointError
 from shardkit.plan.plan import Strategy
 from tests.test_checkpoint import CONFIG, WEIGHTS, index, numbers, put
 

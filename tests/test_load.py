@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from shardkit import CheckpointError, PlanError, load_model, make_demo_checkpoint, measure_load
+from shardkit import load_model, make_demo_checkpoint, measure_load
+from shardkit.errors import CheckpointError, PlanError
 from shardkit.load.load_model import loader_names
 
 
@@ -39,8 +40,8 @@ def test_folder_and_the_file_that_is_loaded_give_the_same_model(one_file, source
 
 
 def test_text_that_is_no_dtype_is_refused_before_anything_is_read(demo):
-    with pytest.raises(PlanError, match="'fp16' is not one of float16"):
-        load_model(demo, dtype="fp16")
+    with pytest.raises(PlanError, match=r"'float17' is not .*; did you mean float16"):
+        load_model(demo, dtype="float17")
 
 
 OWN = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.Base", "AutoModelForCausalLM": "own.Head"}

@@ -347,12 +347,14 @@ class TestKnownPatterns:
 
 
 class TestBadEnds:
-    def test_missing_interpreter_is_a_failed_result(self, demo):
-        measurement = measure_load(demo, python="/no/such/python")
-        assert measurement.outcome == "failed"
-        assert "/no/such/python" in measurement.reason
-        assert measurement.phases == ()
-        str(measurement)
+    def test_missing_interpreter_or_gpu_is_noticed_before_anything_runs(self, demo, monkeypatch):
+        with pytest.raises(MeasurementError, match="python: '/no/such/python' is not there"):
+            measure_load(demo, python="/no/such/python")
+        monkeypatch.setattr("shardkit.measure.spec._GPU_NODES", ())
+        for version, why in (("2.13.0+cpu", "is its CPU build"), ("2.13.0", "this machine has none")):
+            monkeypatch.setattr("shardkit.measure.spec.metadata.version", lambda _, version=version: version)
+            with pytest.raises(MeasurementError, match=why):
+                measure_load(demo, device="cuda:1")
 
     @linux
     def test_killed_load_says_when_and_how_much_it_held(self, demo, tmp_path):

@@ -12,9 +12,10 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from shardkit import Checkpoint, VerificationError, shard_checkpoint, verify_checkpoint
+from shardkit import Checkpoint, shard_checkpoint, verify_checkpoint
 from shardkit.base.pages import resident_bytes
 from shardkit.checkpoint import asking
+from shardkit.errors import VerificationError
 from shardkit.load import seen
 from shardkit.load.seen import ModelKeys
 from tests.loopback_hub import LoopbackHub

@@ -22,12 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from shardkit import (
-    Checkpoint,
-    CheckpointError,
-    shard_checkpoint,
-    verify_checkpoint,
-)
+from shardkit import Checkpoint, shard_checkpoint, verify_checkpoint
+from shardkit.errors import CheckpointError
 from shardkit.formats import strided
 from shardkit.formats.tensor import DTYPE_NAMES
 from shardkit.shard import copy as transfer

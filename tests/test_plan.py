@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shardkit import Checkpoint, PlanError, ShardPlan, SizeError, TensorInfo, plan_shards
+from shardkit import Checkpoint, ShardPlan, TensorInfo, plan_shards
+from shardkit.errors import PlanError, SizeError
 from shardkit.formats.safetensors import MAX_HEADER_BYTES
 from shardkit.plan import packing
 from tests.support import bits, checkpoints, limits, union

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from shardkit import Checkpoint, PlanError, TensorInfo, plan_shards
+from shardkit import Checkpoint, TensorInfo, plan_shards
+from shardkit.errors import PlanError
 
 Made = dict[str, tuple[str, tuple[int, ...]]]
 

@@ -1,6 +1,8 @@
 """Results say the same as text, as HTML and as JSON."""
 
 import json
+import os
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -8,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardkit import Checkpoint, ShardkitError, plan_shards, shard_checkpoint, verify_checkpoint
+from shardkit import Checkpoint, plan_shards, shard_checkpoint, verify_checkpoint
 from shardkit.base.record import Record, Summary, Table
+from shardkit.errors import PlanError, ShardkitError
 from tests.support import Tensor, write_checkpoint
 
 EVIL = '<script>alert("x")</script>&amp;<img src=x onerror=alert(1)>'
@@ -146,3 +149,53 @@ def test_word_of_a_config_cannot_break_out_of_its_line(key: str, tmp_path: Path)
     hostile = shown("Llama\n  ! all is well\x1b[2J")
     assert len(hostile.splitlines()) == len(shown("Llama").splitlines())
     assert "\x1b" not in hostile
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_repr_is_the_short_table(kind: str, records: dict[str, Record]) -> None:
+    assert repr(records[kind]) == str(records[kind])
+
+
+def test_text_wraps_under_its_column_and_leaves_names_in_one_piece() -> None:
+    path = f"/{'very/long/' * 5}path"
+    rows = (("first", "1 GB", "a reason that has many words in it"), ("second", "20 GB", "another one"))
+    summary = Summary(
+        "Title",
+        (("label", "many words " * 5), ("source", path)),
+        (Table(("name", "size", "because"), rows),),
+        ("a note that takes more than one line of this width",),
+    )
+    lines = summary.text(40).splitlines()
+    assert [line for line in lines if len(line) > 40] == [f"  source  {path}"]
+    assert lines[1:3] == ["  label   many words many words many", "          words many words many words"]
+    assert lines[-5:] == [
+        "  first    1 GB  a reason that has many",
+        "                 words in it",
+        "  second  20 GB  another one",
+        "  ! a note that takes more than one line",
+        "    of this width",
+    ]
+    assert " ".join(summary.text(40).split()) == " ".join(summary.text().split())
+
+
+def test_records_are_understood_wherever_a_source_or_a_folder_is(tmp_path: Path) -> None:
+    opened = Checkpoint.open(checkpoint(tmp_path / "source", "t"))
+    plan = plan_shards(opened, max_shard_size=600)
+    report = shard_checkpoint(opened, tmp_path / "out")
+    for record, place in ((opened, "source"), (plan, "source"), (report, "out")):
+        assert os.fspath(record) == str(tmp_path / place)
+        assert Checkpoint.open(record).source == str(tmp_path / place)
+    assert verify_checkpoint(plan, report).equal
+
+
+def test_a_plan_is_carried_out_as_it_is(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "source", "t")
+    planned = plan_shards(source, max_shard_size=1_000, dtype="half")
+    # Its own files, which none of the strategies gives.
+    plan = replace(planned, shards=(planned.shards[0], *reversed(planned.shards[1:])))
+    assert shard_checkpoint(plan, tmp_path / "out").files == {s.file: s.nbytes for s in plan.shards}
+    with pytest.raises(PlanError, match="are those of the plan: leave them out"):
+        shard_checkpoint(plan, tmp_path / "other", dtype="float32")
+    write_checkpoint(source, [{"t9": Tensor("F32", (1,), bytes(4))}])
+    with pytest.raises(PlanError, match="has changed since it was planned"):
+        shard_checkpoint(plan, tmp_path / "other")

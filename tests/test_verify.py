@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from shardkit import (
-    Cancelled,
     Checkpoint,
     Progress,
     Verification,
@@ -20,6 +19,7 @@ from shardkit import (
     shard_checkpoint,
     verify_checkpoint,
 )
+from shardkit.errors import Cancelled
 from tests.support import (
     FreshFolder,
     Tensor,

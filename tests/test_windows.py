@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shardkit import Cancelled, shard_checkpoint, verify_checkpoint
+from shardkit import shard_checkpoint, verify_checkpoint
+from shardkit.errors import Cancelled
 from tests.support import read_checkpoint
 
 LIMIT = "40KB"

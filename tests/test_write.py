@@ -26,22 +26,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from shardkit import (
+from shardkit import Checkpoint, Progress, plan_shards, shard_checkpoint, verify_checkpoint
+from shardkit.base import jobs as run
+from shardkit.base import pages
+from shardkit.errors import (
     Cancelled,
     CastError,
-    Checkpoint,
     CheckpointError,
     DestinationError,
-    Progress,
     ShardkitError,
     SpaceError,
     VerificationError,
-    plan_shards,
-    shard_checkpoint,
-    verify_checkpoint,
 )
-from shardkit.base import jobs as run
-from shardkit.base import pages
 from shardkit.shard import copy as transfer
 from shardkit.shard import destination, folder_store, side_files, verify
 from shardkit.shard import engine as write
@@ -1592,7 +1588,9 @@ def test_second_run_on_a_destination_is_refused_while_the_first_goes_on(
     first.start()
     try:
         assert started.wait(60)
-        with pytest.raises(DestinationError, match=f"another run is writing it.*{os.getpid()}") as caught:
+        with pytest.raises(
+            DestinationError, match=f"is being written by another run.*{os.getpid()}"
+        ) as caught:
             shard(source, out)
         assert str(out) in str(caught.value)
     finally:

@@ -20,6 +20,8 @@ from shardkit.base.sizes import parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.compare.comparison import Comparison
 from shardkit.compare.parameters import check_values
+from shardkit.formats.tensor import DtypeLike, dtype_name
+from shardkit.measure.spec import Cache
 from shardkit.plan.plan import ShardPlan, Strategy
 from shardkit.shard.report import ShardReport
 
@@ -68,10 +70,10 @@ class ShardApp:
         destination: str | os.PathLike[str] | None = None,
         max_shard_size: int | str | None = None,
         strategy: Strategy = "size",
-        dtype: str | None = None,
+        dtype: DtypeLike | None = None,
         overwrite: bool = False,
         repeats: int = 5,
-        cache: str = "cold",
+        cache: Cache = "cold",
         first_token: bool = True,
         memory_limit: int | str | None = None,
         trust_remote_code: bool = False,
@@ -88,6 +90,7 @@ class ShardApp:
         settings = {"strategy": strategy, "cache": cache, "repeats": repeats, "overwrite": overwrite}
         settings |= {"first_token": first_token, "trust_remote_code": trust_remote_code}
         check_values(settings if dtype is None else settings | {"dtype": dtype})
+        dtype = None if dtype is None else dtype_name(dtype)
         limit = None if memory_limit is None else parse_size(memory_limit)
         size = None if max_shard_size is None else parse_size(max_shard_size)
         self._choose = Choose(_path("source", source))

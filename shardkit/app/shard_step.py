@@ -80,7 +80,7 @@ class Shard(Step):
         try:
             return bool(leftovers(self.folder))
         except ValueError:  # of a NUL, or half a character
-            raise DestinationError(f"{self.folder!r}: is not a valid folder name") from None
+            raise DestinationError(f"{self.folder!r} is not a valid folder name") from None
 
     def run(self) -> None:
         """Write, verify, publish."""

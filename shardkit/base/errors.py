@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+
+# What begins with one says something of a file or tensor, whose name comes before it.
+_VERB = re.compile(r"(is|was|has|cannot|changed|contains|declares|does|ends|mixes|names|spans|starts)\b")
 
 
 class ShardkitError(Exception):
@@ -25,7 +30,7 @@ class CheckpointError(ShardkitError):
         self.file, self.tensor, self.message = file, tensor, message
         clipped = tensor and (tensor if len(tensor) <= 200 else tensor[:197] + "...")
         where = ", ".join(filter(None, (file, None if tensor is None else f"tensor {clipped!r}")))
-        super().__init__(f"{where}: {message}" if where else message)
+        super().__init__(f"{where}{' ' if _VERB.match(message) else ': '}{message}" if where else message)
 
     def of(self, tensor: str) -> CheckpointError:
         """Return the same error of a tensor; of none where its name is empty."""
@@ -40,6 +45,14 @@ def reading(file: str | None = None, tensor: str | None = None) -> Iterator[None
     except OSError as error:
         why, where = error.strerror or error, file or error.filename
         raise CheckpointError(f"cannot be read: {why}", file=where, tensor=tensor) from error
+
+
+def misspelled(what: str, value: object, choices: Iterable[str]) -> str:
+    """Say that a value is none of the choices, and which of them may be meant."""
+    names = list(choices)
+    near = get_close_matches(str(value).lower(), names, 1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    return f"{what} {str(value)!r} is not one of {', '.join(names)}{meant}"
 
 
 class DownloadNeededError(CheckpointError):

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from html import escape
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import PurePath
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from shardkit.base.errors import ShardkitError
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     import cattrs
 
 _LITERAL = "python literal"
+_NARROWEST = 16  # characters of a column that wraps
 _FIGURE = re.compile(r"([-+]?[\d.,]+(x| ?[A-Za-z%]{1,3})?( \d+ s)?|[-…]?)$")
 
 
@@ -34,14 +37,22 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
-    def text(self) -> str:
-        """Return the table with its columns aligned by spaces."""
-        lines = [tuple(map(printable, line)) for line in (self.columns, *self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+    def text(self, width: int | None = None) -> str:
+        """Return the table with its columns aligned by spaces; in a `width`, text wraps in its column."""
+        rows = [[[printable(cell)] for cell in row] for row in (self.columns, *self.rows)]
         align = [str.rjust if right else str.ljust for right in self._are_figures]
+        texts = (place for place, right in enumerate(self._are_figures) if not right)
+        for place in sorted(texts, key=lambda place: -_widths(rows)[place]):
+            widths = _widths(rows)
+            if width is None or (over := sum(widths) + 2 * (len(widths) - 1) - width) <= 0:
+                break
+            for row in rows:
+                row[place] = _wrapped(row[place][0], max(widths[place] - over, _NARROWEST))
+        widths = _widths(rows)
         return "\n".join(
             "  ".join(fit(cell, width) for fit, cell, width in zip(align, line, widths, strict=True)).rstrip()
-            for line in lines
+            for row in rows
+            for line in zip_longest(*row, fillvalue="")
         )
 
     @property
@@ -63,6 +74,25 @@ class Table:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def _widths(rows: list[list[list[str]]]) -> list[int]:
+    return [max(len(line) for cell in column for line in cell) for column in zip(*rows, strict=True)]
+
+
+def _wrapped(text: str, width: int | None, head: str = "") -> list[str]:
+    """Return the lines of a text behind a head, under which it wraps; names are left in one piece."""
+    if width is None:
+        return [f"{head}{text}".rstrip()]
+    lines = wrap(
+        text,
+        max(width, len(head) + _NARROWEST),
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return lines or [head.rstrip()]
+
+
 @dataclass(frozen=True)
 class Summary:
     """A title, labelled facts, tables and notes: what a person wants to know of a result."""
@@ -72,15 +102,17 @@ class Summary:
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def text(self) -> str:
-        """Return the summary as plain text."""
-        width = max((len(label) for label, _ in self.facts), default=0)
+    def text(self, width: int | None = None) -> str:
+        """Return the summary as plain text; in a `width`, what is longer wraps under its column."""
+        longest = max((len(label) for label, _ in self.facts), default=0)
         lines = [printable(self.title)]
         for label, value in self.facts:
-            lines.append(f"  {printable(label):<{width}}  {printable(value)}".rstrip())
+            lines += _wrapped(printable(value), width, f"  {printable(label):<{longest}}  ")
         for table in self.tables:
-            lines += ["", *(f"  {line}" for line in table.text().splitlines())]
-        return "\n".join([*lines, *(f"  ! {printable(note)}" for note in self.notes)])
+            lines += ["", *(f"  {line}" for line in table.text(width and width - 2).splitlines())]
+        for note in self.notes:
+            lines += _wrapped(printable(note), width, "  ! ")
+        return "\n".join(lines)
 
     def html(self) -> str:
         """Return the summary as HTML, every value escaped."""
@@ -105,15 +137,18 @@ class Record:
         """Return what `__str__` and `_repr_html_` show."""
         raise NotImplementedError
 
+    def __init_subclass__(cls) -> None:
+        # A dataclass keeps the one it finds; its own would show every tensor of a plan.
+        cls.__repr__ = Record.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         return self.summary().text()
 
     def _repr_html_(self) -> str:
         return self.summary().html()
-
-    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
-        # For notebooks, where a dataclass's own repr would store every tensor of a plan as text.
-        return {"text/plain": str(self), "text/html": self._repr_html_()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON-ready data, its ``schema`` named: ``shardkit/ShardPlan/1``."""

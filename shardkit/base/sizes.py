@@ -10,7 +10,7 @@ from shardkit.base.errors import SizeError
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("KMGTPE", start=1)
-    for suffix, base in (("B", 1000), ("IB", 1024))
+    for suffix, base in (("", 1000), ("B", 1000), ("I", 1024), ("IB", 1024))
 }
 _SIZE = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 _MOST = 10**30  # beyond any disk, and what follows from it can still be shown
@@ -20,8 +20,8 @@ _ACCEPTED = 'a positive number of bytes, or text such as "500MB", "2GB" (decimal
 def parse_size(size: int | str) -> int:
     """Return `size` in bytes.
 
-    Units are decimal (KB, MB, GB, TB, PB, EB) or binary (KiB, MiB, ...), in any letter case; a fraction
-    of a byte is dropped. The Hub writes sizes in decimal units, and so do we.
+    Units are decimal (KB, MB, GB, TB, PB, EB) or binary (KiB, MiB, ...), in any letter case, and with or
+    without their B; a fraction of a byte is dropped. The Hub writes sizes in decimal units, and so do we.
 
     Raises
     ------

@@ -36,7 +36,7 @@ from shardkit.checkpoint.layout import (
 from shardkit.checkpoint.metadata import of_checkpoint
 from shardkit.checkpoint.scan import confirm_offsets, format_of
 from shardkit.formats.strided import MAX_RECEIVED_SPAN
-from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
+from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, LoadDtypeLike, TensorInfo
 from shardkit.sources.fileset import FileSet, State
 from shardkit.sources.resolve import resolve
 
@@ -101,6 +101,9 @@ class Checkpoint(Record):
     made: dict[str, str] = field(default_factory=dict)
     seen: dict[str, State] = field(init=False, default_factory=dict, compare=False, repr=False)
 
+    def __fspath__(self) -> str:
+        return self.source  # so that it can be given wherever a source is
+
     @classmethod
     def open(
         cls,
@@ -118,6 +121,7 @@ class Checkpoint(Record):
             A folder, a weights file, an index file, or a snapshot folder of the Hub's cache; or a model on
             the Hub, of which only headers and small files are read: "org/name", "org/name@revision",
             "hf://org/name". A local folder of the same name comes first, and so does the Hub cache.
+            Or a `Checkpoint`, a `ShardPlan` (its source), a `ShardReport` (its destination).
         revision
             Branch, tag or commit on the Hub (default: its main branch), pinned to its current commit.
         token
@@ -131,6 +135,10 @@ class Checkpoint(Record):
             If there is no checkpoint, access is refused, or a file is damaged or hostile; names file,
             tensor, numbers.
         """
+        if isinstance(source, cls) and source.place.folder is None:  # a commit, which does not change
+            if not download:
+                return source
+            token = token or getattr(source.place, "token", None)
         found = resolve(source, needed_files, revision=revision, token=token, download=download)
         place, chosen = found.files, found.chosen
         config = read_config(place)
@@ -210,7 +218,7 @@ class Checkpoint(Record):
         """The model class that the config names."""
         return architecture(self.config)
 
-    def estimate(self, dtype: str | None = None) -> Estimate:
+    def estimate(self, dtype: LoadDtypeLike | None = None) -> Estimate:
         """Return how much memory `from_pretrained` will take, and on which hosts it fits.
 
         Parameters

@@ -180,7 +180,7 @@ class Comparison(Samples, Record):
         except OSError as error:
             with suppress(OSError):
                 part.unlink()
-            raise MeasurementError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
+            raise MeasurementError(f"{os.fspath(path)} cannot be written: {error.strerror}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -14,10 +14,11 @@ from shardkit.base.jobs import Crew, worker_count
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.compare.comparison import Comparison
+from shardkit.formats.tensor import LoadDtypeLike
 from shardkit.measure.launch import run_load
 from shardkit.measure.measurement import LoadMeasurement
 from shardkit.measure.samples import ORIGINAL, SHARDED, Sample, Variant
-from shardkit.measure.spec import LoadSpec, Rule, check, optional, share, whole_number
+from shardkit.measure.spec import Cache, LoadSpec, Rule, check, optional, share, whole_number
 from shardkit.shard.verify import compare_tensors
 
 _ProgressCallback = Callable[[int, int, str], bool | None]
@@ -31,9 +32,9 @@ def compare_loads(
     original: _Source,
     sharded: _Source,
     *,
-    dtype: str | None = None,
+    dtype: LoadDtypeLike | None = None,
     device: str = "cpu",
-    cache: str = "cold",
+    cache: Cache = "cold",
     repeats: int = 5,
     margin: float = 0.05,
     progress: _ProgressCallback | None = None,

@@ -13,6 +13,7 @@ from shardkit.base.machine import usable_memory
 from shardkit.base.record import Record, Summary, Table, plural, shown_path
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.formats.tensor import LoadDtypeLike
 from shardkit.measure.launch import run_load
 from shardkit.measure.limit import why_unlimited
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement
@@ -112,7 +113,7 @@ def _between(succeeded: int, failed: int) -> str:
 def minimum_memory(
     source: str | os.PathLike[str],
     *,
-    dtype: str | None = None,
+    dtype: LoadDtypeLike | None = None,
     python: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
     tolerance: float = TOLERANCE,
@@ -145,8 +146,9 @@ def minimum_memory(
         If `progress` asked to stop.
     """
     check({"tolerance": tolerance}, {"tolerance": share(_TOO_FINE, 1)})
+    source = os.fspath(source)
     spec = LoadSpec(dtype, python=python, options=options or {})
-    predicted = Checkpoint.open(source).estimate(dtype).peak_anonymous_bytes
+    predicted = Checkpoint.open(source).estimate(spec.dtype).peak_anonymous_bytes
     if why := why_unlimited():
         raise MeasurementError(
             f"no memory limit can be set here: {why}; from the headers, loading {source} takes about "
@@ -175,7 +177,7 @@ def minimum_memory(
     (load_failed, load), (token_failed, token) = (_bracket(runs, goal) for goal in _GOALS)
     return MemoryFloor(
         source=free.source,
-        dtype=dtype,
+        dtype=spec.dtype,
         predicted_bytes=predicted,
         load_bytes=load,
         load_failed_bytes=load_failed,

@@ -9,9 +9,9 @@ from typing import Any
 from shardkit.base.errors import InOneLine, MeasurementError, ShardkitError
 from shardkit.base.sizes import parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.formats.tensor import CAST_DTYPES
+from shardkit.formats.tensor import dtype_name
 from shardkit.measure.spec import CACHES, Rule, check, must, one_of, whole_number
-from shardkit.plan.packing import STRATEGIES
+from shardkit.plan.packing import packing
 
 
 class ParameterError(InOneLine, ShardkitError, ValueError):
@@ -41,8 +41,8 @@ RULES: dict[str, Rule] = {
     "model": _is_checkpoint,
     "demo_size": parse_size,
     "max_shard_size": parse_size,
-    "strategy": one_of(*STRATEGIES),
-    "dtype": one_of(*CAST_DTYPES),
+    "strategy": packing,
+    "dtype": dtype_name,
     "repeats": whole_number(1),
     "cache": one_of(*CACHES),
     "overwrite": one_of(True, False),

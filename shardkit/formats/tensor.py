@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from typing import Any, Literal, TypeAlias
 
-from shardkit.base.errors import PlanError
+from shardkit.base.errors import PlanError, misspelled
 from shardkit.base.sizes import format_size
 from shardkit.formats.strided import Layout
 
@@ -24,17 +25,33 @@ DTYPE_NAMES = {
 # The dtypes that a cast may start from or end in; anything smaller is quantized.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+# What editors suggest; their short names, and torch's own dtypes, are understood as well.
+Dtype = Literal["float16", "bfloat16", "float32"]
+DtypeLike: TypeAlias = Dtype | Any
+LoadDtype = Literal["auto", "float16", "bfloat16", "float32"]
+LoadDtypeLike: TypeAlias = LoadDtype | Any
+_SHORT = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 QUANTIZED_DTYPES = tuple(name for name in DTYPE_NAMES if name == "F4" or name.startswith(("F6_", "F8_")))
 
 
-def parse_dtype(dtype: object) -> str | None:
-    """Return the dtype that a cast is to end in, in safetensors' words; None for none."""
-    if dtype is None:
-        return None
+def dtype_name(dtype: object) -> str:
+    """Return the name of a dtype to cast to or load in, by any of its names: "fp16", "half", torch.float16.
+
+    Raises
+    ------
+    PlanError
+        If it is none; suggests the nearest.
+    """
     name = str(dtype).removeprefix("torch.").lower()
+    name = _SHORT.get(name, name)
     if name not in CAST_DTYPES:
-        raise PlanError(f"dtype {str(dtype)!r} is not one of {', '.join(CAST_DTYPES)}")
-    return CAST_DTYPES[name]
+        raise PlanError(misspelled("dtype", dtype, CAST_DTYPES))
+    return name
+
+
+def parse_dtype(dtype: object) -> str | None:
+    """Return the dtype that a cast is to end in, in safetensors' words; None for none; as `dtype_name`."""
+    return None if dtype is None else CAST_DTYPES[dtype_name(dtype)]
 
 
 @contextmanager

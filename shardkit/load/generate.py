@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from shardkit.base.extras import require
 from shardkit.base.record import Record, Summary, plural
 from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.formats.tensor import LoadDtypeLike
 from shardkit.load.budget import process_bytes
 from shardkit.load.load_model import load_model
 
@@ -78,12 +80,12 @@ class Generation(Record):
 
 
 def generate_text(
-    source: str,
+    source: str | os.PathLike[str],
     prompt: str,
     *,
     max_memory: int | str | None = None,
     max_new_tokens: int = 32,
-    dtype: str = "auto",
+    dtype: LoadDtypeLike = "auto",
     on_text: Callable[[str], None] | None = None,
     **from_pretrained_options: Any,
 ) -> Generation:

@@ -14,7 +14,7 @@ from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.config import architecture
 from shardkit.checkpoint.layout import find_weights, read_config
-from shardkit.formats.tensor import CAST_DTYPES, parse_dtype
+from shardkit.formats.tensor import CAST_DTYPES, LoadDtypeLike, dtype_name
 from shardkit.load.budget import Workload
 from shardkit.load.prefetch import Prefetch
 from shardkit.load.within import load_within
@@ -28,7 +28,7 @@ _CAUSAL = "AutoModelForCausalLM"
 def load_model(
     source: str | os.PathLike[str],
     *,
-    dtype: str | Any = "auto",
+    dtype: LoadDtypeLike = "auto",
     prefetch: bool = True,
     max_memory: int | str | dict[Any, Any] | None = None,
     context_tokens: int = 1024,
@@ -84,7 +84,7 @@ def load_model(
     """
     require("load", "loading a model", "torch", "transformers")
     if isinstance(dtype, str) and dtype != "auto":
-        parse_dtype(dtype)
+        dtype = dtype_name(dtype)
     if isinstance(max_memory, dict):  # for each device, as transformers has it
         from_pretrained_options["max_memory"], max_memory = max_memory, None
     budget = None if max_memory is None else parse_size(max_memory)

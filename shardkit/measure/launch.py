@@ -13,13 +13,14 @@ from typing import Any
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import read_config
+from shardkit.formats.tensor import LoadDtypeLike
 from shardkit.load.load_model import loaded_files, loader_names, prefetch_bytes
 from shardkit.measure import page_cache
 from shardkit.measure.child import ChildEnd, run_child
 from shardkit.measure.environment import describe_machine
 from shardkit.measure.measurement import LOAD, LoadMeasurement, MemoryCurve, Outcome, Phase, SamplerCost
 from shardkit.measure.sampler import Reading
-from shardkit.measure.spec import LoadSpec
+from shardkit.measure.spec import Cache, LoadSpec
 from shardkit.sources.local import LocalFiles
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -40,9 +41,9 @@ _NOT_STARTED = (126, 127)  # as a shell says it
 def measure_load(
     source: str | os.PathLike[str],
     *,
-    dtype: str | None = None,
+    dtype: LoadDtypeLike | None = None,
     device: str = "cpu",
-    cache: str = "cold",
+    cache: Cache = "cold",
     generate: int = 1,
     prefetch: bool = False,
     memory_limit: int | str | None = None,

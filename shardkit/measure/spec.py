@@ -8,18 +8,23 @@ import math
 import os
 import re
 import reprlib
+import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import metadata
+from typing import Any, Literal
 
 from shardkit.base.errors import MeasurementError, ShardkitError
 from shardkit.base.extras import require
 from shardkit.base.sizes import parse_size
-from shardkit.formats.tensor import CAST_DTYPES
+from shardkit.formats.tensor import LoadDtypeLike, dtype_name
 from shardkit.measure.limit import limited
 
 Rule = Callable[[Any], object]  # raises what is wrong with a value, and what to give
 
+# Of NVIDIA's driver, AMD's, and Windows' for Linux.
+_GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _DEVICE = re.compile(r"cpu|auto|balanced(_low_0)?|sequential|cuda(:\d+)?")
 
 
@@ -29,7 +34,8 @@ def check(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
         try:
             rules[name](value)
         except ShardkitError as error:
-            raise MeasurementError(f"{name}: {error}") from None
+            words = str(error)
+            raise MeasurementError(words if words.startswith(name) else f"{name}: {words}") from None
 
 
 def must(hold: Callable[[Any], bool], words: str) -> Rule:
@@ -69,6 +75,22 @@ def _can_be_set(limit: int | str) -> None:
         pass
 
 
+def _can_start(python: object) -> None:
+    must(lambda value: isinstance(value, (str, os.PathLike)), "a path of an interpreter")(python)
+    if shutil.which(os.path.expanduser(str(python))) is None:
+        raise MeasurementError(f"{str(python)!r} is not there, or not executable: use another interpreter")
+
+
+def _require_gpu(device: str) -> None:
+    """Refuse a GPU where there is none: now, not after the first load."""
+    if (version := metadata.version("torch")).endswith("+cpu"):
+        raise MeasurementError(
+            f"device {device!r} needs a torch with CUDA, but {version} is its CPU build: use the CPU"
+        )
+    if sys.platform == "linux" and not any(map(os.path.exists, _GPU_NODES)):
+        raise MeasurementError(f"device {device!r} needs a GPU, but this machine has none: use the CPU")
+
+
 def _arrive(options: Mapping[str, Any]) -> None:
     """Refuse options that would not reach another process just as they are."""
     must(lambda value: isinstance(value, Mapping), "arguments of from_pretrained by name")(options)
@@ -85,9 +107,10 @@ def _arrive(options: Mapping[str, Any]) -> None:
             )
 
 
-CACHES = ("cold", "warm")
+Cache = Literal["cold", "warm"]
+CACHES: tuple[Cache, ...] = ("cold", "warm")
 _RULES: dict[str, Rule] = {
-    "dtype": one_of(None, "auto", *CAST_DTYPES),
+    "dtype": lambda value: value in (None, "auto") or dtype_name(value),
     "device": must(
         lambda value: isinstance(value, str) and bool(_DEVICE.fullmatch(value)),
         'a device: "cpu", "cuda", "cuda:1", "auto"',
@@ -96,7 +119,7 @@ _RULES: dict[str, Rule] = {
     "generate": whole_number(0),
     "prefetch": one_of(True, False),
     "memory_limit": optional(_can_be_set),
-    "python": optional(must(lambda value: isinstance(value, (str, os.PathLike)), "a path of an interpreter")),
+    "python": optional(_can_start),
     "timeout": optional(
         must(lambda value: isinstance(value, (int, float)) and 0 <= value < math.inf, "a number of seconds")
     ),
@@ -109,9 +132,9 @@ _RULES: dict[str, Rule] = {
 class LoadSpec:
     """The arguments of `measure_load`, which says what each means; one that is not understood is refused."""
 
-    dtype: str | None = None
+    dtype: LoadDtypeLike | None = None
     device: str = "cpu"
-    cache: str = "cold"
+    cache: Cache = "cold"
     generate: int = 1
     prefetch: bool = False
     memory_limit: int | str | None = None
@@ -122,11 +145,16 @@ class LoadSpec:
 
     def __post_init__(self) -> None:
         check(vars(self), _RULES)
+        object.__setattr__(
+            self, "dtype", self.dtype if self.dtype in (None, "auto") else dtype_name(self.dtype)
+        )
         object.__setattr__(self, "options", dict(self.options or {}))
         object.__setattr__(self, "python", self.python and os.fspath(self.python))
         # Another interpreter loads with packages of its own, but who watches it is here.
         needed = ("memory_profiler", *(() if self.python else ("torch", "transformers")))
         require("load", "measuring a load", *needed)
+        if self.device.startswith("cuda") and not self.python:
+            _require_gpu(self.device)
 
     @property
     def memory_limit_bytes(self) -> int | None:

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
+from shardkit.base.errors import PlanError, misspelled
 from shardkit.checkpoint.parts import Part, part_of
 from shardkit.formats.safetensors import DTYPE_BITS, entry_text, header_bytes, tensor_bytes
 from shardkit.formats.tensor import FLOAT_DTYPES, TensorInfo
@@ -203,3 +204,16 @@ STRATEGIES: dict[str, Packing] = {
     "layer": Packing("one file for each decoder block", pack_by_layer),
     "balanced": Packing("few files of nearly equal size", pack_balanced),
 }
+
+
+def packing(strategy: str) -> Packing:
+    """Return the packing of a strategy.
+
+    Raises
+    ------
+    PlanError
+        If there is none of that name; suggests the nearest.
+    """
+    if strategy not in STRATEGIES:
+        raise PlanError(misspelled("strategy", strategy, STRATEGIES))
+    return STRATEGIES[strategy]

@@ -27,8 +27,16 @@ from shardkit.formats.safetensors import (
     build_header,
     empty_header_chars,
 )
-from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, collector_paused, parse_dtype
-from shardkit.plan.packing import STRATEGIES, Item, layout
+from shardkit.formats.tensor import (
+    DTYPE_NAMES,
+    FLOAT_DTYPES,
+    DtypeLike,
+    LoadDtypeLike,
+    TensorInfo,
+    collector_paused,
+    parse_dtype,
+)
+from shardkit.plan.packing import Item, layout, packing
 from shardkit.plan.packing import Strategy as Strategy
 from shardkit.sources.resolve import is_on_hub
 
@@ -55,7 +63,7 @@ class Shard:
     """One file to write: its tensors in order of their offsets, and its exact size."""
 
     file: str
-    tensors: tuple[PlannedTensor, ...]
+    tensors: tuple[PlannedTensor, ...] = field(repr=False)
     header_bytes: int
 
     @property
@@ -108,6 +116,9 @@ class ShardPlan(Record):
     file_metadata: tuple[str, ...] = ()
     kept: dict[str, str] = field(default_factory=dict)
 
+    def __fspath__(self) -> str:
+        return self.source  # as of a `Checkpoint`
+
     @cached_property
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
@@ -155,7 +166,7 @@ class ShardPlan(Record):
 
     def estimate(
         self,
-        dtype: str | None,
+        dtype: LoadDtypeLike | None,
         *,
         config: Mapping[str, Any] | None,
         side_files: Mapping[str, int] | None = None,
@@ -225,18 +236,18 @@ class ShardPlan(Record):
 
 
 def plan_shards(
-    checkpoint: Checkpoint | str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str],
     *,
     max_shard_size: int | str = "2GB",
     strategy: Strategy = "size",
-    dtype: object = None,
+    dtype: DtypeLike | None = None,
 ) -> ShardPlan:
     """Plan how to shard a checkpoint; a `max_shard_size` larger than the model merges it into one file.
 
     Parameters
     ----------
     checkpoint
-        What `Checkpoint.open` returned, or what it would open.
+        What `Checkpoint.open` returned, or anything that it opens.
     max_shard_size
         Maximum size of a file, header included: "500MB", "1.5GiB", or a number of bytes. A tensor larger than
         that gets a file of its own.
@@ -259,15 +270,14 @@ def plan_shards(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint)
     limit = parse_size(max_shard_size)
-    if strategy not in STRATEGIES:
-        raise PlanError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
+    pack = packing(strategy).pack
     target = parse_dtype(dtype)
     kept = _kept(checkpoint, target) if target is not None else {}
     metadata = {**FORMAT_METADATA, **checkpoint.metadata}
     empty = empty_header_chars(metadata)
     with collector_paused():
         items = [Item.of(t, None if t.name in kept else target) for t in checkpoint.tensors.values()]
-        shards = _shards(STRATEGIES[strategy].pack(items, limit, empty), checkpoint.stem, empty)
+        shards = _shards(pack(items, limit, empty), checkpoint.stem, empty)
     _check_headers(checkpoint, shards)
     return ShardPlan(
         source=checkpoint.source,

@@ -34,11 +34,12 @@ warnings.filterwarnings("ignore", "flock not supported", UserWarning)  # its oth
 
 def resolve(destination: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a destination, links followed; refuse one on the Hub."""
-    if is_on_hub(destination) or "://" in str(destination):
+    name = os.fspath(destination)
+    if is_on_hub(name) or "://" in name:
         raise DestinationError(
-            f"{destination}: is not a local folder: use shard_on_hub, or shard to a folder and push it"
+            f"{name} is not a local folder: use shard_on_hub, or shard to a folder and push it"
         )
-    return Path(os.path.realpath(os.path.expanduser(destination)))
+    return Path(os.path.realpath(os.path.expanduser(name)))
 
 
 def beside(target: Path, role: str) -> Path:
@@ -57,22 +58,22 @@ def check_free(target: Path, overwrite: bool) -> None:
     """Refuse a destination that holds what is not to be replaced; as `check_destination`."""
     if _is_within(Path(), target):
         raise DestinationError(
-            f"{target}: contains the current directory, so it is not replaced: run from another directory"
+            f"{target} contains the current directory, so it is not replaced: run from another directory"
         )
     if target.exists() and not target.is_dir():
-        raise DestinationError(f"{target}: is a file; choose a folder")
+        raise DestinationError(f"{target} is a file; choose a folder")
     if os.path.ismount(target):
-        raise DestinationError(f"{target}: is a mount point; choose a folder inside it")
+        raise DestinationError(f"{target} is a mount point; choose a folder inside it")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
         raise DestinationError(
-            f"{target}: already exists and is not empty; choose another folder, or replace it with "
+            f"{target} already exists and is not empty; choose another folder, or replace it with "
             "overwrite=True"
         )
     if not any(is_weights(entry.name) for entry in target.iterdir()):
         raise DestinationError(
-            f"{target}: is not a checkpoint, so it is not overwritten; delete it or choose another folder"
+            f"{target} is not a checkpoint, so it is not overwritten; delete it or choose another folder"
         )
 
 
@@ -81,10 +82,10 @@ def _check_apart(checkpoint: Checkpoint, folder: Path, target: Path) -> None:
     if _is_same(target, source) or _is_same(target, folder):
         raise DestinationError(f"{target}: destination and source are the same; choose another folder")
     if _is_within(target, folder) and (source == folder or checkpoint.config is not None):
-        raise DestinationError(f"{target}: is inside the source {folder}; choose another folder")
+        raise DestinationError(f"{target} is inside the source {folder}; choose another folder")
     for file in (checkpoint.folder, *(checkpoint.path(name) for name in checkpoint.files)):
         if _is_within(Path(file), target):
-            raise DestinationError(f"{target}: contains the source file {file}; choose another folder")
+            raise DestinationError(f"{target} contains the source file {file}; choose another folder")
 
 
 def _is_within(path: Path, folder: Path) -> bool:
@@ -111,11 +112,13 @@ def locked(target: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         if not path.exists():
-            raise DestinationError(f"{target}: cannot write to the folder {target.parent}") from None
+            raise DestinationError(
+                f"{target} cannot be written: no access to the folder {target.parent}"
+            ) from None
         holder = ""
         with suppress(OSError):
             holder = f" ({' '.join(path.read_text(encoding='utf-8').split())})"
-        raise DestinationError(f"{target}: another run is writing it{holder}") from None
+        raise DestinationError(f"{target} is being written by another run{holder}") from None
     # Without flock the file's being there is the lock, and what is in it tells whether it is stale.
     is_soft = isinstance(lock, filelock.SoftFileLock)
     try:
@@ -161,7 +164,7 @@ def remove_leftovers(destination: str | os.PathLike[str]) -> list[Path]:
         with locked(target):
             discard_unfinished(target)
         if left := _all_beside(target):
-            raise DestinationError(f"{target}: cannot be removed: {listed(map(str, left))}")
+            raise DestinationError(f"{target} cannot be removed: {listed(map(str, left))}")
     return [path for path in found if not (is_aside and path == beside(target, "old"))]
 
 

@@ -15,10 +15,11 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
-from shardkit.base.errors import Cancelled, CheckpointError, DownloadNeededError
+from shardkit.base.errors import Cancelled, CheckpointError, DownloadNeededError, PlanError
 from shardkit.base.jobs import Crew, ProgressCallback, ProgressCount, resumable, run_all, worker_count
 from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.formats.tensor import DtypeLike
 from shardkit.plan.plan import Shard, ShardPlan, Strategy, plan_shards
 from shardkit.shard.copy import Outcome, run_task, shard_tasks
 from shardkit.shard.destination import check_free, resolve
@@ -28,6 +29,8 @@ from shardkit.shard.side_files import write_side_files
 from shardkit.shard.store import Job, Store
 from shardkit.sources.resolve import hub_name, is_on_hub
 
+_USUAL = ("2GB", "size", None)
+
 
 @resumable()
 def shard_checkpoint(
@@ -36,7 +39,7 @@ def shard_checkpoint(
     *,
     max_shard_size: int | str = "2GB",
     strategy: Strategy = "size",
-    dtype: object = None,
+    dtype: DtypeLike | None = None,
     workers: int | None = None,
     executor: Executor | None = None,
     overwrite: bool = False,
@@ -53,7 +56,8 @@ def shard_checkpoint(
     Parameters
     ----------
     source
-        A folder, a weights file, or a model on the Hub ("org/name", "org/name@revision").
+        A folder, a weights file, a model on the Hub ("org/name", "org/name@revision"), or a `Checkpoint`. A
+        `ShardPlan` is carried out.
     destination
         A folder that does not exist, or is empty.
     max_shard_size, strategy, dtype
@@ -94,7 +98,7 @@ def shard_checkpoint(
         If `progress` returned False.
     """
     start, crew = time.perf_counter(), Crew(worker_count(workers, executor), executor, progress)
-    planned = partial(plan_shards, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
+    planned = partial(_planned, source, max_shard_size, strategy, dtype)
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
     checkpoint = opened()
     plan = planned(checkpoint)
@@ -108,12 +112,12 @@ def shard_checkpoint(
 
 @resumable()
 def shard_on_hub(
-    source_id: str,
+    source_id: str | os.PathLike[str],
     target_id: str,
     *,
     max_shard_size: int | str = "2GB",
     strategy: Strategy = "size",
-    dtype: object = None,
+    dtype: DtypeLike | None = None,
     revision: str | None = None,
     private: bool = True,
     workers: int | None = None,
@@ -131,7 +135,7 @@ def shard_on_hub(
     Parameters
     ----------
     source_id
-        "org/name" or "org/name@revision".
+        "org/name" or "org/name@revision"; a `Checkpoint` of it; or a `ShardPlan`, which is carried out.
     target_id
         ``owner/name``; created if it does not exist. Its head changes once, when everything is there.
     max_shard_size, strategy, dtype
@@ -173,9 +177,26 @@ def shard_on_hub(
     start, crew = time.perf_counter(), Crew(worker_count(workers), progress=progress)
     checkpoint = _open_there(source_id, revision, token)
     check_loadable(checkpoint)
-    plan = plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
+    plan = _planned(source_id, max_shard_size, strategy, dtype, checkpoint)
     job = Job(checkpoint, plan, verify, allow_overflow, crew)
     return reshard(HubStore(job, target_id, token, private, Path(work_folder or ".")), start)
+
+
+def _planned(
+    source: str | os.PathLike[str],
+    max_shard_size: int | str,
+    strategy: Strategy,
+    dtype: DtypeLike | None,
+    checkpoint: Checkpoint,
+) -> ShardPlan:
+    """Return the plan of a checkpoint; one that was given as the source, if it still is one of it."""
+    if not isinstance(source, ShardPlan):
+        return plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
+    if (max_shard_size, strategy, dtype) != _USUAL:
+        raise PlanError("max_shard_size, strategy and dtype are those of the plan: leave them out")
+    if {t.source.name: t.source for shard in source.shards for t in shard.tensors} != checkpoint.tensors:
+        raise PlanError(f"{checkpoint.source} has changed since it was planned: plan it again")
+    return source
 
 
 def _is_streamed(
@@ -199,11 +220,13 @@ def _is_streamed(
     return False
 
 
-def _open_there(source_id: str, revision: str | None, token: str | None) -> Checkpoint:
-    if os.path.exists(source_id):
-        raise CheckpointError("is a local path: shard it to a folder, then push that", file=source_id)
-    source = hub_name(source_id)
-    checkpoint = Checkpoint.open(source, revision=revision, token=token)
+def _open_there(source_id: str | os.PathLike[str], revision: str | None, token: str | None) -> Checkpoint:
+    name = os.fspath(source_id)
+    if os.path.exists(name):
+        raise CheckpointError("is a local path: shard it to a folder, then push that", file=name)
+    source = hub_name(name)
+    opened = source_id if isinstance(source_id, Checkpoint) else source
+    checkpoint = Checkpoint.open(opened, revision=revision, token=token)
     try:
         return checkpoint.check_streamable()
     except DownloadNeededError as error:

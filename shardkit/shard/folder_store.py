@@ -184,7 +184,7 @@ class FolderStore(Store):
         needed, free = self._space()
         if needed > free:
             raise SpaceError(
-                f"{self.destination}: needs {needed:,} bytes ({format_size(needed)}), but its disk has "
+                f"{self.destination} needs {needed:,} bytes ({format_size(needed)}), but its disk has "
                 f"only {free:,} ({format_size(free)}) free: free another {needed - free:,} bytes, then run "
                 "again"
             )

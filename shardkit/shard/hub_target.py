@@ -92,7 +92,7 @@ class Target:
         self._persist(lambda: self._api.create_repo(self.repo_id, private=private, exist_ok=True))
         if private and not self._persist(lambda: self._api.model_info(self.repo_id).private):
             raise DestinationError(
-                f"{self.folder}: already exists and is public: confirm with private=False, or choose "
+                f"{self.folder} already exists and is public: confirm with private=False, or choose "
                 "another name"
             )
 

@@ -104,7 +104,7 @@ def shown_card(head: Repository, own: str | None) -> str | None:
         if own is not None:
             return None
         raise DestinationError(
-            f"{head.where(CARD)}: is not valid UTF-8: save it as UTF-8, or delete it"
+            f"{head.where(CARD)} is not valid UTF-8: save it as UTF-8, or delete it"
         ) from None
 
 

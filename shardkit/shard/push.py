@@ -53,7 +53,7 @@ class _LocalFile(NamedTuple):
 
 @resumable()
 def push_checkpoint(
-    folder: str | os.PathLike[str] | ShardReport,
+    folder: str | os.PathLike[str],
     repo_id: str,
     *,
     private: bool = True,
@@ -96,7 +96,7 @@ def push_checkpoint(
         If `progress` returned False.
     """
     report = folder if isinstance(folder, ShardReport) else None
-    checkpoint = _open(folder.destination if isinstance(folder, ShardReport) else os.fspath(folder))
+    checkpoint = _open(os.fspath(folder))
     own = own_readme(checkpoint)
     made = checkpoint.made if report is None else _made(checkpoint, report)
     digests = report.verification.digests if report and report.verification else {}

@@ -185,6 +185,9 @@ class ShardReport(Record):
     notes: tuple[str, ...] = ()
     kept: dict[str, str] = field(default_factory=dict)
 
+    def __fspath__(self) -> str:
+        return self.destination  # so that it can be given wherever a checkpoint is
+
     def summary(self) -> Summary:
         """Return the report as a person reads it."""
         new = sum(nbytes for file, nbytes in self.files.items() if file not in self.reused)

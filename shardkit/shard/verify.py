@@ -38,8 +38,8 @@ _BATCH_TENSORS = 512
 
 
 def verify_checkpoint(
-    source: str | os.PathLike[str] | Checkpoint,
-    destination: str | os.PathLike[str] | Checkpoint,
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
     *,
     workers: int | None = None,
     executor: Executor | None = None,

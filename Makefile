@@ -14,6 +14,8 @@ MARK := $(VENV)/installed
 COLAB ?= .venv-colab
 LIGHT ?= .venv-light
 COLAB_MARK := $(COLAB)/installed
+# How far it is, where somebody looks.
+PROGRESS := $(shell [ -t 2 ] && echo --progress-bar || echo --no-progress-bar)
 PYTEST := -m pytest --numprocesses auto --dist worksteal
 # Hundreds of processes start here; none need compile what another has compiled.
 export PYTHONDONTWRITEBYTECODE :=
@@ -36,7 +38,7 @@ $(COLAB_MARK): tests/requirements-colab.txt
 
 demo: $(MARK)
 	mkdir -p $(OUTPUT)
-	$(BIN)/papermill --log-level WARNING --no-progress-bar notebooks/01_shard_and_compare.ipynb \
+	$(BIN)/papermill --log-level WARNING $(PROGRESS) notebooks/01_shard_and_compare.ipynb \
 	  $(OUTPUT)/01_shard_and_compare.ipynb -p output_folder $(abspath $(OUTPUT))
 	@$(BIN)/python -c 'import shardkit; print(shardkit.Comparison.load("$(OUTPUT)/comparison.json"))'
 	@printf '\nShards that keep the dtype, so only the number of files differs:\n  '

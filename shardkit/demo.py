@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from shardkit.base.errors import CheckpointError, DestinationError, PlanError, SizeError
-from shardkit.base.jobs import Crew, resumable
+from shardkit.base.jobs import Crew, ProgressCallback, resumable
 from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import CAST_DTYPES, DtypeLike, TensorInfo, dtype_name
@@ -144,6 +144,7 @@ def make_demo_checkpoint(
     dtype: DtypeLike = "bfloat16",
     shards: int = 2,
     seed: int = 0,
+    progress: ProgressCallback | None = None,
 ) -> Checkpoint:
     """Make a Mistral-architecture checkpoint with random weights and a real tokenizer, without a network.
 
@@ -164,6 +165,13 @@ def make_demo_checkpoint(
         Number of weights files, of nearly equal size; the tensors keep their order.
     seed
         Seed of the weights, zero or more.
+    progress
+        Called with a `Progress`; returning False stops the job, which can be resumed.
+
+    Returns
+    -------
+    Checkpoint
+        What was made, or was there already.
 
     Raises
     ------
@@ -175,6 +183,11 @@ def make_demo_checkpoint(
         If `folder` is a file, contains anything else, or cannot be written.
     SpaceError
         If the disk is too small (a `DestinationError`).
+
+    Examples
+    --------
+    >>> make_demo_checkpoint("tiny", size="5MB", dtype="float32").parameters
+    1264416
     """
     dtype = dtype_name(dtype)
     shape = demo_shape(size, dtype)
@@ -187,9 +200,8 @@ def make_demo_checkpoint(
         plan = _cut(plan_shards(checkpoint, max_shard_size="1TB"), shards)
         if (existing := _existing_demo(target, plan, made_by)) is not None:
             return existing
-        job = Job(
-            checkpoint, plan, verify=False, allow_overflow=False, crew=Crew(min(8, os.cpu_count() or 1))
-        )
+        crew = Crew(min(8, os.cpu_count() or 1), progress=progress)
+        job = Job(checkpoint, plan, verify=False, allow_overflow=False, crew=crew)
         reshard(FolderStore(job, target, overwrite=False, resume=True), start)
     return Checkpoint.open(target)
 

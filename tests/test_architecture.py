@@ -24,7 +24,7 @@ BANNED = re.compile(
     re.IGNORECASE,
 )
 # Files and functions (without their docstrings) that are longer than most may be, and how long they are.
-LONG_FILES = {"checkpoint/checkpoint.py": 400, "cli.py": 410, "measure/worker.py": 375}
+LONG_FILES = {"checkpoint/checkpoint.py": 425, "measure/worker.py": 375}
 LONG_FUNCTIONS = {"minimum_memory": 45}
 
 
@@ -63,7 +63,7 @@ def read_by_people(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("words", "places"),
-    [("hf:/", ("sources/", "cli.py")), (r"(?<![\w`-])--(?!privileged|cgroupns|revision)[a-z]", ("cli.py",))],
+    [("hf:/", ("sources/", "cli/")), (r"(?<![\w`-])--(?!privileged|cgroupns|revision)[a-z]", ("cli/",))],
     ids=["the Hub's names", "options of the command line"],
 )
 def test_a_word_stands_only_where_it_belongs(words: str, places: tuple[str, ...]) -> None:

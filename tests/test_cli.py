@@ -3,6 +3,8 @@
 import json
 import os
 import pty
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,8 @@ from safetensors.torch import save_file
 
 import shardkit
 from shardkit import Checkpoint, Comparison, cli, plan_shards
+from shardkit.base.sizes import format_size
+from shardkit.cli import arguments, commands
 from shardkit.demo import make_demo_checkpoint
 from shardkit.errors import ShardkitError
 from shardkit.measure.limit import why_unlimited
@@ -36,19 +40,20 @@ def demo(tmp_path_factory):
 
 def test_the_whole_job_from_demo_to_verified_shards(tmp_path):
     source, target = tmp_path / "demo", tmp_path / "sharded"
-    assert run("demo", "--output", source, "--size", "10MB").returncode == 0
+    assert run("demo", "--output", source, "--size", "10M").returncode == 0
     assert "MistralForCausalLM" in run("inspect", source).stdout
     planned = run("plan", source, "--max-shard-size", "3MB", "--dtype", "float16").stdout
     assert "enough" in planned
     assert (
-        "271 MB of anonymous memory (cannot be evicted) to load the shards as float16, 281 MB to load the "
-        "checkpoint as it is now"
+        "271 MB of anonymous memory (cannot be evicted) for the shards as float16, 281 MB for the checkpoint "
+        "as it is now"
     ) in planned
-    job = ("shard", source, target, "--max-shard-size", "3MB", "--dtype", "float16")
+    job = ("shard", source, target, "--max-shard-size", "3MB", "--dtype", "fp16")
     done = run(*job, shardkit=ASKING)
     assert done.returncode == 0, done.stderr
     assert max(file.stat().st_size for file in target.glob("*.safetensors")) <= 3_000_000
     assert "equal" in done.stdout
+    assert done.stdout.endswith(f"\nnext: shardkit compare {source} {target} --dtype float16\n")
     verified = run("verify", source, target)
     assert verified.returncode == 0
     assert "computed again" in verified.stdout
@@ -74,6 +79,24 @@ def test_json_of_inspect_holds_the_estimate_in_the_dtype_to_load_in(demo):
     assert (shown["dtype"], shown["copied_bytes"]) == ("bfloat16", 0)
 
 
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_json_holds_every_figure_of_the_text(command, demo):
+    text, data = (run(command, demo, *more).stdout for more in ((), ("--json",)))
+    found = set()
+
+    def gather(value):
+        for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            gather(part)
+        if isinstance(value, (int, float, str)):
+            found.update([str(value), format_size(value) if isinstance(value, int) else "", f"{value}"])
+
+    gather(json.loads(data))
+    free = re.compile(r"(?<=this machine \(free\))  +\S+ GB|\S+ GB free")  # changes from run to run
+    sizes = re.findall(r"\d[\d.]* [KMG]?B\b", free.sub("", text))
+    assert len(sizes) > 5
+    assert set(sizes) - found == set()
+
+
 def test_json_of_plan_holds_the_disk_and_both_estimates(demo):
     planned = json.loads(run("plan", demo, "--dtype", "float16", "--json").stdout)
     assert planned["disk_bytes"] == plan_shards(demo, dtype="float16").disk_bytes
@@ -88,8 +111,8 @@ def test_json_of_plan_holds_the_disk_and_both_estimates(demo):
 @pytest.mark.parametrize("option", ["--output", "--plot"])
 def test_file_that_could_not_be_read_again_is_refused_before_any_load(option, demo, tmp_path):
     done = run("compare", demo, demo, option, tmp_path / "result.csv")
-    assert done.returncode == 1
-    assert "result.csv: must end in ." in done.stderr
+    assert done.returncode == 2
+    assert "result.csv must end in ." in done.stderr
 
 
 def test_a_difference_is_exit_status_one_and_names_the_tensor(demo, tmp_path):
@@ -104,6 +127,7 @@ def test_a_difference_is_exit_status_one_and_names_the_tensor(demo, tmp_path):
     assert done.returncode == 1
     assert "lm_head.weight" in done.stdout
     assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.endswith("do not use it: shard the source again, with --overwrite\n")
 
 
 WRONG = {
@@ -115,8 +139,6 @@ WRONG = {
     "destination is below a file": ("{demo}", "{folder}/file/out"),
     "destination is the source": ("{demo}", "{demo}"),
     "destination is inside the source": ("{demo}", "{demo}/sharded"),
-    "size is no size": ("{demo}", "{folder}/out", "--max-shard-size", "2 parsecs"),
-    "dtype is unknown": ("{demo}", "{folder}/out", "--dtype", "int3"),
 }
 
 
@@ -133,21 +155,74 @@ def test_anything_wrong_ends_in_one_line_and_status_one(case, demo, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "said"),
     [
-        ["shard"],
-        ["shard", "a", "b", "--strategy", "magic"],
-        ["shard", "a", "b", "--public"],
-        ["shard", "a", "hf://me/b", "--overwrite"],
-        ["shard", "a", "b", "--strat", "size"],
-        ["compare", "a", "b", "--repeats", "0"],
-        ["conquer"],
+        ("shard", "required: source"),
+        ("shard a b --strategy blanced", "did you mean balanced"),
+        ("shard a b --dtype float61", "did you mean float16"),
+        ("shard a b --max-shard-size 2parsecs", '"500MB", "2GB"'),
+        ("shard a b --max-shard-size 100", "type 100MB"),
+        ("shard a b --output c", "not allowed with argument destination"),
+        ("shard a b --public", "hf:// destinations"),
+        ("shard a hf://me/b --overwrite", "only apply to folders"),
+        ("shard a b --strat size", "unrecognized arguments: --strat size"),
+        ("verify a", "destination --output is required"),
+        ("compare a b --repeats 0", "whole number above zero"),
+        ("compare a b --device gpu", '"cuda:1"'),
+        ("compare a b --memory-limit much", "is not a size"),
+        ("demo never --size 1MB", "from 5,000,000"),
+        ("shrad a", "did you mean shard"),
     ],
 )
-def test_wrong_usage_is_status_two(arguments):
-    done = run(*arguments)
+def test_a_value_that_is_none_is_status_two_and_one_line(arguments, said):
+    done = run(*arguments.split())
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("usage: shardkit")
+    assert done.stderr.startswith("shardkit: ")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_one_dtype_mistake_has_one_wording(demo):
+    said = {run(command, demo, "--dtype", "fp61").stderr for command in ("inspect", "plan", "fit")}
+    assert len({line.partition("; see")[0] for line in said}) == 1
+
+
+def test_shards_go_beside_their_source_by_themselves(demo, tmp_path):
+    shutil.copytree(demo, tmp_path / "below" / "m.v1")
+    for source, made in (("below/m.v1/", "below/m.v1-sharded"), (".", "../m.v1-sharded-twice")):
+        options = {"cwd": tmp_path} if source != "." else {"cwd": tmp_path / "below" / "m.v1"}
+        words = [] if source != "." else ["--output", made]
+        done = run("shard", source, *words, "--no-verify", **options)
+        assert done.returncode == 0, done.stderr
+        assert (options["cwd"] / made / "model.safetensors").is_file()
+    assert commands._beside("org/name@main") == "name-sharded"
+
+
+def test_help_of_every_command_has_examples_that_are_understood():
+    for name, parser in arguments._COMMANDS.choices.items():
+        lines = parser.format_help().partition("examples:\n")[2].split("\n")
+        examples = [shlex.split(line)[1:] for line in lines if line]
+        assert examples
+        for words in examples:
+            assert words[0] == name
+            arguments.parse(words)
+
+
+def test_overwriting_says_what_it_replaced_and_starting_over_says_so_first(demo, tmp_path):
+    target, journal = tmp_path / "out", tmp_path / ".out.shardkit-journal"
+    assert run("shard", demo, target).returncode == 0
+    done = run("shard", demo, target, "--overwrite", "--no-verify")
+    assert "replaced what was there before: 7 files, 20" in done.stdout
+    (tmp_path / ".out.shardkit-staging").mkdir()
+    journal.write_text('{"fingerprint": "another"}\n{"shard": "x"}\n')
+    said = run("shard", demo, target, "--overwrite", "--no-verify")
+    assert said.stderr == "shardkit: starting over: 1 finished shard of another source or plan discarded\n"
+
+
+def test_demo_that_is_there_already_is_said_to_be(tmp_path):
+    first, second = (run("demo", tmp_path / "demo", "--size", "5MB") for _ in range(2))
+    assert first.stdout == second.stdout
+    assert (first.stderr, "there already" in second.stderr) == ("", True)
 
 
 def test_interrupt_leaves_no_destination_and_the_same_command_goes_on(tmp_path):
@@ -163,6 +238,7 @@ def test_interrupt_leaves_no_destination_and_the_same_command_goes_on(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
+    assert f"finished shards kept in {staging}: run again to resume, or `shardkit clean" in errors
     assert not target.exists()
     assert "interrupted run" in run("inspect", target).stderr
     resumed = run(*command[len(SHARDKIT) :])
@@ -186,7 +262,8 @@ def test_interrupt_does_not_wait_for_a_slow_disk(demo, tmp_path):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=15)
     assert process.returncode == 130
-    assert errors == "shardkit: stopped; run the same command again to resume\n"
+    assert errors.startswith("shardkit: stopped; ")
+    assert "kept in" in errors
     assert run("shard", demo, tmp_path / "out", "--max-shard-size", "5MB").returncode == 0
 
 
@@ -198,7 +275,10 @@ def test_clean_removes_what_an_interrupted_run_left(tmp_path):
     assert done.returncode == 0
     assert str(left) in done.stdout
     assert list(tmp_path.iterdir()) == []
-    assert "nothing" in run("clean", tmp_path / "out").stdout
+    again = run("clean", tmp_path / "out")
+    assert (again.returncode, "does not exist" in again.stderr) == (1, True)
+    (tmp_path / "out").mkdir()
+    assert "nothing to remove" in run("clean", "--output", tmp_path / "out").stdout
 
 
 def test_clean_removes_nothing_of_another_name_and_puts_an_old_destination_back(tmp_path):
@@ -270,19 +350,39 @@ def test_working_folder_that_is_gone_is_no_error(demo, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_terminal_sees_progress_and_a_pipe_does_not(demo, tmp_path):
+def in_a_terminal(*arguments, **environment):
+    """Return what a terminal of 60 columns shows of a command."""
     leader, follower = pty.openpty()
-    command = [*SHARDKIT, "shard", demo, str(tmp_path / "seen")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=follower)
+    env = {**os.environ, "COLUMNS": "60", "TERM": "xterm", **environment}
+    process = subprocess.Popen([*SHARDKIT, *map(str, arguments)], stdout=follower, stderr=follower, env=env)
     os.close(follower)
     seen = b""
     with suppress(OSError):  # which is how Linux says that nobody writes any more
         while chunk := os.read(leader, 1 << 16):
             seen += chunk
     os.close(leader)
-    assert process.wait() == 0
-    assert b"writing shards: 100%" in seen
-    assert b"B/s" in seen
+    process.wait()
+    return seen.decode()
+
+
+def test_a_terminal_gets_color_and_lines_that_fit_and_a_pipe_plain_text(demo):
+    plain = run("inspect", demo).stdout
+    assert "\x1b" not in plain
+    colored = in_a_terminal("inspect", demo)
+    assert "\x1b[1mCheckpoint\x1b[0m" in colored
+    assert "\x1b[32mfits\x1b[0m" in colored
+    uncolored = in_a_terminal("inspect", demo, NO_COLOR="1")
+    assert "\x1b" not in uncolored
+    assert re.sub(r"\x1b\[\d*m", "", colored) == uncolored
+    assert max(map(len, uncolored.splitlines())) <= 60 < max(map(len, plain.splitlines()))
+    assert "\x1b[1;31mshardkit:\x1b[0m" in in_a_terminal("inspect", "no/such/model/here")
+
+
+def test_a_terminal_sees_progress_and_a_pipe_does_not(demo, tmp_path):
+    seen = in_a_terminal("shard", demo, tmp_path / "seen")
+    assert "writing shards: 100%" in seen
+    assert "B/s" in seen
+    assert "asking transformers" in seen
     assert run("shard", demo, tmp_path / "piped").stderr == ""
 
 

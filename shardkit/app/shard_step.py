@@ -130,10 +130,10 @@ class _ByteProgress:
             self._stage, self._began = progress.stage, now
         if now - self._shown_at >= _SHOW_EVERY_SECONDS or done == total:
             words = STAGES.get(progress.stage, progress.stage).capitalize()
-            line = f"{words}: {format_size(done)} of {format_size(total)}"
+            line = f"{words}: {format_size(done)} of {format_size(total)}" if total else words
             if done and now > self._began:
                 rate = done / (now - self._began)
                 line += f", {format_size(rate)}/s, {format_seconds((total - done) / rate)} left"
             self._shown_at = now
-            self._show(done / (total or 1), line)
+            self._show(done / total if total else 1, line)
         return not Worker.stopping()

@@ -47,10 +47,10 @@ def reading(file: str | None = None, tensor: str | None = None) -> Iterator[None
         raise CheckpointError(f"cannot be read: {why}", file=where, tensor=tensor) from error
 
 
-def misspelled(what: str, value: object, choices: Iterable[str]) -> str:
-    """Say that a value is none of the choices, and which of them may be meant."""
+def misspelled(what: str, value: object, choices: Iterable[str], short: Iterable[str] = ()) -> str:
+    """Say that a value is none of the choices, and which of them, or of their short names, may be meant."""
     names = list(choices)
-    near = get_close_matches(str(value).lower(), names, 1)
+    near = get_close_matches(str(value).lower(), [*names, *short], 1)
     meant = f"; did you mean {near[0]}?" if near else ""
     return f"{what} {str(value)!r} is not one of {', '.join(names)}{meant}"
 

@@ -65,12 +65,13 @@ def _width(executor: Executor) -> int:
 
 
 @contextmanager
-def resumable() -> Iterator[None]:
-    """Say of an interrupt that the job can be taken up again."""
+def resumable(otherwise: str = "nothing was finished, so nothing is kept") -> Iterator[None]:
+    """Say of an interrupt what is kept, as its notes have it, or `otherwise`."""
     try:
         yield
     except KeyboardInterrupt as error:
-        raise Interrupted("stopped; run the same call again to resume") from error
+        kept = "; ".join(getattr(error, "__notes__", ())) or otherwise
+        raise Interrupted(f"stopped; {kept}") from error
 
 
 @contextmanager

@@ -129,11 +129,22 @@ class Checkpoint(Record):
         download
             Download what is on the Hub, and check it against the Hub's hashes.
 
+        Returns
+        -------
+        Checkpoint
+            What is there; of a model on the Hub, at the commit that its revision is now.
+
         Raises
         ------
         CheckpointError
             If there is no checkpoint, access is refused, or a file is damaged or hostile; names file,
             tensor, numbers.
+
+        Examples
+        --------
+        >>> checkpoint = Checkpoint.open("mistral-demo")
+        >>> checkpoint.parameters, checkpoint.dtypes
+        (2524032, {'BF16': 5048064})
         """
         if isinstance(source, cls) and source.place.folder is None:  # a commit, which does not change
             if not download:
@@ -176,8 +187,12 @@ class Checkpoint(Record):
         return checkpoint
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the checkpoint as JSON-ready data; as `Record.to_dict`."""
+        """Return the checkpoint as JSON-ready data, what follows from it included; as `Record.to_dict`."""
         data = {**super().to_dict(), "config": plain_json(self.config)}
+        shown = ("architecture", "parameters", "total_bytes", "dtypes")
+        data |= {name: getattr(self, name) for name in shown}
+        data |= {"largest": self.largest and self.largest.name, "config_dtype": config_dtype(self.config)}
+        data["side_bytes"] = sum(self.side_files.values())
         return {"folder" if key == "place" else key: value for key, value in data.items()}
 
     @classmethod
@@ -227,10 +242,20 @@ class Checkpoint(Record):
             Passed to `from_pretrained`: "float16"; None and "auto" leave it to transformers 5, which takes
             the config's, the index's, or that of the first file's first floating-point tensor.
 
+        Returns
+        -------
+        Estimate
+            Bytes by what they are for, and a verdict for each host.
+
         Raises
         ------
         PlanError
             If the dtype is unknown.
+
+        Examples
+        --------
+        >>> Checkpoint.open("mistral-demo").estimate("float16").copied_bytes
+        5048064
         """
         target = None if dtype in (None, "auto") else load_dtype(dtype)
         if target is None and not is_adapter(self.stem, self.config, self.tensors):

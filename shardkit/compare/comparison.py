@@ -228,6 +228,11 @@ def merge_comparisons(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
     ------
     MeasurementError
         If there is none, or one cannot be read.
+
+    Examples
+    --------
+    >>> merge_comparisons(["comparison.json"])["file"].unique().tolist()
+    ['comparison.json']
     """
     require("notebook", "a data frame", "pandas")
     import pandas as pd

@@ -82,12 +82,24 @@ def compare_loads(
     stop
         Called a few times a second; True stops the experiment, even in the middle of a load.
 
+    Returns
+    -------
+    Comparison
+        Every run, and what differs, with intervals.
+
     Raises
     ------
     ShardkitError
         If the checkpoints are not the same model, or an argument is invalid.
     Cancelled
         If `progress` or `stop` asked to stop.
+
+    Examples
+    --------
+    >>> comparison = compare_loads("mistral-demo", "sharded", dtype="float16", repeats=3)
+    >>> comparison.save("comparison.json")
+    >>> Comparison.load("comparison.json").names
+    ('original', 'sharded')
     """
     check({"repeats": repeats, "margin": margin, "seed": seed, "others": others}, _RULES)
     common = LoadSpec(

@@ -135,6 +135,11 @@ def minimum_memory(
     progress
         Called with each run; returning False stops the search.
 
+    Returns
+    -------
+    MemoryFloor
+        The smallest limits that succeeded, the largest that failed, in bytes, and every run.
+
     Raises
     ------
     MeasurementError
@@ -144,6 +149,12 @@ def minimum_memory(
         If `source` is not a checkpoint.
     Cancelled
         If `progress` asked to stop.
+
+    Examples
+    --------
+    >>> floor = minimum_memory("sharded", dtype="float16")
+    >>> floor.load_failed_bytes < floor.load_bytes
+    True
     """
     check({"tolerance": tolerance}, {"tolerance": share(_TOO_FINE, 1)})
     source = os.fspath(source)
@@ -228,6 +239,15 @@ def _step(failed: int, succeeded: int, guess: int, outwards: int, tolerance: flo
     near, far = math.log1p(0.9 * tolerance), math.log(_WIDEST_STEP)
     stride = math.exp((near, math.sqrt(near * far), far)[min(outwards, 2)])
     return int(failed * stride) or int(succeeded / stride)
+
+
+def loads_left(runs: Sequence[LimitedRun], tolerance: float = TOLERANCE) -> int | None:
+    """Return about how many more limited loads a search needs; None before it has seen both ends."""
+    found = [_bracket(runs, goal) for goal in _GOALS]
+    if not all(map(all, found)):
+        return None
+    steps = (math.log(succeeded / failed) / math.log1p(tolerance) for failed, succeeded in set(found))
+    return sum(math.ceil(math.log2(count)) for count in steps if count > 1)
 
 
 def _bracket(runs: Sequence[LimitedRun], goal: str) -> tuple[int, int]:

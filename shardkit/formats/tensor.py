@@ -45,7 +45,7 @@ def dtype_name(dtype: object) -> str:
     name = str(dtype).removeprefix("torch.").lower()
     name = _SHORT.get(name, name)
     if name not in CAST_DTYPES:
-        raise PlanError(misspelled("dtype", dtype, CAST_DTYPES))
+        raise PlanError(misspelled("dtype", dtype, CAST_DTYPES, _SHORT))
     return name
 
 

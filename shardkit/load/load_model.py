@@ -81,6 +81,11 @@ def load_model(
         If `max_memory` is not a size.
     MissingPackageError
         If torch or transformers is not installed.
+
+    Examples
+    --------
+    >>> load_model("sharded").dtype
+    torch.bfloat16
     """
     require("load", "loading a model", "torch", "transformers")
     if isinstance(dtype, str) and dtype != "auto":

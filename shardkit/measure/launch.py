@@ -91,6 +91,11 @@ def measure_load(
     stop
         Called a few times a second; True stops the load.
 
+    Returns
+    -------
+    LoadMeasurement
+        Times in seconds, peaks in bytes, and how it ended.
+
     Raises
     ------
     Cancelled
@@ -101,6 +106,11 @@ def measure_load(
         If `source` is not a checkpoint, or is a file that transformers would not load.
     MissingPackageError
         If a package that loads or measures is not installed.
+
+    Examples
+    --------
+    >>> measure_load("sharded", dtype="float16").ok
+    True
     """
     spec = LoadSpec(
         dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options or {}, max_memory

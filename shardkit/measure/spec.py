@@ -109,7 +109,7 @@ def _arrive(options: Mapping[str, Any]) -> None:
 
 Cache = Literal["cold", "warm"]
 CACHES: tuple[Cache, ...] = ("cold", "warm")
-_RULES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     "dtype": lambda value: value in (None, "auto") or dtype_name(value),
     "device": must(
         lambda value: isinstance(value, str) and bool(_DEVICE.fullmatch(value)),
@@ -144,7 +144,7 @@ class LoadSpec:
     max_memory: int | str | None = None
 
     def __post_init__(self) -> None:
-        check(vars(self), _RULES)
+        check(vars(self), RULES)
         object.__setattr__(
             self, "dtype", self.dtype if self.dtype in (None, "auto") else dtype_name(self.dtype)
         )

@@ -119,6 +119,12 @@ class ShardPlan(Record):
     def __fspath__(self) -> str:
         return self.source  # as of a `Checkpoint`
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON-ready data, with sizes and notes; as `Record.to_dict`."""
+        sizes = {"total_bytes": self.total_bytes, "disk_bytes": self.disk_bytes}
+        files = {shard.file: shard.nbytes for shard in self.shards}
+        return {**super().to_dict(), **sizes, "files": files, "notes": list(self._notes())}
+
     @cached_property
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
@@ -260,12 +266,23 @@ def plan_shards(
         "float16", "bfloat16" or "float32" (or the torch dtype): what floating-point tensors are cast to,
         except those that transformers would load in another (see `ShardPlan.kept`).
 
+    Returns
+    -------
+    ShardPlan
+        The files that would be written; `shard_checkpoint` carries it out.
+
     Raises
     ------
     SizeError
         If `max_shard_size` is not a size.
     PlanError
         If the strategy or dtype is unknown, or a cast of quantized weights is requested.
+
+    Examples
+    --------
+    >>> plan = plan_shards("mistral-demo", max_shard_size="2MB")
+    >>> [shard.file for shard in plan.shards][-1]
+    'model-00003-of-00003.safetensors'
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint)

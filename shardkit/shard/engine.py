@@ -84,6 +84,11 @@ def shard_checkpoint(
     progress
         Called with a `Progress`; returning False stops the job, which can be resumed.
 
+    Returns
+    -------
+    ShardReport
+        What was written, lost in a cast, left out and proven.
+
     Raises
     ------
     CheckpointError, PlanError, SizeError
@@ -96,6 +101,13 @@ def shard_checkpoint(
         If the result does not match the source.
     Cancelled
         If `progress` returned False.
+
+    Examples
+    --------
+    >>> plan = plan_shards("mistral-demo", max_shard_size="2MB")
+    >>> report = shard_checkpoint(plan, "planned")
+    >>> len(report.files), report.verification.equal
+    (3, True)
     """
     start, crew = time.perf_counter(), Crew(worker_count(workers, executor), executor, progress)
     planned = partial(_planned, source, max_shard_size, strategy, dtype)
@@ -158,6 +170,11 @@ def shard_on_hub(
         Where shards are stored while they are made (default: the current folder). Always cleaned up; after a
         kill, by the next run.
 
+    Returns
+    -------
+    ShardReport
+        As of `shard_checkpoint`; its destination names the commit.
+
     Raises
     ------
     CheckpointError, PlanError, SizeError
@@ -170,6 +187,11 @@ def shard_on_hub(
         If a shard is not what was received, or the Hub lists other content than was sent.
     Cancelled
         If `progress` returned False.
+
+    Examples
+    --------
+    >>> shard_on_hub("me/mistral", "me/mistral-float16", dtype="float16").destination
+    'hf://me/mistral-float16@...'
     """
     from shardkit.shard.hub_store import HubStore
     from shardkit.shard.push import check_loadable

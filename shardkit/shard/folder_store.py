@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -124,6 +125,7 @@ class FolderStore(Store):
         sync(self.folder)
         self._check_destination()
         self._check_unchanged()
+        self._note_replaced()
         put_in_place(self.folder, self.destination, self._overwrite)
         with suppress(OSError):  # it is done; what stays behind is in nobody's way
             self._journal.unlink()
@@ -136,6 +138,12 @@ class FolderStore(Store):
             where = "the Hub" if is_on_hub(place) else place
             self.notes.append(f"streamed from {where}: the source was not downloaded")
         return str(self.destination), found
+
+    def _note_replaced(self) -> None:
+        files = [path for path in self.destination.rglob("*") if path.is_file()]
+        if files:
+            size = format_size(sum(path.stat().st_size for path in files))
+            self.notes.append(f"replaced what was there before: {plural(len(files), 'file')}, {size}")
 
     def _check_destination(self) -> None:
         check_destination(self.job.checkpoint, self.destination, self._overwrite)
@@ -264,7 +272,9 @@ class FolderStore(Store):
                     entries.append(json.loads(line))
         if entries[:1] != [{"fingerprint": self._fingerprint}]:
             if entries:
-                self.notes.append("starting over: the leftovers are from a different source or plan")
+                what = plural(max(0, len(entries) - 1), "finished shard")
+                self.notes.append(f"starting over: {what} of another source or plan discarded")
+                warnings.warn(self.notes[-1], stacklevel=2)  # which is noticed before the work
             return {}
         sizes, kept = {shard.file: shard.nbytes for shard in self.job.plan.shards}, {}
         for entry in entries[1:]:

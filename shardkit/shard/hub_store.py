@@ -144,7 +144,7 @@ class HubStore(Store):
         """Say what is finished if the job fails; a draft without any is of no use."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             if self.finished:
                 error.add_note(
                     f"{plural(len(self.finished), 'finished shard')} kept on the branch {self._draft} of "

@@ -51,7 +51,7 @@ class _LocalFile(NamedTuple):
         raise _changed(self.path)
 
 
-@resumable()
+@resumable("run it again to resume: what the Hub has is not sent again")
 def push_checkpoint(
     folder: str | os.PathLike[str],
     repo_id: str,
@@ -94,6 +94,11 @@ def push_checkpoint(
         If the Hub lists other content than was sent.
     Cancelled
         If `progress` returned False.
+
+    Examples
+    --------
+    >>> push_checkpoint("sharded", "me/mistral-sharded")
+    'http...me/mistral-sharded/commit/...'
     """
     report = folder if isinstance(folder, ShardReport) else None
     checkpoint = _open(os.fspath(folder))

@@ -103,6 +103,10 @@ class Verification(Record):
         """Whether every file on this machine was seen to be read from its disk."""
         return bool(self.files) and self.files_in_memory == 0
 
+    def _read(self) -> str:
+        again = "; verify again after a restart to read the disk" * bool(self.files_in_memory)
+        return read_from(self.files, self.files_in_memory) + again if self.files else ""
+
     def summary(self) -> Summary:
         """Return the finding as a person reads it."""
         cast = f"{plural(self.cast, 'tensor')} compared with the cast computed again" if self.cast else ""
@@ -115,7 +119,7 @@ class Verification(Record):
             ("model", str(self.model or "")),
             ("missing files", listed(self.missing_files)),
             ("changed files", listed(self.changed_files)),
-            ("read", read_from(self.files, self.files_in_memory) if self.files else ""),
+            ("read", self._read()),
             ("missing", listed(self.missing)),
             ("extra", listed(self.extra)),
         )

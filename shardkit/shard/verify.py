@@ -57,14 +57,24 @@ def verify_checkpoint(
     progress
         Called with a `Progress`; returning False stops.
 
+    Returns
+    -------
+    Verification
+        What is equal, what is not, and where it was read from.
+
     Raises
     ------
     CheckpointError
         If either side cannot be read. That they differ is a result, not an error.
+
+    Examples
+    --------
+    >>> verify_checkpoint("mistral-demo", "sharded").equal
+    True
     """
     crew = Crew(worker_count(workers, executor), executor, progress)
     ours, theirs = (s if isinstance(s, Checkpoint) else Checkpoint.open(s) for s in (source, destination))
-    found = _judged(ours, theirs, partial(compare_tensors, ours, theirs, crew))
+    found = _judged(ours, theirs, crew, partial(compare_tensors, ours, theirs, crew))
     if any(side.config is None and os.path.isfile(side.source) for side in (ours, theirs)):
         return found  # of a file alone, what lies beside it is none of its business
     named = named_files(ours.place, ours.config)
@@ -91,10 +101,14 @@ def is_same_file(first: Path, second: Path, nbytes: int) -> bool:
     return digest_range(file_range(first, nbytes)) == digest_range(file_range(second, nbytes))
 
 
-def _judged(ours: Checkpoint, theirs: Checkpoint, compare: Callable[[], Verification]) -> Verification:
+def _judged(
+    ours: Checkpoint, theirs: Checkpoint, crew: Crew, compare: Callable[[], Verification]
+) -> Verification:
     """Ask what a model gets from both sides while tensors are compared; judge which dtype a load chooses."""
     with model_keys(ours, theirs) as answer:
-        found = replace(compare(), model=answer())
+        found = compare()
+        ProgressCount(crew.progress, "model", 0)  # which may take longer than all the bytes
+        found = replace(found, model=answer())
     stored = [DTYPE_NAMES[dtype] for dtype in theirs.dtypes if dtype in FLOAT_DTYPES]
     wanted = {ours.auto_dtype, *stored} if found.cast else {ours.auto_dtype}
     if theirs.auto_dtype not in wanted and ours.config is not None:
@@ -168,7 +182,7 @@ def verify_written(job: Job, outcomes: Mapping[str, Outcome], folder: Path) -> V
     if set(copy.files) != shards:  # a load would choose weights that came along
         copy = Checkpoint.open(folder / (plan.index_file or plan.shards[0].file))
     if not job.is_received:
-        return _judged(checkpoint, copy, partial(compare_tensors, checkpoint, copy, crew))
+        return _judged(checkpoint, copy, crew, partial(compare_tensors, checkpoint, copy, crew))
 
     def compare() -> Verification:
         start = time.perf_counter()
@@ -179,7 +193,7 @@ def verify_written(job: Job, outcomes: Mapping[str, Outcome], folder: Path) -> V
         digests = {name: found[part] for name, part in ranges.items()}
         return replace(_verification(checkpoint, copy, differ, digests, start), received=True)
 
-    return _judged(checkpoint, copy, compare)
+    return _judged(checkpoint, copy, crew, compare)
 
 
 def altered(

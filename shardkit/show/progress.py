@@ -1,4 +1,4 @@
-"""A progress bar with bytes, rate and time left: text in a terminal, a widget in a notebook."""
+"""A progress bar with bytes or runs, and time left: text in a terminal, a widget in a notebook."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ STAGES = {
     "check": "checking finished shards",
     "copy": "writing shards",
     "verify": "verifying every byte",
+    "model": "asking transformers what a model gets",
     "hash": "hashing",
     "upload": "uploading",
     "stream": "received and sent",
@@ -18,28 +19,35 @@ STAGES = {
 
 
 class ProgressBar:
-    """Shows the `progress` of a job: ``with ProgressBar() as bar: shard_checkpoint(..., progress=bar)``.
+    """Shows the `progress` of a job, in bytes, or of `compare_loads`, in runs; options are those of `tqdm`.
 
-    Options are passed on to `tqdm`.
+    Examples
+    --------
+    >>> with ProgressBar(disable=True) as bar:
+    ...     report = shard_checkpoint("mistral-demo", "with-a-bar", progress=bar)
     """
 
     def __init__(self, **options: Any) -> None:
         self._options, self._stage = options, ""
         self._bar: Any = None
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: Progress | int, total: int = 0, label: str = "") -> None:
         """Show where the job stands; a new stage begins a new bar."""
-        if progress.stage != self._stage:
+        if isinstance(progress, int):
+            self._show("runs", progress, total, unit="run")
+            self._bar.set_description(label)
+        else:
+            size: dict[str, Any] = {"unit": "B", "unit_scale": True}
+            if not progress.total_bytes:  # nothing that could be counted
+                size = {"bar_format": "{desc} ({elapsed})"}
+            self._show(progress.stage, progress.done_bytes, progress.total_bytes, **size)
+
+    def _show(self, stage: str, done: int, total: int, **look: Any) -> None:
+        if stage != self._stage:
             self.close()
-            self._stage = progress.stage
-            self._bar = _bar_class()(
-                total=progress.total_bytes,
-                desc=STAGES.get(progress.stage, progress.stage),
-                unit="B",
-                unit_scale=True,
-                **self._options,
-            )
-        self._bar.update(progress.done_bytes - self._bar.n)
+            self._stage = stage
+            self._bar = _bar_class()(total=total, desc=STAGES.get(stage, stage), **look, **self._options)
+        self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
         """End the bar where it stands."""

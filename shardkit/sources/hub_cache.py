@@ -77,7 +77,10 @@ def find_model(
     except UnreachableError as error:
         if cached:
             return _from_cache(wanted, cached, "the Hub could not be reached", needed_files)
-        raise UnreachableError(f"{text!r} is not a local folder or file, and {error}") from None
+        reason = error.message.partition("; gave up")[0].replace("no connection", "there is no connection")
+        raise UnreachableError(
+            f"{text!r} is not a local folder or file, and {reason}: try again once the Hub can be reached"
+        ) from None
     snapshot, needed = _snapshot(wanted.repo_id, repository.sha), needed_files(repository)
     is_whole = all(map(snapshot.is_file, needed)) and not _doubt(wanted.repo_id, repository.sha).exists()
     if not is_whole and not download:

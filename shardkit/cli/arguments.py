@@ -1,0 +1,185 @@
+"""How commands are declared: a function's parameters are its arguments; what is no value is wrong usage.
+
+Python's own argparse, because Typer with what it needs would be a fifth of all that is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from textwrap import dedent
+from typing import Any, NoReturn
+
+import shardkit
+from shardkit.base.errors import ShardkitError, misspelled
+from shardkit.base.sizes import parse_size
+from shardkit.cli.terminal import say
+from shardkit.formats.tensor import dtype_name
+from shardkit.measure.spec import RULES
+from shardkit.plan.packing import STRATEGIES, packing
+
+Argument = tuple[str, dict[str, Any]]
+
+_FEW_BYTES = 1_000_000
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every error is said."""
+
+    def error(self, message: str) -> NoReturn:
+        say(f"{message.removesuffix('?')}; see `{self.prog} --help`")
+        sys.exit(2)
+
+
+_PARSER = _Parser(
+    prog="shardkit",
+    description="Reshard any Hugging Face checkpoint without loading it, and verify that nothing was lost.",
+    epilog="to begin: shardkit demo; then each command says what may come next. Ctrl-C stops any of them.",
+    allow_abbrev=False,
+)
+_PARSER.add_argument(
+    "--version", action="version", version=shardkit.__version__, help="Print the version and exit."
+)
+_COMMANDS = _PARSER.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+
+def parse(words: Sequence[str]) -> dict[str, Any]:
+    """Return what a command line asks for; wrong usage ends in status 2."""
+    if not words:
+        _PARSER.print_help()
+        sys.exit(2)
+    if not words[0].startswith("-") and words[0] not in _COMMANDS.choices:
+        _PARSER.error(misspelled("command", words[0], _COMMANDS.choices))
+    return vars(_PARSER.parse_args(words))
+
+
+def wrong_usage(command: str, message: str) -> NoReturn:
+    """End in status 2 for arguments that do not go together."""
+    parser: argparse.ArgumentParser = _COMMANDS.choices[command]
+    parser.error(message)
+
+
+def argument(name: str, said: str, **options: Any) -> Argument:
+    """Declare an argument, or an option if its name begins with dashes; its default is shown in its help."""
+    shown = " (default: %(default)s)" if options.get("default") not in (None, argparse.SUPPRESS) else ""
+    return name, {"help": said.replace("%", "%%") + shown, **options}
+
+
+def switch(name: str, said: str, **options: Any) -> Argument:
+    """Declare an option without a value."""
+    return name, {"help": said, "action": "store_true", **options}
+
+
+def without(option: str, said: str) -> Argument:
+    """Declare an option that only switches something off."""
+    return switch(f"--no-{option}", said, action="store_false", dest=option.replace("-", "_"))
+
+
+def command(
+    *arguments: Argument, examples: str = "", destination: str = "", is_required: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function; its docstring is the help, its parameters are the arguments.
+
+    One that has a `destination` takes it by its place or as --output, whichever comes to mind.
+    """
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        said = dedent(f"    {function.__doc__ or ''}").strip().replace("%", "%%")
+        parser = _COMMANDS.add_parser(
+            function.__name__,
+            help=said.partition("\n")[0],
+            description=said,
+            epilog="examples:\n" + "\n".join(f"  shardkit {line.strip()}" for line in examples.splitlines()),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        for name, options in arguments:
+            parser.add_argument(name, **options)
+        if destination:
+            either = parser.add_mutually_exclusive_group(required=is_required)
+            # Suppressed, or its absence would undo --output.
+            either.add_argument("destination", nargs="?", default=argparse.SUPPRESS, help=destination)
+            either.add_argument("--output", dest="destination", metavar="DESTINATION", help="The same.")
+        parser.set_defaults(command=function)
+        return function
+
+    return add
+
+
+def _valued(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Make wrong usage of what is none of the values that an option has."""
+
+    def value(text: str) -> Any:
+        try:
+            return convert(text)
+        except ShardkitError as error:
+            words = str(error).removeprefix("dtype ").removeprefix("strategy ")  # which argparse says itself
+            raise argparse.ArgumentTypeError(words) from None
+
+    return value
+
+
+def at_least_one(text: str) -> int:
+    """Return a whole number above zero."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)
+
+
+@_valued
+def size(text: str) -> str:
+    """Return a size as it was typed; few bytes without a unit are megabytes that lack it."""
+    if parse_size(text) < _FEW_BYTES and text.strip().isdecimal():
+        raise ShardkitError(f"{text} has no unit: for megabytes, type {text}MB; for bytes, {text}B")
+    return text
+
+
+@_valued
+def device(text: str) -> str:
+    """Return a device to load to."""
+    RULES["device"](text)
+    return text
+
+
+def file(*endings: str) -> Callable[[str], Path]:
+    """Return what takes the name of a file to write, which has to end in one of these."""
+
+    @_valued
+    def path(text: str) -> Path:
+        if Path(text).suffix.lower() not in endings:
+            raise ShardkitError(f"{text} must end in {' or '.join(endings[:2])}")
+        return Path(text)
+
+    return path
+
+
+A_SOURCE = "A folder, a weights file, or a model on the Hub: org/name, org/name@revision."
+SOURCE = argument("source", A_SOURCE)
+MAX_SHARD_SIZE = argument(
+    "--max-shard-size", "Maximum size of a file: 500MB, 2G, 1.5GiB.", default="2GB", metavar="SIZE", type=size
+)
+STRATEGY = argument(
+    "--strategy",
+    "; ".join(f"{name}: {packing.words}" for name, packing in STRATEGIES.items()) + ".",
+    type=_valued(lambda text: text if packing(text) else None),
+    metavar=f"{{{','.join(STRATEGIES)}}}",
+    default="size",
+)
+_DTYPES = "float16, bfloat16 or float32; also fp16, half, bf16, fp32."
+DTYPE = argument(
+    "--dtype", f"Cast floating-point tensors: {_DTYPES}", type=_valued(dtype_name), metavar="DTYPE"
+)
+LOAD_DTYPE = argument(
+    "--dtype",
+    f"Load dtype: {_DTYPES}",
+    type=_valued(lambda text: text if text == "auto" else dtype_name(text)),
+    metavar="DTYPE",
+)
+WORKERS = argument("--workers", "Number of threads (default: up to 4).", type=at_least_one, metavar="N")
+PUBLIC = switch("--public", "The Hub repository is public, or is created as public.")
+JSON = switch("--json", "Print one JSON object and nothing else.", dest="as_json")
+TRUST_REMOTE_CODE = switch(
+    "--trust-remote-code", "Run custom code from the checkpoint; only if you trust it."
+)

@@ -1,0 +1,339 @@
+"""The commands: each is a function, whose parameters are its arguments."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import shardkit
+from shardkit.base.errors import DestinationError, ShardkitError
+from shardkit.base.extras import require
+from shardkit.base.record import Summary, listed, printable
+from shardkit.base.sizes import format_size
+from shardkit.cli.arguments import (
+    A_SOURCE,
+    DTYPE,
+    JSON,
+    LOAD_DTYPE,
+    MAX_SHARD_SIZE,
+    PUBLIC,
+    SOURCE,
+    STRATEGY,
+    TRUST_REMOTE_CODE,
+    WORKERS,
+    argument,
+    at_least_one,
+    command,
+    device,
+    file,
+    size,
+    switch,
+    without,
+    wrong_usage,
+)
+from shardkit.cli.terminal import LimitedRuns, next_step, progress_bar, say, show, show_run
+from shardkit.formats.tensor import Dtype, LoadDtype
+from shardkit.measure.spec import CACHES
+from shardkit.plan.packing import Strategy
+from shardkit.shard.destination import free_bytes, leftovers, remove_leftovers
+from shardkit.sources.resolve import is_on_hub
+
+
+def _load_options(trust_remote_code: bool) -> dict[str, Any] | None:
+    return {"trust_remote_code": True} if trust_remote_code else None
+
+
+@command(
+    SOURCE,
+    LOAD_DTYPE,
+    JSON,
+    examples="""inspect mistral-demo
+        inspect mistralai/Mistral-7B-v0.1 --dtype fp16""",
+)
+def inspect(source: str, dtype: LoadDtype | None, as_json: bool) -> None:
+    """Show what a checkpoint contains and how much memory loading it takes, from its headers."""
+    left = list(map(str, leftovers(source)))
+    if left:
+        say(
+            f"an interrupted run left {listed(left)}: run the same `shardkit shard` again to "
+            f"resume, or `shardkit clean {source}` to remove it"
+        )
+    checkpoint = shardkit.Checkpoint.open(source)
+    estimate = checkpoint.estimate(dtype)
+    show(checkpoint, estimate, as_json=as_json, estimate=estimate.to_dict(), leftovers=left)
+
+
+@command(
+    SOURCE,
+    MAX_SHARD_SIZE,
+    STRATEGY,
+    DTYPE,
+    JSON,
+    examples="""plan mistral-demo --max-shard-size 100MB
+        plan mistral-demo --strategy layer --dtype fp16""",
+)
+def plan(source: str, max_shard_size: str, strategy: Strategy, dtype: Dtype | None, as_json: bool) -> None:
+    """Dry run: show the files that would be written."""
+    checkpoint = shardkit.Checkpoint.open(source)
+    made = shardkit.plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
+    free = free_bytes(".")
+    verdict = "enough" if free >= made.disk_bytes else "NOT enough"
+    room = f"{format_size(free)} free on the disk of this folder: {verdict}"
+    room = room if free < sys.maxsize else "free space on the disk of this folder is unknown"
+    now = checkpoint.estimate(dtype)
+    then = made.estimate(now.dtype, config=checkpoint.config, side_files=checkpoint.side_files)
+    needs = (
+        f"{then.needed} of anonymous memory (cannot be evicted) for the shards as {now.dtype or 'stored'}, "
+        f"{now.needed} for the checkpoint as it is now"
+    )
+    show(
+        made,
+        Summary("On this machine", (("disk", room), ("to load", needs))),
+        as_json=as_json,
+        free_bytes=free if free < sys.maxsize else None,
+        estimate={"before": now.to_dict(), "after": then.to_dict()},
+    )
+
+
+@command(
+    SOURCE,
+    MAX_SHARD_SIZE,
+    STRATEGY,
+    DTYPE,
+    WORKERS,
+    switch("--overwrite", "Replace an existing checkpoint, once the new one is complete."),
+    without("resume", "Start over instead of resuming."),
+    without("verify", "Skip the verification at the end."),
+    switch("--allow-overflow", "Allow a cast that turns finite values infinite."),
+    switch("--stream", "Stream a model from the Hub into shards, without downloading it.", default=None),
+    switch(
+        "--download",
+        "Download it first (default: if the disk has room for both).",
+        action="store_false",
+        dest="stream",
+        default=None,
+    ),
+    PUBLIC,
+    JSON,
+    destination="A new or empty folder, or hf://owner/name (default: SOURCE-sharded, beside it).",
+    is_required=False,
+    examples="""shard mistral-demo
+        shard mistral-demo sharded --max-shard-size 100MB --dtype fp16
+        shard org/name hf://me/name""",
+)
+def shard(
+    source: str,
+    destination: str | None,
+    overwrite: bool,
+    resume: bool,
+    stream: bool | None,
+    public: bool,
+    as_json: bool,
+    **common: Any,
+) -> None:
+    """Rewrite a checkpoint as shards, without loading it, and verify them."""
+    destination = destination or _beside(source)
+    with progress_bar() as bar:
+        common["progress"] = bar
+        if is_on_hub(destination):
+            if overwrite or not resume or stream is not None:
+                wrong_usage("shard", "--overwrite, --no-resume, --stream, --download only apply to folders")
+            report = shardkit.shard_on_hub(source, destination[5:], private=not public, **common)
+        else:
+            if public:
+                wrong_usage("shard", "--public only applies to hf:// destinations")
+            common |= {"overwrite": overwrite, "resume": resume, "stream": stream}
+            report = shardkit.shard_checkpoint(source, destination, **common)
+    requested = ["--dtype", common["dtype"]] if common["dtype"] else []
+    show(report, as_json=as_json, following=next_step("compare", source, destination, *requested))
+
+
+def _beside(source: str) -> str:
+    """Return where the shards of a source go by themselves: beside it, or here if it is on the Hub."""
+    if not os.path.exists(os.path.expanduser(source)):
+        return f"{source.rpartition('/')[2].partition('@')[0]}-sharded"
+    path = Path(os.path.abspath(os.path.expanduser(source)))
+    return os.path.relpath(path.with_name(f"{path.stem if path.is_file() else path.name}-sharded"))
+
+
+@command(
+    argument("folder", "A folder written by shardkit, or one like it."),
+    argument("repo_id", "owner/name; created as private if it does not exist.", metavar="repo-id"),
+    PUBLIC,
+    examples="push sharded me/name",
+)
+def push(folder: str, repo_id: str, public: bool) -> None:
+    """Push a sharded checkpoint to the Hub in one commit, and print its URL."""
+    with progress_bar() as bar:
+        url = shardkit.push_checkpoint(folder, repo_id, private=not public, progress=bar)
+    print(url)
+
+
+@command(
+    SOURCE,
+    WORKERS,
+    JSON,
+    destination="What is compared with it, likewise.",
+    examples="verify mistral-demo mistral-demo-sharded",
+)
+def verify(source: str, destination: str, workers: int | None, as_json: bool) -> None:
+    """Compare the tensors of two checkpoints, however they are sharded; after a cast, source first."""
+    with progress_bar() as bar:
+        found = shardkit.verify_checkpoint(source, destination, workers=workers, progress=bar)
+    show(found, as_json=as_json)
+    if not found.equal:
+        raise ShardkitError(
+            f"{destination} does not match {source}: {found.why_unequal}; "
+            "do not use it: shard the source again, with --overwrite"
+        )
+
+
+@command(destination="The destination of the interrupted run.", examples="clean mistral-demo-sharded")
+def clean(destination: str) -> None:
+    """Remove what interrupted runs left next to a destination; the destination itself is kept."""
+    removed = remove_leftovers(destination)
+    if not removed and not os.path.exists(os.path.expanduser(destination)):
+        raise DestinationError(f"{destination} does not exist, and no interrupted run left anything there")
+    print(
+        "\n".join(f"removed {printable(str(path))}" for path in removed)
+        or f"nothing to remove next to {printable(destination)}"
+    )
+
+
+@command(
+    argument("original", A_SOURCE),
+    argument("sharded", A_SOURCE),
+    LOAD_DTYPE,
+    argument("--repeats", "Pairs of loads.", type=at_least_one, default=5, metavar="N"),
+    argument("--cache", "cold: from the disk; warm: from the page cache.", choices=CACHES, default="cold"),
+    argument("--device", "Device to load to: cpu, cuda, cuda:1, auto.", default="cpu", type=device),
+    argument(
+        "--memory-limit",
+        "Memory limit of each load: 12.7GB to simulate Colab's limit.",
+        metavar="SIZE",
+        type=size,
+    ),
+    argument(
+        "--max-memory", "Budget of each load, which streams what does not fit.", metavar="SIZE", type=size
+    ),
+    argument("--generate", "Tokens after each load.", type=at_least_one, default=1, metavar="N"),
+    switch(
+        "--prefetch",
+        "Also load the shards with their files prefetched; times then count from process start.",
+    ),
+    TRUST_REMOTE_CODE,
+    without("same-model", "Compare even if the models differ."),
+    argument(
+        "--output",
+        "Save all results here: .json, or .html to share.",
+        type=file(".json", ".html", ".htm"),
+        metavar="FILE",
+    ),
+    argument("--plot", "Save a plot here: .png or .svg.", type=file(".png", ".svg"), metavar="FILE"),
+    JSON,
+    examples="""compare mistral-demo mistral-demo-sharded
+        compare mistral-demo sharded --dtype fp16 --output result.html --plot result.png
+        compare mistral-demo sharded --dtype fp16 --memory-limit 700MB --repeats 3""",
+)
+def compare(
+    original: str,
+    sharded: str,
+    memory_limit: str | None,
+    prefetch: bool,
+    trust_remote_code: bool,
+    output: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Load two checkpoints in turn, each time in a fresh process, and report what differs."""
+    _require_writable(output, plot)
+    with progress_bar() as bar:
+        found = shardkit.compare_loads(
+            original,
+            sharded,
+            **asked,
+            memory_limit=memory_limit,
+            others={"prefetched": {"prefetch": True}} if prefetch else None,
+            options=_load_options(trust_remote_code),
+            progress=bar if sys.stderr.isatty() else show_run,
+        )
+    show(found, as_json=as_json)
+    if output is not None:
+        found.save(output)
+    if plot is not None:
+        found.plot(plot)
+    # That a variant dies under a limit is what was asked for; that it does not load at all is not.
+    if found.failures and (memory_limit is None or len(found.failures) == len(found.variants)):
+        raise ShardkitError(found.verdict)
+
+
+@command(
+    SOURCE,
+    LOAD_DTYPE,
+    TRUST_REMOTE_CODE,
+    JSON,
+    examples="fit mistral-demo-sharded --dtype fp16",
+)
+def fit(source: str, dtype: LoadDtype | None, trust_remote_code: bool, as_json: bool) -> None:
+    """Find the smallest memory limit under which a checkpoint loads, by real loads; takes minutes.
+
+    A load that takes five times as long as without a limit, and at least a minute, counts as failed.
+    """
+    options = _load_options(trust_remote_code)
+    found = shardkit.minimum_memory(source, dtype=dtype, options=options, progress=LimitedRuns())
+    show(found, as_json=as_json)
+
+
+@command(
+    SOURCE,
+    argument("--prompt", "Text to continue.", required=True, metavar="TEXT"),
+    argument("--max-memory", "Memory that the process may need: 2GB.", metavar="SIZE", type=size),
+    argument("--max-new-tokens", "Tokens to add.", type=at_least_one, default=32, metavar="N"),
+    LOAD_DTYPE,
+    JSON,
+    examples="generate sharded --prompt 'The quick brown fox' --max-memory 600MB",
+)
+def generate(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) -> None:
+    """Continue a prompt, token by token, with a model that may be larger than its memory."""
+    from shardkit.load.generate import generate_text
+
+    on_text = None if as_json else partial(print, end="", flush=True)
+    found = generate_text(source, dtype=dtype or "auto", on_text=on_text, **asked)
+    if as_json:
+        show(found, as_json=True)
+    else:
+        print()
+        say(found.status)
+
+
+@command(
+    argument("--size", "Size of the weights, 5MB to 14.5GB.", default="512MB", metavar="SIZE", type=size),
+    JSON,
+    destination="A new or empty folder (default: mistral-demo).",
+    is_required=False,
+    examples="demo\ndemo tiny --size 20MB",
+)
+def demo(destination: str | None, size: str, as_json: bool) -> None:
+    """Make a small Mistral checkpoint with random weights and a tokenizer, to try things out."""
+    folder = destination or "mistral-demo"
+    was_there = os.path.isdir(folder) and bool(os.listdir(folder))
+    with progress_bar() as bar:
+        made = shardkit.make_demo_checkpoint(folder, size=size, progress=bar)
+    if was_there:
+        say(f"{folder} was there already, complete and the same; nothing was written")
+    show(made, as_json=as_json, following=next_step("shard", folder))
+
+
+def _require_writable(output: Path | None, plot: Path | None) -> None:
+    """Refuse files that could not be written or drawn: now, not after minutes of loads."""
+    for path in filter(None, (output, plot)):
+        if not path.absolute().parent.is_dir():
+            raise ShardkitError(f"{path} cannot be written: its folder does not exist")
+        if path.is_dir():
+            raise ShardkitError(f"{path} is a folder: choose a file in it")
+        if path.suffix.lower() != ".json":
+            require("notebook", f"drawing {path}", "matplotlib")

@@ -1,0 +1,109 @@
+"""What a person sees in a terminal: color, lines that fit its width, progress; in a pipe, plain text."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from typing import TextIO
+
+from shardkit.base.record import Record, Summary, printable
+from shardkit.base.sizes import format_size
+from shardkit.compare.fit import LimitedRun, loads_left
+from shardkit.measure.quantities import format_seconds
+from shardkit.show.progress import ProgressBar
+
+# What messages advise in Python's words, in those of the command line.
+_IN_THE_TERMINAL = {
+    'options={"trust_remote_code": True}': "--trust-remote-code",
+    "allow_overflow=True": "--allow-overflow",
+    "overwrite=True": "--overwrite",
+    "private=False": "--public",
+    "same_model=False": "--no-same-model",
+    "stream=True": "--stream",
+}
+_RED, _YELLOW, _GREEN, _BOLD = "31", "33", "32", "1"
+# Longer ones first: "fits tightly" is not "fits".
+_RATIO = r"(?<!between )(?<!and )\b[\d.]+(?:x| %)"
+_VERDICTS = {
+    _RED: rf"NOT EQUAL|NOT enough|DIFFERENT|does not (?:fit|load)|{_RATIO} (?:slower|larger|more)\b",
+    _YELLOW: r"fits tightly|inconclusive|not (?:checked|proven)|NOT proven|^  !",
+    _GREEN: rf"(?<=  )(?:equal|fits)\b|\b(?:gets the same|enough)\b|{_RATIO} (?:faster|smaller|less)\b",
+    _BOLD: r"^[A-Z][a-z ]+$|^next:",
+}
+_VERDICT = re.compile("|".join(f"(?P<c{code}>{words})" for code, words in _VERDICTS.items()), re.MULTILINE)
+
+
+def is_colored(stream: TextIO) -> bool:
+    """Whether color is seen there, and wanted: see https://no-color.org."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def painted(text: str, stream: TextIO) -> str:
+    """Return text with its verdicts in color, where color is seen."""
+    if not is_colored(stream):
+        return text
+    return _VERDICT.sub(lambda found: f"\x1b[{str(found.lastgroup)[1:]}m{found[0]}\x1b[0m", text)
+
+
+def say(message: str) -> None:
+    """Print a line to stderr, in place of a bar that is there."""
+    head = "\r\x1b[K" if sys.stderr.isatty() else ""
+    name = "\x1b[1;31mshardkit:\x1b[0m" if is_colored(sys.stderr) else "shardkit:"
+    print(f"{head}{name} {printable(in_the_terminal(message))}", file=sys.stderr)
+
+
+def show(*parts: Record | Summary, as_json: bool, following: str = "", **fields: object) -> None:
+    """Print records as text, or the first as JSON, with the fields that stand for the others."""
+    first = parts[0]
+    if as_json and isinstance(first, Record):
+        print(json.dumps(first.to_dict() | fields))
+        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    summaries = (part.summary() if isinstance(part, Record) else part for part in parts)
+    text = "\n\n".join([*(summary.text(width) for summary in summaries), *filter(None, [following])])
+    print(painted(in_the_terminal(text), sys.stdout))
+
+
+def next_step(*words: object) -> str:
+    """Return the command that may come next, as it is typed."""
+    return f"next: shardkit {shlex.join(map(str, words))}"
+
+
+def in_the_terminal(text: str) -> str:
+    """Return text with what it advises in the words of the command line."""
+    for words, here in _IN_THE_TERMINAL.items():
+        text = text.replace(words, here)
+    return text
+
+
+def progress_bar() -> ProgressBar:
+    """Return a bar that is there in a terminal only."""
+    columns, lines = shutil.get_terminal_size()  # the usual, where a terminal says that it has none
+    return ProgressBar(disable=not sys.stderr.isatty(), ncols=min(columns, 100), nrows=lines)
+
+
+def show_run(done: int, total: int, label: str) -> None:
+    """Print what the next of many runs is: for a pipe, which a bar is not made for."""
+    print(f"  {done}/{total} {label}", file=sys.stderr)
+
+
+class LimitedRuns:
+    """Prints each load under a limit, and, once the floor is between two, about how long the others take."""
+
+    def __init__(self) -> None:
+        self._runs: list[LimitedRun] = []
+        self._began = time.monotonic()
+        print("  loading without a limit first ...", file=sys.stderr)
+
+    def __call__(self, run: LimitedRun) -> None:
+        """Print a run."""
+        self._runs.append(run)
+        each = (time.monotonic() - self._began) / (len(self._runs) + 1)
+        left = loads_left(self._runs)
+        words = f", {left} more or so, {format_seconds(each * left)}" if left else ""
+        print(f"  {format_size(run.limit_bytes)}: {run.end}{words}", file=sys.stderr)

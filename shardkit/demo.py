@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ import numpy as np
 
 from shardkit.base.errors import CheckpointError, DestinationError, PlanError, SizeError
 from shardkit.base.jobs import Crew, ProgressCallback, resumable
+from shardkit.base.machine import Watch
 from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import CAST_DTYPES, DtypeLike, TensorInfo, dtype_name
@@ -194,7 +194,7 @@ def make_demo_checkpoint(
     if seed < 0:
         raise PlanError(f"seed {seed} is negative, but must be zero or more")
     made_by = {"recipe": _RECIPE, "size": parse_size(size), "dtype": dtype, "shards": shards, "seed": seed}
-    target, start = resolve(folder), time.perf_counter()
+    target, watch = resolve(folder), Watch()
     with TemporaryDirectory() as beside:
         checkpoint = _generated(shape, made_by, Path(beside))
         plan = _cut(plan_shards(checkpoint, max_shard_size="1TB"), shards)
@@ -202,7 +202,7 @@ def make_demo_checkpoint(
             return existing
         crew = Crew(min(8, os.cpu_count() or 1), progress=progress)
         job = Job(checkpoint, plan, verify=False, allow_overflow=False, crew=crew)
-        reshard(FolderStore(job, target, overwrite=False, resume=True), start)
+        reshard(FolderStore(job, target, overwrite=False, resume=True), watch)
     return Checkpoint.open(target)
 
 

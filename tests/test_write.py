@@ -4,6 +4,7 @@ import errno
 import io
 import itertools
 import json
+import mmap
 import multiprocessing
 import os
 import re
@@ -28,7 +29,8 @@ from safetensors.torch import save_file
 
 from shardkit import Checkpoint, Progress, plan_shards, shard_checkpoint, verify_checkpoint
 from shardkit.base import jobs as run
-from shardkit.base import pages
+from shardkit.base import machine, pages
+from shardkit.base.sizes import format_size
 from shardkit.errors import (
     Cancelled,
     CastError,
@@ -335,6 +337,8 @@ def test_processes_can_do_the_work(source: Path, out: Path) -> None:
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
         report = shard(source, out, executor=executor, dtype="float16")
         assert executor.submit(os.getpid).result() != os.getpid()  # the pool is the caller's, and still open
+    if sys.platform == "linux":  # Python alone takes some 10 MB, in each of the two
+        assert report.peak_bytes > shard(source, out.with_name("threads")).peak_bytes + 10**7
     assert report.verification is not None
     assert verify_checkpoint(source, out).cast == COUNT
 
@@ -1060,6 +1064,34 @@ def test_system_that_cannot_drop_or_show_pages_is_no_obstacle(
     assert said in str(report)
     assert not report.verification.is_from_disk  # type: ignore[union-attr]
     assert ShardReport.from_dict(report.to_dict()) == report
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_report_has_the_peak_of_its_own_job_alone(source: Path, out: Path) -> None:
+    with mmap.mmap(-1, 400_000_000) as held:
+        for page in range(0, len(held), 4096):
+            held[page] = 1
+    report = shard(source, out)
+    assert 0 < report.before_bytes <= report.peak_bytes < report.before_bytes + 50_000_000
+    peak, before = map(format_size, (report.peak_bytes, report.before_bytes))
+    assert re.search(f"memory .* {peak} at most, of which {before} before", str(report))
+    assert ShardReport.from_dict(report.to_dict()) == report
+
+
+def test_peak_that_the_system_does_not_report_is_said_to_be_unknown(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_kernel_counts", {}.get)
+    report = shard(source, out)
+    assert report.peak_bytes is None
+    assert "peak not reported by this system" in str(report)
+    # Where a peak of earlier cannot be forgotten, a lower one is not known, and a higher one is.
+    counts = {"VmHWM": 900, "VmRSS": 100}
+    monkeypatch.setattr(machine, "_kernel_counts", counts.get)
+    watch = machine.Watch()
+    assert watch.peak_bytes is None
+    counts["VmHWM"] = 950
+    assert watch.peak_bytes == 950
 
 
 def test_kernel_that_calls_all_pages_resident_is_not_believed(

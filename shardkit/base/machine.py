@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import platform
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
+
+TaskT = TypeVar("TaskT")
+ResultT = TypeVar("ResultT")
 
 CGROUP_ROOT = "/sys/fs/cgroup"
 OWN_CGROUP = "/proc/self/cgroup"
@@ -96,3 +102,56 @@ def filesystem(folder: str) -> str | None:
     # Of two at the same place, the later hides the earlier.
     nearest = max(reversed(holding), key=lambda mount: len(mount.mountpoint), default=None)
     return nearest.fstype if nearest else None
+
+
+class Watch:
+    """Time, and the kernel's own peak of this process' resident memory, since it was made.
+
+    What ran in other processes adds its peaks: those since they were started, as `seen` reports them.
+    """
+
+    def __init__(self) -> None:
+        self._start, self._here = time.perf_counter(), _who()
+        self._helpers: dict[str, int | None] = {}
+        self._earlier = _kernel_counts("VmHWM")
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+        self.before_bytes = _kernel_counts("VmRSS")
+        self._was_reset = _kernel_counts("VmHWM") != self._earlier
+
+    @property
+    def seconds(self) -> float:
+        """How long ago it was made."""
+        return time.perf_counter() - self._start
+
+    def add(self, who: str, peak: int | None) -> None:
+        """Take the peak of a process that did a part of the work."""
+        if who != self._here:
+            self._helpers[who] = peak
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The peak, those of other processes added; None where the kernel does not say."""
+        own = _kernel_counts("VmHWM")
+        # Where an earlier peak could not be forgotten, and was not exceeded, it hides this one.
+        is_known = own is not None and (self._was_reset or own != self._earlier or own == self.before_bytes)
+        peaks = [own if is_known else None, *self._helpers.values()]
+        return sum(filter(None, peaks)) if None not in peaks else None
+
+
+def seen(function: Callable[[TaskT], ResultT], task: TaskT) -> tuple[ResultT, str, int | None]:
+    """Carry out a task; return also which process did, and its peak so far."""
+    return function(task), _who(), _kernel_counts("VmHWM")
+
+
+def _who() -> str:
+    return f"{platform.node()}:{os.getpid()}"
+
+
+def _kernel_counts(name: str) -> int | None:
+    """Return what `/proc/self/status` has under a name, in bytes."""
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -7,7 +7,6 @@ finished is used by the next one of the same source and plan.
 from __future__ import annotations
 
 import os
-import time
 from collections import deque
 from concurrent.futures import Executor
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from threading import Event
 
 from shardkit.base.errors import Cancelled, CheckpointError, DownloadNeededError, PlanError
 from shardkit.base.jobs import Crew, ProgressCallback, ProgressCount, resumable, run_all, worker_count
+from shardkit.base.machine import Watch, seen
 from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import DtypeLike
@@ -109,7 +109,7 @@ def shard_checkpoint(
     >>> len(report.files), report.verification.equal
     (3, True)
     """
-    start, crew = time.perf_counter(), Crew(worker_count(workers, executor), executor, progress)
+    watch, crew = Watch(), Crew(worker_count(workers, executor), executor, progress)
     planned = partial(_planned, source, max_shard_size, strategy, dtype)
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
     checkpoint = opened()
@@ -119,7 +119,7 @@ def shard_checkpoint(
         checkpoint = opened(download=True)
         plan = planned(checkpoint)
     job = Job(checkpoint, plan, verify, allow_overflow, crew)
-    return reshard(FolderStore(job, destination, overwrite, resume), start)
+    return reshard(FolderStore(job, destination, overwrite, resume), watch)
 
 
 @resumable()
@@ -196,12 +196,12 @@ def shard_on_hub(
     from shardkit.shard.hub_store import HubStore
     from shardkit.shard.push import check_loadable
 
-    start, crew = time.perf_counter(), Crew(worker_count(workers), progress=progress)
+    watch, crew = Watch(), Crew(worker_count(workers), progress=progress)
     checkpoint = _open_there(source_id, revision, token)
     check_loadable(checkpoint)
     plan = _planned(source_id, max_shard_size, strategy, dtype, checkpoint)
     job = Job(checkpoint, plan, verify, allow_overflow, crew)
-    return reshard(HubStore(job, target_id, token, private, Path(work_folder or ".")), start)
+    return reshard(HubStore(job, target_id, token, private, Path(work_folder or ".")), watch)
 
 
 def _planned(
@@ -259,15 +259,15 @@ def _open_there(source_id: str | os.PathLike[str], revision: str | None, token: 
         ) from error
 
 
-def reshard(store: Store, start: float) -> ShardReport:
-    """Do the job of a store: what `start` is the time of began with it."""
+def reshard(store: Store, watch: Watch) -> ShardReport:
+    """Do the job of a store, watched since it began."""
     checkpoint, plan = store.job.checkpoint, store.job.plan
     with store.open():
         reused = tuple(shard.file for shard in plan.shards if shard.file in store.finished)
-        making = time.perf_counter()
-        count = _make_all(store)
+        making = watch.seconds
+        count = _make_all(store, watch)
         store.settle()
-        made = time.perf_counter()
+        made = watch.seconds
         outcomes = store.finished.values()
         store.job.refuse_overflow(outcomes)
         side_files = write_side_files(store.job, store.folder, lambda: count.add(0))
@@ -285,13 +285,15 @@ def reshard(store: Store, start: float) -> ShardReport:
         left_out=checkpoint.left_out,
         verification=verification,
         copy_seconds=made - making,
-        seconds=time.perf_counter() - start,
+        seconds=watch.seconds,
         notes=(*checkpoint.summary().notes, *plan.summary().notes, *store.notes),
         kept=plan.kept,
+        peak_bytes=watch.peak_bytes,
+        before_bytes=watch.before_bytes,
     )
 
 
-def _make_all(store: Store) -> ProgressCount:
+def _make_all(store: Store, watch: Watch) -> ProgressCount:
     """Make the shards that are not finished, some at once, each in tasks that any executor can carry out.
 
     Writes into one file wait for each other in the kernel, so workers are spread over files.
@@ -306,7 +308,7 @@ def _make_all(store: Store) -> ProgressCount:
     width = -(-job.crew.workers // at_once)
 
     def one(shard: Shard) -> None:
-        outcome, uncounted = _make(store, shard, width, count, stop)
+        outcome, uncounted = _make(store, shard, width, count, stop, watch)
         store.put(shard, outcome)
         count.add(uncounted + store.sends(shard))  # so that what is counted is finished
 
@@ -316,15 +318,18 @@ def _make_all(store: Store) -> ProgressCount:
     return count
 
 
-def _make(store: Store, shard: Shard, width: int, count: ProgressCount, stop: Event) -> tuple[Outcome, int]:
+def _make(
+    store: Store, shard: Shard, width: int, count: ProgressCount, stop: Event, watch: Watch
+) -> tuple[Outcome, int]:
     """Make one shard in the store's folder; return also how many source bytes are still to be counted."""
     job, path = store.job, store.folder / shard.file
     path.write_bytes(job.plan.header(shard))
     os.truncate(path, shard.nbytes)
     outcome, uncounted = Outcome(), 0
     tasks = shard_tasks(shard, job.checkpoint.place, str(path))
-    with run_all(run_task, tasks, width, job.crew.executor) as results:
-        for task, part in results:
+    with run_all(partial(seen, run_task), tasks, width, job.crew.executor) as results:
+        for task, (part, who, peak) in results:
+            watch.add(who, peak)
             if stop.is_set():
                 raise Cancelled("stopped")
             outcome += part

@@ -171,6 +171,10 @@ class ShardReport(Record):
         Time to write and sync the shards; time in all.
     notes
         What a person should be told.
+    peak_bytes, before_bytes
+        Largest resident memory of this process from the call to its end, with that of worker processes of an
+        executor; and what it held already when it was called. None where the kernel does not say. The check
+        of what a model gets, which imports transformers, has a process of its own and is not in it.
     """
 
     source: str
@@ -188,6 +192,8 @@ class ShardReport(Record):
     seconds: float
     notes: tuple[str, ...] = ()
     kept: dict[str, str] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    before_bytes: int | None = None
 
     def __fspath__(self) -> str:
         return self.destination  # so that it can be given wherever a checkpoint is
@@ -206,6 +212,7 @@ class ShardReport(Record):
             ("written", f"{format_size(self.nbytes)} in {plural(len(self.files), 'file')}"),
             ("dtype", f"cast to {self.dtype}" if self.dtype else "as in the source"),
             ("write time", f"{self.copy_seconds:.2f} s{rate}"),
+            ("memory", self._memory()),
             ("verified", self._verified()),
             ("also copied", self._also_copied()),
             ("model", str(check.model or "") if check else ""),
@@ -219,6 +226,11 @@ class ShardReport(Record):
         if check and check.files and not check.is_from_disk:
             notes += (f"when read back: {read_from(check.files, check.files_in_memory)}",)
         return Summary("Sharded checkpoint", tuple(fact for fact in facts if fact[1]), lost, notes)
+
+    def _memory(self) -> str:
+        if self.peak_bytes is None or self.before_bytes is None:
+            return "peak not reported by this system"
+        return f"{format_size(self.peak_bytes)} at most, of which {format_size(self.before_bytes)} before"
 
     def _verified(self) -> str:
         if (check := self.verification) is None:

@@ -1,4 +1,4 @@
-"""Parameters of notebooks and of the app, checked before any work begins; what many notebooks found.
+"""Parameters of notebooks, checked before any work begins; what sharding takes; what many notebooks found.
 
 Papermill only warns of a name that the notebook does not know, and runs on with the default.
 """
@@ -6,19 +6,53 @@ Papermill only warns of a name that the notebook does not know, and runs on with
 from __future__ import annotations
 
 import ast
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardkit.base.record import listed, plural, printable
+from shardkit.base.sizes import format_size
+from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.compare.comparison import Comparison, merge_comparisons
 from shardkit.compare.parameters import RULES, ParameterError, check_values
-from shardkit.measure.quantities import compared
+from shardkit.load.load_model import loader_names
+from shardkit.measure.quantities import QUANTITIES
+from shardkit.show.plots import HIGHEST, LOWEST
 
 if TYPE_CHECKING:
     import pandas as pd
 
+# Prints seconds without imports and, where the kernel says it, the peak.
+_WAY = """
+import json, os, sys, time
+source, target, dtype, size, loaders = json.loads(sys.argv[1])
+{imports}
+start = time.perf_counter()
+{work}
+getattr(os, "sync", int)()
+seconds, status = time.perf_counter() - start, "/proc/self/status"
+lines = open(status).read().splitlines() if os.path.exists(status) else []
+print(json.dumps([seconds, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))]))
+"""
+WAYS_TO_SHARD = {
+    "load it, save_pretrained": {
+        "imports": "import transformers\n"
+        "loader = next(found for name in loaders if (found := getattr(transformers, name, None)))",
+        "work": "model = loader.from_pretrained(source, dtype=dtype)\n"
+        "model.save_pretrained(target, max_shard_size=size)",
+    },
+    "shardkit": {
+        "imports": "from shardkit import shard_checkpoint",
+        "work": "shard_checkpoint(source, target, dtype=dtype, max_shard_size=size, verify=False)",
+    },
+}
 _INJECTED = "# Parameters"  # how papermill begins the cell that it writes
 
 
@@ -47,6 +81,35 @@ def _assigned(cell: str, kind: type[ast.Assign | ast.AnnAssign]) -> list[str]:
     return []
 
 
+def measure_sharding(
+    source: str | os.PathLike[str], folder: str | os.PathLike[str], *, dtype: str, max_shard_size: int | str
+) -> pd.DataFrame:
+    """Shard a model in two ways, each in a fresh process: as articles do it, and as shardkit does.
+
+    Each writes to a temporary folder in `folder`, which takes as much disk as the model, and syncs it;
+    neither verifies.
+
+    Returns
+    -------
+    A row for each way: seconds without imports, the peak of its process in megabytes (where the kernel says
+    it), and how it ended: a process that is killed, as for want of memory, is a result.
+    """
+    import pandas as pd
+
+    checkpoint, rows = Checkpoint.open(source, download=True), {}
+    place, loaders = str(checkpoint.folder or source), loader_names(checkpoint.config, trusted=False)
+    for name, way in WAYS_TO_SHARD.items():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            job = json.dumps([place, str(Path(scratch, "shards")), dtype, max_shard_size, loaders])
+            command = [sys.executable, "-c", _WAY.format(**way), job]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        last = (done.stdout if done.returncode == 0 else done.stderr).strip().rpartition("\n")[2]
+        seconds, *peak = json.loads(last) if done.returncode == 0 else (None,)
+        end = "ok" if done.returncode == 0 else last or f"ended with status {done.returncode}"
+        rows[name] = {"seconds": seconds, "peak (MB)": sum(peak) / 1e6 if peak else None, "end": end}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
 def read_results(folder: str) -> tuple[dict[str, Comparison], pd.DataFrame]:
     """Return every comparison below a folder by its file's name, and their runs, a row each.
 
@@ -61,17 +124,34 @@ def read_results(folder: str) -> tuple[dict[str, Comparison], pd.DataFrame]:
     return found, runs[runs["pair"].notna() | (counted == 0)]
 
 
-def median_figures(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the medians of the main figures by result and variant, over the counted loads that succeeded.
+def mean_figures(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the main figures by model, size, dtype, result and variant, of the counted loads that succeeded.
 
-    They are in seconds and gigabytes, as the columns' names say: "load time (s)".
+    They are in seconds and gigabytes, as the columns' names say: geometric means, as in the verdicts ("load
+    time (s)"), and the lowest and highest run ("lowest load time (s)"). Times of results in which a variant
+    prefetches, and so works before its load, count from process start.
     """
-    main = compared(False, "main")
-    names = [quantity.name for quantity in main]
-    loaded = runs[(runs["outcome"] == "ok") & runs["pair"].notna()].astype(dict.fromkeys(names, "Float64"))
-    medians = loaded.groupby(["result", "variant"], sort=False)[names].median()
-    for quantity in main:
-        scale, unit = (1, "s") if quantity.unit == "seconds" else (1e9, "GB")
-        medians[quantity.name] /= scale
-        medians = medians.rename(columns={quantity.name: f"{quantity.label} ({unit})"})
-    return medians
+    import pandas as pd
+
+    loaded = runs[(runs["outcome"] == "ok") & runs["pair"].notna()].copy()
+    first = runs.groupby("result", sort=False).first()
+    loaded["model"] = loaded["result"].map(first["source"].map(lambda name: "/".join(Path(name).parts[-2:])))
+    loaded["of"] = loaded["result"].map(first["bytes"])
+    loaded["size"] = loaded["of"].map(format_size)
+    loaded = loaded.sort_values(["model", "of", "dtype"], kind="stable")
+    ahead = loaded.groupby("result")["prefetch"].transform("any").astype(bool)
+    figures = {}
+    for quantity in QUANTITIES.values():
+        is_main = "main" in (quantity.plain, quantity.ahead if ahead.any() else None)
+        values = loaded[quantity.name].astype("Float64").astype(float)
+        if is_main and (values.notna().any() or not quantity.is_optional):
+            one, unit = (1, "s") if quantity.unit == "seconds" else (1e9, "GB")
+            counts = (values > 0) & (~ahead | (quantity.ahead == "main"))
+            figures[f"{quantity.label} ({unit})"] = values.where(counts) / one
+    by = [loaded[name].fillna("no dtype") for name in ("model", "size", "dtype", "result", "variant")]
+    columns = {}
+    for name, values in figures.items():
+        grouped = values.groupby(by, sort=False)
+        columns[name] = grouped.agg(lambda known: known.map(math.log).mean()).map(math.exp)
+        columns |= {f"{LOWEST}{name}": grouped.min(), f"{HIGHEST}{name}": grouped.max()}
+    return pd.DataFrame(columns)

@@ -27,21 +27,27 @@ MB = 10**6
 VARIANTS = (ORIGINAL, SHARDED)
 
 
-def fake_load(wall=2.0, anonymous=700 * MB, *, outcome="ok", **changes):
-    """Return a measurement with the given load time and peak; a first token takes 1 s."""
+def fake_load(wall=2.0, anonymous=700 * MB, *, first=1.0, token=None, read=None, outcome="ok", **changes):
+    """Return a measurement with the given load time and peak; a first token takes 1 s.
+
+    If `token` is given, three more tokens follow, of so many seconds, each of which reads `read` bytes.
+    """
     cpu = 3.0 + 0.9 * wall
     load = Phase("load", 3.0, wall, 0.8 * wall, 0.1 * wall, 900 * MB, anonymous, 500 * MB, 3, 400 * MB, cpu)
     imports = Phase("imports", 0.1, 2.9, 2.5, 0.4, 300 * MB, 200 * MB, 100 * MB, 0, 0, 3.0)
-    first = Phase("first token", 3.0 + wall, 1.0, 2.0, 0.1, 950 * MB, anonymous, 600 * MB, 0, 0, cpu + 2.1)
+    peaks, end = (950 * MB, anonymous, 600 * MB), 3.0 + wall + first
+    phases = [imports, load, Phase("first token", 3.0 + wall, first, 2.0, 0.1, *peaks, 0, 0, cpu + 2.1)]
+    if token:
+        phases += [Phase("further tokens", end, 3 * token, token, 0.1, *peaks, 0, 3 * read, cpu + 3.0)]
     seconds = tuple(float(s) for s in np.linspace(0, 4 + wall, 200))
     fields = {
         "source": "/models/original",
         "dtype": "float16",
         "device": "cpu",
-        "generate": 1,
+        "generate": 4 if token else 1,
         "outcome": outcome,
         "reason": "" if outcome == "ok" else "by SIGKILL during load",
-        "phases": (imports, load, first) if outcome == "ok" else (imports,),
+        "phases": tuple(phases) if outcome == "ok" else (imports,),
         "load_start_seconds": 3.0,
         "peak_total_bytes": anonymous + 250 * MB,
         "peak_anonymous_bytes": anonymous,
@@ -50,7 +56,7 @@ def fake_load(wall=2.0, anonymous=700 * MB, *, outcome="ok", **changes):
         "peak_device_bytes": None,
         "cache": CacheState("cold", True, "", 500 * MB, 0, 400 * MB),
         "model_class": "MistralForCausalLM",
-        "token_ids": (7,),
+        "token_ids": (7, 8, 9, 5) if token else (7,),
         "curve": MemoryCurve(
             seconds,
             tuple(int(200 * MB + (anonymous - 200 * MB) * min(1, s / (3 + wall))) for s in seconds),
@@ -82,7 +88,6 @@ def fake_comparison(ratio=1.0, noise=0.01, repeats=5, seed=0, anonymous=(700 * M
     fields = {
         "variants": (fake_variant("original", "BF16", files=2), fake_variant("sharded", "F16")),
         "margin": 0.05,
-        "seed": 0,
         "samples": tuple(samples),
         "warm_ups": (Sample("original", None, fake_load()), Sample("sharded", None, fake_load())),
     }

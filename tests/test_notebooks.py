@@ -17,10 +17,17 @@ from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 from papermill import inspect_notebook
 
+import shardkit
 from shardkit import Comparison
 from shardkit.measure.samples import SHARDED, Sample
-from shardkit.notebook import ParameterError, check_parameters
-from tests.fake_loads import VARIANTS, fake_comparison, fake_load, fake_variant
+from shardkit.notebook import (
+    ParameterError,
+    check_parameters,
+    mean_figures,
+    measure_sharding,
+    read_results,
+)
+from tests.fake_loads import MB, VARIANTS, fake_comparison, fake_load, fake_variant
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
@@ -167,13 +174,46 @@ def test_batch_report_merges_what_lies_below_a_folder(tmp_path):
         fake_comparison(ratio=ratio).save(tmp_path / "runs" / run / "comparison.json")
     done = papermill(REPORT, tmp_path, results="runs", output_folder="runs")
     assert done.returncode == 0, done.stderr
-    medians = pd.read_csv(tmp_path / "runs/medians.csv").set_index(["result", "variant"])["load time (s)"]
-    assert medians["b/comparison.json", "sharded"] == pytest.approx(2.0, rel=0.05)
-    assert medians["a/comparison.json", "sharded"] == pytest.approx(1.0, rel=0.05)
-    assert (tmp_path / "runs/medians.png").read_bytes().startswith(b"\x89PNG")
+    figures = pd.read_csv(tmp_path / "runs/figures.csv").set_index(["result", "variant"])
+    for run, ratio in (("a", 0.5), ("b", 1.0)):
+        row, found = figures.loc[f"{run}/comparison.json", "sharded"], fake_comparison(ratio=ratio)
+        assert row["load time (s)"] == pytest.approx(found.ratios["load_wall_seconds"].other)
+        times = [load.load_wall_seconds for load in found.measurements("sharded")]
+        spread = [row["lowest load time (s)"], row["highest load time (s)"]]
+        assert spread == pytest.approx([min(times), max(times)])
+        assert tuple(row[["model", "size", "dtype"]]) == ("models/original", "500 MB", "float16")
+    assert (tmp_path / "runs/figures.png").read_bytes().startswith(b"\x89PNG")
     shown = json.dumps(nbformat.read(tmp_path / "out.ipynb", as_version=4))
-    assert "no difference within" in shown
+    assert "no difference beyond" in shown
     assert "2x faster" in shown
+
+
+def test_times_beside_one_that_works_before_its_load_count_from_process_start(tmp_path):
+    runs = [
+        Sample(v, n, fake_load(prefetch=v == SHARDED, token=0.5, read=MB)) for n in range(3) for v in VARIANTS
+    ]
+    fake_comparison(samples=tuple(runs)).save(tmp_path / "ahead_comparison.json")
+    fake_comparison().save(tmp_path / "comparison.json")
+    figures = mean_figures(read_results(tmp_path)[1]).droplevel(["model", "size", "dtype"])
+    assert figures.loc["ahead_comparison.json", "load time (s)"].isna().all()
+    assert figures.loc["comparison.json", "load time (s)"].notna().all()
+    assert figures["load from process start (s)"].notna().all()
+    assert list(figures.loc["ahead_comparison.json", "time per token (s)"]) == [0.5, 0.5]
+
+
+@pytest.mark.slow
+def test_sharding_is_measured_as_articles_do_it_and_as_shardkit_does(tmp_path):
+    shardkit.make_demo_checkpoint(tmp_path / "m", size="60MB")
+    found = measure_sharding(tmp_path / "m", tmp_path, dtype="float16", max_shard_size="20MB")
+    assert list(found["end"]) == ["ok", "ok"]
+    assert (found["seconds"] > 0).all()
+    article, ours = found["peak (MB)"]
+    assert article > ours + 60
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    (tmp_path / "m/config.json").write_text('{"model_type": "mistral", "hidden_size": "wide"}')
+    died, ours = measure_sharding(tmp_path / "m", tmp_path, dtype="float16", max_shard_size="20MB")["end"]
+    assert "hidden_size" in died
+    assert ours == "ok"
 
 
 @pytest.mark.parametrize("below", ["", "nothing loads"])
@@ -201,8 +241,8 @@ def test_batch_report_shows_what_does_not_load_or_was_not_measured(below, tmp_pa
     assert "original does not load (killed: by SIGKILL during load)" in found["text/html"]
     assert "image/png" in picture
     assert not [shown for shown in data if hostile in shown.get("text/html", "")]
-    medians = pd.read_csv(tmp_path / "made/here/medians.csv")
-    assert list(medians["variant"]) == ([] if below else ["original", "sharded", "mine", "sharded"])
+    figures = pd.read_csv(tmp_path / "made/here/figures.csv")
+    assert list(figures["variant"]) == ([] if below else ["original", "sharded", "mine", "sharded"])
 
 
 @pytest.mark.parametrize(

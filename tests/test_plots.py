@@ -1,11 +1,14 @@
 """Pictures: what is drawn, that it can be read, and that it does not depend on a theme."""
 
 import os
+import re
 import subprocess
 import sys
 from io import BytesIO
+from itertools import pairwise
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -16,13 +19,14 @@ from matplotlib.collections import PathCollection
 
 from shardkit.base.errors import MeasurementError
 from shardkit.measure.samples import Sample
-from shardkit.show.canvas import look
+from shardkit.show.canvas import INK, color, ink
 from shardkit.show.plots import (
     comparison_png,
     plot_bars,
     plot_comparison,
-    plot_medians,
     plot_memory,
+    plot_profiler,
+    plot_results,
 )
 from tests.fake_loads import MB, VARIANTS, fake_comparison, fake_load, fake_variant
 
@@ -37,50 +41,119 @@ def texts(axes):
     """Every visible text on some axes."""
     axes.figure.draw_without_rendering()
     found = [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
-    found += [axes._left_title, *axes.get_xticklabels(), *axes.get_xticklabels(minor=True)]
-    if axes.get_legend():
-        found += axes.get_legend().get_texts()
+    found += [axes._left_title, *axes.get_xticklabels(), *axes.get_yticklabels()]
     return [text for text in found if text.get_text().strip() and text.get_visible()]
 
 
-def test_bars_show_means_and_every_run():
+def words(axes):
+    return [text.get_text().strip() for text in texts(axes)]
+
+
+def curves_of(axes):
+    """The lines of anonymous memory, and those of all memory, in the order of the variants."""
+    lines = [line for line in axes.lines if line.get_color() != ink(axes) and line.get_marker() == "None"]
+    return [[line for line in lines if line.get_linestyle() == style] for style in ("-", "--")]
+
+
+def test_bars_show_means_and_every_run_and_join_pairs():
     comparison = fake_comparison(ratio=0.5, noise=0.02, anonymous=(4000 * MB, 400 * MB))
     times, peaks = plot_bars(comparison)
-    for axes, quantities, scale in (
+    for axes, quantities, one in (
         (times, ("load_wall_seconds", "time_to_first_token_seconds"), 1),
         (peaks, ("peak_anonymous_bytes", "peak_total_bytes"), 1e9),
     ):
-        heights = sorted(bar.get_height() for bar in axes.patches)
-        means = sorted(comparison.mean(variant, q) / scale for variant in VARIANTS for q in quantities)
-        assert heights == pytest.approx(means)
+        lengths = sorted(bar.get_width() for bar in axes.patches)
+        means = sorted(comparison.mean(variant, q) / one for variant in VARIANTS for q in quantities)
+        assert lengths == pytest.approx(means)
         dots = [found for found in axes.collections if isinstance(found, PathCollection)]
         assert sum(len(found.get_offsets()) for found in dots) == 4 * 5
-    labels = [text.get_text().strip() for text in texts(peaks)]
-    assert {"4 GB", "400 MB", "peak anonymous", "peak total", "GB"} <= set(labels)
+        pairs = [line.get_xdata() for line in axes.lines if line.get_linewidth() < 1]
+        seen = {(dot[0] for dot in found.get_offsets()) for found in dots}
+        assert len(pairs) == 2 * 5
+        assert {len(pair) for pair in pairs} == {2}
+        assert len(seen) == 4
+    loads = comparison.by_pair("original")[3], comparison.by_pair("sharded")[3]
+    assert tuple(run.load_wall_seconds for run in loads) in [tuple(line.get_xdata()) for line in times.lines]
 
 
-def test_variants_differ_by_more_than_colour():
-    times, _ = plot_bars(fake_comparison())
-    assert len({bar.get_hatch() or "" for bar in times.patches}) == 2
-    curves = plot_memory(fake_comparison())
-    assert len({area.get_hatch() or "" for area in curves.collections}) == 2
+def test_one_axis_has_one_unit_and_titles_say_what_was_found():
+    comparison = fake_comparison(ratio=0.5, noise=0.02, anonymous=(4000 * MB, 400 * MB))
+    times, peaks, curves = plot_comparison(comparison)
+    assert {"4 GB", "0.4 GB", "peak anonymous", "peak total", "GB"} <= set(words(peaks))
+    assert not [text for text in words(peaks) if "MB" in text]
+    ratios = comparison.ratios
+    said = f"Load time: {ratios['load_wall_seconds'].short}"
+    assert re.fullmatch(r"Load time: [12](\.\d+)?x faster", said)
+    assert words(times)[-1 - len(times.get_xticklabels()) - len(times.get_yticklabels())].startswith(said)
+    assert "Peak anonymous: 10x smaller" in words(peaks)
+    assert "Memory that cannot be evicted: original 4 GB; sharded 0.4 GB" in words(curves)
 
 
-def test_curves_start_with_the_load_and_mark_its_phases():
+def test_every_bar_and_line_is_named_where_it_is_and_nothing_is_hatched():
+    axes = plot_comparison(fake_comparison())
+    for one in axes:
+        assert one.get_legend() is None
+        assert {bar.get_hatch() for bar in [*one.patches, *one.collections]} == {None}
+    for bars in axes[:2]:
+        rows = dict(zip(bars.get_yticks(), (text.get_text() for text in bars.get_yticklabels()), strict=True))
+        assert [rows[bar.get_y() + bar.get_height() / 2] for bar in bars.patches] == [*VARIANTS] * 2
+    names = {text.get_text(): text.xy for text in axes[2].texts}
+    for name, held, total in zip(VARIANTS, *curves_of(axes[2]), strict=True):
+        assert names[name] == (held.get_xdata()[-1], held.get_ydata()[-1])
+        assert names[f"{name}, with file pages"] == (total.get_xdata()[-1], total.get_ydata()[-1])
+
+
+def test_curves_begin_with_the_load_and_mark_its_phases_and_what_python_held():
     axes = plot_memory(fake_comparison())
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    for label in ("original: anonymous", "sharded: with file pages", "end of load", "end of first token"):
-        assert label in labels
-    marks = [line for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata())]
-    assert len(marks) == 2
-    assert all(1.8 < mark.get_xdata()[0] < 2.2 for mark in marks)
-    assert min(axes.lines[0].get_xdata()) >= -0.2
+    assert axes.get_xlim()[0] == axes.get_ylim()[0] == 0
+    assert all(0 <= line.get_xdata()[0] < 0.1 for lines in curves_of(axes) for line in lines)
+    for marker, end in (("o", 2), ("D", 3)):
+        marks = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == marker]
+        assert marks == pytest.approx([end, end], rel=0.1)
+    (named,) = (text for text in axes.texts if text.get_text() == "Python and libraries")
+    began = curves_of(axes)[0][0].get_ydata()[0]
+    assert named.xy[1] == pytest.approx(began / 2)
+    shaded = max(path.vertices[:, 1].max() for path in axes.collections[-1].get_paths())
+    assert shaded == pytest.approx(began)
 
 
-def test_given_axes_are_drawn_on():
+def test_limits_that_are_near_are_drawn_and_named():
+    def named(**asked):
+        runs = [Sample(v, 0, fake_load(anonymous=1000 * MB, **asked)) for v in VARIANTS]
+        return {text for text in words(plot_memory(fake_comparison(samples=tuple(runs)))) if "GB" in text}
+
+    assert "memory of Binder, 2 GB" in named()
+    assert not [text for text in named() if "Colab" in text or "limit" in text]
+    assert "memory limit, 2.5 GB" in named(memory_limit_bytes=2500 * MB)
+    assert "budget, 0.9 GB" in named(max_memory_bytes=900 * MB)
+    assert not [text for text in named(memory_limit_bytes=90_000 * MB) if "limit" in text]
+
+
+def test_tokens_after_the_first_are_drawn():
+    runs = [Sample(v, n, fake_load(token=0.2 + n / 100, read=100 * MB)) for n in range(3) for v in VARIANTS]
+    times, peaks = plot_bars(fake_comparison(samples=tuple(runs)))
+    assert "time per token" in words(times)
+    assert "read per token" in words(peaks)
+    assert "0.21 s" in words(times)
+    assert "100 MB" in words(peaks)
+
+
+def test_readings_of_memory_profiler_are_in_a_picture_of_their_own():
+    found = fake_comparison()
+    axes = plot_profiler(found)
+    crosses = [line for line in axes.lines if line.get_marker() == "x"]
+    assert [list(line.get_ydata()) for line in crosses] == [[0.4, 0.6]] * 2
+    assert not [line for ax in plot_comparison(found) for line in ax.lines if line.get_marker() == "x"]
+    assert set(VARIANTS) <= set(words(axes))
+
+
+def test_given_axes_are_drawn_on(tmp_path):
     figure, axes = plt.subplots(1, 3)
     assert list(plot_bars(fake_comparison(), axes[:2])) == list(axes[:2])
     assert plot_memory(fake_comparison(), axes[2]) is axes[2]
+    assert plot_profiler(fake_comparison(), axes[2]) is axes[2]
+    assert list(fake_comparison().plot(tmp_path / "a.svg", axes)) == list(axes)
+    assert (tmp_path / "a.svg").exists()
     assert plt.get_fignums() == [figure.number]
 
 
@@ -96,19 +169,19 @@ def with_variants(count):
 
 
 @pytest.mark.parametrize("count", [3, 4, 6, 8])
-def test_every_variant_has_a_name_and_a_look_of_its_own(count):
+def test_every_variant_has_a_name_at_its_bars_and_at_its_line(count):
     times, _, curves = plot_comparison(with_variants(count))
-    shown = {text.get_text() for text in times.get_legend().get_texts()}
-    assert len(shown) == count
-    looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in times.patches}
-    assert len(looks) == count
-    lines = [line for line in curves.lines if "with file pages" in line.get_label()]
-    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == count
+    rows = [text.get_text() for text in times.get_yticklabels()]
+    assert len(set(rows)) == count
+    assert len(rows) == len(times.patches) == 2 * count
+    held, _ = curves_of(curves)
+    assert len(held) == count
+    assert set(rows) <= {text.get_text() for text in curves.texts}
+    places = sorted(text.xyann[1] for text in curves.texts)
+    assert all(after - before > 0.03 * curves.get_ylim()[1] for before, after in pairwise(places))
     figure = times.figure
     figure.draw_without_rendering()
-    assert all(
-        ax.get_window_extent().width > 0.45 * figure.bbox.width for ax in (curves, *([times] * (count > 3)))
-    )
+    assert all(ax.get_window_extent().width > 0.45 * figure.bbox.width for ax in (curves, times))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +194,7 @@ def test_every_variant_has_a_name_and_a_look_of_its_own(count):
     ],
     ids=["two", "three", "four", "eight"],
 )
-def test_all_text_lies_inside_the_figure_and_tick_labels_keep_apart(comparison):
+def test_all_text_lies_inside_the_figure_and_keeps_apart(comparison):
     axes = plot_comparison(comparison)
     figure = axes[0].figure
     figure.draw_without_rendering()
@@ -131,7 +204,7 @@ def test_all_text_lies_inside_the_figure_and_tick_labels_keep_apart(comparison):
         assert figure.bbox.contains(box.x0, box.y0)
         assert figure.bbox.contains(box.x1, box.y1)
     for one in axes[:2]:
-        boxes = [label.get_window_extent(renderer) for label in one.get_xticklabels()]
+        boxes = [text.get_window_extent(renderer) for text in (*one.get_yticklabels(), *one.texts)]
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
 
 
@@ -148,13 +221,10 @@ def test_variants_whose_names_are_alike_when_short_are_all_drawn(names):
     found = fake_comparison(variants=tuple(fake_variant(name, "F16") for name in names), samples=tuple(runs))
     times, peaks, curves = plot_comparison(found)
     assert len(times.patches) == len(peaks.patches) == 3 * 2
-    assert len({text.get_text() for text in times.get_legend().get_texts()}) == 3
-    lines = [line.get_label() for line in curves.lines if "with file pages" in line.get_label()]
-    assert len(set(lines)) == 3
-    index = pd.MultiIndex.from_product([names[:2], names])
-    axes = plot_medians(pd.DataFrame({"load (s)": range(6), "peak (GB)": range(6)}, index), names).axes
-    assert len({text.get_text() for text in axes[0].get_yticklabels()}) == 2
-    assert len(set(axes[0].get_legend_handles_labels()[1])) == 3
+    assert len({text.get_text() for text in times.get_yticklabels()}) == 3
+    assert {text.get_text() for text in times.get_yticklabels()} <= {text.get_text() for text in curves.texts}
+    axes = plot_results(results([("m", "1 GB", "float16", "r", name) for name in names]))
+    assert len({text.get_text() for text in axes[0].get_yticklabels()}) == 3
 
 
 def test_where_a_variant_reads_ahead_times_start_with_the_process():
@@ -165,11 +235,9 @@ def test_where_a_variant_reads_ahead_times_start_with_the_process():
     ]
     found = fake_comparison(samples=tuple(runs))
     times, _, curves = plot_comparison(found)
-    assert {bar.get_height() for bar in times.patches} == {3.5, 4.5}
-    shown = " ".join(text.get_text() for text in texts(times))
-    assert "load\nfrom process start" in shown
-    assert "first token\nfrom process start" in shown
-    assert curves.get_xlabel() == "seconds since the start of the process"
+    assert {bar.get_width() for bar in times.patches} == {3.5, 4.5}
+    assert {"load from process start", "first token from process start"} <= set(words(times))
+    assert curves.get_xlabel().startswith("seconds since the start of the process\n")
     marks = [line for line in curves.lines if line.get_marker() == "o" and len(line.get_xdata())]
     assert [mark.get_xdata()[0] for mark in marks] == [3.5, 3.5]
 
@@ -178,7 +246,7 @@ def test_bars_that_a_system_does_not_report_are_missed_aloud():
     runs = [Sample(name, 0, fake_load(peak_anonymous_bytes=None)) for name in VARIANTS]
     found = fake_comparison(samples=tuple(runs))
     _, peaks, _ = plot_comparison(found)
-    assert "peak anonymous\n(not reported by this system)" in "".join(t.get_text() for t in texts(peaks))
+    assert "peak anonymous (not reported by this system)" in words(peaks)
 
 
 @pytest.mark.parametrize("backend", ["module://not_here.backend", "nonsense"])
@@ -197,11 +265,25 @@ def test_pictures_need_no_backend_of_a_screen(tmp_path, backend):
     assert "data:image/png" in (tmp_path / "a.html").read_text()
 
 
-def test_own_figures_are_black_on_white_in_a_dark_theme():
+def contrast(color, page):
+    """The ratio of two colors' luminance, as the Web's rules for readable text have it."""
+    levels = []
+    for one in (color, page):
+        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in mpl.colors.to_rgb(one)]
+        levels.append(0.05 + sum(w * part for w, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True)))
+    return max(levels) / min(levels)
+
+
+def test_own_figures_are_transparent_and_readable_on_white_and_on_dark_pages():
     with plt.style.context("dark_background"):
         axes = plot_comparison(fake_comparison())
-    assert mpl.colors.to_hex(axes[0].figure.get_facecolor()) == "#ffffff"
-    assert {mpl.colors.to_hex(text.get_color()) for one in axes for text in texts(one)} == {"#000000"}
+    assert mpl.colors.to_rgba(axes[0].figure.get_facecolor())[3] == 0
+    assert {mpl.colors.to_rgba(one.get_facecolor())[3] for one in axes} == {0}
+    used = {mpl.colors.to_hex(text.get_color()) for one in axes for text in texts(one)}
+    assert used == {INK, color(0).lower(), color(1).lower()}
+    for page in ("#ffffff", "#0d1117"):
+        assert contrast(INK, page) > 4
+        assert all(contrast(color(number), page) > 3 for number in range(6))
 
 
 def test_picture_for_a_page_is_the_same_in_any_theme_and_leaves_pyplot_alone():
@@ -211,8 +293,8 @@ def test_picture_for_a_page_is_the_same_in_any_theme_and_leaves_pyplot_alone():
         dark = comparison_png(fake_comparison())
         assert dict(mpl.rcParams) == before
     assert plt.get_fignums() == []
-    first, second = (plt.imread(BytesIO(png))[..., :3] for png in (light, dark))
-    assert (first == 1).all(axis=2).mean() > 0.6
+    first, second = (plt.imread(BytesIO(png)) for png in (light, dark))
+    assert (first[..., 3] == 0).mean() > 0.5
     assert abs(first - second).mean() < 0.01
 
 
@@ -221,7 +303,8 @@ def test_given_axes_keep_the_ink_of_their_theme():
         _, axes = plt.subplots(1, 3)
         plot_bars(fake_comparison(), axes[:2])
         plot_memory(fake_comparison(), axes[2])
-    assert {mpl.colors.to_hex(text.get_color()) for one in axes for text in texts(one)} == {"#ffffff"}
+    used = {mpl.colors.to_hex(text.get_color()) for one in axes for text in texts(one)}
+    assert used == {"#ffffff", color(0).lower(), color(1).lower()}
 
 
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")])
@@ -242,8 +325,9 @@ def test_killed_variant_is_drawn_as_far_as_it_came():
         for variant in ("original", "sharded")
     )
     axes = plot_comparison(fake_comparison(samples=killed))
-    assert "killed" in {text.get_text() for text in axes[2].texts}
-    assert len(axes[0].patches) == 2
+    assert "original (killed)" in words(axes[2])
+    assert words(axes[0]).count("killed") == len(axes[0].patches) == 2
+    assert "Does not load: original (killed)" in words(axes[0])
 
 
 def test_nothing_measured_is_said_rather_than_drawn():
@@ -251,33 +335,41 @@ def test_nothing_measured_is_said_rather_than_drawn():
     assert "nothing was measured" in {text.get_text() for text in axes[0].texts}
 
 
-def test_three_variants_fit_into_the_picture():
-    base = fake_comparison()
-    third = tuple(Sample("prefetched", s.pair, s.measurement) for s in base.samples if s.variant == "sharded")
-    found = fake_comparison(
-        variants=(*base.variants, fake_variant("prefetched", "F16")), samples=(*base.samples, *third)
+def results(keys):
+    """Return figures of results as a notebook has them, in which some load knows no peak."""
+    names = ["model", "size", "dtype", "result", "variant"]
+    index = pd.MultiIndex.from_tuples(keys, names=names) if keys else pd.MultiIndex.from_arrays([[]] * 5)
+    times = np.arange(1.0, len(keys) + 1)
+    peaks = np.where(times == 1, np.nan, times)
+    return pd.DataFrame(
+        {
+            f"{part}{name}": values * by
+            for name, values in (("load time (s)", times), ("peak anonymous (GB)", peaks))
+            for part, by in (("", 1), ("lowest ", 0.9), ("highest ", 1.2))
+        },
+        index,
     )
-    times, *_ = plot_comparison(found)
-    assert len(times.patches) == 3 * 2
-    assert len({bar.get_hatch() or "" for bar in times.patches}) == 3
 
 
-@pytest.mark.parametrize("count", [1, 700])
-def test_medians_of_many_results_have_a_bar_for_each_variant_in_its_colour(count):
-    names = [(f"$run_{number}", variant) for number in range(count) for variant in (*VARIANTS, "mine")]
-    index = pd.MultiIndex.from_tuples(names[1:], names=["result", "variant"])  # one original does not load
-    medians = pd.DataFrame(
-        {"load (s)": range(1, len(names)), "peak (GB)": [None, *range(2, len(names))]}, index
+@pytest.mark.parametrize("count", [1, 300])
+def test_many_results_have_a_row_for_each_variant_below_model_size_and_dtype(count):
+    names = [("org/m", "2 GB", "float16", f"$run_{n}", v) for n in range(count) for v in (*VARIANTS, "mine")]
+    axes = plot_results(results(names[1:]))  # one original does not load
+    dots, spread = ([line for line in axes[0].lines if line.get_marker() == of] for of in ("o", "None"))
+    assert len(dots) == len(spread) == len(names) - 1
+    assert len(axes[1].lines) == 2 * (len(names) - 2)
+    assert list(spread[0].get_xdata()) == pytest.approx([0.9, 1.2])
+    rows = dict(
+        zip(axes[0].get_yticks(), (text.get_text() for text in axes[0].get_yticklabels()), strict=True)
     )
-    figure = plot_medians(medians, [*VARIANTS, "mine"])
-    assert [len(axes.patches) for axes in figure.axes] == [len(names) - 1, len(names) - 2]
-    color = mpl.colors.to_rgb(look(2)["color"])
-    assert figure.axes[0].patches[-1].get_facecolor()[:3] == pytest.approx(color)
+    assert [rows[dot.get_ydata()[0]] for dot in dots] == [name[-1] for name in names[1:]]
+    assert dots[0].get_color() == color(1)
+    assert "org/m, 2 GB, float16, \\$run_0" in {text.get_text() for text in axes[0].texts}
+    figure = axes[0].figure
     assert figure.get_figheight() * 300 < 2**16
     figure.draw_without_rendering()
 
 
-def test_no_medians_are_said_rather_than_drawn():
-    index = pd.MultiIndex.from_tuples([], names=["result", "variant"])
-    axes, _ = plot_medians(pd.DataFrame({"load (s)": [], "peak (GB)": []}, index), VARIANTS).axes
-    assert "nothing was measured" in [text.get_text() for text in texts(axes)]
+def test_no_results_are_said_rather_than_drawn():
+    axes = plot_results(results([]))
+    assert "nothing was measured" in words(axes[0])

@@ -16,7 +16,7 @@ from shardkit.base.errors import MeasurementError, ShardkitError
 from shardkit.base.extras import require
 from shardkit.base.record import Record, Summary, Table, plural, shown_path
 from shardkit.measure.measurement import LoadMeasurement
-from shardkit.measure.quantities import Ratio
+from shardkit.measure.quantities import Quantity, Ratio
 from shardkit.measure.samples import ORIGINAL, Samples
 from shardkit.show.plots import plot_comparison
 from shardkit.show.report_page import carried, result_page
@@ -35,8 +35,6 @@ class Comparison(Samples, Record):
         The original, which the others are compared with, the sharded, and any more.
     margin
         Smallest difference that matters: 0.05 for 5 %.
-    seed
-        Of the bootstrap.
     samples, warm_ups
         Every run in the order it was made, raw.
     notes
@@ -100,14 +98,16 @@ class Comparison(Samples, Record):
         caches = ", ".join(dict.fromkeys(f"{s.measurement.cache.asked} page cache" for s in counted))
         stacks = dict.fromkeys(s.measurement.stack() for s in counted)
         machines = dict.fromkeys(str(s.measurement.environment) for s in counted)
+        margin = f"±{100 * self.margin:.3g} %"
         facts = (
             *(("verdict" if not line else "", words) for line, words in enumerate(self._verdicts())),
             *((f"{name}, a typical run", self._line(run)) for name, run in self.typical_runs.items()),
             *((f"{name}, means", self._means(name)) for name in self.names if self.failures),
             *((f"{variant.name} from", shown_path(variant.source)) for variant in self.variants),
             *((f"{name} stored", self.explain(name)) for name in self.names),
-            ("runs", f"{pairs} in ABBA order, one warm-up each, {caches}"),
-            ("figures", "geometric means, whose ratio is the geometric mean of the pairs' ratios"),
+            ("measured", f"{pairs} in ABBA order, one warm-up each, {caches}"),
+            ("figures", "geometric means over the pairs, whose log ratios give Student's intervals"),
+            ("verdicts", f"1 comparison in 20 may call a difference that is none (Holm); {margin} is none"),
             ("stack", " | ".join(stacks) or "unknown"),
             ("machine", " | ".join(machines) or "unknown"),
         )  # fmt: skip
@@ -123,12 +123,16 @@ class Comparison(Samples, Record):
         return ", ".join(f"{q.label} {q.format(value)}" for q, value in means if value is not None) or "none"
 
     def _table(self, variant: str) -> Table:
-        verdict = f"verdict (95 % interval, ±{100 * self.margin:.3g} %)"
         rows = tuple(
-            found.row() if isinstance(found, Ratio) else (quantity.label, "-", "-", "-", found)
+            found.row() if isinstance(found, Ratio) else self._missing(variant, quantity, found)
             for quantity, found in self.found(variant).items()
         )
-        return Table(("geometric mean", self.reference, variant, "ratio", verdict), rows)
+        columns = ("geometric mean", self.reference, variant, "difference (95 % interval)", "verdict")
+        return Table(columns, rows)
+
+    def _missing(self, variant: str, quantity: Quantity, why: str) -> tuple[str, ...]:
+        means = (self.mean(name, quantity.name) for name in (self.reference, variant))
+        return quantity.label, *map(quantity.format, means), "-", why
 
     def _warnings(self) -> Iterator[str]:
         yield from self.notes
@@ -157,7 +161,7 @@ class Comparison(Samples, Record):
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON-ready data, with verdict and ratios for those who read the JSON alone."""
         ratios = {
-            name: {quantity: asdict(ratio) for quantity, ratio in self.ratios_of(name).items()}
+            name: {q: {**asdict(ratio), "words": str(ratio)} for q, ratio in self.ratios_of(name).items()}
             for name in self.names
             if name != self.reference
         }
@@ -207,14 +211,14 @@ class Comparison(Samples, Record):
         """Return one HTML page with figures, pictures and raw data that needs no other file, to share."""
         return result_page(self, self.summary(), self.to_dict())
 
-    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
-        """Draw times, peaks and memory curves; save them if `path` is given (``.png``, ``.svg``).
+    def plot(self, path: str | os.PathLike[str] | None = None, ax: Any = None) -> Any:
+        """Draw times, peaks and memory curves, on three axes if given; save them (``.png``, ``.svg``).
 
         Returns
         -------
         The three axes: times, peaks, curves.
         """
-        return plot_comparison(self, path)
+        return plot_comparison(self, path, ax)
 
 
 def merge_comparisons(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:

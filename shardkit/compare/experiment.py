@@ -47,7 +47,6 @@ def compare_loads(
     max_memory: int | str | None = None,
     others: Mapping[str, Mapping[str, Any]] | None = None,
     same_model: bool = True,
-    seed: int = 0,
     on_sample: Callable[[Comparison], object] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Comparison:
@@ -75,8 +74,6 @@ def compare_loads(
     same_model
         Whether to refuse checkpoints that are not the same model: tensors that differ in name or shape, or,
         in a sample of them, in their values (up to a cast).
-    seed
-        Of the bootstrap.
     on_sample
         Called with the comparison so far, after each run.
     stop
@@ -101,7 +98,7 @@ def compare_loads(
     >>> Comparison.load("comparison.json").names
     ('original', 'sharded')
     """
-    check({"repeats": repeats, "margin": margin, "seed": seed, "others": others}, _RULES)
+    check({"repeats": repeats, "margin": margin, "others": others}, _RULES)
     common = LoadSpec(
         dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options or {}, max_memory
     )
@@ -119,7 +116,7 @@ def compare_loads(
     # A model of the Hub is loaded from where it was downloaded to, and shown by its id.
     paths = {name: c.source if os.path.exists(c.source) else c.folder for name, c in opened.items()}
     loads = {name: partial(run_load, path, specs[name], stop=stop) for name, path in paths.items()}
-    found = Comparison(variants, margin, seed, (), (), notes)
+    found = Comparison(variants, margin, (), (), notes)
     try:
         for sample in _run_all(loads, repeats, progress):
             found = found.with_sample(sample)
@@ -147,7 +144,6 @@ def _have_names(others: object) -> None:
 _RULES: dict[str, Rule] = {
     "repeats": whole_number(1),
     "margin": share(0, math.inf),
-    "seed": whole_number(0),
     "others": optional(_have_names),
 }
 

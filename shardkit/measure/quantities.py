@@ -5,13 +5,15 @@ A new figure is a property of `LoadMeasurement` and a line of the table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
+from shardkit.base.record import plural
 from shardkit.base.sizes import format_size
-from shardkit.measure.intervals import Conclusion, conclude, paired_interval, repeats_to_decide
+from shardkit.measure.intervals import ERROR, Conclusion, Pairs, conclude, family_errors
 
 if TYPE_CHECKING:
     from shardkit.measure.measurement import LoadMeasurement
@@ -21,6 +23,9 @@ NOT_REPORTED = "not reported by this system"
 Unit = Literal["seconds", "bytes", "count"]
 Role = Literal["main", "drawn", "listed"]
 
+_LARGE = 1.25  # factors from here on are said as such, smaller ones in percent
+_NOTHING_PERCENT = 0.05
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -28,7 +33,8 @@ class Quantity:
 
     `plain` and `ahead` are its role in a comparison of plain loads, and in one where a variant works before
     its load does: "main" (verdict, picture and tables), "drawn" (picture and tables, where it is known),
-    "listed" (tables alone); None leaves it out. If `is_of_token`, a load has it only with a first token.
+    "listed" (tables alone); None leaves it out. If `is_of_token`, a load has it only with a first token; if
+    `is_optional`, nobody misses it in loads that have none.
     """
 
     name: str
@@ -39,6 +45,12 @@ class Quantity:
     plain: Role | None = None
     ahead: Role | None = None
     is_of_token: bool = False
+    is_optional: bool = False
+
+    @property
+    def least_pairs(self) -> int:
+        """How many pairs a verdict takes: two loads may take as long as each other, or not, by chance."""
+        return 3 if self.unit == "seconds" else 2
 
     def __post_init__(self) -> None:
         if self.unit == "count" and {self.plain, self.ahead} & {"main", "drawn"}:
@@ -59,6 +71,7 @@ class Quantity:
 
 _WALL: dict[str, Any] = {"unit": "seconds", "less": "faster", "more": "slower"}
 _PEAK: dict[str, Any] = {"unit": "bytes", "less": "smaller", "more": "larger"}
+_EXTRA: dict[str, Any] = {"plain": "main", "ahead": "main", "is_optional": True}
 _TABLE = (
     Quantity("load_wall_seconds", "load time", **_WALL, plain="main"),
     Quantity("load_cpu_seconds", "load CPU time", "seconds", plain="listed"),
@@ -78,10 +91,10 @@ _TABLE = (
     ),
     Quantity("peak_anonymous_bytes", "peak anonymous", **_PEAK, plain="main", ahead="main"),
     Quantity("peak_total_bytes", "peak total", **_PEAK, plain="drawn", ahead="drawn"),
-    Quantity("peak_device_bytes", "peak GPU", **_PEAK, plain="drawn", ahead="drawn"),
-    # Of loads that are followed by several tokens; of others nobody misses them.
-    Quantity("seconds_per_token", "time per token", **_WALL, plain="drawn", ahead="drawn"),
-    Quantity("read_bytes_per_token", "read per token", "bytes", plain="drawn", ahead="drawn"),
+    Quantity("peak_device_bytes", "peak GPU", **_PEAK, **_EXTRA),
+    # Of loads that are followed by several tokens.
+    Quantity("seconds_per_token", "time per token", **_WALL, **_EXTRA),
+    Quantity("read_bytes_per_token", "read per token", "bytes", **_EXTRA),
     Quantity("peak_file_bytes", "peak file-backed", **_PEAK),
 )
 QUANTITIES = {quantity.name: quantity for quantity in _TABLE}
@@ -101,7 +114,7 @@ def why_missing(runs: Collection[LoadMeasurement], quantity: Quantity) -> str:
     if any(quantity.name in run.unreported() for run in runs):
         return NOT_REPORTED
     if 0 in values:
-        return "too small to be measured"
+        return "zero, so no ratio" if quantity.unit == "bytes" else "too small to be measured"
     return "not measured" if quantity.is_of_token and any(run.generate for run in runs) else ""
 
 
@@ -109,8 +122,13 @@ def why_missing(runs: Collection[LoadMeasurement], quantity: Quantity) -> str:
 class Ratio:
     """One quantity ("load_wall_seconds") of a variant, to that of the original or the first that loads.
 
-    Both figures are geometric means over the pairs, and so is the ratio ``other / original``; low and high
-    are its 95 % interval, None for a single pair. `repeats_to_decide` is None if it would take more than 200.
+    Both figures are geometric means over the same pairs, and `ratio` is their ratio, new to old; low and high
+    are its 95 % interval, None where the pairs are too few for one. The main quantities of a variant carry
+    verdicts and share the 5 % among them (`family_errors`); of others, the conclusion is None.
+    `pairs_to_decide` is None if it would take more than 200.
+
+    Words say what the variant does compared with the original: "1.5x faster", or, if all that is said is
+    below 1.25x, the change of the figure itself: "19 % smaller" for 336 MB that became 272 MB.
     """
 
     quantity: str
@@ -119,46 +137,119 @@ class Ratio:
     ratio: float
     low: float | None
     high: float | None
-    conclusion: Conclusion
+    pairs: int
+    conclusion: Conclusion | None
     margin: float
-    repeats_to_decide: int | None
-
-    @classmethod
-    def of_pairs(
-        cls, quantity: Quantity, first: Sequence[float], second: Sequence[float], margin: float, seed: int
-    ) -> Self:
-        """Return the ratio of paired values, its bootstrap seeded."""
-        interval = paired_interval(first, second, seed)
-        return cls(
-            quantity=quantity.name,
-            original=geometric_mean(first),
-            other=geometric_mean(second),
-            **vars(interval),
-            conclusion=conclude(interval, margin),
-            margin=margin,
-            repeats_to_decide=repeats_to_decide(first, second, margin),
-        )
+    pairs_to_decide: int | None
 
     def __str__(self) -> str:
-        """Return the verdict: ``3.61x faster (3.1x to 4.2x)``."""
-        quantity = QUANTITIES[self.quantity]
-        if self.low is None or self.high is None:
-            return f"inconclusive: {self.ratio:.3g}x in a single pair"
+        """Return the verdict: ``1.58x faster (1.43x to 1.74x)``; of one that carries none, the difference."""
+        if self.low is None:
+            return f"{self.difference}, {self.word}"
         if self.conclusion == "same":
-            return f"no difference within ±{100 * self.margin:.3g} %"
-        if self.conclusion == "less":
-            return f"{1 / self.ratio:.3g}x {quantity.less} ({1 / self.high:.3g}x to {1 / self.low:.3g}x)"
-        if self.conclusion == "more":
-            return f"{self.ratio:.3g}x {quantity.more} ({self.low:.3g}x to {self.high:.3g}x)"
-        count = self.repeats_to_decide
-        enough = f"about {count} repeats would decide" if count else "more than 200 repeats would be needed"
-        return f"inconclusive ({self.low:.3g}x to {self.high:.3g}x): {enough}"
+            return f"{self.word} ({self._ends()})"
+        if self.conclusion == "inconclusive":
+            what, _, enough = self.word.partition(": ")
+            return f"{what}: {self._ends()}; {enough}"
+        return self.difference
+
+    @property
+    def difference(self) -> str:
+        """The ratio with its interval, in words: ``1.2x faster (between 3 % slower and 1.5x faster)``."""
+        if self.low is None or self.high is None:
+            return f"{self._words(self.ratio)} in {plural(self.pairs, 'pair')}"
+        change, ends = self._words(self.ratio, self.low, self.high), self._ends()
+        if self.high < 1 or self.low > 1:
+            ends = ends.removesuffix(f" {change.rpartition(' ')[2]}")
+        return f"{change} ({ends})" if ends != change else change
+
+    @property
+    def short(self) -> str:
+        """The finding without its interval, for a title: ``1.58x faster``, ``no difference beyond 5 %``."""
+        if self.low is not None and self.conclusion in ("same", "inconclusive"):
+            return self.word.partition(":")[0]
+        return self.difference.partition(" (")[0]
+
+    @property
+    def word(self) -> str:
+        """What is concluded: ``faster``, ``no difference beyond 5 %``; "-" for what carries no verdict."""
+        quantity, count = QUANTITIES[self.quantity], self.pairs_to_decide
+        if self.conclusion is None:
+            return "-"
+        if self.low is None:
+            return "too few for a verdict"
+        enough = f"about {count} pairs would decide" if count else "more than 200 pairs would be needed"
+        return {
+            "same": f"no difference beyond {100 * self.margin:.3g} %",
+            "less": quantity.less,
+            "more": quantity.more,
+            "inconclusive": f"inconclusive: {enough}",
+        }[self.conclusion]
 
     def row(self) -> tuple[str, ...]:
-        """Return what it is, both means, their ratio and the verdict, as a table shows them."""
+        """Return what it is, both means, the difference and the verdict, as a table shows them."""
         quantity = QUANTITIES[self.quantity]
         means = map(quantity.format, (self.original, self.other))
-        return quantity.label, *means, f"{self.ratio:.3g}x", str(self)
+        return quantity.label, *means, self.difference, self.word
+
+    def _ends(self) -> str:
+        """Return the interval, the smaller difference first: ``1.43x to 1.74x faster``."""
+        low, high = self.low or 1.0, self.high or 1.0
+        worse, better = self._words(high), self._words(low)
+        if worse == better:
+            return better
+        if low <= 1 <= high:
+            return f"between {worse} and {better}"
+        near, far = (high, low) if high < 1 else (low, high)
+        return f"{_size(near, near, far) or '0 %'} to {self._words(far, near)}"
+
+    def _words(self, ratio: float, *others: float) -> str:
+        size, quantity = _size(ratio, ratio, *others), QUANTITIES[self.quantity]
+        return f"{size} {quantity.less if ratio < 1 else quantity.more}" if size else "equal"
+
+
+def _size(ratio: float, *said: float) -> str:
+    """Return how far a ratio is from 1: as a factor if any that is said along with it is large."""
+    percent = 100 * abs(ratio - 1)
+    if max(max(one, 1 / one) for one in said) >= _LARGE:
+        return f"{max(ratio, 1 / ratio):.3g}x"
+    return f"{percent:.2g} %" if percent >= _NOTHING_PERCENT else ""
+
+
+def ratios_of(
+    values: Mapping[Quantity, tuple[Sequence[float], Sequence[float]]],
+    main: Collection[Quantity],
+    margin: float,
+) -> dict[Quantity, Ratio]:
+    """Return the ratios of paired values by quantity; the main ones are a family of verdicts."""
+    pairs = {quantity: Pairs.of(*both) for quantity, both in values.items()}
+    family = [q for q in pairs if q in main and pairs[q].count >= q.least_pairs]
+    errors = dict(zip(family, family_errors([pairs[q].p_value for q in family]), strict=True))
+    return {q: _ratio(q, values[q], pairs[q], q in main, errors.get(q, ERROR), margin) for q in pairs}
+
+
+def _ratio(
+    quantity: Quantity,
+    values: tuple[Sequence[float], Sequence[float]],
+    pairs: Pairs,
+    is_main: bool,
+    error: float,
+    margin: float,
+) -> Ratio:
+    interval = pairs.interval(error) if pairs.count >= quantity.least_pairs else None
+    low, high = interval or (None, None)
+    return Ratio(
+        quantity=quantity.name,
+        original=geometric_mean(values[0]),
+        other=geometric_mean(values[1]),
+        ratio=math.exp(pairs.mean),
+        low=low,
+        high=high,
+        pairs=pairs.count,
+        conclusion=conclude(interval, margin) if is_main else None,
+        margin=margin,
+        pairs_to_decide=pairs.pairs_to_decide(error, margin),
+    )
 
 
 def format_seconds(seconds: float | None) -> str:

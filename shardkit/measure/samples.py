@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import geometric_mean, median
@@ -15,7 +15,7 @@ from shardkit.base.record import listed, plural
 from shardkit.base.sizes import format_size
 from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement
-from shardkit.measure.quantities import QUANTITIES, Quantity, Ratio, compared, why_missing
+from shardkit.measure.quantities import QUANTITIES, Quantity, Ratio, compared, ratios_of, why_missing
 
 ORIGINAL, SHARDED = "original", "sharded"
 
@@ -104,15 +104,14 @@ class Samples:
 
     variants: tuple[Variant, ...]
     margin: float
-    seed: int
     samples: tuple[Sample, ...]
     warm_ups: tuple[Sample, ...]
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         named = {sample.variant for sample in self.all_runs}
-        if not named <= set(self.names) or not 0 < self.margin < math.inf or self.seed < 0:
-            raise MeasurementError("runs of variants that it does not have, or a margin or seed below zero")
+        if not named <= set(self.names) or not 0 < self.margin < math.inf:
+            raise MeasurementError("runs of variants that it does not have, or a margin below zero")
 
     @property
     def all_runs(self) -> tuple[Sample, ...]:
@@ -140,6 +139,11 @@ class Samples:
         """Return the counted loads of one variant that succeeded."""
         return [s.measurement for s in self.samples if s.variant == variant and s.measurement.ok]
 
+    def by_pair(self, variant: str) -> dict[int, LoadMeasurement]:
+        """Return the same by the pair that each is of."""
+        counted = ((s.pair, s.measurement) for s in self.samples if s.variant == variant)
+        return {pair: run for pair, run in counted if run.ok and pair is not None}
+
     def _runs(self, variant: str) -> list[LoadMeasurement]:
         """Return the counted loads of one variant; where there is none, its warm-up."""
         counted = [s.measurement for s in self.samples if s.variant == variant]
@@ -153,14 +157,22 @@ class Samples:
 
     @property
     def main(self) -> tuple[Quantity, ...]:
-        """The quantities that the verdict is about."""
-        return compared(self.reads_ahead, "main")
+        """The quantities that the verdict is about: those that loads have, or should have."""
+        loads = [load for name in self.names for load in self.measurements(name)]
+        generates = not self.all_runs or any(sample.measurement.generate for sample in self.all_runs)
+        return tuple(
+            quantity
+            for quantity in compared(self.reads_ahead, "main")
+            if any(map(quantity.of, loads))
+            or not (quantity.is_optional or (quantity.is_of_token and not generates))
+        )
 
     def drawn(self) -> dict[Quantity, str]:
         """Return what pictures show, and why if no load has it: main quantities, others known or missed."""
         loads = [load for name in self.names for load in self.measurements(name)]
         drawn = {q: why_missing(loads, q) for q in compared(self.reads_ahead, "main", "drawn")}
-        return {q: why for q, why in drawn.items() if why or q in self.main or any(map(q.of, loads))}
+        main = self.main
+        return {q: why for q, why in drawn.items() if why or q in main or any(map(q.of, loads))}
 
     @property
     def typical_runs(self) -> dict[str, LoadMeasurement]:
@@ -175,8 +187,9 @@ class Samples:
 
     def mean(self, variant: str, quantity: str) -> float | None:
         """Return the geometric mean of a `LoadMeasurement` property over a variant's loads; None if none."""
-        values = [getattr(measurement, quantity) for measurement in self.measurements(variant)]
-        return geometric_mean(known) if (known := [value for value in values if value]) else None
+        loads = self.measurements(variant)
+        values = [value for load in loads if (value := getattr(load, quantity)) is not None]
+        return geometric_mean(known) if (known := [*filter(None, values)]) else next(iter(values), None)
 
     @property
     def ratios(self) -> dict[str, Ratio]:
@@ -193,24 +206,24 @@ class Samples:
 
     @cached_property
     def _found(self) -> dict[str, dict[Quantity, Ratio | str]]:
-        # Kept: verdict, tables and JSON all ask, and each interval takes 10,000 resamplings.
-        return {name: dict(self._compared(name)) for name in self.names if name != self.reference}
+        # Kept: verdict, tables, pictures and JSON all ask.
+        return {name: self._compared(name) for name in self.names if name != self.reference}
 
-    def _compared(self, variant: str) -> Iterator[tuple[Quantity, Ratio | str]]:
-        first, second = (
-            {s.pair: s.measurement for s in self.samples if s.variant == name and s.measurement.ok}
-            for name in (self.reference, variant)
-        )
+    def _compared(self, variant: str) -> dict[Quantity, Ratio | str]:
+        first, second = self.by_pair(self.reference), self.by_pair(variant)
+        known: dict[Quantity, tuple[Sequence[float], Sequence[float]]] = {}
+        missing: dict[Quantity, str] = {}
         for quantity in compared(self.reads_ahead):
             values = [
                 (quantity.of(first[pair]), quantity.of(second[pair])) for pair in first if pair in second
             ]
-            known = [(one, other) for one, other in values if one and other]
-            if known:
-                ones, others = zip(*known, strict=True)
-                yield quantity, Ratio.of_pairs(quantity, ones, others, self.margin, self.seed)
+            if pairs := [(one, other) for one, other in values if one and other]:
+                ones, others = zip(*pairs, strict=True)
+                known[quantity] = ones, others
             elif why := why_missing(first.values(), quantity) or why_missing(second.values(), quantity):
-                yield quantity, why
+                missing[quantity] = why
+        found: dict[Quantity, Ratio | str] = {**ratios_of(known, self.main, self.margin), **missing}
+        return {quantity: found[quantity] for quantity in compared(self.reads_ahead) if quantity in found}
 
     @property
     def reference(self) -> str:

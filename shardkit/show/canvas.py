@@ -1,28 +1,36 @@
-"""Figures and what all pictures have in common: colors, hatching, short names, ink.
+"""Figures and what all pictures have in common: colors, short names, ink, units.
 
-Colors are Okabe and Ito's, which color-blind readers can distinguish, and never alone: bars also differ by
-hatching, areas by direct labels. Text takes its color from the axes it is drawn on, so that it can be
-read on a dark theme; figures made here are white, whatever the theme.
+Colors are near those of Okabe and Ito, which color-blind readers can distinguish, all about as dark, so that
+they read on white and on black; and never alone: what is drawn is named where it stands. Figures made here
+are transparent, and their ink is a gray that reads on any page; on axes that are given, text has the color of
+the theme that they were made in.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from shardkit.base.extras import require
 from shardkit.base.record import printable
+from shardkit.measure.quantities import Unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # blue, vermilion, green, purple
-_HATCHES = ("", "///", "...", "xx", "--")  # one more than colors: twenty variants before two look the same
+INK = "#777b80"  # 4.3:1 on white, 4.4:1 on GitHub's dark pages
+_COLORS = ("#1F83C9", "#D55E00", "#009E73", "#B5649A", "#8C7A00", "#7D6BC4")
 _LONGEST_NAME = 20
+_MOST_NAMED = 3  # variants in a title
+_UNITS: dict[Unit, tuple[tuple[float, float, str], ...]] = {  # up to which value, one of it, its name
+    "seconds": ((0.9995, 1e-3, "ms"), (180, 1, "s"), (math.inf, 60, "min")),
+    "bytes": ((0.9995e9, 1e6, "MB"), (math.inf, 1e9, "GB")),
+}
 
 
 def new_figure(**page: Any) -> Figure:
@@ -55,20 +63,20 @@ def bare_figure(**page: Any) -> Figure:
 
 
 def new_axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 4), **options: Any) -> Any:
-    """Make axes, black on white, on a figure of their own."""
-    figure = new_figure(figsize=size, layout="constrained", facecolor="white")
+    """Make transparent axes on a figure of their own."""
+    figure = new_figure(figsize=size, layout="constrained", facecolor="none")
     axes = figure.subplots(rows, columns, **options)
     for ax in figure.axes:
-        blacken(ax)
+        set_ink(ax)
     return axes
 
 
-def blacken(ax: Axes) -> None:
-    """Make axes black on white, whatever theme they were made in."""
-    ax.set_facecolor("white")
-    ax.tick_params(which="both", colors="black")
-    ax.spines[:].set_edgecolor("black")
-    ax.xaxis.label.set_color("black")
+def set_ink(ax: Axes) -> None:
+    """Give axes the ink that reads on any page, whatever theme they were made in."""
+    ax.set_facecolor("none")
+    ax.tick_params(which="both", colors=INK)
+    ax.spines[:].set_edgecolor(INK)
+    ax.xaxis.label.set_color(INK)
 
 
 def ink(ax: Axes) -> Any:
@@ -76,9 +84,9 @@ def ink(ax: Axes) -> Any:
     return ax.xaxis.label.get_color()
 
 
-def tidy(ax: Axes, unit: str, title: str) -> None:
-    """Set title and unit, and take away what only frames the picture."""
-    ax.set_title(title, loc="left", fontsize=11, color=ink(ax))
+def tidy(ax: Axes, unit: str, finding: str) -> None:
+    """Set the finding as title, and the unit, and take away what only frames the picture."""
+    ax.set_title(finding, loc="left", fontsize=10, fontweight="bold", color=ink(ax))
     ax.set_ylabel(unit, color=ink(ax))
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -88,24 +96,73 @@ def say_empty(ax: Axes) -> None:
     ax.text(0.5, 0.5, "nothing was measured", transform=ax.transAxes, ha="center", color=ink(ax))
 
 
-def look(variant: int) -> dict[str, Any]:
-    """Return what distinguishes the bars of a variant, by its number."""
-    return {"color": _COLORS[variant % len(_COLORS)], "hatch": _HATCHES[variant % len(_HATCHES)]}
+def color(variant: int) -> str:
+    """Return the color of a variant, by its number."""
+    return _COLORS[variant % len(_COLORS)]
+
+
+def scale(unit: Unit, values: Iterable[float]) -> tuple[float, str]:
+    """Return the one unit that an axis with these values has: its size and its name."""
+    largest = max(values, default=0.0)
+    return next((one, name) for limit, one, name in _UNITS[unit] if largest < limit)
+
+
+def letters(ax: Axes, names: Iterable[str]) -> int:
+    """Return how many letters of a title are about as wide as axes that have names on their left."""
+    width = ax.get_position().width * ax.figure.bbox.width / ax.figure.dpi
+    return int(12.5 * width) - max(0, max(map(len, names), default=0) - 8)
+
+
+def summed_up(found: Sequence[tuple[str, str, float]]) -> str:
+    """Say what was found of several variants (name, words, size): of each, or, of many, the extremes."""
+    if len({words for _, words, _ in found}) == 1:
+        return found[0][1]
+    if len(found) <= _MOST_NAMED:
+        return "; ".join(f"{name} {words}" for name, words, _ in found)
+    least, *_, most = sorted(found, key=lambda one: one[2])
+    return f"from {least[1]} ({least[0]}) to {most[1]} ({most[0]})"
+
+
+def name_rows(ax: Axes, y: float, heading: str, size: float = 9) -> None:
+    """Write above some rows what they are; where axes follow to the right, across them."""
+    style: dict[str, Any] = {"fontweight": "bold", "fontsize": size, "color": ink(ax), "in_layout": False}
+    ax.text(0.01, y, heading, transform=ax.get_yaxis_transform(), va="center", **style)
+
+
+def set_rows(ax: Axes, names: Mapping[int, str], count: int, size: float = 9) -> None:
+    """Name rows, counted from above, to the left of the axes."""
+    ax.set_yticks(list(names), list(names.values()), fontsize=size)
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(count - 0.4, -0.6)
+
+
+def apart(places: Sequence[float], least: float, most: float) -> list[float]:
+    """Return places moved just as far as labels there need to keep this distance, and below `most`."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    moved, last = list(places), -math.inf
+    for which in order:
+        last = moved[which] = max(places[which], last + least)
+    last = most + least
+    for which in reversed(order):
+        last = moved[which] = min(moved[which], last - least)
+    return moved
 
 
 def short_names(names: Iterable[str]) -> list[str]:
     """Return names short enough to be drawn; those that would look alike then are numbered."""
-    labels = [_plain(name) for name in names]
+    labels = [plain(_short(printable(name))) for name in names]
     return [
         label if labels.count(label) == 1 else f"{label} #{labels[:place].count(label) + 1}"
         for place, label in enumerate(labels)
     ]
 
 
-def _plain(text: str) -> str:
-    """Keep a name from being read as mathematics, or, for its first letter, left out; and from being long."""
-    text = printable(text)
-    if len(text) > _LONGEST_NAME:  # long names differ at their ends
-        half = _LONGEST_NAME // 2
-        text = f"{text[: half - 1]}…{text[-half:]}"
-    return f" {text}".replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
+def _short(text: str) -> str:
+    """Keep a name from being long: long names differ at their ends."""
+    half = _LONGEST_NAME // 2
+    return text if len(text) <= _LONGEST_NAME else f"{text[: half - 1]}…{text[-half:]}"
+
+
+def plain(text: str) -> str:
+    """Keep a text from being read as mathematics, or, for its first letter, left out."""
+    return f"{' ' * text.startswith('_')}{printable(text)}".replace("$", r"\$")

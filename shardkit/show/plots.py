@@ -1,187 +1,152 @@
-"""Pictures of loads and of many results: bars, and memory over time as areas."""
+"""Pictures of loads, every run as a dot, and of many results."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from statistics import geometric_mean
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from shardkit.base.errors import MeasurementError
 from shardkit.measure.intervals import mean_interval
-from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement
-from shardkit.measure.quantities import Quantity, Unit
-from shardkit.measure.samples import Samples
+from shardkit.measure.quantities import Quantity, Ratio, Unit
+from shardkit.measure.samples import ORIGINAL, SHARDED, Samples
 from shardkit.show.canvas import (
     bare_figure,
-    blacken,
+    color,
     ink,
-    look,
+    letters,
+    name_rows,
     new_axes,
     new_figure,
+    plain,
     say_empty,
+    scale,
+    set_ink,
+    set_rows,
     short_names,
+    summed_up,
     tidy,
 )
+from shardkit.show.curves import plot_memory, plot_profiler
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_DASHES = ("--", ":", "-.")
-_SIDE_BY_SIDE = 3  # with more variants, what stands side by side stands one below the other
-_BARS: dict[Unit, tuple[float, str, str]] = {
-    "seconds": (1, "seconds", "Wall time"),
-    "bytes": (1e9, "GB", "Peak memory"),
-}
-_GROUP_WIDTH = 0.88  # of all variants' bars for one quantity
+_BARS: tuple[Unit, Unit] = ("seconds", "bytes")
+LOWEST, HIGHEST = "lowest ", "highest "  # what the names of these figures begin with
+_TITLES = {"seconds": "Time", "bytes": "Memory"}
+_ROW_INCHES = 0.24  # of a bar
+_CURVES_INCHES = 3.6
 _TALLEST_INCHES = 200  # matplotlib draws no more than 65,535 pixels
-_LEAD_SECONDS = 0.2
-_PROFILER_MARKS = 24
-_MARKERS = {LOAD: "o", FIRST_TOKEN: "D"}
 
 
 def plot_bars(runs: Samples, ax: Sequence[Axes] | None = None) -> Sequence[Axes]:
-    """Draw wall time and peak memory, each on axes of its own: bars for geometric means, dots for runs."""
+    """Draw times and memory, each on axes of its own: bars for geometric means, a dot for each run.
+
+    A thin line joins the runs of a pair; the interval in the middle is the mean's, 95 %, by Student's t.
+    """
     if ax is None:
-        ax = new_axes(2, 1, (8, 7.2)) if _is_crowded(runs) else new_axes(1, 2, (8, 3.6))
+        height = sum(_heights(runs)) if _is_stacked(runs) else max(_heights(runs))
+        ax = new_axes(*((2, 1) if _is_stacked(runs) else (1, 2)), (8, height))
     for one, unit in zip(ax, _BARS, strict=True):
         _plot_quantities(runs, one, unit)
     return ax
 
 
-def _is_crowded(runs: Samples) -> bool:
-    return len(runs.names) > _SIDE_BY_SIDE
+def _is_stacked(runs: Samples) -> bool:
+    return len(runs.names) > 2
+
+
+def _heights(runs: Samples) -> list[float]:
+    """Return how many inches times and memory take."""
+    drawn = list(runs.drawn())
+    counts = [sum(quantity.unit == unit for quantity in drawn) for unit in _BARS]
+    return [1.3 + _ROW_INCHES * count * (len(runs.names) + 1) for count in counts]
 
 
 def _plot_quantities(runs: Samples, ax: Axes, unit: Unit) -> None:
-    scale, shown_unit, title = _BARS[unit]
     quantities = {quantity: why for quantity, why in runs.drawn().items() if quantity.unit == unit}
-    labels = dict(zip(runs.names, short_names(runs.names), strict=True))
-    step, ticks = _GROUP_WIDTH / len(labels), {}
-    for place, quantity in enumerate(quantities):
-        for number, variant in enumerate(runs.names):
-            loads = runs.measurements(variant)
-            if values := [value / scale for load in loads if (value := quantity.of(load))]:
-                x = place + (number - (len(runs.names) - 1) / 2) * step
-                _bar(ax, x, 0.96 * step, values, labels.pop(variant, None), number)
-                ticks[x] = quantity.format(geometric_mean(values) * scale)
-    # Means stand under their bars, where neither a dot nor a neighbor can be in the way.
-    upright = len(runs.names) > _SIDE_BY_SIDE + 1
-    ax.set_xticks(list(ticks), list(ticks.values()), fontsize=9 if step / len(quantities) > 0.15 else 7)
-    ax.tick_params(axis="x", which="major", rotation=90 if upright else 0)
-    ax.xaxis.remove_overlapping_locs = False  # the name of three bars stands under the middle one
-    ax.set_xticks(range(len(quantities)), [_caption(*one) for one in quantities.items()], minor=True)
-    ax.tick_params(axis="x", which="both", length=0)
-    ax.tick_params(axis="x", which="minor", pad=24 if upright else 4)
-    ax.set_xlim(-0.6, len(quantities) - 0.4)
-    ax.set_ylim(0, ax.get_ylim()[1] * 1.15)
-    tidy(ax, shown_unit, title)
-    _explain_bars(ax, runs) if ticks else say_empty(ax)
+    loads = [load for name in runs.names for load in runs.measurements(name)]
+    one, shown_unit = scale(unit, (value for load in loads for q in quantities if (value := q.of(load))))
+    names, rows = short_names(runs.names), {}
+    for place, (quantity, why) in enumerate(quantities.items()):
+        top = place * (len(names) + 1)
+        name_rows(ax, top, quantity.label + f" ({why})" * bool(why))
+        for number, words in _plot_quantity(runs, ax, quantity, top + 1, (one, shown_unit)):
+            rows[top + 1 + number] = names[number]
+            # In a column of their own, where no line is in the way.
+            style: dict[str, Any] = {"va": "center", "ha": "right", "fontsize": 9, "color": ink(ax)}
+            ax.text(
+                1, top + 1 + number, words.format(shown_unit), transform=ax.get_yaxis_transform(), **style
+            )
+    title = [fill(line, letters(ax, names)) for line in _findings(runs, quantities)]
+    tidy(ax, "", "\n".join(title) or _TITLES[unit])
+    ax.set_xlabel(shown_unit, color=ink(ax))
+    ax.set_xlim(0, 1.25 * ax.get_xlim()[1])
+    set_rows(ax, rows, len(quantities) * (len(names) + 1))
+    if not rows:
+        say_empty(ax)
 
 
-def _caption(quantity: Quantity, why_missing: str) -> str:
-    """Return the name of a quantity for its bars, in lines: two stand side by side; or why there are none."""
-    name = "\n" + quantity.label.replace(" from ", "\nfrom ")
-    return f"{name}\n({why_missing})" if why_missing else name
+def _plot_quantity(
+    runs: Samples, ax: Axes, quantity: Quantity, top: int, scaled: tuple[float, str]
+) -> Iterator[tuple[int, str]]:
+    """Draw a bar for each variant that has it; yield the variant's number, and its mean or how it ended."""
+    one, unit = scaled
+    joined: dict[int, list[tuple[float, int]]] = {}
+    for number, name in enumerate(runs.names):
+        own = {pair: value / one for pair, run in runs.by_pair(name).items() if (value := quantity.of(run))}
+        if own:
+            _bar(ax, top + number, list(own.values()), number)
+            yield number, f"{geometric_mean(own.values()):.3g} {unit}"
+        elif name in runs.failures:
+            yield number, runs.failures[name].partition(":")[0]
+        for pair, value in own.items():
+            joined.setdefault(pair, []).append((value, top + number))
+    for points in joined.values():
+        ax.plot(*zip(*points, strict=True), color=ink(ax), linewidth=0.6, alpha=0.7, zorder=2)
 
 
-def _explain_bars(ax: Axes, runs: Samples) -> None:
-    enough = any(len(runs.measurements(variant)) > 2 for variant in runs.names)
-    caption = "bar: geometric mean, dots: runs" + (", line: 95 % interval" if enough else "")
-    ax.set_xlabel(caption, fontsize=8, color=ink(ax))
-    place: dict[str, Any] = {"bbox_to_anchor": (1, 1)} if _is_crowded(runs) else {"ncols": 3}
-    ax.legend(frameon=False, fontsize=9, labelcolor=ink(ax), loc="upper left", columnspacing=1, **place)
-
-
-def _bar(ax: Axes, x: float, width: float, values: list[float], label: str | None, number: int) -> None:
-    ax.bar(x, geometric_mean(values), width, edgecolor=ink(ax), linewidth=0.8, label=label, **look(number))
-    spread = [x + width * 0.5 * ((run + 0.5) / len(values) - 0.5) for run in range(len(values))]
-    ax.scatter(spread, values, s=16, color="white", edgecolor="black", linewidth=0.9, zorder=3)
+def _bar(ax: Axes, y: float, values: list[float], number: int) -> None:
+    mean, own = geometric_mean(values), color(number)
+    ax.barh(y, mean, 0.8, facecolor=(own, 0.4), edgecolor=own, linewidth=1.2)
+    ax.scatter(values, [y] * len(values), s=15, color=own, edgecolor=ink(ax), linewidth=0.6, zorder=4)
     if (interval := mean_interval(values)) is not None:
-        ax.vlines(x + 0.4 * width, *interval, color=ink(ax), linewidth=1.4, zorder=4)
+        sides = [[mean - interval[0]], [interval[1] - mean]]
+        ax.errorbar(mean, y, xerr=sides, color=ink(ax), linewidth=1.4, capsize=4, zorder=3)
 
 
-def plot_memory(runs: Samples, ax: Axes | None = None) -> Axes:
-    """Draw resident memory over time of each variant's typical run, from the start of its load.
-
-    Where a variant prefetches, and so works before its load, from the start of its process. Filled: anonymous
-    memory, which cannot be evicted. Broken, above it: all that is resident, with the file pages that the
-    kernel may drop. Crosses: the same, as memory_profiler reads it.
-    """
-    ax = new_axes() if ax is None else ax
-    labels = dict(zip(runs.names, short_names(runs.names), strict=True))
-    typical = runs.typical_runs
-    for number, (name, run) in enumerate(typical.items()):
-        start = 0.0 if runs.reads_ahead else run.load_start_seconds or 0.0
-        _plot_curve(ax, labels[name], run, start, _DASHES[number % len(_DASHES)], **look(number))
-    begin = "process" if runs.reads_ahead else "load"
-    ax.set_xlabel(f"seconds since the start of the {begin}", color=ink(ax))
-    ax.set_ylim(0, ax.get_ylim()[1] * 1.05)
-    tidy(ax, "GB", "Memory over time")
-    if typical:
-        _explain_marks(ax, len(typical))
-    return ax
+def _findings(runs: Samples, quantities: Mapping[Quantity, str]) -> Iterator[str]:
+    """Yield what was found of each main quantity: ``Load time: 1.58x faster``."""
+    if runs.failures and any(quantity.unit == _BARS[0] for quantity in quantities):
+        died = (f"{name} ({why.partition(':')[0]})" for name, why in runs.failures.items())
+        yield f"Does not load: {', '.join(died)}"
+    others = dict(zip(runs.names, short_names(runs.names), strict=True))
+    del others[runs.reference]
+    for quantity in (quantity for quantity in runs.main if quantity in quantities):
+        found = [(short, runs.found(name).get(quantity)) for name, short in others.items()]
+        known = [(short, ratio.short, ratio.ratio) for short, ratio in found if isinstance(ratio, Ratio)]
+        if known:
+            words = known[0][1] if len(others) == 1 else summed_up(known)
+            yield f"{quantity.label.capitalize()}: {words}"
 
 
-def _plot_curve(
-    ax: Axes, label: str, run: LoadMeasurement, start: float, dash: str, color: str, hatch: str
-) -> None:
-    curve = run.curve
-    first = start - _LEAD_SECONDS
-    split = zip(curve.seconds, curve.anonymous_bytes, curve.file_bytes, strict=True)
-    points = [(at - start, held / 1e9, (held + file) / 1e9) for at, held, file in split if at >= first]
-    if points:
-        seconds, anonymous, total = zip(*points, strict=True)
-        style: dict[str, Any] = {"facecolor": (color, 0.2), "edgecolor": color, "hatch": hatch}
-        ax.fill_between(seconds, anonymous, linewidth=0, label=f"{label}: anonymous", **style)
-        ax.plot(seconds, anonymous, color=color, linewidth=2)
-        ax.plot(seconds, total, dash, color=color, linewidth=1.4, label=f"{label}: with file pages")
-        for phase in run.phases:
-            if phase.name in _MARKERS:
-                end = phase.end_seconds - start
-                nearest = min(points, key=lambda point: abs(point[0] - end))
-                ax.plot(
-                    end, nearest[2], _MARKERS[phase.name], color=color, markeredgecolor=ink(ax), markersize=7
-                )
-        if not run.ok:
-            ax.annotate(run.outcome, (seconds[-1], total[-1]), color=ink(ax), ha="right", va="bottom")
-    readings = zip(curve.profiler_seconds, curve.profiler_bytes, strict=True)
-    shown = [(at - start, size / 1e9) for at, size in readings if at >= first and size]
-    if shown:
-        every = -(-len(shown) // _PROFILER_MARKS)  # more would hide the line that they confirm
-        ax.plot(*zip(*shown, strict=True), "x", color=color, markersize=4, markevery=every)
-
-
-def _explain_marks(ax: Axes, runs: int) -> None:
-    """Put the legend where no curve can be: under the axes, or next to them where there are many runs."""
-    for name, marker in _MARKERS.items():
-        ax.plot([], [], marker, color="none", markeredgecolor=ink(ax), label=f"end of {name}")
-    ax.plot([], [], "x", color=ink(ax), markersize=4, label="memory_profiler")
-    handles, _ = ax.get_legend_handles_labels()
-    below = runs <= _SIDE_BY_SIDE
-    if below:
-        handles.insert(2, handles.pop())  # columns fill downwards: one for each run, one for the ends
-    ax.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(-0.05, -0.16) if below else (1, 1),
-        frameon=False,
-        fontsize=9 if runs < _SIDE_BY_SIDE else 7.5,
-        ncols=runs + 1 if below else 1,
-        columnspacing=1,
-        labelcolor=ink(ax),
-    )
-
-
-def plot_comparison(runs: Samples, path: str | os.PathLike[str] | None = None) -> Sequence[Axes]:
-    """Draw times, peaks and memory curves in one figure; save it if `path` is given."""
-    figure, axes = _draw_comparison(runs, new_figure)
+def plot_comparison(
+    runs: Samples, path: str | os.PathLike[str] | None = None, ax: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    """Draw times, memory and memory over time in one figure, or on three axes; save it if `path` is given."""
+    axes = _draw_comparison(runs, new_figure) if ax is None else ax
+    if ax is not None:
+        _draw_on(axes, runs)
     if path is not None:
+        figure: Any = axes[0].figure
         try:
-            figure.savefig(path, dpi=150, facecolor="white")
+            figure.savefig(path, dpi=150)
         except (OSError, ValueError) as error:
             raise MeasurementError(f"{path}: the plot cannot be saved: {error}") from error
     return axes
@@ -189,48 +154,82 @@ def plot_comparison(runs: Samples, path: str | os.PathLike[str] | None = None) -
 
 def comparison_png(runs: Samples) -> bytes:
     """Return what `plot_comparison` draws, made without pyplot."""
-    figure, _ = _draw_comparison(runs, bare_figure)
+    return _png(_draw_comparison(runs, bare_figure)[0])
+
+
+def profiler_png(runs: Samples) -> bytes:
+    """Return what `plot_profiler` draws, made without pyplot."""
+    ax = bare_figure(figsize=(8, 3.6), layout="constrained", facecolor="none").subplots()
+    set_ink(ax)
+    return _png(plot_profiler(runs, ax))
+
+
+def _png(ax: Axes) -> bytes:
+    figure: Any = ax.figure
     with BytesIO() as file:
-        figure.savefig(file, format="png", dpi=110, facecolor="white")
+        figure.savefig(file, format="png", dpi=110, facecolor="none")
         return file.getvalue()
 
 
-def _draw_comparison(runs: Samples, make: Callable[..., Figure]) -> tuple[Figure, list[Axes]]:
+def _draw_comparison(runs: Samples, make: Callable[..., Figure]) -> list[Axes]:
     # Where two of them stand side by side, the third is below both.
-    places, heights = ([[0], [1], [2]], (1, 1, 1)) if _is_crowded(runs) else ([[0, 1], [2, 2]], (1, 1.15))
-    figure = make(figsize=(8, 3.5 * len(places)), layout="constrained", facecolor="white")
+    times, memory = _heights(runs)
+    stacked = _is_stacked(runs)
+    places, heights = (
+        ([[0], [1], [2]], [times, memory]) if stacked else ([[0, 1], [2, 2]], [max(times, memory)])
+    )
+    heights.append(_CURVES_INCHES)
+    figure = make(figsize=(8, min(sum(heights), _TALLEST_INCHES)), layout="constrained", facecolor="none")
     axes = [*figure.subplot_mosaic(places, height_ratios=heights).values()]
     for ax in axes:
-        blacken(ax)
+        set_ink(ax)
+    _draw_on(axes, runs)
+    return axes
+
+
+def _draw_on(axes: Sequence[Axes], runs: Samples) -> None:
     plot_bars(runs, axes[:2])
     plot_memory(runs, axes[2])
-    return figure, axes
 
 
-def plot_medians(medians: pd.DataFrame, variants: Sequence[str]) -> Figure:
-    """Draw the medians of many results: axes for each column, a bar for each variant of each result.
+def plot_results(figures: pd.DataFrame, ax: Sequence[Axes] | None = None) -> Sequence[Axes]:
+    """Draw the figures of many results (`shardkit.notebook.mean_figures`), axes for each of them.
 
-    They are indexed by result and variant; `variants` are all that there are, in the order of their colors.
+    A row is a variant of a result, below the line that names model, size and dtype: a dot for its geometric
+    mean, and a line from its lowest to its highest run.
     """
-    results = {result: row for row, result in enumerate(medians.index.unique(0))}
-    step = _GROUP_WIDTH / len(variants)
-    size = (11, min(1.3 + 0.7 * len(results), _TALLEST_INCHES))
-    axes = new_axes(1, medians.shape[1], size, sharey=True)
-    figure: Figure = axes[0].figure
-    for ax, column in zip(axes, medians.columns, strict=True):
-        ax.set_title(column, fontsize=11, color=ink(ax))
-        values = medians[column].dropna()
-        for number, (variant, name) in enumerate(zip(variants, short_names(variants), strict=True)):
-            own = values[values.index.get_level_values(1) == variant]
-            middle = (number - (len(variants) - 1) / 2) * step
-            places = [results[result] + middle for result in own.index.get_level_values(0)]
-            label = None if own.empty else name
-            ax.barh(places, own, step, edgecolor="black", label=label, **look(number))
-    axes[0].set_yticks(range(len(results)), short_names(results))
-    axes[0].invert_yaxis()
-    if results:
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor="black")
-    else:
-        say_empty(axes[0])
-    return figure
+    columns = [name for name in map(str, figures) if not name.startswith((LOWEST, HIGHEST))]
+    rows: list[tuple[str, Any]] = []  # what is on the left, and whose figures are drawn there
+    for group in dict.fromkeys(key[:-1] for key in figures.index):
+        rows.append((", ".join(map(plain, group)), None))
+        variants = [key for key in figures.index if key[:-1] == group]
+        rows += zip(short_names(key[-1] for key in variants), variants, strict=True)
+    height = min(1.3 + _ROW_INCHES * len(rows), _TALLEST_INCHES)
+    if ax is None:
+        ax = new_axes(1, len(columns), (2 + 1.9 * len(columns), height), sharey=True)
+    size = max(2.0, min(9.0, 45 * height / max(1, len(rows))))
+    names = [*dict.fromkeys((ORIGINAL, SHARDED, *(key[-1] for key in figures.index)))]
+    for one, column in zip(ax, columns, strict=True):
+        tidy(one, "", fill(column, 20))
+        one.spines["left"].set_visible(False)
+        one.tick_params(axis="y", length=0)
+        known = figures[[column, LOWEST + column, HIGHEST + column]].dropna()
+        for place, (_, key) in enumerate(rows):
+            if key in known.index:
+                _plot_spread(one, place, known.loc[[key]].to_numpy()[0], names.index(key[-1]), size)
+        one.set_xlim(0, 1.35 * known.to_numpy().max() if len(known) else 1)
+    for place, (heading, key) in enumerate(rows):
+        if key is None:
+            name_rows(ax[0], place, heading, size)
+    set_rows(ax[0], {place: name for place, (name, key) in enumerate(rows) if key}, len(rows), size)
+    if not rows:
+        say_empty(ax[0])
+    return ax
+
+
+def _plot_spread(ax: Axes, y: float, figures: Sequence[float], number: int, size: float) -> None:
+    (mean, low, high), own = figures, color(number)
+    ax.plot([low, high], [y, y], color=own, linewidth=size / 3, alpha=0.5)
+    ax.plot(mean, y, "o", color=own, markersize=size / 2)
+    style: dict[str, Any] = {"va": "center", "fontsize": size, "color": ink(ax)}
+    ax.annotate(f"{mean:.3g}", (high, y), (6, 0), textcoords="offset points", **style)

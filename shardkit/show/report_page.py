@@ -10,15 +10,16 @@ from typing import Any
 
 from shardkit.base.record import Summary, Table
 from shardkit.measure.samples import Samples
-from shardkit.show.plots import comparison_png
+from shardkit.show.plots import comparison_png, profiler_png
 
 CARRIED_IN = '<script type="application/json" id="shardkit-comparison">'
 _CARRIED = re.compile(re.escape(CARRIED_IN) + "(.*?)</script>", re.DOTALL)
+_CHECKED = "All resident memory over time, and readings of memory_profiler"
 
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-img { max-width: 100%; height: auto; background: white; border: 1px solid #8888; }
+img { max-width: 100%; height: auto; }
 summary { cursor: pointer; margin: .8em 0; }
 .shardkit { overflow-x: auto; }
 """
@@ -28,7 +29,7 @@ def result_page(runs: Samples, summary: Summary, data: dict[str, Any]) -> str:
     """Return the page. What it shows is escaped; the data that it carries, `carried` gives back."""
     # A "<" in a name could end the element that carries it.
     text = json.dumps(data).replace("<", "\\u003c")
-    picture = base64.b64encode(comparison_png(runs)).decode()
+    pictures = [base64.b64encode(png).decode() for png in (comparison_png(runs), profiler_png(runs))]
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -39,8 +40,10 @@ def result_page(runs: Samples, summary: Summary, data: dict[str, Any]) -> str:
 </head>
 <body>
 {summary.html()}
-<p><img alt="{escape(alternative(data["verdict"]))}" src="data:image/png;base64,{picture}"></p>
+<p><img alt="{escape(alternative(data["verdict"]))}" src="data:image/png;base64,{pictures[0]}"></p>
 <details><summary>Every run</summary><div class="shardkit">{_table(runs).html()}</div></details>
+<details><summary>Appendix: the same memory as memory_profiler reads it</summary>
+<p><img alt="{_CHECKED}" src="data:image/png;base64,{pictures[1]}"></p></details>
 {CARRIED_IN}{text}</script>
 </body>
 </html>

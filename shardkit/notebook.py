@@ -29,30 +29,24 @@ from shardkit.show.plots import HIGHEST, LOWEST
 if TYPE_CHECKING:
     import pandas as pd
 
-# Prints seconds without imports and, where the kernel says it, the peak.
-_WAY = """
+# Prints seconds without imports, and the kernel's own peak of the process.
+_WAYS = """
 import json, os, sys, time
-source, target, dtype, size, loaders = json.loads(sys.argv[1])
-{imports}
+way, source, target, dtype, size, loaders = json.loads(sys.argv[1])
+if way == "shardkit":
+    from shardkit import shard_checkpoint
+else:
+    import transformers
+    loader = next(found for name in loaders if (found := getattr(transformers, name, None)))
 start = time.perf_counter()
-{work}
-getattr(os, "sync", int)()
-seconds, status = time.perf_counter() - start, "/proc/self/status"
-lines = open(status).read().splitlines() if os.path.exists(status) else []
-print(json.dumps([seconds, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))]))
+if way == "shardkit":
+    shard_checkpoint(source, target, dtype=dtype, max_shard_size=size, verify=False)
+else:
+    loader.from_pretrained(source, dtype=dtype).save_pretrained(target, max_shard_size=size)
+os.sync()
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps([time.perf_counter() - start, int(peak.split()[1]) * 1024 / 1e6]))
 """
-WAYS_TO_SHARD = {
-    "load it, save_pretrained": {
-        "imports": "import transformers\n"
-        "loader = next(found for name in loaders if (found := getattr(transformers, name, None)))",
-        "work": "model = loader.from_pretrained(source, dtype=dtype)\n"
-        "model.save_pretrained(target, max_shard_size=size)",
-    },
-    "shardkit": {
-        "imports": "from shardkit import shard_checkpoint",
-        "work": "shard_checkpoint(source, target, dtype=dtype, max_shard_size=size, verify=False)",
-    },
-}
 _INJECTED = "# Parameters"  # how papermill begins the cell that it writes
 
 
@@ -91,22 +85,22 @@ def measure_sharding(
 
     Returns
     -------
-    A row for each way: seconds without imports, the peak of its process in megabytes (where the kernel says
-    it), and how it ended: a process that is killed, as for want of memory, is a result.
+    A row for each way: seconds without imports, the peak of its process in megabytes, and how it ended: one
+    that dies, as for want of memory, is a result.
     """
     import pandas as pd
 
     checkpoint, rows = Checkpoint.open(source, download=True), {}
-    place, loaders = str(checkpoint.folder or source), loader_names(checkpoint.config, trusted=False)
-    for name, way in WAYS_TO_SHARD.items():
+    loaders = loader_names(checkpoint.config, trusted=False)
+    for way in ("from_pretrained, save_pretrained", "shardkit"):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            job = json.dumps([place, str(Path(scratch, "shards")), dtype, max_shard_size, loaders])
-            command = [sys.executable, "-c", _WAY.format(**way), job]
+            job = json.dumps([way, checkpoint.folder, f"{scratch}/shards", dtype, max_shard_size, loaders])
+            command = [sys.executable, "-c", _WAYS, job]
             done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-        last = (done.stdout if done.returncode == 0 else done.stderr).strip().rpartition("\n")[2]
-        seconds, *peak = json.loads(last) if done.returncode == 0 else (None,)
-        end = "ok" if done.returncode == 0 else last or f"ended with status {done.returncode}"
-        rows[name] = {"seconds": seconds, "peak (MB)": sum(peak) / 1e6 if peak else None, "end": end}
+        died = f"ended with status {done.returncode}" * bool(done.returncode)
+        end = done.stderr.strip().rpartition("\n")[2] or died if died else "ok"
+        seconds, peak = (None, None) if died else json.loads(done.stdout.splitlines()[-1])
+        rows[way] = {"seconds": seconds, "peak (MB)": peak, "end": end}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 

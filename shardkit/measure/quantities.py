@@ -225,31 +225,24 @@ def ratios_of(
     pairs = {quantity: Pairs.of(*both) for quantity, both in values.items()}
     family = [q for q in pairs if q in main and pairs[q].count >= q.least_pairs]
     errors = dict(zip(family, family_errors([pairs[q].p_value for q in family]), strict=True))
-    return {q: _ratio(q, values[q], pairs[q], q in main, errors.get(q, ERROR), margin) for q in pairs}
-
-
-def _ratio(
-    quantity: Quantity,
-    values: tuple[Sequence[float], Sequence[float]],
-    pairs: Pairs,
-    is_main: bool,
-    error: float,
-    margin: float,
-) -> Ratio:
-    interval = pairs.interval(error) if pairs.count >= quantity.least_pairs else None
-    low, high = interval or (None, None)
-    return Ratio(
-        quantity=quantity.name,
-        original=geometric_mean(values[0]),
-        other=geometric_mean(values[1]),
-        ratio=math.exp(pairs.mean),
-        low=low,
-        high=high,
-        pairs=pairs.count,
-        conclusion=conclude(interval, margin) if is_main else None,
-        margin=margin,
-        pairs_to_decide=pairs.pairs_to_decide(error, margin),
-    )
+    ratios = {}
+    for quantity, found in pairs.items():
+        error = errors.get(quantity, ERROR)
+        interval = found.interval(error) if found.count >= quantity.least_pairs else None
+        low, high = interval or (None, None)
+        ratios[quantity] = Ratio(
+            quantity=quantity.name,
+            original=geometric_mean(values[quantity][0]),
+            other=geometric_mean(values[quantity][1]),
+            ratio=math.exp(found.mean),
+            low=low,
+            high=high,
+            pairs=found.count,
+            conclusion=conclude(interval, margin) if quantity in main else None,
+            margin=margin,
+            pairs_to_decide=found.pairs_to_decide(error, margin),
+        )
+    return ratios
 
 
 def format_seconds(seconds: float | None) -> str:

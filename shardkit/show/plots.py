@@ -81,9 +81,7 @@ def _plot_quantities(runs: Samples, ax: Axes, unit: Unit) -> None:
             rows[top + 1 + number] = names[number]
             # In a column of their own, where no line is in the way.
             style: dict[str, Any] = {"va": "center", "ha": "right", "fontsize": 9, "color": ink(ax)}
-            ax.text(
-                1, top + 1 + number, words.format(shown_unit), transform=ax.get_yaxis_transform(), **style
-            )
+            ax.text(1, top + 1 + number, words, transform=ax.get_yaxis_transform(), **style)
     title = [fill(line, letters(ax, names)) for line in _findings(runs, quantities)]
     tidy(ax, "", "\n".join(title) or _TITLES[unit])
     ax.set_xlabel(shown_unit, color=ink(ax))
@@ -146,7 +144,7 @@ def plot_comparison(
     if path is not None:
         figure: Any = axes[0].figure
         try:
-            figure.savefig(path, dpi=150)
+            figure.savefig(path, dpi=150, facecolor="none" if ax is None else "auto")
         except (OSError, ValueError) as error:
             raise MeasurementError(f"{path}: the plot cannot be saved: {error}") from error
     return axes
@@ -173,12 +171,10 @@ def _png(ax: Axes) -> bytes:
 
 def _draw_comparison(runs: Samples, make: Callable[..., Figure]) -> list[Axes]:
     # Where two of them stand side by side, the third is below both.
-    times, memory = _heights(runs)
-    stacked = _is_stacked(runs)
-    places, heights = (
-        ([[0], [1], [2]], [times, memory]) if stacked else ([[0, 1], [2, 2]], [max(times, memory)])
-    )
-    heights.append(_CURVES_INCHES)
+    places, heights = [[0], [1], [2]], _heights(runs)
+    if not _is_stacked(runs):
+        places, heights = [[0, 1], [2, 2]], [max(heights)]
+    heights = [*heights, _CURVES_INCHES]
     figure = make(figsize=(8, min(sum(heights), _TALLEST_INCHES)), layout="constrained", facecolor="none")
     axes = [*figure.subplot_mosaic(places, height_ratios=heights).values()]
     for ax in axes:

@@ -188,7 +188,7 @@ def plot_profiler(runs: Samples, ax: Axes | None = None) -> Axes:
     """Draw all resident memory of each typical run, and as crosses what memory_profiler read of it."""
     ax = new_axes() if ax is None else ax
     curves, one, unit = _curves(runs)
-    tidy(ax, unit, "All resident memory: as lines by our readings, as crosses by memory_profiler's")
+    tidy(ax, unit, "All resident memory: lines are our readings, crosses memory_profiler's")
     ax.set_xlabel("seconds", color=ink(ax), loc="left")
     if not curves:
         say_empty(ax)

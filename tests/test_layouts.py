@@ -320,6 +320,6 @@ def test_cast_is_followed_by_dtypes_of_parts_wherever_a_config_names_them(tmp_pa
 def test_byte_order_mark_before_a_config_is_named(tmp_path: Path) -> None:
     put(tmp_path, {**MODEL, "config.json": b"\xef\xbb\xbf{}"})
     with pytest.raises(
-        CheckpointError, match=r"config\.json: starts with a byte order mark.*save it without one"
+        CheckpointError, match=r"config\.json starts with a byte order mark.*save it without one"
     ):
         Checkpoint.open(tmp_path)

@@ -147,13 +147,26 @@ def test_options_go_with_every_load(demo, monkeypatch):
     seen = []
 
     def measure(_, spec):
-        seen.append(spec.options)
+        seen.append((spec.options, spec.loader))
         return fake_load(outcome="ok" if (spec.memory_limit or 10**9) > 300 * MB else "killed")
 
     monkeypatch.setattr(fit, "why_unlimited", lambda: None)
     monkeypatch.setattr(fit, "run_load", measure)
-    floor = minimum_memory(demo, options={"trust_remote_code": True})
-    assert seen == [{"trust_remote_code": True}] * (1 + len(floor.runs))
+    floor = minimum_memory(demo, options={"trust_remote_code": True}, loader=__file__)
+    assert seen == [({"trust_remote_code": True}, __file__)] * (1 + len(floor.runs))
+
+
+def test_a_budget_is_the_limit_of_each_load(demo, monkeypatch):
+    seen = []
+
+    def measure(_, spec):
+        seen.append((spec.memory_limit, spec.max_memory))
+        return fake_load(outcome="ok" if (spec.memory_limit or 10**9) > 300 * MB else "killed")
+
+    monkeypatch.setattr(fit, "why_unlimited", lambda: None)
+    monkeypatch.setattr(fit, "run_load", measure)
+    floor = minimum_memory(demo, within_budget=True)
+    assert seen == [(None, None), *((run.limit_bytes, run.limit_bytes) for run in floor.runs)]
 
 
 def test_model_without_a_first_token_is_not_said_to_need_memory_for_it(demo, monkeypatch):

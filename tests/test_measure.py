@@ -101,6 +101,26 @@ class TestRealLoad:
     def test_survives_json(self, measured):
         assert LoadMeasurement.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
 
+    def test_own_loader_and_own_way_of_generating_give_the_same_tokens(self, demo, tmp_path):
+        loader = tmp_path / "mine.py"
+        loader.write_text(
+            "from transformers import MistralForCausalLM\n"
+            "def load(folder, dtype, attn_implementation):\n"
+            "    print(attn_implementation)\n"
+            "    return MistralForCausalLM.from_pretrained(folder, dtype=dtype)\n"
+        )
+        common = {"dtype": "float32", "generate": 24, "prompt": "one two, one two, one two, one"}
+        own = {"options": {"attn_implementation": "eager"}, "generation": {"prompt_lookup_num_tokens": 4}}
+        plain, found = measure_load(demo, **common), measure_load(demo, **common, **own, loader=loader)
+        assert found.ok, found
+        assert found.token_ids == plain.token_ids
+        assert len(found.token_ids) == 24
+        assert [phase.name for phase in found.phases] == [phase.name for phase in plain.phases]
+        further = found.phase("further tokens").wall_seconds
+        assert found.seconds_per_token == further / (24 - found.first_tokens)
+        assert "by mine.py, attn_implementation=eager, prompt_lookup_num_tokens=4" in str(found)
+        assert LoadMeasurement.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
     def test_encoder_without_causal_head_gets_a_forward_pass(self, encoder):
         assert encoder.outcome == "ok", encoder
         assert encoder.model_class == "BertModel"
@@ -492,6 +512,14 @@ class TestBadEnds:
             measure_load(demo, generate=-1)
         with pytest.raises(MeasurementError, match="interpreter"):
             measure_load(demo, python=5)
+        with pytest.raises(MeasurementError, match=r"loader: .*nothing\.py.* is not a file"):
+            measure_load(demo, loader=tmp_path / "nothing.py")
+        with pytest.raises(MeasurementError, match="max_memory is for shardkit's own load"):
+            measure_load(demo, loader=__file__, max_memory="1GB")
+        with pytest.raises(MeasurementError, match="prompt: '' is not text"):
+            measure_load(demo, prompt="")
+        with pytest.raises(MeasurementError, match="generation: 'streamer' is"):
+            measure_load(demo, generation={"streamer": object()})
         for value in (object(), {1, 2}, b"x", float("nan"), OrderedDict(a=1), ast.Load):
             with pytest.raises(MeasurementError, match=r"'device_map' is .* use strings"):
                 measure_load(demo, options={"device_map": value})

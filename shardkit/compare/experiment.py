@@ -45,6 +45,9 @@ def compare_loads(
     timeout: float | None = None,
     options: Mapping[str, Any] | None = None,
     max_memory: int | str | None = None,
+    loader: _Source | None = None,
+    prompt: str | None = None,
+    generation: Mapping[str, Any] | None = None,
     others: Mapping[str, Mapping[str, Any]] | None = None,
     same_model: bool = True,
     on_sample: Callable[[Comparison], object] | None = None,
@@ -62,7 +65,8 @@ def compare_loads(
     ----------
     original, sharded
         As `source` of `measure_load`; models on the Hub are downloaded before anything is measured.
-    dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options, max_memory
+    dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options, max_memory, loader,
+    prompt, generation
         As for `measure_load`, for every load.
     repeats
         Number of pairs.
@@ -103,8 +107,9 @@ def compare_loads(
     """
     check({"repeats": repeats, "margin": margin, "others": others}, _RULES)
     common = LoadSpec(
-        dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options or {}, max_memory
-    )
+        dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options or {}, max_memory,
+        loader, prompt, generation or {},
+    )  # fmt: skip
     wanted = {ORIGINAL: {"source": original}, SHARDED: {"source": sharded}, **(others or {})}
     specs = {name: _spec(name, common, changes) for name, changes in wanted.items()}
     sources = {name: changes.get("source", sharded) for name, changes in wanted.items()}

@@ -116,6 +116,8 @@ def minimum_memory(
     dtype: LoadDtypeLike | None = None,
     python: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
+    loader: str | os.PathLike[str] | None = None,
+    within_budget: bool = False,
     tolerance: float = TOLERANCE,
     progress: Callable[[LimitedRun], bool | None] | None = None,
 ) -> MemoryFloor:
@@ -128,8 +130,10 @@ def minimum_memory(
 
     Parameters
     ----------
-    source, dtype, python, options
+    source, dtype, python, options, loader
         As for `measure_load`.
+    within_budget
+        Whether to load each time with the limit as `max_memory` too.
     tolerance
         Relative precision: 0.05 for 5 %.
     progress
@@ -158,7 +162,7 @@ def minimum_memory(
     """
     check({"tolerance": tolerance}, {"tolerance": share(_TOO_FINE, 1)})
     source = os.fspath(source)
-    spec = LoadSpec(dtype, python=python, options=options or {})
+    spec = LoadSpec(dtype, python=python, options=options or {}, loader=loader)
     predicted = Checkpoint.open(source).estimate(spec.dtype).peak_anonymous_bytes
     if why := why_unlimited():
         raise MeasurementError(
@@ -173,7 +177,8 @@ def minimum_memory(
     runs: list[LimitedRun] = []
 
     def run(limit: int) -> None:
-        found = run_load(source, replace(spec, memory_limit=limit, timeout=patience))
+        budget = limit if within_budget else None
+        found = run_load(source, replace(spec, memory_limit=limit, timeout=patience, max_memory=budget))
         loaded, generated = (found.phase(name) is not None for name in (LOAD, FIRST_TOKEN))
         runs.append(LimitedRun(limit, loaded, generated or found.ok, _seconds(found), found.end))
         if progress is not None and progress(runs[-1]) is False:

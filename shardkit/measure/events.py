@@ -30,6 +30,7 @@ _FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     "stack": {"versions": (dict,), "threads": _COUNT_OR_NONE, "gpu": (str, type(None))},
     "model": {"name": (str,)},
     "tokens": {"ids": (list,)},
+    "first": {"tokens": (int,)},
     "device": {"peak_bytes": (int,)},
     "note": {"text": (str,)},
     "error": {"reason": (str,)},

@@ -51,6 +51,9 @@ def measure_load(
     timeout: float | None = None,
     options: Mapping[str, Any] | None = None,
     max_memory: int | str | None = None,
+    loader: str | os.PathLike[str] | None = None,
+    prompt: str | None = None,
+    generation: Mapping[str, Any] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> LoadMeasurement:
     """Load a checkpoint with `from_pretrained` in a fresh process, and measure it.
@@ -88,6 +91,14 @@ def measure_load(
         them; anything else is refused. With ``trust_remote_code=True`` the checkpoint's own code runs.
     max_memory
         Load with `load_model` instead, whose budget this is; on the CPU.
+    loader
+        A Python file whose function ``load(folder, **options)`` loads instead, and returns the model; it gets
+        the dtype as torch's own, the `device_map`, and `options`. What the file imports is not clocked.
+    prompt
+        Text to continue, if not the fixed prompt; without a tokenizer there is none.
+    generation
+        Arguments of the model's `generate`, which then makes the tokens after the first:
+        ``{"prompt_lookup_num_tokens": 8}``. As `options`; without it, they are made greedily, one in a pass.
     stop
         Called a few times a second; True stops the load.
 
@@ -113,8 +124,9 @@ def measure_load(
     True
     """
     spec = LoadSpec(
-        dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options or {}, max_memory
-    )
+        dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options or {}, max_memory,
+        loader, prompt, generation or {},
+    )  # fmt: skip
     return run_load(source, spec, stop=stop)
 
 
@@ -134,6 +146,9 @@ def run_load(
         "device": spec.device,
         "generate": spec.generate,
         "options": repr(given),  # JSON would make text of the numbers of GPUs
+        "loader": spec.loader and os.path.abspath(spec.loader),
+        "prompt": spec.prompt,
+        "generation": repr(spec.generation),
         "loaders": loader_names(read_config(LocalFiles(folder)), bool(given.get("trust_remote_code"))),
         "prefetch": ahead,
         "max_memory": spec.max_memory_bytes,
@@ -176,6 +191,9 @@ def _measurement(folder: str, spec: LoadSpec, cache: page_cache.CacheState, end:
         prefetch=spec.prefetch,
         memory_limit_bytes=limit,
         max_memory_bytes=spec.max_memory_bytes,
+        loader=Path(spec.loader).name if spec.loader else None,
+        prompt=spec.prompt,
+        generation=_as_json(spec.generation),
         outcome=outcome,
         reason=reason,
         phases=tuple(_phase(event, end) for event in end.events["end"]),
@@ -185,6 +203,7 @@ def _measurement(folder: str, spec: LoadSpec, cache: page_cache.CacheState, end:
         cache=cache,
         model_class=last.get("model", {}).get("name"),
         token_ids=tuple(last.get("tokens", {}).get("ids", ())),
+        first_tokens=last.get("first", {}).get("tokens", 1),
         curve=_curve(end),
         sampler=_sampler_cost(end, load["at"]),
         environment=describe_machine(folder, limit, **last.get("stack", {})),

@@ -88,6 +88,9 @@ class LoadMeasurement(Record):
     source, dtype, device, generate, prefetch, memory_limit_bytes, max_memory_bytes, options
         What was requested; dtype None leaves the choice to transformers, `options` went to
         `from_pretrained` as they are.
+    loader, prompt, generation
+        Likewise: the name of the file that loaded instead, the text if it was not the fixed prompt, and the
+        arguments of `generate`.
     outcome
         "ok"; "failed" (it raised, or ended without a result), "killed" (by a signal), "timeout".
     reason
@@ -107,7 +110,9 @@ class LoadMeasurement(Record):
     cache
         State of the page cache, and whether it was proven.
     model_class, token_ids
-        What was loaded, and the tokens that it gave for the fixed prompt.
+        What was loaded, and the tokens that it gave for the prompt.
+    first_tokens
+        How many of them the first pass gave.
     curve, sampler
         Memory over time, and how it was taken.
     environment
@@ -143,6 +148,10 @@ class LoadMeasurement(Record):
     options: dict[str, Any] = field(default_factory=dict)
     output: str = ""
     notes: tuple[str, ...] = ()
+    loader: str | None = None
+    prompt: str | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
+    first_tokens: int = 1
 
     @property
     def ok(self) -> bool:
@@ -201,7 +210,7 @@ class LoadMeasurement(Record):
         return self._per_token("read_bytes")
 
     def _per_token(self, name: str) -> float | None:
-        phase, count = self.phase(FURTHER_TOKENS), len(self.token_ids) - 1
+        phase, count = self.phase(FURTHER_TOKENS), len(self.token_ids) - self.first_tokens
         value = getattr(phase, name) if phase else None
         return value / count if value is not None and count > 0 else None
 
@@ -282,7 +291,8 @@ class LoadMeasurement(Record):
         """Return what was requested, in words: ``float16 on cpu, prefetch, within 12.7 GB``."""
         words = [f"{self.dtype or 'no dtype'} on {self.device}"]
         words += ["prefetch"] * self.prefetch
-        words += [f"{name}={value}" for name, value in self.options.items()]
+        words += [f"by {self.loader}"] if self.loader else []
+        words += [f"{name}={value}" for name, value in (self.options | self.generation).items()]
         words += [f"within {format_size(self.memory_limit_bytes)}"] if self.memory_limit_bytes else []
         words += [f"budget of {format_size(self.max_memory_bytes)}"] if self.max_memory_bytes else []
         return ", ".join(words)

@@ -70,6 +70,11 @@ def optional(rule: Rule) -> Rule:
     return lambda value: None if value is None else rule(value)
 
 
+def _is_file(path: Any) -> None:
+    if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
+        raise MeasurementError(f"{path!r} is not a file with a function `load`")
+
+
 def _can_be_set(limit: int | str) -> None:
     with limited(parse_size(limit)):
         pass
@@ -93,7 +98,7 @@ def _require_gpu(device: str) -> None:
 
 def _arrive(options: Mapping[str, Any]) -> None:
     """Refuse options that would not reach another process just as they are."""
-    must(lambda value: isinstance(value, Mapping), "arguments of from_pretrained by name")(options)
+    must(lambda value: isinstance(value, Mapping), "arguments by name")(options)
     for name, value in options.items():
         try:
             arrives = type(name) is str and ast.literal_eval(repr(value)) == value
@@ -125,6 +130,9 @@ RULES: dict[str, Rule] = {
     ),
     "options": optional(_arrive),
     "max_memory": optional(parse_size),
+    "loader": optional(_is_file),
+    "prompt": optional(must(lambda value: isinstance(value, str) and value != "", "text")),
+    "generation": optional(_arrive),
 }
 
 
@@ -142,14 +150,21 @@ class LoadSpec:
     timeout: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     max_memory: int | str | None = None
+    loader: str | os.PathLike[str] | None = None
+    prompt: str | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(vars(self), RULES)
+        if self.loader and self.max_memory is not None:
+            raise MeasurementError("max_memory is for shardkit's own load, not for a loader: use one of them")
         object.__setattr__(
             self, "dtype", self.dtype if self.dtype in (None, "auto") else dtype_name(self.dtype)
         )
-        object.__setattr__(self, "options", dict(self.options or {}))
-        object.__setattr__(self, "python", self.python and os.fspath(self.python))
+        for name in ("options", "generation"):
+            object.__setattr__(self, name, dict(getattr(self, name) or {}))
+        for name in ("python", "loader"):
+            object.__setattr__(self, name, getattr(self, name) and os.fspath(getattr(self, name)))
         # Another interpreter loads with packages of its own, but who watches it is here.
         needed = ("memory_profiler", *(() if self.python else ("torch", "transformers")))
         require("load", "measuring a load", *needed)

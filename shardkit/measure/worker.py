@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class Load:
                 self.load_tokenizer()
         ids = self.prompt_ids()
         try:
-            self._load()
+            self._load(ids)
             if self.job["generate"]:
                 self.reporter.send("tokens", ids=self._tokens(ids))
         finally:  # how much a GPU held counts most where it was not enough
@@ -138,6 +138,7 @@ class Load:
         with suppress(ImportError):
             import accelerate  # noqa: F401
         self.torch, self.transformers = torch, transformers
+        self.own_load = self._own_load()
         self.loader = next(
             found for name in self.job["loaders"] if (found := getattr(transformers, name, None))
         )
@@ -148,6 +149,15 @@ class Load:
         _ = transformers.AutoTokenizer
         for gpu in self._gpus():
             torch.zeros(1, device=f"cuda:{gpu}")
+
+    def _own_load(self) -> Any:
+        """Return what loads in place of `from_pretrained`, if anything does."""
+        if self.job["loader"]:
+            return runpy.run_path(self.job["loader"])["load"]
+        if self.job["max_memory"]:
+            sys.path.append(os.path.dirname(self.job["package"]))
+            return importlib.import_module("shardkit.load.load_model").load_model
+        return None
 
     def _import_model(self) -> None:
         for module in {type(config).__module__ for config in _with_parts(self.config)}:
@@ -196,7 +206,8 @@ class Load:
         ids: Any = None
         if self.tokenizer is not None:
             ids = self._noted(
-                "prompt not tokenized", lambda: [int(i) for i in self.tokenizer(PROMPT)["input_ids"]]
+                "prompt not tokenized",
+                lambda: [int(i) for i in self.tokenizer(self.job["prompt"] or PROMPT)["input_ids"]],
             )
         # A part of the model may know fewer tokens than another: the smallest suits all.
         sizes = [getattr(config, "vocab_size", None) for config in _with_parts(self.config)]
@@ -208,43 +219,38 @@ class Load:
         options = self.job["options"]
         return {name: options[name] for name in CODE_OPTIONS if name in options}
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self, ids: Any) -> dict[str, Any]:
         options: dict[str, Any] = {**self.job["options"]}
         if self.job["dtype"] is not None:
             name = "dtype" if int(self.transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
             options[name] = getattr(self.torch, self.job["dtype"], self.job["dtype"])
         if self.job["device"] != "cpu":
             options["device_map"] = self.job["device"]
+        if self.job["max_memory"]:
+            context = -(-(ids.shape[1] + self.job["generate"]) // 64) * 64
+            options |= {"max_memory": self.job["max_memory"], "context_tokens": context, "prefetch": False}
         return options
 
-    def _load(self) -> None:
-        options = self._options()
-        try:
-            loaded = self._clocked({**options, "output_loading_info": True})
-        except TypeError as error:  # a model's own code may not know that argument
-            if "output_loading_info" not in str(error):
-                raise
-            loaded = self._clocked(options)
+    def _load(self, ids: Any) -> None:
+        options, load = self._options(ids), self.loader.from_pretrained
+        if self.own_load:
+            loaded = self._clocked(self.own_load, options)
+        else:
+            try:
+                loaded = self._clocked(load, {**options, "output_loading_info": True})
+            except TypeError as error:  # a model's own code may not know that argument
+                if "output_loading_info" not in str(error):
+                    raise
+                loaded = self._clocked(load, options)
         self.model, found = loaded if isinstance(loaded, tuple) else (loaded, {})
         self.reporter.send("model", name=type(self.model).__name__)
         self._noted("whether all tensors fit is unknown", lambda: self._say_what_did_not_fit(found))
 
-    def _clocked(self, options: dict[str, Any]) -> Any:
-        load = self._within_budget if self.job["max_memory"] else self.loader.from_pretrained
+    def _clocked(self, load: Callable[..., Any], options: dict[str, Any]) -> Any:
         with self.reporter.phase("load"):
             loaded = load(self.folder, **options)
             self._synchronize()
         return loaded
-
-    def _within_budget(self, folder: str, **options: Any) -> Any:
-        sys.path.append(os.path.dirname(self.job["package"]))
-        from shardkit.load.load_model import load_model
-
-        # Of a prompt of a few tokens, and what is generated.
-        context = -(-(len(PROMPT) + self.job["generate"]) // 64) * 64
-        del options["output_loading_info"]
-        budget = {"max_memory": self.job["max_memory"], "context_tokens": context, "prefetch": False}
-        return load_model(folder, **budget, **options)
 
     def _say_device_peak(self) -> None:
         if gpus := self._gpus():
@@ -287,6 +293,9 @@ class Load:
         place = getattr(self.model, "device", None)
         # Weights offloaded to the disk are on no device until they are used, and inputs follow them.
         device = "cpu" if place is None or place.type == "meta" else place
+        if generates and self.job["generation"]:
+            self._generate_with(self.job["generation"], ids.to(device), tokens)
+            return
         inputs, prompt = {"input_ids": ids.to(device)}, "input_ids"
         config = getattr(self.model, "config", self.config)
         if getattr(config, "is_encoder_decoder", False):
@@ -309,6 +318,23 @@ class Load:
             why = "only a language model that returns past_key_values can continue"
             self.reporter.send("note", text=f"{len(tokens)} of {wanted} tokens generated: {why}")
 
+    def _generate_with(self, arguments: dict[str, Any], ids: Any, tokens: list[int]) -> None:
+        """Have the model's own `generate` make all tokens; a pass may give it several."""
+        how = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0, **arguments}
+        with ExitStack() as phase:
+            phase.enter_context(self.reporter.phase("first token"))
+            streamer = _Streamer(tokens, lambda: self._next_phase(phase, len(tokens)))
+            self.model.generate(
+                ids, attention_mask=self.torch.ones_like(ids), streamer=streamer,
+                max_new_tokens=self.job["generate"], **how,
+            )  # fmt: skip
+
+    def _next_phase(self, phase: ExitStack, count: int) -> None:
+        phase.close()
+        self.reporter.send("first", tokens=count)
+        if count < self.job["generate"]:
+            phase.enter_context(self.reporter.phase("further tokens"))
+
     def _generates(self) -> bool:
         """Whether the model gives token after token: its class's name says so, or transformers does."""
         name = type(self.model).__name__
@@ -324,6 +350,23 @@ class Load:
             logits = output.logits if hasattr(output, "logits") else output[0]
             tokens.append(int(logits[0, -1].argmax()))
         self._synchronize()
+
+
+class _Streamer:
+    """Takes from `generate` the prompt, and then what each pass gave; reports the end of the first."""
+
+    def __init__(self, tokens: list[int], after_first: Callable[[], None]) -> None:
+        self._tokens, self._after_first, self._puts = tokens, after_first, 0
+
+    def put(self, value: Any) -> None:
+        if self._puts:
+            self._tokens += value.reshape(-1).tolist()
+        if self._puts == 1:
+            self._after_first()
+        self._puts += 1
+
+    def end(self) -> None:
+        pass
 
 
 def _with_parts(config: Any) -> list[Any]:
@@ -348,7 +391,8 @@ def main() -> int:
     """Do the job; 0 when it was done, 1 when it failed and the events say why."""
     with open(sys.argv[-1], encoding="utf-8") as file:
         job = json.load(file)
-    job["options"] = ast.literal_eval(job["options"])
+    for name in ("options", "generation"):
+        job[name] = ast.literal_eval(job[name])
     # Run by path, Python puts this folder first: its file names must not shadow anybody's modules.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != here]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from shardkit.base.record import listed, plural, printable
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.hosts import HOSTS
 from shardkit.compare.comparison import Comparison, merge_comparisons
 from shardkit.compare.parameters import RULES, ParameterError, check_values
 from shardkit.load.load_model import loader_names
@@ -47,6 +48,9 @@ os.sync()
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps([time.perf_counter() - start, int(peak.split()[1]) * 1024 / 1e6]))
 """
+# The article's model, Mistral-7B-v0.1; and what Python, torch and transformers need for a first token, which
+# does not shrink with a model.
+_ARTICLE_BYTES, _RUNTIME_BYTES = 14_483_464_192, 320_000_000
 _INJECTED = "# Parameters"  # how papermill begins the cell that it writes
 
 
@@ -102,6 +106,12 @@ def measure_sharding(
         seconds, peak = (None, None) if died else json.loads(done.stdout.splitlines()[-1])
         rows[way] = {"seconds": seconds, "peak (MB)": peak, "end": end}
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def scaled_limits(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return a limit in bytes for each host: to this model what its memory is to Mistral-7B in 16 bits."""
+    share = checkpoint.total_bytes / _ARTICLE_BYTES
+    return {host: int(_RUNTIME_BYTES + share * (memory - _RUNTIME_BYTES)) for host, memory in HOSTS.items()}
 
 
 def read_results(folder: str) -> tuple[dict[str, Comparison], pd.DataFrame]:

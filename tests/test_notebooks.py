@@ -18,7 +18,8 @@ from nbclient import NotebookClient
 from papermill import inspect_notebook
 
 import shardkit
-from shardkit import Comparison
+from shardkit import Checkpoint, Comparison
+from shardkit.checkpoint.hosts import HOSTS
 from shardkit.measure.samples import SHARDED, Sample
 from shardkit.notebook import (
     ParameterError,
@@ -26,13 +27,16 @@ from shardkit.notebook import (
     mean_figures,
     measure_sharding,
     read_results,
+    scaled_limits,
 )
 from tests.fake_loads import MB, VARIANTS, fake_comparison, fake_load, fake_variant
+from tests.test_limit import needs_groups
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 STORY = ROOT / "notebooks/01_shard_and_compare.ipynb"
 HUB = ROOT / "notebooks/02_hub.ipynb"
+FIT = ROOT / "notebooks/03_fit_in_less_ram.ipynb"
 REPORT = ROOT / "notebooks/batch_report.ipynb"
 
 
@@ -66,6 +70,17 @@ def quick_kernels(tmp_path_factory):
     startup.write_text(
         f"fakes = __import__('runpy').run_path({fakes!r})\n"
         "fakes['ask_here'](), fakes['load_nothing']()\ndel fakes\n"
+    )
+    return {"IPYTHONDIR": str(home)}
+
+
+@pytest.fixture(scope="module")
+def quick_kernels_without_limits(quick_kernels, tmp_path_factory):
+    """The same where the system lets nobody limit memory."""
+    home = tmp_path_factory.mktemp("ipython")
+    shutil.copytree(quick_kernels["IPYTHONDIR"], home, dirs_exist_ok=True)
+    (home / "profile_default/startup/unlimited.py").write_text(
+        "from shardkit.measure import limit\nlimit.why_unlimited = lambda: 'nobody may'\ndel limit\n"
     )
     return {"IPYTHONDIR": str(home)}
 
@@ -147,6 +162,29 @@ def test_fresh_runs_of_story_and_report_show_what_is_stored(notebook_folder):
 @pytest.mark.timeout(1800)
 def test_fresh_run_from_hub_to_hub_shows_what_is_stored(notebook_folder):
     run_as_stored(HUB, notebook_folder)
+
+
+@pytest.mark.begun_first
+@pytest.mark.timeout(1800)
+@needs_groups
+def test_fresh_run_in_less_memory_shows_what_is_stored(notebook_folder):
+    run_as_stored(FIT, notebook_folder)
+    found = pd.read_csv(notebook_folder / "demo-output/fit/ways.csv", index_col=0)
+    assert list(found["outcome"]) == ["killed", "ok", "ok", "ok", "ok", "ok"]
+    assert (notebook_folder / "demo-output/fit/ways.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_less_memory_is_shown_as_far_as_can_be_where_none_can_be_limited(
+    quick_kernels_without_limits, tmp_path
+):
+    given = {"demo_size": "5MB", "host": "Binder", "tokens": 4, "output_folder": "made"}
+    done = papermill(FIT, tmp_path, quick_kernels_without_limits, **given)
+    assert done.returncode == 0, done.stderr
+    assert "no limit: nobody may" in json.dumps(nbformat.read(tmp_path / "out.ipynb", as_version=4))
+    found = pd.read_csv(tmp_path / "made/fit/ways.csv", index_col=0)
+    assert list(found["outcome"]) == ["ok"] * 6
+    assert set(found["smallest memory"]) == {"not measured"}
 
 
 @pytest.mark.parametrize(
@@ -278,6 +316,14 @@ def names(**values):
 def test_known_parameters_pass():
     check_parameters(names(cache="warm", repeats=1))
     check_parameters({"In": ["model: str = ''"], "model": ""})
+
+
+def test_limits_are_to_a_model_what_the_hosts_memory_is_to_mistral(demo):
+    checkpoint = Checkpoint.open(demo)
+    assert scaled_limits(replace(checkpoint, tensors={})) == dict.fromkeys(HOSTS, 320_000_000)
+    limits = scaled_limits(checkpoint)
+    shares = {host: (limit - 320e6) / checkpoint.total_bytes for host, limit in limits.items()}
+    assert {host: 320e6 + share * 14_483_464_192 for host, share in shares.items()} == pytest.approx(HOSTS)
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "3", None])

@@ -1,5 +1,6 @@
 """Pictures: what is drawn, that it can be read, and that it does not depend on a theme."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -28,6 +29,7 @@ from shardkit.show.plots import (
     plot_profiler,
     plot_results,
 )
+from shardkit.show.ways import plot_ways
 from tests.fake_loads import MB, VARIANTS, fake_comparison, fake_load, fake_variant
 
 
@@ -373,3 +375,39 @@ def test_many_results_have_a_row_for_each_variant_below_model_size_and_dtype(cou
 def test_no_results_are_said_rather_than_drawn():
     axes = plot_results(results([]))
     assert "nothing was measured" in words(axes[0])
+
+
+def ways(**outcomes):
+    """Loads whose further tokens take a second each, or twice as long as those before; or that died."""
+    found = {}
+    for number, (name, outcome) in enumerate(outcomes.items()):
+        further = dataclasses.replace(
+            fake_load().phases[2], name="further tokens", wall_seconds=4.0 * 2**number, read_bytes=400 * MB
+        )
+        run = fake_load(outcome=outcome, token_ids=(1,) * 5, memory_limit_bytes=650 * MB)
+        phases = (*run.phases, further) if run.ok else run.phases
+        found[name] = dataclasses.replace(run, phases=phases)
+    return found
+
+
+def test_ways_are_drawn_with_what_was_found_of_them(tmp_path):
+    runs = ways(wrong="killed", mapped="ok", budget="ok")
+    smallest = {"wrong": 700 * MB, "mapped": 300 * MB, "budget": 400 * MB}
+    figure = plot_ways(runs, smallest, {"Colab": 650 * MB, "Binder": 350 * MB}, tmp_path / "ways.png")
+    assert (tmp_path / "ways.png").read_bytes().startswith(b"\x89PNG")
+    memory, first, each, read = figure.axes
+    said = [{text.get_text().strip() for text in texts(axes)} for axes in figure.axes]
+    assert "Smallest memory, ways of 3 that fit: Colab 2, Binder 1" in said[0]
+    assert {"700 MB", "300 MB", "400 MB", "Colab 650 MB", "Binder 350 MB"} <= said[0]
+    assert sorted(line.get_xdata()[0] for line in memory.lines) == [0.35, 0.65]
+    assert "Time to first token: no difference" in said[1]
+    assert "Time per token: mapped 2x less than budget" in said[2]
+    assert {"2 s", "4 s", "died: killed at its limit of 650 MB"} <= said[2]
+    assert "Read per token: no difference" in said[3]
+    assert [len(axes.patches) for axes in (memory, first, each, read)] == [3, 2, 2, 2]
+
+
+def test_ways_without_limits_show_what_they_held():
+    figure = plot_ways(ways(mapped="ok", budget="ok"), {}, {"Colab": 650 * MB})
+    said = {text.get_text().strip() for text in texts(figure.axes[0])}
+    assert "Peak anonymous memory (no limit could be set), ways of 2 that fit: Colab 0" in said

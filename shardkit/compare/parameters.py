@@ -9,6 +9,7 @@ from typing import Any
 from shardkit.base.errors import InOneLine, MeasurementError, ShardkitError
 from shardkit.base.sizes import parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.hosts import HOSTS
 from shardkit.formats.tensor import dtype_name
 from shardkit.measure.spec import CACHES, Rule, check, must, one_of, whole_number
 from shardkit.plan.packing import packing
@@ -43,6 +44,10 @@ RULES: dict[str, Rule] = {
     "max_shard_size": parse_size,
     "strategy": packing,
     "dtype": dtype_name,
+    "host": one_of(*HOSTS),
+    "prompt": _is_text,
+    "tokens": whole_number(1),
+    "precision": must(lambda value: type(value) is int and 0 < value < 100, "a whole number of percent"),
     "repeats": whole_number(1),
     "cache": one_of(*CACHES),
     "overwrite": one_of(True, False),

@@ -20,14 +20,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from shardkit import load_model, make_demo_checkpoint, measure_load, shard_checkpoint
+from shardkit import Checkpoint, load_model, make_demo_checkpoint, measure_load, shard_checkpoint
+from shardkit.checkpoint import budget
+from shardkit.checkpoint.residence import choose_residence, smallest_budget
 from shardkit.errors import CheckpointError, PlanError, ShardkitError
-from shardkit.load import budget, read_ahead
-from shardkit.load.residence import choose_residence, smallest_budget
+from shardkit.load import blocks, read_ahead
 from shardkit.measure.limit import limited, why_unlimited
 from tests.architectures import make_model
 from tests.unasked import COMMAND
 
+HEADROOM_BYTES = budget.HEADROOM_BYTES
 DECODERS = (
     "MistralForCausalLM", "FalconForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
     "GemmaForCausalLM", "GPT2LMHeadModel", "PhiForCausalLM", "MixtralForCausalLM",
@@ -40,7 +42,7 @@ CONTEXT = 48
 @pytest.fixture(autouse=True)
 def _nothing_else_in_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let budgets be as small as the models: what tests and libraries take is not counted."""
-    monkeypatch.setattr(budget, "process_bytes", lambda: 0)
+    monkeypatch.setattr(blocks, "process_bytes", lambda: 0)
     monkeypatch.setattr(budget, "HEADROOM_BYTES", 0)
 
 
@@ -385,7 +387,7 @@ _RUN = """
 import json, os, sys, threading, time
 import torch, transformers
 from shardkit import load_model
-from shardkit.load.budget import process_bytes
+from shardkit.base.machine import process_bytes
 most, done = [0], threading.Event()
 def watch():
     while not done.wait(0.002):
@@ -464,7 +466,7 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_command_line_generates_within_a_budget(larger: Path) -> None:
+def test_command_line_generates_within_a_budget(larger: Path, monkeypatch: Any) -> None:
     words = ("generate", larger, "--prompt", "The quick brown fox", "--max-new-tokens", 4)
     done = command(*words, "--max-memory", "420MB", "--json")
     assert done.returncode == 0, done.stderr
@@ -473,6 +475,11 @@ def test_command_line_generates_within_a_budget(larger: Path) -> None:
     assert 0 < len(found["token_ids"]) <= 4
     assert found["peak_bytes"] <= found["max_memory_bytes"] == 420_000_000
     assert found["streamed_bytes"] > 0
+    # Beforehand, from headers alone; the rest of the process is what a bare one takes.
+    monkeypatch.setattr(budget, "HEADROOM_BYTES", HEADROOM_BYTES)
+    plan = Checkpoint.open(larger).estimate(max_memory="420MB", context_tokens=64).within.plan
+    assert plan.resident_bytes == pytest.approx(found["resident_bytes"], abs=8_000_000)
+    assert plan.streamed_bytes == pytest.approx(found["read_bytes_per_token"], abs=8_000_000)
     shown = command(*words)
     assert shown.stdout == found["text"] + "\n"
     assert "peak memory" in shown.stderr
@@ -481,4 +488,4 @@ def test_command_line_generates_within_a_budget(larger: Path) -> None:
 def test_command_line_names_the_smallest_budget_in_one_line(larger: Path) -> None:
     done = command("generate", larger, "--prompt", "x", "--max-memory", "1MB")
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"shardkit: .*is too small: .* needs at least [\d,]+ bytes here.*\n", done.stderr)
+    assert re.fullmatch(r"shardkit: .*is too small: .* needs at least [\d,]+ bytes.*\n", done.stderr)

@@ -97,6 +97,17 @@ def test_json_holds_every_figure_of_the_text(command, demo):
     assert set(sizes) - found == set()
 
 
+def test_inspect_answers_what_a_budget_gives(demo):
+    words = ("inspect", demo, "--max-memory", "338MB", "--context-tokens", "64", "--disk-rate", "1GB")
+    found = json.loads(run(*words, "--json").stdout)["estimate"]["within"]
+    assert found["plan"]["work"] == {"max_memory": 338_000_000, "context_tokens": 64, "batch_size": 1}
+    assert found["seconds_per_token"] == found["plan"]["streamed_bytes"] / 1e9
+    shown = run(*words).stdout
+    assert "within a budget  338 MB (64 tokens, batch of 1)" in shown
+    assert "read per token" in shown
+    assert "--max-memory of 1 MB is too small" in run("inspect", demo, "--max-memory", "1MB").stdout
+
+
 def test_json_of_plan_holds_the_disk_and_both_estimates(demo):
     planned = json.loads(run("plan", demo, "--dtype", "float16", "--json").stdout)
     assert planned["disk_bytes"] == plan_shards(demo, dtype="float16").disk_bytes

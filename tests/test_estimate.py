@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,15 +27,21 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from shardkit import Checkpoint, make_demo_checkpoint, measure_load, plan_shards
+from shardkit import Checkpoint, load_model, make_demo_checkpoint, measure_load, plan_shards
+from shardkit.base import disk
 from shardkit.base.machine import filesystem
 from shardkit.base.sizes import format_size
+from shardkit.checkpoint import budget, estimate
 from shardkit.checkpoint import checkpoint as checkpoint_module
-from shardkit.checkpoint import estimate
-from shardkit.checkpoint.estimate import StoredTensor, estimate_load
-from shardkit.checkpoint.hosts import fit
-from shardkit.errors import PlanError
+from shardkit.checkpoint.bounded import _COMPARED
+from shardkit.checkpoint.estimate import Estimate, estimate_load
+from shardkit.checkpoint.hosts import Need, fit
+from shardkit.checkpoint.loaded import StoredTensor
+from shardkit.errors import CheckpointError, PlanError
+from shardkit.load import blocks, within
+from tests import architectures
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +181,11 @@ def test_an_unknown_dtype_is_refused(model):
 
 def test_a_host_fits_all_of_it_or_only_what_must_exist_or_neither():
     gigabyte = 10**9
-    verdicts = [
-        fit("host", 10 * gigabyte, a * gigabyte, m * gigabyte).verdict for a, m in [(4, 4), (4, 8), (10, 0)]
-    ]
-    assert verdicts == ["fits", "fits tightly", "does not fit"]
+    needs = [Need(a * gigabyte, m * gigabyte, m * gigabyte) for a, m in [(4, 4), (4, 8), (10, 0)]]
+    found = [fit("host", 10 * gigabyte, need) for need in needs]
+    verdicts = ["fits", "fits, each token reads 8 GB from disk again", "does not fit"]
+    assert [host.verdict for host in found] == verdicts
+    assert [host.read_bytes for host in found] == [0, 8 * gigabyte, None]
 
 
 def test_the_summary_names_every_host(model):
@@ -294,7 +303,9 @@ def test_files_on_tmpfs_count_here_as_used_and_elsewhere_as_files(on_tmpfs, monk
     found = on_tmpfs.estimate()
     assert [host.verdict for host in found.hosts] == ["fits"] * 4
     monkeypatch.setitem(estimate.HOSTS, "Binder", 330_000_000)
-    assert on_tmpfs.estimate().hosts[-1].verdict == "fits tightly"
+    binder = on_tmpfs.estimate().hosts[-1]
+    assert binder.verdict == f"fits, each token reads {format_size(binder.read_bytes)} from disk again"
+    assert 0.9 * on_tmpfs.total_bytes < binder.read_bytes < on_tmpfs.total_bytes  # of an embedding, one row
 
 
 def test_of_links_the_file_system_counts_where_they_lead(demo, tmp_path, monkeypatch):
@@ -394,3 +405,176 @@ def test_a_large_tokenizer_counts_and_makes_a_small_estimate_rough(kind, files, 
     assert found.peak_anonymous_bytes == 271_000_000 + nbytes
     assert (found.tolerance is None) == (nbytes > 0)
     assert cast.tolerance == 0.05
+
+
+# Within a budget: what is said beforehand is what a load plans.
+
+DECODERS = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind] for kind in _COMPARED))
+CASTS = (("float32", "auto"), ("bfloat16", "auto"), ("float32", "bfloat16"), ("bfloat16", "float16"))
+TOKENS = 48
+PAGE_TOLERANCE = 8192  # biases of less than a page: which of them are read depends on the order of modules
+
+
+@pytest.fixture
+def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes large enough for pages, and budgets as small as they are: the process itself counts nothing."""
+    large = {"hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim"}
+    sizes = dict.fromkeys(large, 256) | dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner"), 512)
+    sizes |= {"head_dim": 64, "vocab_size": 960, "moe_intermediate_size": 128, "rotary_dim": 32}
+    for name, size in {**sizes, "shared_expert_intermediate_size": 128}.items():
+        monkeypatch.setitem(architectures.SIZES, name, size)
+    monkeypatch.setattr(blocks, "process_bytes", lambda: 0)
+    monkeypatch.setattr(budget, "HEADROOM_BYTES", 0)
+    for module in (estimate, within):
+        monkeypatch.setattr(module, "RUNTIME_BYTES", 0)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.usefixtures("_bare")
+def test_a_budget_gives_beforehand_what_the_load_plans(name, tmp_path):
+    for stored, dtype in CASTS:
+        folder = tmp_path / f"{stored} {dtype}"
+        architectures.make_model(name, stored).save_pretrained(folder)
+        checkpoint, asked = Checkpoint.open(folder), {"context_tokens": TOKENS, "dtype": dtype}
+        with pytest.raises(PlanError, match="is too small") as caught:
+            load_model(folder, max_memory=1, **asked)
+        least = int(re.search(r"at least ([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
+        buffers = checkpoint.estimate().buffer_bytes  # part of the process, which counts nothing here
+        for more in (0, 900_000):
+            found = checkpoint.estimate(max_memory=least + more + buffers, **asked).within
+            assert found.smallest_bytes == least + buffers
+            planned = getattr(load_model(folder, max_memory=least + more, **asked), "memory_plan", None)
+            if planned is None:  # all of it fits
+                assert found.plan.streamed_bytes == 0
+                continue
+            for field in ("cache_bytes", "activation_bytes", "working_bytes", "resident_bytes"):
+                assert getattr(found.plan, field) == getattr(planned, field), (stored, dtype, more, field)
+            assert found.plan.streamed_bytes == pytest.approx(planned.streamed_bytes, abs=PAGE_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "name", ["Mistral", "Falcon", "Llama", "Qwen2", "Gemma", "Phi", "Mixtral", "GPTBigCode"]
+)
+def test_kv_cache_is_at_most_what_is_said_and_one_layer_less(name, tmp_path):
+    model = architectures.make_model(f"{name}ForCausalLM")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        cache = model(torch.ones(3, 12, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    found = Checkpoint.open(tmp_path).estimate(context_tokens=12, batch_size=3)
+    assert found.cache_bytes == held * (len(cache.layers) + 1) // len(cache.layers)
+    assert f"at most {format_size(found.cache_bytes)} (12 tokens, batch of 3)" in str(found)
+    assert (
+        found.peak_anonymous_bytes
+        == Checkpoint.open(tmp_path).estimate().peak_anonymous_bytes + found.cache_bytes
+    )
+    assert found.tolerance is None
+
+
+def test_a_budget_that_is_too_small_names_the_smallest_that_is_not(model):
+    least = model.estimate(max_memory=1).within.smallest_bytes
+    small, enough = (model.estimate(max_memory=least - less).within for less in (1, 0))
+    assert small.plan is None
+    assert f"needs at least {least:,} bytes" in str(model.estimate(max_memory=least - 1))
+    assert enough.plan.streamed_bytes > 0.8 * model.total_bytes
+    assert model.estimate(max_memory="2GB").within.plan.streamed_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "why"),
+    [
+        ({"architectures": ["T5ForConditionalGeneration"]}, "BF16", "T5.* is not a decoder"),
+        ({"is_encoder_decoder": True}, "BF16", "MistralForCausalLM is not a decoder"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "I32", r"quantized weights .* \(gptq\)"),
+        ({}, "F8_E4M3", "quantized weights"),
+        ({"model_type": "new"}, "BF16", "models of type 'new' were not compared"),
+        ({"num_attention_heads": None}, "BF16", "config.json has no num_attention_heads"),
+        ({"num_hidden_layers": 10**400}, "BF16", "config.json has no num_hidden_layers"),
+        (None, "BF16", "the model is not a decoder"),
+    ],
+)  # fmt: skip
+def test_what_is_not_known_of_a_budget_is_said_with_the_reason(config, dtype, why):
+    known = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_hidden_layers": 2}
+    known |= {"hidden_size": 64, "num_attention_heads": 4}
+    config = config if config is None else {**known, **config}
+    stored = [StoredTensor("model.layers.0.mlp.weight", 64 * 64, dtype, (64, 64))]
+    asked = {"sequences": budget.Sequences(100), "max_memory": 10**9}
+    found = estimate_load("m", stored, None, config=config, **asked)
+    assert (found.within.plan, found.within.smallest_bytes, found.cache_bytes) == (None, None, None)
+    assert re.search(f"not known: {why}", str(found))
+    assert not any(host.advice for host in found.hosts)
+
+
+def test_a_budget_is_for_models_and_not_for_adapters(adapter):
+    found = adapter().estimate(max_memory="2GB", context_tokens=100)
+    assert found.cache_bytes > 0
+    assert (found.within.plan, found.within.why) == (None, "not known: a budget is for models, not adapters")
+
+
+def mistral_7b(stored: str, dtype: str | None) -> Estimate:
+    """Estimate a load of Mistral-7B's shape, of which nothing is written."""
+    config = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 4096}
+    config |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config |= {"intermediate_size": 14336, "vocab_size": 32000}
+    shapes = {"model.embed_tokens": (32000, 4096), "lm_head": (32000, 4096)}
+    block = {
+        "self_attn.q_proj": (4096, 4096),
+        "self_attn.k_proj": (1024, 4096),
+        "mlp.down_proj": (4096, 14336),
+    }
+    block |= {
+        "self_attn.o_proj": (4096, 4096),
+        "self_attn.v_proj": (1024, 4096),
+        "mlp.up_proj": (14336, 4096),
+    }
+    block |= {"mlp.gate_proj": (14336, 4096)}
+    shapes |= {f"model.layers.{n}.{name}": shape for n in range(32) for name, shape in block.items()}
+    tensors = [
+        StoredTensor(f"{name}.weight", a * b, stored, (a, b), offset=0) for name, (a, b) in shapes.items()
+    ]
+    return estimate_load("mistral", tensors, dtype, config=config)
+
+
+def test_hosts_say_what_each_token_reads_and_what_would_help():
+    as_stored, cast = mistral_7b("BF16", "bfloat16"), mistral_7b("BF16", "float16")
+    colab, binder = (next(h for h in as_stored.hosts if h.name == name) for name in ("Colab", "Binder"))
+    # 14.48 GB of weights, of which the embedding (262 MB) is not read.
+    assert binder.verdict == "fits, each token reads 14.2 GB from disk again"
+    assert colab.read_bytes == binder.read_bytes
+    # Of Colab's 12.7 GB nine tenths are usable; a budget keeps what is not needed for all else.
+    assert colab.bounded_read_bytes < 0.3 * colab.read_bytes
+    assert 0.9 * binder.read_bytes < binder.bounded_read_bytes < binder.read_bytes
+    assert (
+        f"with 1.8 GB: each token reads {format_size(binder.bounded_read_bytes)} (1,024 tokens"
+        in binder.advice
+    )
+    colab, kaggle = (next(h for h in cast.hosts if h.name == name) for name in ("Colab", "Kaggle"))
+    assert (colab.verdict, colab.read_bytes, kaggle.verdict) == ("does not fit", None, "fits")
+    assert colab.advice.startswith("shards in float16 need 271 MB, each token reads 14.2 GB; load_model(")
+    for shown in (str(cast), cast._repr_html_()):
+        assert "shards in float16 need 271 MB" in shown
+    assert Estimate.from_dict(json.loads(json.dumps(cast.to_dict()))) == cast
+
+
+def test_seconds_a_token_are_those_of_the_disk(model, monkeypatch):
+    least = model.estimate(max_memory=1).within.smallest_bytes
+    stated = model.estimate(max_memory=least, disk_rate="100MB")
+    assert stated.within.seconds_per_token == stated.within.plan.streamed_bytes / 1e8
+    assert "s at the disk's 100 MB/s" in str(stated)
+    with pytest.raises(PlanError, match="set max_memory, too"):
+        model.estimate(disk_rate="100MB")
+    reads = []
+    monkeypatch.setattr(
+        disk.DiskFile, "read_direct", lambda _, buffer, offset: reads.append(offset) or len(buffer)
+    )
+    monkeypatch.setattr(disk.time, "perf_counter", iter(0.25 * n for n in range(99)).__next__)
+    assert model.estimate(max_memory=least, disk_rate="measure").within.disk_rate > disk.CHUNK_BYTES
+    assert reads == [n * disk.CHUNK_BYTES for n in range(len(reads))]
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no direct reads on this system")
+def test_a_rate_is_measured_past_the_page_cache_or_not_at_all(model, monkeypatch):
+    assert model.estimate(max_memory="300MB", disk_rate="measure").within.disk_rate > 1_000_000
+    monkeypatch.delattr(os, "O_DIRECT")
+    with pytest.raises(CheckpointError, match=r"past the page cache .*: state the rate"):
+        model.estimate(max_memory="300MB", disk_rate="measure")

@@ -118,4 +118,6 @@ def _fits(now: Estimate, shards: Estimate) -> Summary:
     for host, with_shards in zip(now.hosts, shards.hosts, strict=True):
         rows.append((host.name, format_size(host.memory_bytes), host.verdict, with_shards.verdict))
     title = f"Does it fit, loaded as {now.dtype or 'stored'}?"
-    return Summary(title, (), (Table(("", "memory", "as it is", "as planned"), tuple(rows)),), now.notes)
+    advice = tuple(f"{host.name}: {host.advice}" for host in shards.hosts if host.advice)
+    table = Table(("", "memory", "as it is", "as planned"), tuple(rows))
+    return Summary(title, (), (table,), (*now.notes, *advice))

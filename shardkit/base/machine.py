@@ -34,6 +34,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def process_bytes() -> int:
+    """Return the memory of this process that cannot be evicted, in bytes."""
+    with suppress(OSError, ValueError):
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def usable_memory() -> int | None:
     """Return how many bytes the machine and its control group leave a load; None where neither tells."""
     return min((left for left in (_available(), left_in_force()) if left is not None), default=None)

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
 from typing import Any, Self
 
+from shardkit.base.disk import measured_rate
 from shardkit.base.errors import CheckpointError, DownloadNeededError
 from shardkit.base.machine import MEMORY_FILESYSTEMS, filesystem
 from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
-from shardkit.base.sizes import format_size
+from shardkit.base.sizes import format_size, parse_size
+from shardkit.checkpoint.adapter import estimate_with_base, is_adapter
 from shardkit.checkpoint.belonging import Beside, needed_files, sort_out
+from shardkit.checkpoint.budget import Sequences
 from shardkit.checkpoint.config import architecture, config_dtype, plain_json
-from shardkit.checkpoint.estimate import (
-    LOAD_BITS,
-    Estimate,
-    StoredTensor,
-    estimate_adapter,
-    estimate_load,
-    load_dtype,
-)
+from shardkit.checkpoint.estimate import Estimate
 from shardkit.checkpoint.layout import (
     CONFIG_FILES,
     find_weights,
@@ -33,6 +27,7 @@ from shardkit.checkpoint.layout import (
     output_stem,
     read_config,
 )
+from shardkit.checkpoint.loaded import LOAD_BITS, StoredTensor, load_dtype
 from shardkit.checkpoint.metadata import of_checkpoint
 from shardkit.checkpoint.scan import confirm_offsets, format_of
 from shardkit.formats.strided import MAX_RECEIVED_SPAN
@@ -233,7 +228,15 @@ class Checkpoint(Record):
         """The model class that the config names."""
         return architecture(self.config)
 
-    def estimate(self, dtype: LoadDtypeLike | None = None) -> Estimate:
+    def estimate(
+        self,
+        dtype: LoadDtypeLike | None = None,
+        *,
+        max_memory: int | str | None = None,
+        context_tokens: int | None = None,
+        batch_size: int = 1,
+        disk_rate: int | str | None = None,
+    ) -> Estimate:
         """Return how much memory `from_pretrained` will take, and on which hosts it fits.
 
         Parameters
@@ -241,6 +244,14 @@ class Checkpoint(Record):
         dtype
             Passed to `from_pretrained`: "float16"; None and "auto" leave it to transformers 5, which takes
             the config's, the index's, or that of the first file's first floating-point tensor.
+        max_memory
+            A budget, as `load_model` takes it: adds what stays in memory, and what each token reads.
+        context_tokens, batch_size
+            The longest sequence and the most sequences at a time, whose KV cache is added; with a budget
+            1,024 tokens unless requested otherwise.
+        disk_rate
+            Bytes a second ("1.2GB"), for the seconds that a token's reads take; or "measure": by reading the
+            checkpoint's own files for about a second, past the page cache.
 
         Returns
         -------
@@ -250,7 +261,11 @@ class Checkpoint(Record):
         Raises
         ------
         PlanError
-            If the dtype is unknown.
+            If the dtype is unknown, a count is not above zero, or there is a rate without a budget.
+        SizeError
+            If budget or rate is not a size.
+        CheckpointError
+            If the rate cannot be measured: the files are not on this machine, or its file system forbids it.
 
         Examples
         --------
@@ -260,20 +275,33 @@ class Checkpoint(Record):
         target = None if dtype in (None, "auto") else load_dtype(dtype)
         if target is None and not is_adapter(self.stem, self.config, self.tensors):
             target = self.auto_dtype
-        stored = (
-            StoredTensor(name, t.elements, t.dtype, t.shape, is_alias=name in self.aliases)
-            for name, t in self.tensors.items()
+        tensors = (
+            StoredTensor(
+                t.name, t.elements, t.dtype, t.shape, t.name in self.aliases, None if t.layout else t.offset
+            )
+            for t in self.tensors.values()
         )
-        return estimate_with_base(
+        found = estimate_with_base(
             self.source,
-            stored,
+            tensors,
             target,
+            type(self).open,
             stem=self.stem,
             config=self.config,
             side_files=self.side_files,
             held_whole=bool(self.legacy),
             in_memory=self._is_in_memory(),
+            sequences=Sequences.requested(context_tokens, batch_size),
+            max_memory=None if max_memory is None else parse_size(max_memory),
         )
+        if disk_rate is None:
+            return found
+        return found.at_rate(self._disk_rate() if disk_rate == "measure" else parse_size(disk_rate))
+
+    def _disk_rate(self) -> int:
+        if self.place.folder is None:
+            raise CheckpointError("is not on a disk that could be measured: state a rate", file=self.source)
+        return measured_rate(map(self.path, self.files))
 
     @cached_property
     def auto_dtype(self) -> str | None:
@@ -383,40 +411,6 @@ class Checkpoint(Record):
             by_kind = (f"{kind}: {plural(len(f), 'file')} ({listed(f)})" for kind, f in kinds.items())
             notes.append(f"not copied: {'; '.join(by_kind)}")
         return tuple(notes)
-
-
-def estimate_with_base(
-    source: str,
-    tensors: Iterable[StoredTensor],
-    dtype: str | None,
-    *,
-    stem: str,
-    config: Mapping[str, Any] | None,
-    **beside: Any,
-) -> Estimate:
-    """Estimate a load; that of a peft adapter with its base model, where that is on this machine."""
-    tensors = tuple(tensors)
-    if not is_adapter(stem, config, (tensor.name for tensor in tensors)):
-        return estimate_load(source, tensors, dtype, config=config, **beside)
-    named = (config or {}).get("base_model_name_or_path")
-    base = _open_base(named) if isinstance(named, str) else None
-    return estimate_adapter(source, tensors, dtype, named, base.estimate(dtype) if base else None)
-
-
-def is_adapter(stem: str, config: Mapping[str, Any] | None, names: Iterable[str]) -> bool:
-    """Whether weights are an adapter's, of peft or diffusers, which needs a base model beside it."""
-    if stem == "adapter_model" or "peft_type" in (config or {}):
-        return True
-    return config is None and {"lora" in name for name in names} == {True}
-
-
-def _open_base(named: str) -> Checkpoint | None:
-    """Open the base model that an adapter names; None if it is not here, cannot be read, or is an adapter."""
-    with suppress(CheckpointError):
-        if os.path.exists(os.path.expanduser(named)):
-            base = Checkpoint.open(named)
-            return None if is_adapter(base.stem, base.config, base.tensors) else base
-    return None
 
 
 def _states(files: FileSet, names: tuple[str, ...]) -> dict[str, State]:

@@ -6,20 +6,29 @@ any other is converted into memory of its own, and so are experts that the model
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Self
 
+from shardkit.base.errors import PlanError
 from shardkit.base.machine import usable_memory
 from shardkit.base.record import Record, Summary, Table
 from shardkit.base.sizes import format_size
-from shardkit.checkpoint.hosts import HERE, HOSTS, HostFit, fit
-from shardkit.checkpoint.kept import family, listed_patterns
-from shardkit.checkpoint.parts import is_single_expert
-from shardkit.checkpoint.quantized import quantization
-from shardkit.formats.safetensors import DTYPE_BITS
-from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, QUANTIZED_DTYPES, parse_dtype
+from shardkit.checkpoint.bounded import BoundedEstimate, Decoder, why_unknown
+from shardkit.checkpoint.budget import Sequences
+from shardkit.checkpoint.hosts import HERE, HOSTS, HostFit, Need, Ways, fit
+from shardkit.checkpoint.loaded import (
+    LOAD_BITS,
+    LoadedTensor,
+    StoredTensor,
+    Units,
+    WeightBytes,
+    loaded_tensors,
+    units_of_names,
+    weight_bytes,
+)
+from shardkit.checkpoint.quantized import quantization, quantized
+from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, QUANTIZED_DTYPES
 
 # Anonymous memory of a process that has imported torch and transformers, loaded a small model in a dtype that
 # needs no cast, and given a token: measured with transformers 5.23 and the CPU build of torch 2.13 on Linux.
@@ -46,13 +55,6 @@ TOLERANCE = 0.05
 _TOKENIZERS = {"tokenizer.json": 10, "tokenizer.model": 60, "vocab.json": 60, "vocab.txt": 40}
 _TOKENIZER_MATTERS = 0.03
 
-# While it stacks experts, transformers holds some of them twice, for a moment: this share of their bytes,
-# as measured with Mixtral's, Qwen3-MoE's and DeepSeek-V3's shapes, with a cast and without.
-_STACKING_SHARE = {True: 1.0, False: 0.25}
-# Experts that are stacked in the files, but transposed: where in their shape the hidden size then stands.
-_TRANSPOSED = {"qwen3_vl_moe": {"gate_up_proj": 1, "down_proj": 2}}
-# Divided in place before the first token, so that pages of the mapping become memory of the process.
-_REWRITTEN = {"rwkv": re.compile(r"attention\.output\.weight|feed_forward\.value\.weight")}
 # Large buffers that no file holds, from the config's numbers, as transformers 5.23 makes them: of GPT-Neo a
 # mask for each layer, and as seen about three more while they are made; of GPTBigCode one, and one more.
 _BUFFERS: dict[str, tuple[tuple[str, ...], Callable[..., int]]] = {
@@ -63,23 +65,6 @@ _BUFFERS: dict[str, tuple[tuple[str, ...], Callable[..., int]]] = {
         (("n_layer", "n_positions", "rotary_dim"), lambda layers, length, width: 4 * layers * length * width),
     ),
 }
-# Masks that older files of GPT-2, GPT-Neo, GPT-J and GPT-NeoX hold, and that no load reads any more.
-_MASK = re.compile(r"\.(attn|attention)\.bias$")
-# Of what a model can be loaded in.
-LOAD_BITS = {DTYPE_NAMES[dtype]: DTYPE_BITS[dtype] for dtype in FLOAT_DTYPES}
-
-
-class StoredTensor(NamedTuple):
-    """What counts of a tensor: its name, number of elements, dtype on disk ("BF16"), and shape.
-
-    An alias is another name of what counts already; but where it is converted, it is converted again.
-    """
-
-    name: str
-    elements: int
-    dtype: str
-    shape: tuple[int, ...] = ()
-    is_alias: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +93,13 @@ class Estimate(Record):
         Weights in files on tmpfs, which are memory that cannot be evicted, and count as the load's.
     tolerance
         The largest error that is promised (0.05); None where there is no promise.
+    sequences, cache_bytes
+        The context and batch that were requested, and an upper bound of their keys and values (part of
+        `new_bytes`): 0 where no context was requested, None where it is not known.
+    in_file_bytes
+        Mapped embeddings, of which a token needs a row.
+    within
+        What a load within a budget would do; None where none was requested.
     """
 
     source: str
@@ -122,12 +114,21 @@ class Estimate(Record):
     buffer_bytes: int = 0
     resident_bytes: int = 0
     tolerance: float | None = None
+    sequences: Sequences | None = None
+    cache_bytes: int | None = 0
+    in_file_bytes: int = 0
+    within: BoundedEstimate | None = None
 
     @property
     def new_bytes(self) -> int:
         """Memory that the load takes beside the files, wherever they are."""
         beside = self.stacking_bytes + self.tokenizer_bytes + self.buffer_bytes
-        return self.runtime_bytes + self.copied_bytes + beside
+        return self.runtime_bytes + self.copied_bytes + beside + (self.cache_bytes or 0)
+
+    @property
+    def model_bytes(self) -> int:
+        """Memory for all of the model, pages of its files included."""
+        return self.new_bytes - self.runtime_bytes + self.mapped_bytes + self.resident_bytes
 
     @property
     def peak_anonymous_bytes(self) -> int:
@@ -139,6 +140,18 @@ class Estimate(Record):
         """`peak_anonymous_bytes` as people read it: with a promise, about as much, or at least that."""
         words = "" if self.tolerance else "about " if self.hosts else "at least "
         return words + format_size(self.peak_anonymous_bytes)
+
+    def at_rate(self, disk_rate: int) -> Self:
+        """Return it with the seconds that a token's reads take at a rate in bytes a second.
+
+        Raises
+        ------
+        PlanError
+            If it is for no budget.
+        """
+        if self.within is None:
+            raise PlanError("a disk's rate is for a memory budget: set max_memory, too")
+        return replace(self, within=self.within.at_rate(disk_rate))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON-ready data, with the sum that it stands for."""
@@ -161,27 +174,26 @@ class Estimate(Record):
             ("weights", f"{format_size(self.copied_bytes)} converted during loading"),
             *(("also", f"{format_size(size)} {what}") for size, what in others if size),
             *mapped,
+            *((("KV cache", self._cached(self.sequences)),) if self.sequences and not self.within else ()),
+            *(self.within.facts() if self.within else ()),
         )
-        rows = tuple(
+        tables = (self._table(),) if self.hosts else ()
+        return Summary("Estimated memory to load", facts, tables, self.notes)
+
+    def _cached(self, sequences: Sequences) -> str:
+        size = "not known" if self.cache_bytes is None else f"at most {format_size(self.cache_bytes)}"
+        return f"{size} ({sequences.tokens})"
+
+    def _table(self) -> Table:
+        rows = [
             (f"{h.name} (free)" if h.name == HERE else h.name, format_size(h.memory_bytes), h.verdict, h.why)
             for h in self.hosts
-        )
-        hosts = (Table(("host", "memory", "verdict", "because"), rows),) if rows else ()
-        return Summary("Estimated memory to load", facts, hosts, self.notes)
-
-
-def load_dtype(dtype: object) -> str | None:
-    """Return the name of a dtype to load in, "float64" included; None: as stored.
-
-    Raises
-    ------
-    PlanError
-        If it is none that a model is loaded in.
-    """
-    if dtype is None or dtype in LOAD_BITS:
-        return dtype
-    target = parse_dtype(dtype)
-    return DTYPE_NAMES[target] if target else None
+        ]
+        columns = ("host", "memory", "verdict", "because")
+        if any(host.advice for host in self.hosts):
+            advice = [(host.advice,) for host in self.hosts]
+            return Table((*columns, "what would help"), tuple(map(tuple.__add__, rows, advice)))
+        return Table(columns, tuple(rows))
 
 
 def estimate_load(
@@ -193,6 +205,8 @@ def estimate_load(
     side_files: Mapping[str, int] | None = None,
     held_whole: bool = False,
     in_memory: bool = False,
+    sequences: Sequences | None = None,
+    max_memory: int | None = None,
 ) -> Estimate:
     """Add up what a load in `dtype` ("float16"; None: as stored) copies, and what it leaves mapped.
 
@@ -206,66 +220,73 @@ def estimate_load(
         Whether the files cannot be mapped (legacy pickles), so that all of them is in memory first.
     in_memory
         Whether the files are on tmpfs, so that their pages are memory that cannot be evicted.
+    sequences, max_memory
+        What the model is for, and a budget in bytes.
     """
-    config = config or {}
-    stored = [tensor for tensor in tensors if not (_MASK.search(tensor.name) and len(tensor.shape) == 4)]
-    found = (DTYPE_NAMES[tensor.dtype] for tensor in stored if tensor.dtype in QUANTIZED_DTYPES)
-    method = quantization(config) or next(found, None)
-    copied, stacking, mapped, read = _weights(stored, dtype, config, held_whole)
+    config, stored = config or {}, tuple(tensors)
+    loaded = loaded_tensors(stored, dtype, config)
+    weights, units = weight_bytes(loaded, config, held_whole), units_of_names(loaded)
     buffers = _buffer_bytes(config)
     made = Estimate(
         source,
         dtype,
         RUNTIME_BYTES,
-        copied,
-        stacking,
-        0 if in_memory else mapped,
+        weights.copied,
+        weights.stacking,
+        0 if in_memory else weights.mapped,
         tokenizer_bytes=_tokenizer_bytes(side_files or {}, config.get("model_type")),
         buffer_bytes=buffers or 0,
-        resident_bytes=read if in_memory else 0,
+        resident_bytes=weights.read if in_memory else 0,
+        in_file_bytes=units.row_bytes(loaded),
     )
-    if method:
+    decoder = _decoder(made, stored, units, config)
+    asked = sequences or Sequences()
+    made = replace(
+        made,
+        sequences=sequences,
+        cache_bytes=decoder.cache_bytes(sequences) if sequences else 0,
+        within=decoder.within(asked.within(max_memory)) if max_memory is not None else None,
+    )
+    found = (DTYPE_NAMES[tensor.dtype] for tensor in stored if tensor.dtype in QUANTIZED_DTYPES)
+    if method := quantization(config) or next(found, None):
         note = f"quantized ({method}): headers do not show how it is loaded, so this is a lower bound"
         return replace(made, notes=(note,))
-    if why := _why_rough(made, config.get("model_type"), buffers):
-        return with_hosts(replace(made, notes=(why,)))
-    return with_hosts(replace(made, tolerance=TOLERANCE))
+    why = _why_rough(made, config.get("model_type"), buffers)
+    made = replace(made, notes=(why,)) if why else replace(made, tolerance=TOLERANCE)
+    shards = None
+    if dtype in CAST_DTYPES and any(tensor.converted == dtype for tensor in loaded):
+        shards = _from_shards(made, weights, [tensor.in_shards(dtype) for tensor in loaded], units, config)
+    return with_hosts(made, Ways(dtype, shards, lambda nbytes: decoder.within(asked.within(nbytes))))
 
 
-def _weights(
-    tensors: Iterable[StoredTensor], dtype: str | None, config: Mapping[str, Any], held_whole: bool
-) -> tuple[int, int, int, int]:
-    """Return bytes of weights: copied, there twice while stacked, mapped, and read through a mapping."""
-    copied = mapped = stacking = transposing = read = 0
-    model_type = str(config.get("model_type"))
-    patterns = "|".join(sorted(listed_patterns(family(model_type), dtype))) if dtype else ""
-    keeps = re.compile(patterns) if patterns else None
-    rewritten = _REWRITTEN.get(model_type)
-    for name, elements, stored, shape, is_alias in tensors:
-        is_expert = is_single_expert(name)
-        is_transposed = _is_transposed(name, shape, model_type, config)
-        target = "float32" if keeps and keeps.search(name) else dtype
-        converts = target is not None and stored in FLOAT_DTYPES and DTYPE_NAMES[stored] != target
-        in_file = 0 if is_alias else elements * DTYPE_BITS[stored] // 8
-        if is_alias and not converts:
-            continue
-        bits = LOAD_BITS[target] if target is not None and converts else DTYPE_BITS[stored]
-        nbytes = elements * bits // 8
-        stacking += int(is_expert * _STACKING_SHARE[converts] * nbytes)
-        transposing = max(transposing, nbytes * is_transposed)  # the one at hand is there twice
-        if converts or is_expert or is_transposed or (rewritten and rewritten.search(name)):
-            copied += nbytes
-        elif not held_whole:
-            mapped += nbytes
-        copied += in_file * held_whole
-        read += in_file * (not held_whole)
-    return copied, stacking + transposing, mapped, read
+def _decoder(
+    made: Estimate, stored: Iterable[StoredTensor], units: Units, config: Mapping[str, Any]
+) -> Decoder:
+    """Return what is known for loads within a budget."""
+    return Decoder(
+        made.source,
+        config,
+        made.dtype or "float32",
+        units,
+        process_bytes=made.runtime_bytes,
+        weight_bytes=made.copied_bytes + made.mapped_bytes + made.resident_bytes,
+        stacking_bytes=made.stacking_bytes,
+        beside_bytes=made.tokenizer_bytes + made.buffer_bytes,
+        why=why_unknown(config, quantized(config, {tensor.name: tensor for tensor in stored})),
+    )
 
 
-def _is_transposed(name: str, shape: tuple[int, ...], model_type: str, config: Mapping[str, Any]) -> bool:
-    place = _TRANSPOSED.get(model_type, {}).get(name.rpartition(".experts.")[2])
-    text = config.get("text_config") or {}
-    return place is not None and len(shape) == 3 and shape[place] == text.get("hidden_size")
+def _from_shards(
+    made: Estimate,
+    weights: WeightBytes,
+    loaded: Sequence[LoadedTensor],
+    units: Units,
+    config: Mapping[str, Any],
+) -> Need:
+    """Return what a load needs from shards in the dtype that is requested."""
+    shards = weight_bytes(loaded, config)
+    less = weights.copied + weights.stacking - shards.copied - shards.stacking
+    return Need(made.new_bytes - less, shards.mapped, shards.mapped - units.row_bytes(loaded))
 
 
 def _buffer_bytes(config: Mapping[str, Any]) -> int | None:
@@ -282,6 +303,8 @@ def _tokenizer_bytes(side_files: Mapping[str, int], model_type: object) -> int:
 
 def _why_rough(made: Estimate, model_type: object, buffers: int | None) -> str | None:
     """Return why no ±5 % can be promised; None if it can."""
+    if made.sequences:
+        return "with a context: its KV cache is an upper bound, and activations are not included"
     if made.stacking_bytes:
         return (
             "experts are stacked during loading, and how many exist twice at a time depends on the machine: "
@@ -315,11 +338,13 @@ def estimate_adapter(
     return with_hosts(both) if base.hosts else both
 
 
-def with_hosts(made: Estimate) -> Estimate:
+def with_hosts(made: Estimate, ways: Ways | None = None) -> Estimate:
     """Return an estimate with its verdicts: what is left of this machine's memory, and the free hosts."""
     files = made.mapped_bytes + made.resident_bytes
-    hosts = [fit(name, memory, made.new_bytes, files) for name, memory in HOSTS.items()]
+    elsewhere = Need(made.new_bytes, files, files - made.in_file_bytes)
+    hosts = [fit(name, memory, elsewhere, ways or Ways()) for name, memory in HOSTS.items()]
     if (left := usable_memory()) is not None:
         # Files on tmpfs are part of what is used here already.
-        hosts.insert(0, fit(HERE, left, made.new_bytes, made.mapped_bytes))
+        here = Need(made.new_bytes, made.mapped_bytes, max(0, made.mapped_bytes - made.in_file_bytes))
+        hosts.insert(0, fit(HERE, left, here, ways or Ways()))
     return replace(made, hosts=tuple(hosts))

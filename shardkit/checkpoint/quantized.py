@@ -9,10 +9,15 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardkit.checkpoint.config import parts_of
 from shardkit.formats.tensor import DTYPE_NAMES, QUANTIZED_DTYPES, TensorInfo
+
+if TYPE_CHECKING:
+    from shardkit.checkpoint.loaded import StoredTensor
+
+    Tensor = TensorInfo | StoredTensor
 
 # transformers, MLX ("quantization"), AutoAWQ, compressed-tensors; of codecs, a vector quantizer is a layer.
 _SETTINGS = re.compile(r"(?!.*vector).*quant(ization|ize)?_config|quantization|compression_config")
@@ -33,7 +38,7 @@ def quantization(config: Any) -> str | None:
     return next(filter(None, map(quantization, parts_of(config))), None)
 
 
-def quantized(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> str | None:
+def quantized(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> str | None:
     """Return what shows that weights are quantized, as the beginning of an error; None if nothing does."""
     config = config or {}
     if method := quantization(config):
@@ -47,8 +52,8 @@ def quantized(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo
     return None if config.get("quantization_config", config) is None else _packed(tensors.values())
 
 
-def _packed(tensors: Iterable[TensorInfo]) -> str | None:
-    modules: defaultdict[str, dict[str, TensorInfo]] = defaultdict(dict)
+def _packed(tensors: Iterable[Tensor]) -> str | None:
+    modules: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for tensor in tensors:
         module, _, leaf = tensor.name.rpartition(".")
         modules[module][leaf] = tensor
@@ -60,7 +65,7 @@ def _packed(tensors: Iterable[TensorInfo]) -> str | None:
     return None
 
 
-def _packed_in(module: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo | None] | None:
+def _packed_in(module: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None] | None:
     """Return integers that stand for the weights of a module, and what scales them."""
     integers = [leaf for leaf, tensor in module.items() if tensor.dtype in _INTEGER_DTYPES]
     scales = [leaf for leaf in module if _SCALE.search(leaf)] if integers else []

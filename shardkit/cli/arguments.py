@@ -137,6 +137,12 @@ def size(text: str) -> str:
 
 
 @_valued
+def rate(text: str) -> str:
+    """Return bytes a second as they were typed, or the word that asks for them to be measured."""
+    return text if text == "measure" else size(text)
+
+
+@_valued
 def device(text: str) -> str:
     """Return a device to load to."""
     RULES["device"](text)
@@ -177,6 +183,7 @@ LOAD_DTYPE = argument(
     type=_valued(lambda text: text if text == "auto" else dtype_name(text)),
     metavar="DTYPE",
 )
+MAX_MEMORY = argument("--max-memory", "Memory that the process may need: 2GB.", metavar="SIZE", type=size)
 WORKERS = argument("--workers", "Number of threads (default: up to 4).", type=at_least_one, metavar="N")
 PUBLIC = switch("--public", "The Hub repository is public, or is created as public.")
 JSON = switch("--json", "Print one JSON object and nothing else.", dest="as_json")

@@ -18,6 +18,7 @@ from shardkit.cli.arguments import (
     DTYPE,
     JSON,
     LOAD_DTYPE,
+    MAX_MEMORY,
     MAX_SHARD_SIZE,
     PUBLIC,
     SOURCE,
@@ -29,6 +30,7 @@ from shardkit.cli.arguments import (
     command,
     device,
     file,
+    rate,
     size,
     switch,
     without,
@@ -49,11 +51,16 @@ def _load_options(trust_remote_code: bool) -> dict[str, Any] | None:
 @command(
     SOURCE,
     LOAD_DTYPE,
+    MAX_MEMORY,
+    argument("--context-tokens", "Longest sequence.", type=at_least_one, metavar="N"),
+    argument("--batch-size", "Sequences at a time.", type=at_least_one, default=1, metavar="N"),
+    argument("--disk-rate", "Bytes a second: 1.2GB; or measure.", type=rate, metavar="RATE"),
     JSON,
     examples="""inspect mistral-demo
-        inspect mistralai/Mistral-7B-v0.1 --dtype fp16""",
+        inspect mistralai/Mistral-7B-v0.1 --dtype fp16
+        inspect mistral-demo --max-memory 400MB --disk-rate measure""",
 )
-def inspect(source: str, dtype: LoadDtype | None, as_json: bool) -> None:
+def inspect(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) -> None:
     """Show what a checkpoint contains and how much memory loading it takes, from its headers."""
     left = list(map(str, leftovers(source)))
     if left:
@@ -62,7 +69,7 @@ def inspect(source: str, dtype: LoadDtype | None, as_json: bool) -> None:
             f"resume, or `shardkit clean {source}` to remove it"
         )
     checkpoint = shardkit.Checkpoint.open(source)
-    estimate = checkpoint.estimate(dtype)
+    estimate = checkpoint.estimate(dtype, **asked)
     show(checkpoint, estimate, as_json=as_json, estimate=estimate.to_dict(), leftovers=left)
 
 
@@ -291,7 +298,7 @@ def fit(source: str, dtype: LoadDtype | None, trust_remote_code: bool, as_json: 
 @command(
     SOURCE,
     argument("--prompt", "Text to continue.", required=True, metavar="TEXT"),
-    argument("--max-memory", "Memory that the process may need: 2GB.", metavar="SIZE", type=size),
+    MAX_MEMORY,
     argument("--max-new-tokens", "Tokens to add.", type=at_least_one, default=32, metavar="N"),
     LOAD_DTYPE,
     JSON,

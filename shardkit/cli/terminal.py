@@ -20,6 +20,9 @@ from shardkit.show.progress import ProgressBar
 # What messages advise in Python's words, in those of the command line.
 _IN_THE_TERMINAL = {
     'options={"trust_remote_code": True}': "--trust-remote-code",
+    "load_model(max_memory=...)": "`shardkit generate --max-memory`",
+    "max_memory of": "--max-memory of",
+    "set max_memory": "set --max-memory",
     "allow_overflow=True": "--allow-overflow",
     "overwrite=True": "--overwrite",
     "private=False": "--public",
@@ -27,11 +30,10 @@ _IN_THE_TERMINAL = {
     "stream=True": "--stream",
 }
 _RED, _YELLOW, _GREEN, _BOLD = "31", "33", "32", "1"
-# Longer ones first: "fits tightly" is not "fits".
 _RATIO = r"(?<!between )(?<!and )\b[\d.]+(?:x| %)"
 _VERDICTS = {
     _RED: rf"NOT EQUAL|NOT enough|DIFFERENT|does not (?:fit|load)|{_RATIO} (?:slower|larger|more)\b",
-    _YELLOW: r"fits tightly|inconclusive|not (?:checked|proven)|NOT proven|^  !",
+    _YELLOW: r"fits, each token reads [^ ]+ .?B|inconclusive|not (?:checked|proven)|NOT proven|^  !",
     _GREEN: rf"(?<=  )(?:equal|fits)\b|\b(?:gets the same|enough)\b|{_RATIO} (?:faster|smaller|less)\b",
     _BOLD: r"^[A-Z][a-z ]+$|^next:",
 }

@@ -14,15 +14,16 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from shardkit.base.disk import own_memory
 from shardkit.base.errors import CheckpointError, PlanError, ShardkitError
-from shardkit.base.record import listed, plural
-from shardkit.base.sizes import format_size
+from shardkit.base.machine import process_bytes
+from shardkit.base.record import listed
+from shardkit.checkpoint.budget import SIZES, MemoryPlan, Needs, Workload, head_scratch, plan_memory
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.load.budget import MemoryPlan, Workload, beside_weights
-from shardkit.load.direct import WeightFiles, own_memory
+from shardkit.checkpoint.loaded import LOAD_BITS
+from shardkit.load.direct import WeightFiles
 from shardkit.load.read_ahead import ReadAhead
 from shardkit.load.recipes import parts_of
-from shardkit.load.residence import choose_residence, smallest_budget
 from shardkit.load.rows import rows_in_file
 from shardkit.load.units import Filler, Unit, units_of
 
@@ -46,49 +47,46 @@ def fill_within(model: Any, checkpoint: Checkpoint, work: Workload) -> MemoryPla
     CheckpointError
         If weights are missing, or files were changed or cannot be read.
     """
-    process, cache, activations = beside_weights(model.config, str(model.dtype).removeprefix("torch."), work)
-    needs = (process, cache, activations + _head_scratch(model, work))
+    needs = needs_of(model.config, dtype_name(model.dtype), work)
+    needs = needs._replace(activation_bytes=needs.activation_bytes + _head_scratch(model, work))
     files = WeightFiles(checkpoint)
     rows: list[tuple[Unit, Any]] = []
     units: list[tuple[Unit, Any]] = []
     for unit, module in units_of(model, parts_of(model, checkpoint)):
         (rows if _stays_in_file(unit, module) else units).append((unit, module))
-    sizes = [unit.nbytes for unit, _ in units]
-    must_stay = {place for place, (unit, _) in enumerate(units) if unit.are_buffers}
-    step = max((unit.step_bytes for unit, _ in units), default=0)
-    if work.max_memory < (smallest := smallest_budget(sizes, must_stay) + step + sum(needs)):
-        raise PlanError(
-            f"max_memory of {format_size(work.max_memory)} is too small: {checkpoint.source} needs at least "
-            f"{smallest:,} bytes here, {format_size(sum(needs))} of them for all else (context of "
-            f"{plural(work.context_tokens, 'token')}, batch of {work.batch_size})"
-        )
-    plan = choose_residence(sizes, work.max_memory - sum(needs) - step, must_stay)
-    streamed = [pair for pair, stays in zip(units, plan.stays, strict=True) if not stays]
+    plan, chosen = plan_memory(checkpoint.source, [unit.size for unit, _ in units], needs, work)
     filler = Filler(files)
-    _make_resident((pair for pair, stays in zip(units, plan.stays, strict=True) if stays), filler)
-    _attach_stream(streamed, plan.buffer_bytes, filler)
+    _make_resident((pair for pair, stays in zip(units, chosen.stays, strict=True) if stays), filler)
+    streamed = [pair for pair, stays in zip(units, chosen.stays, strict=True) if not stays]
+    _attach_stream(streamed, chosen.buffer_bytes, filler)
     _attach_rows(rows, units, files)
     _check_complete(model, checkpoint)
     _guard(model, work)
-    read = sum(unit.read_bytes for unit, _ in streamed)
-    return MemoryPlan(work, *needs, plan.buffer_bytes + step, plan.resident_bytes, read)
+    return plan
+
+
+def needs_of(config: Any, dtype: str, work: Workload) -> Needs:
+    """Return what this process needs beside the weights of a model that is loaded in a dtype."""
+    text = config.get_text_config()
+    named = {name: getattr(text, name, None) for name in (*text.attribute_map, *SIZES)}
+    described = {**text.to_dict(), **named}
+    return Needs.of(described, LOAD_BITS.get(dtype, 32) // 8, work, process_bytes())
+
+
+def dtype_name(dtype: object) -> str:
+    """Return "float16" for `torch.float16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _head_scratch(model: Any, work: Workload) -> int:
-    """Return the bytes that a head needs at the end of a prompt, which can be avoided in some dtypes.
-
-    It gets the last token alone, in the strides of all of them, for which torch copies the weights. With its
-    own strides it does not, and gives the same bits in these dtypes, but others in float16.
-    """
-    import torch
-
-    weight = getattr(model.get_output_embeddings(), "weight", None)
+    """Return the memory that a head needs at the end of a prompt, once it is avoided where it can be."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
     if weight is None:
         return 0
-    if work.batch_size > 1 or weight.dtype not in (torch.bfloat16, torch.float32):
-        return int(weight.numel() * weight.dtype.itemsize)
-    model.get_output_embeddings().register_forward_pre_hook(_with_own_strides)
-    return 0
+    if not (needed := head_scratch(weight.nbytes, dtype_name(weight.dtype), work)):
+        head.register_forward_pre_hook(_with_own_strides)
+    return needed
 
 
 def _with_own_strides(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

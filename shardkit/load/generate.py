@@ -14,11 +14,11 @@ from typing import Any
 
 from shardkit.base.errors import CheckpointError, PlanError
 from shardkit.base.extras import require
+from shardkit.base.machine import process_bytes
 from shardkit.base.record import Record, Summary, plural
 from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import LoadDtypeLike
-from shardkit.load.budget import process_bytes
 from shardkit.load.load_model import load_model
 
 _SAMPLE_SECONDS = 0.02

@@ -11,11 +11,11 @@ from shardkit.base.extras import require
 from shardkit.base.machine import usable_memory
 from shardkit.base.sizes import parse_size
 from shardkit.checkpoint.belonging import needed_files
+from shardkit.checkpoint.budget import CONTEXT_TOKENS, Workload
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.config import architecture
 from shardkit.checkpoint.layout import find_weights, read_config
 from shardkit.formats.tensor import CAST_DTYPES, LoadDtypeLike, dtype_name
-from shardkit.load.budget import Workload
 from shardkit.load.prefetch import Prefetch
 from shardkit.load.within import load_within
 from shardkit.sources.resolve import resolve
@@ -31,7 +31,7 @@ def load_model(
     dtype: LoadDtypeLike = "auto",
     prefetch: bool = True,
     max_memory: int | str | dict[Any, Any] | None = None,
-    context_tokens: int = 1024,
+    context_tokens: int = CONTEXT_TOKENS,
     batch_size: int = 1,
     **from_pretrained_options: Any,
 ) -> Any:
@@ -96,7 +96,7 @@ def load_model(
     folder, files = loaded_files(source)
     checkpoint = Checkpoint.open(folder)
     if budget is not None:
-        work = Workload(budget, context_tokens, batch_size)
+        work = Workload(context_tokens, batch_size, max_memory=budget)
         if (model := load_within(checkpoint, dtype, work, from_pretrained_options)) is not None:
             return model
     reading = Prefetch(files, prefetch_bytes(checkpoint, dtype))

@@ -10,8 +10,8 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeAlias
 
+from shardkit.base.disk import own_memory
 from shardkit.base.errors import ShardkitError
-from shardkit.load.direct import own_memory
 
 _PATIENCE_SECONDS = 5.0
 

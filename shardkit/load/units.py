@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shardkit.load.direct import PAGE, WeightFiles, own_memory, pages_of
+from shardkit.base.disk import PAGE, own_memory, pages_of
+from shardkit.checkpoint.budget import STEP_BYTES, UnitSize, step_bytes
+from shardkit.load.direct import WeightFiles
 from shardkit.load.recipes import Part, torch_dtype
 
 if TYPE_CHECKING:
     import torch
-
-# What is cast or put together goes through memory of this size.
-_STEP_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,9 @@ class Weight:
     def nbytes(self) -> int:
         """Bytes of memory: pages."""
         if self.is_view:
-            return pages_of(self.parts[0].source)
+            return pages_of(self.parts[0].source.nbytes, self.parts[0].source.offset)
         size: int = self.dtype.itemsize
-        return -(-sum(part.elements for part in self.parts) * size // PAGE) * PAGE
+        return pages_of(sum(part.elements for part in self.parts) * size)
 
     @property
     def read_bytes(self) -> int:
@@ -90,15 +89,12 @@ class Unit:
         return sum(weight.nbytes for weight in self.weights)
 
     @property
-    def read_bytes(self) -> int:
-        """Bytes to read for it."""
-        return sum(weight.read_bytes for weight in self.weights)
-
-    @property
-    def step_bytes(self) -> int:
-        """Bytes of memory beside those, while it is read."""
-        parts = (part for weight in self.weights if not weight.is_view for part in weight.parts)
-        return max((min(_STEP_BYTES, _stored_bytes(part)) + 2 * PAGE for part in parts), default=0)
+    def size(self) -> UnitSize:
+        """What a plan has to know of it."""
+        made = [part for weight in self.weights if not weight.is_view for part in weight.parts]
+        step = max((step_bytes(_stored_bytes(part)) for part in made), default=0)
+        read = sum(weight.read_bytes for weight in self.weights)
+        return UnitSize(self.nbytes, read, step, self.are_buffers)
 
     def tensors(self, buffer: memoryview) -> dict[str, torch.Tensor]:
         """Return the weights by attribute, out of a buffer that was filled."""
@@ -151,10 +147,10 @@ class Filler:
         import torch
 
         dtype, done = torch_dtype(part.source), 0
-        self._step = self._step or memoryview(own_memory(_STEP_BYTES + 2 * PAGE))
+        self._step = self._step or memoryview(own_memory(STEP_BYTES + 2 * PAGE))
         size = dtype.itemsize
         while done < part.elements:
-            count = min(part.elements - done, _STEP_BYTES // size)
+            count = min(part.elements - done, STEP_BYTES // size)
             data, begin = self._files.read_range(
                 part.source, (part.begin + done) * size, count * size, self._step
             )

@@ -6,13 +6,13 @@ from typing import Any, NoReturn
 
 from shardkit.base.errors import CheckpointError, PlanError
 from shardkit.base.record import listed
-from shardkit.checkpoint.checkpoint import Checkpoint, is_adapter
+from shardkit.checkpoint.adapter import is_adapter
+from shardkit.checkpoint.budget import Workload
+from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.config import architecture
 from shardkit.checkpoint.estimate import RUNTIME_BYTES
 from shardkit.checkpoint.quantized import quantized
-from shardkit.load import budget
-from shardkit.load.blocks import fill_within
-from shardkit.load.budget import Workload
+from shardkit.load.blocks import dtype_name, fill_within, needs_of
 from shardkit.load.recipes import Described
 
 # Divides weights in place before the first token, which those that are read again do not survive.
@@ -45,15 +45,14 @@ def load_within(checkpoint: Checkpoint, dtype: object, work: Workload, options: 
         raise CheckpointError("is an adapter, which max_memory does not support", file=checkpoint.source)
     if options.get("device_map") not in (None, "cpu", {"": "cpu"}):
         raise PlanError(f"max_memory is for the CPU, not for device_map={options['device_map']!r}")
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     name = (checkpoint.auto_dtype or "float32") if name == "auto" else name
     trusted = bool(options.get("trust_remote_code"))
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trusted)
     estimate = checkpoint.estimate(name)
-    weights = estimate.new_bytes - estimate.runtime_bytes + estimate.mapped_bytes + estimate.resident_bytes
-    process, cache, activations = budget.beside_weights(config, name, work)
+    needs = needs_of(config, name, work)
     # What a load imports may not be there yet.
-    if max(process, RUNTIME_BYTES) + cache + activations + weights <= work.max_memory:
+    if max(0, RUNTIME_BYTES - needs.process_bytes) + sum(needs) + estimate.model_bytes <= work.max_memory:
         return None
     _check_streamable(checkpoint, trusted)
     model = _empty_decoder(checkpoint, config, name, options)

@@ -16,9 +16,11 @@ from typing import Any
 from shardkit.base.errors import PlanError
 from shardkit.base.record import Record, Summary, Table, listed, plural, shown_path
 from shardkit.base.sizes import format_size, parse_size
-from shardkit.checkpoint.checkpoint import Checkpoint, estimate_with_base
-from shardkit.checkpoint.estimate import Estimate, StoredTensor, load_dtype
+from shardkit.checkpoint.adapter import estimate_with_base
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.estimate import Estimate
 from shardkit.checkpoint.kept import kept_tensors
+from shardkit.checkpoint.loaded import StoredTensor, load_dtype
 from shardkit.checkpoint.quantized import quantized
 from shardkit.formats.safetensors import (
     FORMAT_METADATA,
@@ -186,10 +188,21 @@ class ShardPlan(Record):
         config, side_files
             Of the model: see `Checkpoint`.
         """
-        tensors = (t for shard in self.shards for t in shard.tensors)
-        stored = (StoredTensor(t.source.name, t.source.elements, t.dtype, t.source.shape) for t in tensors)
+        stored = (
+            StoredTensor(
+                t.source.name, t.source.elements, t.dtype, t.source.shape, offset=s.header_bytes + t.begin
+            )
+            for s in self.shards
+            for t in s.tensors
+        )
         return estimate_with_base(
-            self.source, stored, load_dtype(dtype), stem=self.stem, config=config, side_files=side_files
+            self.source,
+            stored,
+            load_dtype(dtype),
+            Checkpoint.open,
+            stem=self.stem,
+            config=config,
+            side_files=side_files,
         )
 
     def header(self, shard: Shard) -> bytes:

@@ -1,0 +1,222 @@
+"""What a process may hold of a model within a memory budget, and what it reads again for every token.
+
+The one place for it: a load plans with the units of a model, an estimate with those that headers show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+from shardkit.base.disk import PAGE
+from shardkit.base.errors import PlanError
+from shardkit.base.record import Record, Summary, plural
+from shardkit.base.sizes import format_size
+from shardkit.checkpoint.residence import Residence, choose_residence, smallest_budget
+
+CONTEXT_TOKENS = 1024  # unless another context is requested
+# For pages of libraries that every pass touches, page tables, and what a first pass allocates once.
+HEADROOM_BYTES = 64_000_000
+# What is cast or put together goes through memory of this size.
+STEP_BYTES = 8 << 20
+# Activations of a token in a pass, at most: so many vectors of the hidden size, and of the MLP's.
+_HIDDEN_VECTORS, _MLP_VECTORS = 10, 4
+_TOKENS_WITH_LOGITS = 64  # a prompt has those of its last token alone; guessed tokens have them all
+_MOST = 10**9  # tokens, or whatever else is counted: beyond any model
+# What configs call the same number.
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+_HIDDEN = ("hidden_size", "n_embd", "d_model")
+_INNER = ("intermediate_size", "n_inner", "ffn_dim")
+SIZES = (_LAYERS[0], _HEADS[0], _HIDDEN[0])
+# A head gets the last token of a prompt alone, in the strides of all tokens, for which torch copies its
+# weights. With its own strides it does not, and gives the same bits in these dtypes, but others in float16.
+_OWN_STRIDES = ("bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The longest sequence, in tokens, and the most sequences at a time that a model is loaded for."""
+
+    context_tokens: int = CONTEXT_TOKENS
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("context_tokens", "batch_size"):
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise PlanError(f"{name} is {getattr(self, name)}: it must be at least 1, at most {_MOST:,}")
+
+    @property
+    def tokens(self) -> str:
+        """Both, as people read them."""
+        return f"{plural(self.context_tokens, 'token')}, batch of {self.batch_size}"
+
+    @classmethod
+    def requested(cls, context_tokens: int | None, batch_size: int) -> Self | None:
+        """Return them unless neither is requested."""
+        if context_tokens is None:
+            return cls(CONTEXT_TOKENS, batch_size) if batch_size != 1 else None
+        return cls(context_tokens, batch_size)
+
+    def within(self, max_memory: int) -> Workload:
+        """Return them with a budget, in bytes."""
+        return Workload(self.context_tokens, self.batch_size, max_memory=max_memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload(Sequences):
+    """What a model is loaded for, and the bytes that the process may need: `max_memory`."""
+
+    max_memory: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan(Record):
+    """How a model uses the memory that it may have; all in bytes.
+
+    Attributes
+    ----------
+    work
+        What it is for, and the budget.
+    process_bytes
+        What the process had before it loaded weights, and some headroom.
+    cache_bytes, activation_bytes
+        Keys and values of the longest sequences, and what a pass over all their tokens needs.
+    working_bytes
+        Buffers that weights are read into, and what is converted at a time.
+    resident_bytes, streamed_bytes
+        Weights that stay in memory, and those that are read for every pass; embeddings are in neither.
+    """
+
+    work: Workload
+    process_bytes: int
+    cache_bytes: int
+    activation_bytes: int
+    working_bytes: int
+    resident_bytes: int
+    streamed_bytes: int
+
+    def summary(self) -> Summary:
+        """Return the figures as people read them."""
+        facts = (
+            ("budget", format_size(self.work.max_memory)),
+            ("process", format_size(self.process_bytes)),
+            ("KV cache", f"{format_size(self.cache_bytes)} ({self.work.tokens})"),
+            ("activations", format_size(self.activation_bytes)),
+            ("buffers", format_size(self.working_bytes)),
+            ("resident", format_size(self.resident_bytes)),
+            ("read per pass", format_size(self.streamed_bytes)),
+        )
+        return Summary("Memory plan", facts)
+
+
+class UnitSize(NamedTuple):
+    """The weights of one module, which stay or are read together; in bytes.
+
+    Memory for them, what is read for that, memory beside it while they are read, and whether they must stay.
+    """
+
+    nbytes: int
+    read_bytes: int
+    step_bytes: int = 0
+    must_stay: bool = False
+
+
+class Needs(NamedTuple):
+    """What a process needs beside weights: what it has, KV cache, activations; in bytes."""
+
+    process_bytes: int
+    cache_bytes: int
+    activation_bytes: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], itemsize: int, work: Workload, process: int) -> Self:
+        """Return those of a decoder that computes in items of so many bytes, in a process of so many."""
+        activations = _activation_bytes(config, itemsize, work)
+        return cls(process + HEADROOM_BYTES, cache_bytes(config, itemsize, work), activations)
+
+
+def plan_memory(
+    source: str, units: Sequence[UnitSize], needs: Needs, work: Workload
+) -> tuple[MemoryPlan, Residence]:
+    """Return how a model runs within a budget, and which of its units stay in memory.
+
+    Raises
+    ------
+    PlanError
+        If the budget is too small; names the smallest that is not.
+    """
+    beside = sum(needs) + _step(units)
+    if work.max_memory < (smallest := smallest_memory(units, needs)):
+        raise PlanError(
+            f"max_memory of {format_size(work.max_memory)} is too small: {source} needs at least "
+            f"{smallest:,} bytes, {format_size(sum(needs))} of them for all else (context of {work.tokens})"
+        )
+    chosen = choose_residence([unit.nbytes for unit in units], work.max_memory - beside, _must_stay(units))
+    read = sum(unit.read_bytes for unit, stays in zip(units, chosen.stays, strict=True) if not stays)
+    working = chosen.buffer_bytes + _step(units)
+    return MemoryPlan(work, *needs, working, chosen.resident_bytes, read), chosen
+
+
+def smallest_memory(units: Sequence[UnitSize], needs: Needs) -> int:
+    """Return the smallest budget that `plan_memory` takes, in bytes."""
+    return smallest_budget([unit.nbytes for unit in units], _must_stay(units)) + _step(units) + sum(needs)
+
+
+def _step(units: Sequence[UnitSize]) -> int:
+    return max((unit.step_bytes for unit in units), default=0)
+
+
+def _must_stay(units: Sequence[UnitSize]) -> set[int]:
+    return {place for place, unit in enumerate(units) if unit.must_stay}
+
+
+def step_bytes(stored: int) -> int:
+    """Return the memory through which stored bytes are cast or put together."""
+    return min(STEP_BYTES, stored) + 2 * PAGE
+
+
+def head_scratch(nbytes: int, dtype: str, work: Workload) -> int:
+    """Return the memory that a head of so many bytes needs at the end of a prompt; 0 where it is avoided."""
+    return nbytes if work.batch_size > 1 or dtype not in _OWN_STRIDES else 0
+
+
+def lacks(config: Mapping[str, Any]) -> str | None:
+    """Return which number of a decoder a config does not have; None if what is needed is there."""
+    return next((names[0] for names in (_LAYERS, _HEADS, _HIDDEN) if not _number(config, *names)), None)
+
+
+def cache_bytes(config: Mapping[str, Any], itemsize: int, work: Sequences) -> int:
+    """Return an upper bound of the bytes of keys and values that a decoder caches.
+
+    Parameters
+    ----------
+    config
+        Of the decoder, as JSON has it.
+    itemsize
+        Bytes of an item.
+    """
+    layers, heads, hidden = (_number(config, *names) for names in (_LAYERS, _HEADS, _HIDDEN))
+    key = sum(_number(config, name) for name in ("qk_nope_head_dim", "qk_rope_head_dim"))  # wider than values
+    width = max(_number(config, "head_dim") or hidden // max(heads, 1), key)
+    kept = _number(config, "num_key_value_heads", "num_kv_heads") or heads
+    if config.get("multi_query") is True and not config.get("new_decoder_architecture"):  # Falcon, StarCoder
+        kept = 1
+    # While a token is added, one layer's are there twice.
+    return (layers + 1) * 2 * kept * width * work.context_tokens * work.batch_size * itemsize
+
+
+def _activation_bytes(config: Mapping[str, Any], itemsize: int, work: Sequences) -> int:
+    """Return an upper bound of the bytes that a pass over all tokens needs for a moment."""
+    hidden, tokens = _number(config, *_HIDDEN), work.context_tokens
+    inner = _number(config, *_INNER) or 4 * hidden
+    vectors = _HIDDEN_VECTORS * hidden + _MLP_VECTORS * inner
+    mask = tokens * tokens * 4
+    logits = (min(tokens, _TOKENS_WITH_LOGITS) + 4) * _number(config, "vocab_size") * 4
+    return work.batch_size * (tokens * vectors * itemsize + mask + logits)
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    found = (config.get(name) for name in names)
+    return next((value for value in found if type(value) is int and 0 < value <= _MOST), 0)

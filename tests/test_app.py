@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from base64 import b64decode
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -19,12 +20,14 @@ from shardkit.app import page
 from shardkit.app.job_thread import Worker
 from shardkit.app.plan_step import shard_sizes
 from shardkit.base.errors import CheckpointError, DestinationError, ShardkitError, SizeError
+from shardkit.base.sizes import parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.compare import experiment as compare
 from shardkit.demo import demo_shape
 from shardkit.formats.tensor import TensorInfo
 from shardkit.measure.launch import UNTRUSTED
 from shardkit.shard import engine as write
+from shardkit.sources.local import LocalFiles
 from tests.fake_loads import fake_interpreter, fake_load
 from tests.support import Tensor, write_checkpoint
 
@@ -91,6 +94,14 @@ def works(found):
     return "sk-dim" not in found._dom_classes
 
 
+def primary(app):
+    return [w.description for w in everything(app.widget) if getattr(w, "button_style", "") == "primary"]
+
+
+def unfolded(app):
+    return [step.title for step in app._steps if step._body.layout.display != "none"]
+
+
 def control(app, label):
     return next(w for w in everything(app.widget) if getattr(w, "description", None) == label)
 
@@ -130,7 +141,7 @@ def mistral_7b():
         nbytes = 2 * prod(shape)
         tensors[name] = TensorInfo(name, "BF16", shape, f"{offset // 8 * 10**9}.safetensors", offset, nbytes)
         offset += nbytes
-    return Checkpoint("/m", "/m", "safetensors", "model", ("model.safetensors",), tensors)
+    return Checkpoint("/m", LocalFiles("/m"), "safetensors", "model", ("model.safetensors",), tensors)
 
 
 class TestChoose:
@@ -138,10 +149,46 @@ class TestChoose:
         app = opened(demo, dtype="float16")
         said = words(app)
         assert "MistralForCausalLM" in said
-        assert "Does it fit, loaded as float16?" in said
+        assert "original as stored, in bfloat16 original in float16 these shards in float16" in said
         for host in ("this machine", "Colab", "Kaggle", "Binder"):
             assert host in said
         assert not alerts(app)
+
+    def test_shards_get_no_credit_for_what_the_original_has_as_stored(self, monkeypatch):
+        monkeypatch.setattr(Checkpoint, "open", lambda _: mistral_7b())
+        app = opened("mistral-7b")
+        already = "Loaded in bfloat16, as stored, the original needs about 271 MB already"
+        assert f"{already}: for memory you need no shards. They help to copy" in words(app)
+        control(app, "Dtype of shards").value = "float16"
+        said = words(app)
+        assert f"{already}: for memory you need no shards. Write float16 only where you must run" in said
+        assert "there the original needs about 14.8 GB, these shards about 271 MB" in said
+        needed = re.search(r"memory to load cannot be evicted (.*?) mapped", said)[1]
+        assert needed == "about 271 MB about 14.8 GB about 271 MB"
+        for size in range(len(control(app, "Strategy").options)):
+            control(app, "Strategy").index = size
+            assert already in words(app)
+        verdicts = re.search(r"Colab 12.7 GB(.*?)Kaggle", said)[1]
+        assert re.findall("[✓!✗]", verdicts) == ["!", "✗", "!"]
+
+    def test_fewer_bits_are_credited_with_the_disk_they_save(self, tmp_path):
+        write_checkpoint(tmp_path / "wide", [{"w": Tensor("F32", (2**20,), bytes(2**22))}])
+        app = opened("wide", dtype="bfloat16")
+        assert "Write bfloat16 if its precision is enough: 2.1 MB on disk instead of 4.19 MB" in words(app)
+        control(app, "Dtype of shards").value = ""
+        assert "for memory you need no shards. They help to copy" in words(app)
+
+    def test_checkpoints_that_lie_here_and_in_the_cache_are_suggested(self, tmp_path, monkeypatch):
+        shardkit.make_demo_checkpoint("demo", size="6MB")
+        Path("empty").mkdir()
+        snapshot = tmp_path / "cache" / "models--org--name" / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        assert "org/name" not in control(ShardApp(), "Checkpoint").options
+        (snapshot / "model.safetensors").touch()
+        offered = control(ShardApp(), "Checkpoint").options
+        assert offered[:2] == ("demo", "org/name")
+        assert "empty" not in offered
 
     def test_quantized_weights_get_no_promise_of_hosts(self, tmp_path):
         write_checkpoint(tmp_path / "mxfp4", [{"blocks": Tensor("U8", (64,), bytes(64))}])
@@ -156,9 +203,7 @@ class TestChoose:
     def test_demo_is_made_where_there_is_none(self, tmp_path):
         app = ShardApp()
         assert not (tmp_path / "mistral-demo-64MB").exists()
-        control(app, "Suggestions").index = 1
-        assert app.checkpoint is None, "a suggestion is only a suggestion until it is opened"
-        button(app, "Open").click()
+        button(app, "demo, 64 MB").click()
         assert app.wait(PATIENCE)
         assert app.checkpoint.source == str(tmp_path / "mistral-demo-64MB")
 
@@ -191,7 +236,8 @@ class TestChoose:
     def test_shards_go_beside_a_source(self, demo, monkeypatch, source, folder):
         monkeypatch.chdir(demo)
         if source.startswith("hf:"):
-            monkeypatch.setattr(Checkpoint, "open", lambda _: mistral_7b())
+            on_hub = replace(mistral_7b(), source=f"hf://org/name@{'0' * 40}")
+            monkeypatch.setattr(Checkpoint, "open", lambda _: on_hub)
         app = opened(source)
         assert control(app, "Destination folder").value == folder
         button(app, "Shard").click()
@@ -258,19 +304,39 @@ class TestChoose:
         button(app, "Shard").click()
         assert app.wait(PATIENCE)
         assert app.comparison is None
-        assert not any(left in html(app) for left in ("ABBA", "download="))
+        assert not any(left in html(app) for left in ("ABBA", "download=", "sk-tile"))
         assert app._compare._message.value == ""
+
+
+class TestSteps:
+    def test_unfold_when_they_can_be_reached_and_one_button_is_next(self, demo, instant_loads):
+        app = ShardApp(repeats=1)
+        assert (unfolded(app), primary(app)) == (["Choose"], ["Open"])
+        control(app, "Checkpoint").value = demo
+        assert app.wait(PATIENCE)
+        assert (unfolded(app), primary(app)) == (["Choose", "Plan", "Shard"], ["Shard"])
+        assert html(app).count('aria-label="done"') == 2
+        button(app, "Shard").click()
+        assert app.wait(PATIENCE)
+        assert (len(unfolded(app)), primary(app)) == (4, ["Compare"])
+        button(app, "Compare").click()
+        assert app.wait(PATIENCE)
+        assert instant_loads
+        assert primary(app) == []
+        assert html(app).count('aria-label="done"') == 4
+        control(app, "Dtype of shards").value = "float16"
+        assert primary(app) == ["Shard"]
 
 
 class TestPlan:
     def test_every_control_changes_the_plan_at_once(self, demo):
         app = opened(demo)
-        size = control(app, "Max shard size")
+        size, text = app._plan.slider, control(app, "Max shard size")
         counts = []
         for place in range(len(size.options)):
             size.index = place
             counts.append(len(app.plan.shards))
-            assert app.plan.max_shard_size == size.value
+            assert app.plan.max_shard_size == size.value == parse_size(text.value)
             assert f"planned: {counts[-1]} file" in words(app)
         assert counts == sorted(counts, reverse=True)
         assert counts[-1] == 1
@@ -278,6 +344,21 @@ class TestPlan:
         assert app.plan.strategy == "layer"
         control(app, "Dtype of shards").value = "float16"
         assert app.plan.dtype == control(app, "Load dtype").value == "float16"
+
+    def test_size_can_be_typed_and_the_slider_follows(self, demo):
+        app = opened(demo, max_shard_size=1_234_567)
+        assert app.plan.max_shard_size == 1_234_567
+        text = control(app, "Max shard size")
+        text.value = "1.5 MiB"
+        assert app.plan.max_shard_size == 3 * 2**19
+        assert app._plan.slider.value == 1_600_000
+        assert text.value == "1.5 MiB"
+        text.value = "much"
+        assert "is not a size" in alerts(app)[0]
+        assert app.plan is None
+        text.value = "99GB"
+        assert not alerts(app)
+        assert len(app.plan.shards) == 1
 
     def test_size_to_begin_with_gives_several_files_and_leaves_no_tensor_too_large(self, demo):
         app = opened(demo)
@@ -298,7 +379,7 @@ class TestPlan:
         monkeypatch.setattr(Checkpoint, "open", lambda _: mistral_7b())
         app = opened("mistral-7b", dtype=dtype)
         assert len(app.checkpoint.tensors) == 291
-        size, took = control(app, "Max shard size"), []
+        size, took = app._plan.slider, []
         for strategy in ("size", "layer", "balanced"):
             control(app, "Strategy").value = strategy
             for place in range(len(size.options)):
@@ -430,6 +511,29 @@ class TestShard:
         assert app.wait(PATIENCE)
         assert not alerts(app)
 
+    def test_what_lies_there_is_said_before_the_click_and_beside_compare(self, demo):
+        app = opened(demo, max_shard_size="2MB")
+        assert "demo-sharded" not in words(app)
+        button(app, "Shard").click()
+        assert app.wait(PATIENCE)
+        files = len(app.report.files)
+        assert "not the plan above" not in words(app)
+        again = opened(demo, max_shard_size="2MB")
+        assert "demo-sharded holds these files already" in words(again)
+        assert primary(again) == ["Compare"]
+        control(again, "Dtype of shards").value = "float16"
+        there = f"demo-sharded holds {files} files (bfloat16), not the plan above, {files} files (float16)"
+        assert f"{there}. Check &quot;Replace an existing checkpoint" in words(again)
+        assert f"{there}: this is what would be compared" in words(again)
+        control(again, "Replace an existing checkpoint").value = True
+        assert f"{there}. Shard replaces it" in words(again)
+        Path("notes").mkdir()
+        Path("notes", "kept.txt").touch()
+        control(again, "Destination folder").value = "notes"
+        assert "is not a checkpoint, so it is not overwritten" in words(again)
+        assert "Compare" not in unfolded(again)
+        assert not alerts(again)
+
     @pytest.mark.parametrize("wrong", ["a\0b", "a\ud800"])
     def test_folder_that_cannot_be_is_said_in_place(self, demo, wrong):
         app = opened(demo)
@@ -465,11 +569,11 @@ class TestCompare:
     def test_fills_in_run_by_run_and_can_be_downloaded(self, demo, instant_loads):
         app = opened(demo, repeats=2, cache="warm", dtype="float16", memory_limit="12.7GB")
         seen = []
-        app._compare._picture.observe(lambda change: seen.append(change["new"]), "value")
+        app._compare._details.observe(lambda change: seen.append(change["new"]), "value")
         comparison = app.run_all()
         assert len(instant_loads) == 6
         assert {(how.cache, how.dtype, how.generate) for how in instant_loads} == {("warm", "float16", 1)}
-        assert len([shown for shown in seen if shown.startswith("<img")]) >= 6
+        assert len([shown for shown in seen if "<img" in shown]) >= 4
         said = html(app)
         assert comparison.verdict in said
         found = re.findall(r'download="(.*?)" href="data:(.*?);base64,(.*?)"', said)
@@ -478,6 +582,45 @@ class TestCompare:
         assert shardkit.Comparison.load("saved.json") == comparison
         assert held["comparison.png"].startswith(b"\x89PNG")
         assert b"<html" in held["comparison.html"]
+
+    def test_says_how_long_it_takes_before_and_while_it_runs(self, demo, instant_loads):
+        app = opened(demo, repeats=2)
+        before = re.search(r"about (\d+ s|1 min \d+ s) for 2 pairs", words(app))[1]
+        control(app, "Pairs of loads").value = 4
+        assert f"about {before} for" not in words(app)
+        control(app, "Pairs of loads").value = 2
+        shown = []
+        for widget in (app._compare._message, app._compare._tiles, app._compare._details):
+            widget.observe(lambda change: shown.append(change["new"]), "value")
+        app.run_all()
+        assert len(instant_loads) == 6
+        lines = [line for line in shown if "Run " in line]
+        assert f"Run 1 of 6: original, warm-up, about {before} left" in lines[0]
+        assert all(re.search(r"about (\d+ min )?\d+ s left", line) for line in lines)
+        assert not [said for said in shown if "nothing was measured" in said]
+        assert re.search(r"about \d s for 2 pairs", words(app)), "what it took is what it will take"
+
+    def test_three_tiles_say_it_and_all_else_is_folded(self, demo, instant_loads):
+        app = opened(demo, repeats=3)
+        app.run_all()
+        assert instant_loads
+        tiles, folded = app._compare._tiles.value, app._compare._details.value
+        assert re.findall(r'"sk-tile"><span>(.*?)</span>', tiles) == ["Memory", "Load time", "First token"]
+        assert "<b>700 MB</b>" in tiles
+        assert "no difference" in tiles
+        assert folded.startswith("<details")
+        assert all(part in folded for part in ("ABBA", "<img", "download="))
+
+    def test_budget_is_a_third_variant(self, demo, instant_loads):
+        app = opened(demo, repeats=1, max_memory="100MB")
+        comparison = app.run_all()
+        assert comparison.names == ("original", "sharded", "within 100 MB")
+        assert {how.max_memory_bytes for how in instant_loads} == {None, 100_000_000}
+        assert "<h4>within 100 MB</h4>" in html(app)
+        control(app, "Memory budget, of a third variant").value = "little"
+        button(app, "Compare").click()
+        assert app.wait(PATIENCE)
+        assert "is not a size" in alerts(app)[0]
 
     @pytest.mark.parametrize("trusted", [True, False])
     def test_code_of_the_checkpoint_runs_where_its_box_is_ticked(self, demo, instant_loads, trusted):
@@ -564,7 +707,8 @@ class TestBatch:
     def test_what_was_set_in_the_page_stays(self, demo, instant_loads):
         app = opened(demo, dtype="bfloat16")
         size, folder, dtype = (
-            control(app, text) for text in ("Max shard size", "Destination folder", "Load dtype")
+            app._plan.slider,
+            *(control(app, text) for text in ("Destination folder", "Load dtype")),
         )
         assert dtype.value == "bfloat16"
         size.index, folder.value, dtype.value = 1, "own", "float32"
@@ -589,6 +733,7 @@ class TestBatch:
         [
             ({"max_shard_size": "much"}, SizeError),
             ({"memory_limit": "-1"}, SizeError),
+            ({"max_memory": "-1"}, SizeError),
             ({"strategy": "best"}, ShardkitError),
             ({"dtype": "int3"}, ShardkitError),
             ({"cache": "hot"}, ShardkitError),

@@ -119,28 +119,31 @@ class App:
         self.root = page.locator(".sk-app")
         self.choose, self.plan, self.shard, self.compare = (page.locator(".sk-step").nth(n) for n in range(4))
         expect(self.root).to_be_visible(timeout=60_000)
-        expect(self.compare.locator(".sk-empty")).to_be_visible()
-        self._outline = self._measured()
+        expect(self.compare.locator(".sk-later")).to_be_visible()
 
     def pick(self, label: str, option: str) -> None:
         self.root.get_by_role("combobox", name=label).select_option(label=option)
 
     def open_demo(self) -> None:
-        self.pick("Suggestions", "demo model, 64 MB, generated locally: fits anywhere")
-        press(self.choose, "Open")
+        press(self.choose, "demo, 64 MB")
         ends_well(self.choose)
 
-    def stands_still(self) -> None:
-        """No step moves, whatever fills in."""
-        assert self._measured() == self._outline
-
-    def _measured(self) -> list[float]:
-        """Where every step begins, and the app's height."""
-        found: list[float] = self.root.evaluate(
-            """app => [...app.querySelectorAll('.sk-step')].map(step => step.offsetTop)
-            .concat(app.offsetHeight)"""
+    def is_tidy(self) -> None:
+        """Nothing scrolls inside or sticks out, all has the same edges, and one button is blue at most."""
+        scrolls, edges, primary = self.root.evaluate(
+            """app => {
+            const shown = [...app.querySelectorAll('*')].filter(one => one.checkVisibility());
+            const scrolls = [app, ...shown].filter(one => !one.closest('input, .sk-strip, .slider')
+              && /auto|scroll|visible/.test(getComputedStyle(one).overflow) && one.clientWidth
+              && (one.scrollWidth - one.clientWidth > 1 || (one.scrollHeight - one.clientHeight > 1
+              && /auto|scroll/.test(getComputedStyle(one).overflowY)))).map(one => one.className);
+            const rows = shown.filter(one => one.matches('.sk-body > :not(.sk-buttons, .sk-examples)'));
+            const edges = rows.map(row => row.getBoundingClientRect()).map(({left, right}) => [left, right]);
+            return [scrolls, edges, app.querySelectorAll('.mod-primary').length]}"""
         )
-        return found
+        assert scrolls == []
+        assert len({tuple(map(round, edge)) for edge in edges}) == 1
+        assert primary <= 1
 
     def focused(self) -> str:
         """What has the focus: its label or text."""
@@ -150,6 +153,10 @@ class App:
             || at.tagName; }"""
         )
         return found.strip()
+
+
+def unfold(step: Locator) -> None:
+    step.locator("summary").last.click()
 
 
 def press(step: Locator, name: str) -> None:
@@ -180,7 +187,7 @@ def open_in_lab(page: Page, lab: tuple[str, Path], name: str, code: str) -> App:
 
 
 def look(app: App, folder: Path, name: str) -> None:
-    """Keep pictures in both themes and widths for people to look at; nothing may stick out sideways."""
+    """Keep pictures in both themes and widths for people to look at."""
     app.page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
     for theme in ("Light", "Dark"):
         app.page.evaluate(
@@ -190,7 +197,7 @@ def look(app: App, folder: Path, name: str) -> None:
         for width in (1280, 800):
             app.page.set_viewport_size({"width": width, "height": 3600})
             app.page.wait_for_timeout(500)
-            assert app.root.evaluate("app => app.scrollWidth - app.clientWidth") <= 1
+            app.is_tidy()
             app.root.screenshot(path=folder / f"{name}-{theme.lower()}-{width}.png")
 
 
@@ -220,19 +227,19 @@ write.run_task = lambda task: (time.sleep(0.25), real(task))[1]
 
 def test_by_mouse_through_all_four_steps(page, lab, tmp_path):
     app = open_in_lab(page, lab, "mouse", code(repeats=2, destination="by-mouse"))
+    assert app.root.bounding_box()["height"] < 700
     app.open_demo()
-    app.stands_still()
     app.pick("Dtype of shards", "float16")
-    expect(app.plan.locator(".sk-plan")).to_contain_text("cast to float16", timeout=60_000)
+    expect(app.choose.locator(".sk-ways")).to_contain_text("these shards in float16", timeout=60_000)
     press(app.shard, "Shard")
     ends_well(app.shard)
-    app.stands_still()
+    expect(app.compare.get_by_text(re.compile(r"^about \d+ s for 2 pairs"))).to_be_visible()
     press(app.compare, "Compare")
-    expect(app.compare.locator("img.sk-picture")).to_be_visible(timeout=200_000)
+    expect(app.compare.locator(".sk-tile")).to_have_count(3, timeout=200_000)
     expect(app.compare.get_by_role("button", name="Comparing…")).to_be_visible()
-    app.stands_still()
+    unfold(app.compare)
     ends_well(app.compare, 400)
-    app.stands_still()
+    expect(app.compare.locator("img.sk-picture")).to_be_visible()  # it stays unfolded, though written again
     for name in ("comparison.json", "comparison.png", "comparison.html"):
         with page.expect_download() as download:
             app.compare.get_by_role("link", name=name).click()
@@ -244,7 +251,7 @@ def test_by_mouse_through_all_four_steps(page, lab, tmp_path):
 
 def test_by_keyboard_alone(page, lab):
     app = open_in_lab(page, lab, "keyboard", QUICK + code(repeats=1, destination="by-keyboard"))
-    app.root.get_by_role("combobox", name="Suggestions").focus()
+    app.root.get_by_role("combobox", name="Checkpoint").focus()
 
     def go_to(label: str) -> None:
         for _ in range(12):
@@ -253,20 +260,28 @@ def test_by_keyboard_alone(page, lab):
             page.keyboard.press("Tab")
         pytest.fail(f"{label!r} cannot be reached: the focus is on {app.focused()[:80]!r}")
 
-    page.keyboard.press("ArrowDown")
-    go_to("Checkpoint")
-    expect(app.root.get_by_role("textbox", name="Checkpoint")).to_have_value("mistral-demo-64MB")
-    go_to("Open")
+    page.keyboard.type("mistral-demo-64MB")
     page.keyboard.press("Enter")
     ends_well(app.choose)
-    go_to("Max shard size")
+    assert app.focused().startswith("Checkpoint")
     files = app.plan.locator(".sk-label").last
     before = files.inner_text()
+    go_to("Max shard size")
+    page.keyboard.press("ControlOrMeta+A")
+    page.keyboard.type("1 GB")
+    page.keyboard.press("Tab")
+    expect(files).to_contain_text("planned: 1 file")
+    assert app.focused().startswith("Max shard size")
     page.keyboard.press("ArrowLeft")
-    expect(files).not_to_have_text(before)
+    page.keyboard.press("Home")
+    expect(files).not_to_contain_text("planned: 1 file")
+    assert files.inner_text() != before
     go_to("Dtype of shards")
     page.keyboard.press("ArrowDown")
-    expect(app.plan.locator(".sk-plan")).to_contain_text("cast to float16", timeout=60_000)
+    expect(app.choose.locator(".sk-ways")).to_contain_text("these shards in float16", timeout=60_000)
+    go_to("Details and files")
+    page.keyboard.press("Enter")
+    expect(app.plan.locator("details")).to_contain_text("cast to float16")
     go_to("Shard")
     page.keyboard.press("Space")
     ends_well(app.shard)
@@ -276,12 +291,23 @@ def test_by_keyboard_alone(page, lab):
     go_to("Compare")
     page.keyboard.press("Enter")
     ends_well(app.compare, 400)
-    expect(app.compare.locator("img.sk-picture")).to_be_visible()
+    go_to("Details")
+    page.keyboard.press("Enter")
     go_to("Download comparison.json")
+    assert outlined(app.page), "what has the focus shows it"
+
+
+def outlined(page: Page) -> bool:
+    """Whether what has the focus has an outline that stands out from light and dark."""
+    found = page.evaluate(
+        "() => { const at = getComputedStyle(document.activeElement);"
+        "return [at.outlineStyle, at.outlineWidth, at.outlineColor] }"
+    )
+    return bool(found == ["solid", "2px", "rgb(30, 136, 229)"])
 
 
 def go_wrong(app: App, text: str) -> None:
-    app.root.get_by_role("textbox", name="Checkpoint").fill(text)
+    app.root.get_by_role("combobox", name="Checkpoint").fill(text)
     press(app.choose, "Open")
     expect(app.choose.get_by_role("alert")).to_contain_text(text)
 
@@ -294,17 +320,16 @@ def test_wrong_name_cancel_in_the_middle_and_second_click(page, lab, tmp_path):
     page.set_viewport_size({"width": 1280, "height": 3600})
     go_wrong(app, "<img src=x onerror=console.error(1)>")
     expect(app.root.locator("script, img")).to_have_count(0)
-    press(app.shard, "Shard")
-    expect(app.shard.get_by_role("alert")).to_contain_text("open a checkpoint")
+    expect(app.shard.get_by_role("button")).to_have_count(0)
     app.open_demo()
     press(app.shard, "Shard")
     expect(app.shard.get_by_role("status")).to_contain_text("/s, ", timeout=20_000)
     for _ in range(3):
         press(app.shard, "Sharding…")
-        press(app.compare, "Compare")
-    expect(app.compare.get_by_role("status")).to_contain_text("Another step is running")
+        press(app.choose, "Open")
+    expect(app.choose.get_by_role("status")).to_contain_text("Another step is running")
     expect(app.root.get_by_role("combobox", name="Strategy")).to_be_disabled()
-    app.root.screenshot(path=tmp_path / "busy.png")
+    look(app, tmp_path, "busy")
     press(app.shard, "Cancel")
     expect(app.shard.get_by_role("status")).to_contain_text("Stopped.", timeout=1500)
     press(app.shard, "Shard")
@@ -325,7 +350,8 @@ def test_in_voila(page, tmp_path):
         ends_well(app.shard)
         press(app.compare, "Compare")
         ends_well(app.compare, 400)
-        app.stands_still()
+        app.is_tidy()
+        unfold(app.compare)
         app.root.screenshot(path=tmp_path / "voila.png")
         with page.expect_download() as download:
             app.compare.get_by_role("link", name="comparison.html").click()

@@ -127,6 +127,14 @@ class TestLooking:
         assert hub.sent() < 2_000_000
         assert seconds < 2
 
+    def test_address_of_its_page_is_a_name_of_a_model(self, sha: str) -> None:
+        for page in ("", "/", "/tree/main", f"/tree/{sha}", "/blob/main/model.safetensors", "?library=x#top"):
+            for host in ("https://huggingface.co", "hf.co", "http://www.huggingface.co"):
+                assert Checkpoint.open(f"{host}/{ID}{page}").source == f"hf://{ID}@{sha}"
+        for other in ("/discussions", "/tree", "/x/y/z"):
+            with pytest.raises(CheckpointError, match="not a Hub id"):
+                Checkpoint.open(f"https://huggingface.co/{ID}{other}")
+
     def test_folder_of_the_same_name_comes_first(
         self, hub: LoopbackHub, folder: Path, sha: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -421,7 +421,7 @@ def test_stored_notebook_can_be_read_without_running(notebook):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
     shown = {cell.id for cell in code for output in cell.outputs if "image/png" in output.get("data", {})}
-    assert shown == {cell.id for cell in code if re.search(r"plots?(_\w+)?\(", cell.source)}
+    assert shown == {cell.id for cell in code if re.search(r"plots?(_\w+)?\(|ShardApp\(", cell.source)}
     assert not [output for output in outputs if output.output_type == "error"]
     text = json.dumps(stored)
     for foreign in ("widget-state", "widget-view", "/home/", "/tmp/", "/root/"):

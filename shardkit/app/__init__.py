@@ -26,6 +26,7 @@ from shardkit.plan.plan import ShardPlan, Strategy
 from shardkit.shard.report import ShardReport
 
 if TYPE_CHECKING:
+    from shardkit.app.advice import Loads
     from shardkit.app.step import Step
 
 __all__ = ["ShardApp"]
@@ -47,6 +48,8 @@ class ShardApp:
         As for `shard_checkpoint`; a `max_shard_size` of None suits the size of the model.
     repeats, cache, memory_limit
         As for `compare_loads`.
+    max_memory
+        A memory budget, as for `load_model`, within which the shards are loaded, too, as a third variant.
     first_token
         Whether a load is timed up to its first token.
     trust_remote_code
@@ -76,6 +79,7 @@ class ShardApp:
         cache: Cache = "cold",
         first_token: bool = True,
         memory_limit: int | str | None = None,
+        max_memory: int | str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         require("notebook", "the app", "ipywidgets", "matplotlib")
@@ -91,13 +95,21 @@ class ShardApp:
         settings |= {"first_token": first_token, "trust_remote_code": trust_remote_code}
         check_values(settings if dtype is None else settings | {"dtype": dtype})
         dtype = None if dtype is None else dtype_name(dtype)
-        limit = None if memory_limit is None else parse_size(memory_limit)
-        size = None if max_shard_size is None else parse_size(max_shard_size)
+        size, limit, budget = (
+            None if size is None else parse_size(size) for size in (max_shard_size, memory_limit, max_memory)
+        )
         self._choose = Choose(_path("source", source))
         self._plan = Plan(self._choose, size, strategy, dtype)
-        self._shard = Shard(self._plan, _path("destination", destination), bool(overwrite))
+        self._shard = Shard(self._choose, self._plan, _path("destination", destination), bool(overwrite))
         self._compare = Compare(
-            self._choose, self._shard, repeats, cache, bool(first_token), bool(trust_remote_code), limit
+            self._choose,
+            self._shard,
+            repeats=repeats,
+            cache=cache,
+            first_token=bool(first_token),
+            trust=bool(trust_remote_code),
+            limit=limit,
+            budget=budget,
         )
         self._steps = (self._choose, self._plan, self._shard, self._compare)
         self._named = ""
@@ -212,14 +224,19 @@ class ShardApp:
         self._shard.clear()
         self._plan.open()
 
-    def _planned(self) -> None:
-        self._choose.tell(self._plan.estimates)
+    def _planned(self, loads: Loads | None) -> None:
+        self._choose.tell(loads)
+        self._compare.loads = loads
         self._refresh()
+        self._shard.look()
 
     def _refresh(self) -> None:
-        """Let every button say what can be done now."""
+        """Let every button say what can be done now, and one of them what comes next."""
+        working = self._working
+        following = next((step for step in self._steps if not step.is_done), None)
         for step in self._steps:
-            step.show(working=step is self._working, busy=self._working is not None)
+            is_next = step is (working or following)
+            step.show(working=step is working, busy=working is not None, is_next=is_next)
 
 
 def _path(setting: str, value: str | os.PathLike[str] | None) -> str:

@@ -3,71 +3,91 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from functools import partial
+from typing import Any
 
 import ipywidgets as widgets
 
 from shardkit.app import page
+from shardkit.app.advice import Loads
 from shardkit.app.choose_step import Choose
 from shardkit.app.job_thread import Worker
 from shardkit.app.shard_step import Shard
-from shardkit.app.step import TRUSTS, Area, Step, field, in_the_app
-from shardkit.base.record import escaped
-from shardkit.base.sizes import format_size
+from shardkit.app.step import TRUSTS, Step, box, field, in_the_app
+from shardkit.base.record import escaped, plural
+from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.hosts import HOSTS
 from shardkit.compare.comparison import Comparison
 from shardkit.compare.experiment import compare_loads
 from shardkit.formats.tensor import CAST_DTYPES
 from shardkit.measure.limit import why_unlimited
-from shardkit.measure.quantities import format_seconds
 from shardkit.show.plots import comparison_png
 from shardkit.show.report_page import alternative
 
 _CACHES = (("cold: read from the disk", "cold"), ("warm: from the page cache", "warm"))
 _GENERATES = "Also time the first token, which includes work that the load deferred"
 _MOST_REPEATS = 20
+_TOKENS_IN_A_BUDGET = 4  # the first, and three to tell the time of a later one by
+# What a run takes where none was timed here yet, as measured on two cores: process, imports and first token
+# of a small model; and bytes a second that are read from a disk, and converted.
+_START_SECONDS, _READ_RATE, _CONVERT_RATE = 6.0, 1e9, 6e8
 
 
 class Compare(Step):
     """Loads both checkpoints in turn, each time in a fresh process; if stopped, it keeps what it found."""
 
-    title, button, working = "4. Compare", "Compare", "Comparing…"
-    hint = "Loads the original and the shards in turn, each time in a fresh process, and reports differences."
+    number, title, button, working = 4, "Compare", "Compare", "Comparing…"
+    hint = "Loads the original and the shards in turn, each time in a fresh process."
+    later = "loads the original and the shards in turn: once there are shards"
 
     def __init__(
         self,
         choose: Choose,
         shard: Shard,
+        *,
         repeats: int,
         cache: str,
         first_token: bool,
         trust: bool,
         limit: int | None,
+        budget: int | None,
     ) -> None:
         super().__init__()
         self._choose, self._shard = choose, shard
         self.comparison: Comparison | None = None
+        self.loads: Loads | None = None
+        self._seconds_a_run, self._is_complete = 0.0, False
+        self._lies, self._long, self._tiles, self._details = (widgets.HTML() for _ in range(4))
         dtypes = [("dtype from config", ""), *((name, name) for name in CAST_DTYPES)]
         self.dtype = field(widgets.Dropdown, "Load dtype", options=dtypes)
         self.repeats = field(
             widgets.IntSlider, "Pairs of loads", min=1, max=max(repeats, _MOST_REPEATS), value=repeats
         )
         self.cache = field(widgets.Dropdown, "Page cache", options=_CACHES, value=cache)
-        self.first_token = field(widgets.Checkbox, _GENERATES, value=first_token)
-        self.trust = field(widgets.Checkbox, TRUSTS, value=trust)
-        limits, why = _limits(limit), why_unlimited()
-        self.limit = field(widgets.Dropdown, "Memory limit", options=limits, value=limit or 0)
-        settings = [self.dtype, self.repeats, self.cache, self.first_token, self.trust, self.limit]
-        self.controls, self.limit.disabled = settings[:-1] if why else settings, bool(why)
-        hint = page.hint(f"No memory limit can be set here: {why}.") if why else ""
-        self._verdict = Area("verdict", "verdict", "The verdict and its figures appear here, run by run.")
-        self._picture, self._downloads = widgets.HTML(), widgets.HTML()
-        self.box.add_class("sk-runs")
-        buttons = widgets.HBox([self.start, self.cancel])
-        shown = [self._verdict, self._downloads, self._picture]
-        self.place(*settings, widgets.HTML(hint), buttons, self._bar, self._message, *shown)
+        self.first_token = field(widgets.Checkbox, _GENERATES, value=first_token, indent=False)
+        self.trust = field(widgets.Checkbox, TRUSTS, value=trust, indent=False)
+        self.limit = field(widgets.Dropdown, "Memory limit", options=_limits(limit), value=limit or 0)
+        self.budget = field(
+            widgets.Text,
+            "Memory budget, of a third variant",
+            value="" if budget is None else str(budget),
+            placeholder="none; 2GB runs the shards within 2 GB, too",
+            continuous_update=False,
+        )
+        for control in (self.repeats, self.cache, self.budget):
+            control.observe(self._say_how_long, "value")
+        self.controls = [self.dtype, self.repeats, self.cache, self.budget, self.first_token, self.trust]
+        limit_or_why: Any = self.limit
+        if why := why_unlimited():
+            limit_or_why = widgets.HTML(page.hint(f"No memory limit can be set here: {why}."))
+        else:
+            self.controls.append(self.limit)
+        checks = box("checks", self.first_token, self.trust)
+        fields = [self.dtype, self.repeats, self.cache, limit_or_why, self.budget, checks]
+        self.buttons.children += (self._long,)
+        shown = (self._lies, self.buttons, self._bar, self._message, self._tiles, self._details)
+        self.place(box("fields", *fields), *shown)
         self.clear()
 
     @property
@@ -75,54 +95,93 @@ class Compare(Step):
         """What has to be done before: there must be two to compare."""
         if self._choose.checkpoint is None:
             return "nothing to compare: open a checkpoint (step 1)"
-        if not os.path.isdir(os.path.expanduser(self._shard.folder)):
-            return f"{self._shard.folder}: does not exist yet: shard first (step 3)"
+        if self._shard.there is None:
+            return f"no shards in {self._shard.folder!r} yet: shard first (step 3)"
         return ""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all pairs were compared."""
+        return self._is_complete
+
+    def show(self, *, working: bool, busy: bool, is_next: bool) -> None:
+        """Say as well what would be compared, and how long that takes."""
+        super().show(working=working, busy=busy, is_next=is_next)
+        found = self._shard.found
+        self._lies.value = page.warning(f"{found}: this is what would be compared.") if found else ""
+        self._say_how_long()
 
     def clear(self) -> None:
         """Forget what was found."""
         super().clear()
-        self.comparison = None
+        self.comparison, self._is_complete = None, False
         self.stopped = "No results yet. Compare starts over."
-        self._verdict.clear()
-        self._downloads.value = page.links()
-        self._picture.value = page.no_picture(
-            "Times, peaks and memory over time are plotted here, run by run."
-        )
+        self._tiles.value = self._details.value = ""
 
     def run(self) -> None:
         """Compare, showing what is known after every run."""
         self.clear()
         assert self._choose.checkpoint is not None  # noqa: S101 - or it would be `missing`
+        began, others = time.monotonic(), self._others()
         self.comparison = compare_loads(
             self._choose.checkpoint.source,
             self._shard.folder,
             dtype=self.dtype.value or None,
             cache=self.cache.value,
             repeats=self.repeats.value,
-            generate=int(self.first_token.value),
+            generate=_TOKENS_IN_A_BUDGET if others else int(self.first_token.value),
             memory_limit=self.limit.value or None,
             options={"trust_remote_code": True} if self.trust.value else None,
-            progress=partial(self._progress, time.monotonic()),
+            others=others,
+            progress=partial(self._progress, began),
             on_sample=self._draw,
             stop=Worker.stopping,
         )
-        self._downloads.value = page.links(*_downloads(self.comparison))
-        self.say(page.done(in_the_app(self.comparison.verdict)))
+        self._is_complete = True
+        self._seconds_a_run = (time.monotonic() - began) / len(self.comparison.all_runs)
+        self._draw(self.comparison, *_downloads(self.comparison))
+        pairs = len({sample.pair for sample in self.comparison.samples})
+        self.say(page.done(f"{plural(pairs, 'pair')} compared.") if pairs else "")
+
+    def _others(self) -> dict[str, dict[str, Any]] | None:
+        if not (text := self.budget.value.strip()):
+            return None
+        budget = parse_size(text)
+        return {f"within {format_size(budget)}": {"max_memory": budget}}
+
+    def _say_how_long(self, _: Any = None) -> None:
+        pairs, variants = self.repeats.value, 2 + bool(self.budget.value.strip())
+        seconds = variants * (1 + pairs) * (self._seconds_a_run or self._guess())
+        self._long.value = page.hint(f"about {page.whole_seconds(seconds)} for {plural(pairs, 'pair')}")
+
+    def _guess(self) -> float:
+        """Return about how many seconds a run takes: the original's and the shards' on average."""
+        if (loads := self.loads) is None:
+            return _START_SECONDS
+        converted = (loads.requested.copied_bytes + loads.shards.copied_bytes) / 2
+        read: float = (loads.original_bytes + loads.plan.total_bytes) / 2 * (self.cache.value == "cold")
+        return _START_SECONDS + converted / _CONVERT_RATE + read / _READ_RATE
 
     def _progress(self, began: float, done: int, total: int, label: str) -> bool:
-        line = f"Run {min(done + 1, total)} of {total}: {label}"
-        if done:
-            left = (time.monotonic() - began) / done * (total - done)
-            line += f", about {format_seconds(left)} left"
-        self.show_progress(done / total, line)
+        seconds = (time.monotonic() - began) / done if done else self._seconds_a_run or self._guess()
+        left = page.whole_seconds(seconds * (total - done))
+        self.show_progress(done / total, f"Run {min(done + 1, total)} of {total}: {label}, about {left} left")
         return not Worker.stopping()
 
-    def _draw(self, comparison: Comparison) -> None:
+    def _draw(self, comparison: Comparison, *downloads: str) -> None:
         self.comparison = comparison
         self.stopped = "Results so far are kept below. Compare starts over."
-        self._verdict.fill(in_the_app(comparison.summary().html(), escaped))
-        self._picture.value = page.picture(comparison_png(comparison), alternative(comparison.verdict))
+        if not comparison.failures and not any(map(comparison.ratios_of, comparison.names)):
+            self._tiles.value = page.hint("Figures appear after the first pair.")
+            return
+        self._tiles.value = in_the_app(page.tiles(comparison), escaped)
+        self._details.value = page.details(
+            "Details",
+            in_the_app(comparison.summary().html(), escaped),
+            page.picture(comparison_png(comparison), alternative(comparison.verdict)),
+            *downloads,
+            name="comparison",
+        )
 
 
 def _limits(asked: int | None) -> list[tuple[str, int]]:

@@ -14,10 +14,17 @@ from shardkit.base.record import escaped, listed, plural
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.parts import BLOCK, part_of
+from shardkit.compare.comparison import Comparison
 from shardkit.formats.tensor import TensorInfo
+from shardkit.measure.quantities import Quantity, Ratio, format_seconds
 from shardkit.plan.plan import ShardPlan
 
 _DRAWN_FILES = 300  # more are thinner than a pixel
+_PLAIN = {
+    "peak_anonymous_bytes": "Memory",
+    "load_wall_seconds": "Load time",
+    "time_to_first_token_seconds": "First token",
+}
 
 
 class File(NamedTuple):
@@ -30,25 +37,37 @@ class File(NamedTuple):
 
 # JupyterLab takes arrow keys and letters for its own, even if a menu or a slider in a cell's output has the
 # focus, which then could not be used without a mouse. It leaves alone what is marked so: the element itself.
-# And ipywidgets gives a slider's handle no name that a screen reader could say.
-_ON_FOCUS = (
-    "this.closest('.sk-app').addEventListener('focusin', ({target}) => {"
+# And ipywidgets gives a slider's handle no name that a screen reader could say. What somebody has unfolded
+# stays so when a job or a slider writes it again.
+_ON_LOAD = (
+    "const app = this.closest('.sk-app'), open = new Set();"
+    "app.addEventListener('focusin', ({target}) => {"
     "target.setAttribute('data-lm-suppress-shortcuts', 'true');"
     "const label = target.closest('.widget-slider')?.querySelector('.widget-label');"
-    "if (label) target.setAttribute('aria-label', label.innerText)})"
+    "if (label) target.setAttribute('aria-label', label.textContent)});"
+    "app.addEventListener('click', ({target}) => {"
+    "const folded = target.closest('summary')?.parentNode;"
+    "if (folded) open[folded.open ? 'delete' : 'add'](folded.className)});"
+    "new MutationObserver(() => app.querySelectorAll('details').forEach("
+    "folded => {folded.open = open.has(folded.className)})).observe(app, {childList: true, subtree: true})"
 )
 
 
 @cache
 def stylesheet() -> str:
-    """Return the app's CSS as an element, which also sees to the keyboard."""
+    """Return the app's CSS as an element, which also sees to the keyboard, and to what is unfolded."""
     css = files("shardkit").joinpath("static/app.css").read_text(encoding="utf-8")
-    return f'<style onload="{_ON_FOCUS}">{css}</style>'
+    return f'<style onload="{_ON_LOAD}">{css}</style>'
 
 
-def heading(title: str, told: str) -> str:
-    """Return the title of a step."""
-    return f'<h3 class="sk-heading">{escaped(title)}</h3>{hint(told)}'
+def heading(number: int, title: str, told: str, *, later: bool, done: bool) -> str:
+    """Return the heading of a step: its number, or a check mark; its title, and a remark."""
+    state = "later" if later else "finished" if done else "now"
+    mark = '<span role="img" aria-label="done">✓</span>' if done else str(number)
+    return (
+        f'<div class="sk-heading sk-{state}"><span class="sk-number">{mark}</span>'
+        f"<h3>{escaped(title)}</h3>{hint(told)}</div>"
+    )
 
 
 def hint(text: str) -> str:
@@ -61,25 +80,94 @@ def status(text: str) -> str:
     return f'<div role="status" class="sk-status">{escaped(text)}</div>'
 
 
+def warning(text: str) -> str:
+    """Return a line about what may not be as expected."""
+    return f'<div role="status" class="sk-warning">{_MARKS["tight"]} {escaped(text)}</div>'
+
+
+def advice(text: str) -> str:
+    """Return what to do."""
+    return f'<p class="sk-advice">{escaped(text)}</p>'
+
+
 def done(text: str, *commands: str) -> str:
-    """Return the good end of a job: what was done, and code to go on with."""
+    """Return the good end of a job: what was done, and code to use it."""
     code = "".join(f"<pre><code>{escaped(command)}</code></pre>" for command in commands)
-    return f'<div role="status" class="sk-done"><strong>✓ Done.</strong> {escaped(text)}</div>{code}'
+    return f'<div role="status" class="sk-done">{_MARKS["fits"]} {escaped(text)}</div>{code}'
 
 
 def error(text: str) -> str:
     """Return what went wrong; a screen reader says it at once."""
-    return f'<div role="alert" class="sk-error"><strong>✗ Failed.</strong> {escaped(text)}</div>'
+    return f'<div role="alert" class="sk-error">{_MARKS["not"]} <b>Failed.</b> {escaped(text)}</div>'
 
 
-def region(label: str, body: str, *, name: str) -> str:
-    """Return an area of fixed height, which scrolls, by keyboard too; its body is HTML."""
-    return f'<div class="sk-area sk-{name}" role="region" aria-label="{label}" tabindex="0">{body}</div>'
+def details(summary: str, *bodies: str, name: str) -> str:
+    """Return HTML that is folded to one line."""
+    body = "".join(bodies)
+    return f'<details class="sk-details sk-{name}"><summary>{escaped(summary)}</summary>{body}</details>'
 
 
 def columns(*parts: str) -> str:
     """Return parts side by side where there is room."""
     return f'<div class="sk-columns">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
+
+
+_MARKS = {
+    kind: f'<span class="sk-mark sk-{kind}" aria-hidden="true">{sign}</span>'
+    for kind, sign in (("fits", "✓"), ("tight", "!"), ("not", "✗"))
+}
+
+
+def verdict(kind: str, words: str, why: str) -> str:
+    """Return a verdict as word, sign and color, and what is to be said of it."""
+    return f"{_MARKS.get(kind, '')} {escaped(words)}" + (f"<small>{escaped(why)}</small>" if why else "")
+
+
+def strong(text: str) -> str:
+    """Return figures that matter most."""
+    return f"<b>{escaped(text)}</b>"
+
+
+def ways(columns: Sequence[str], rows: Iterable[tuple[str, str, Sequence[str]]]) -> str:
+    """Return a table of ways to load; a row is a label, a remark on it, and a cell of HTML for each way."""
+    head = "".join(f'<th scope="col">{escaped(column)}</th>' for column in columns)
+    body = "".join(
+        f'<tr><th scope="row">{escaped(label)}<small>{escaped(remark)}</small></th>'
+        + "".join(f"<td>{cell}</td>" for cell in cells)
+        + "</tr>"
+        for label, remark, cells in rows
+    )
+    return f'<table class="sk-ways"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def tiles(comparison: Comparison) -> str:
+    """Return what each variant changed, a tile for each main quantity; in words if there is no pair."""
+    shown, main = "", sorted(comparison.main, key=lambda quantity: quantity.unit == "seconds")
+    for name in comparison.names:
+        found = {quantity: comparison.found(name).get(quantity) for quantity in main}
+        made = [_tile(q, ratio) for q, ratio in found.items() if isinstance(ratio, Ratio)]
+        title = f"<h4>{escaped(name)}</h4>" if len(comparison.names) > 2 else ""
+        shown += f'{title}<div class="sk-tiles">{"".join(made)}</div>' if made else ""
+    return warning(comparison.verdict) + shown if comparison.failures or not shown else shown
+
+
+def _tile(quantity: Quantity, ratio: Ratio) -> str:
+    before, after = map(quantity.format, (ratio.original, ratio.other))
+    if before != after:
+        same_unit = before.split()[1:] == after.split()[1:]
+        after = f"{before.split()[0] if same_unit else before} to {after}"  # 336 to 272 MB
+    words, _, more = str(ratio).partition(" (")
+    rest = f"<small>{escaped(more.removesuffix(')'))}</small>" if more else ""
+    kind = {"less": "fits", "more": "tight"}.get(str(ratio.conclusion), "")
+    return (
+        f'<div class="sk-tile"><span>{escaped(_PLAIN.get(quantity.name, quantity.label))}</span>'
+        f"<b>{escaped(after)}</b>{_MARKS.get(kind, '')} {escaped(words)}{rest}</div>"
+    )
+
+
+def whole_seconds(seconds: float) -> str:
+    """Return about how long something takes, for people who wait: ``1 min 10 s``; a second at least."""
+    return format_seconds(max(1, round(seconds)))
 
 
 def layout_map(checkpoint: Checkpoint, plan: ShardPlan) -> str:
@@ -143,16 +231,6 @@ def download(name: str, media_type: str, content: bytes) -> str:
         f'<a class="sk-download" download="{escaped(name)}" href="{_data_uri(media_type, content)}">'
         f"Download {escaped(name)} ({format_size(len(content))})</a>"
     )
-
-
-def links(*downloads: str) -> str:
-    """Return the place for download links, which takes room before there are any."""
-    return f'<div class="sk-links">{"".join(downloads)}</div>'
-
-
-def no_picture(text: str) -> str:
-    """Return the place where a picture will be, as large as that."""
-    return f'<div class="sk-picture sk-empty">{escaped(text)}</div>'
 
 
 def _data_uri(media_type: str, content: bytes) -> str:

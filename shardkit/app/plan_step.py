@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 
 from shardkit.app import page
+from shardkit.app.advice import Loads
 from shardkit.app.choose_step import Choose
-from shardkit.app.step import Area, Step, field
+from shardkit.app.step import Step, box, field
 from shardkit.base.record import Summary
-from shardkit.base.sizes import format_size
-from shardkit.checkpoint.estimate import Estimate
-from shardkit.formats.tensor import CAST_DTYPES
+from shardkit.base.sizes import format_size, parse_size
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES
 from shardkit.plan.packing import STRATEGIES
 from shardkit.plan.plan import ShardPlan, plan_shards
 
@@ -29,39 +28,43 @@ _ROUND_SIZES = [mantissa * 10**power for power in range(5, 16) for mantissa in _
 class Plan(Step):
     """Sets size, strategy and dtype, and shows what would be written; there may be no such plan."""
 
-    title, hint = "2. Plan", "The plan is computed from the headers: nothing is written yet."
+    number, title = 2, "Plan"
+    hint = "Computed from the headers: nothing is written yet."
+    later = "size, strategy and dtype of the shards: once a checkpoint is open"
 
     def __init__(self, choose: Choose, max_shard_size: int | None, strategy: str, dtype: str | None) -> None:
         super().__init__()
         self.plan: ShardPlan | None = None
-        self.estimates: tuple[Estimate, Estimate] | None = None  # of a load as it is, and as planned
         self._choose = choose
-        self.changed: Callable[[], None] = lambda: None
+        self.changed: Callable[[Loads | None], None] = lambda _: None
         self._asked, self._source, self._filling = max_shard_size, "", False
-        self.size = field(widgets.SelectionSlider, "Max shard size", options=[("-", 0)])
+        self.size = field(widgets.Text, "Max shard size", placeholder="80 MB", continuous_update=False)
+        self.slider = field(widgets.SelectionSlider, "Max shard size", options=[("-", 0)], readout=False)
+        self.slider.add_class("sk-slider")
         strategies = [(packing.words, name) for name, packing in STRATEGIES.items()]
         self.strategy = field(widgets.Dropdown, "Strategy", options=strategies, value=strategy)
-        dtypes = [("as stored (bytes are copied)", ""), *((name, name) for name in CAST_DTYPES)]
-        self.dtype = field(widgets.Dropdown, "Dtype of shards", options=dtypes, value=dtype or "")
-        self.controls = [self.size, self.strategy, self.dtype]
-        self._map = Area("layout", "layout of the files", "The layout of the files is shown here.")
-        empty = "Number of files, disk and memory needed are shown here."
-        self._told = Area("plan", "the plan", empty)
-        for control in self.controls:
+        self.dtype = field(widgets.Dropdown, "Dtype of shards", options=_dtypes(None), value=dtype or "")
+        self.controls = [self.size, self.slider, self.strategy, self.dtype]
+        self._map, self._facts = widgets.HTML(), widgets.HTML()
+        self.slider.observe(self._slid, "value")
+        for control in (self.size, self.strategy, self.dtype):
             control.observe(self._changed, "value")
-        self.place(*self.controls, self._message, self._map, self._told)
+        fields = box("fields", self.size, self.slider, self.strategy, self.dtype)
+        self.place(fields, self._message, self._map, self._facts)
 
     def open(self) -> None:
         """Plan for another checkpoint, or none."""
         if (checkpoint := self._choose.checkpoint) is not None:
             sizes = shard_sizes(checkpoint.total_bytes, self._asked)
-            kept = self.size.value if checkpoint.source == self._source else None
-            self._source = checkpoint.source
-            self._filling = True
-            self.size.options = [(format_size(size), size) for size in sizes]
             largest = checkpoint.largest.nbytes if checkpoint.largest else 0
             usual = self._asked or max(checkpoint.total_bytes // _USUAL_FILES, largest + largest // 100)
-            self.size.value = kept if kept in sizes else next(size for size in sizes if size >= usual)
+            self._filling = True
+            self.slider.options = [(format_size(size), size) for size in sizes]
+            if checkpoint.source != self._source:
+                self.size.value = _typed(next(size for size in sizes if size >= usual))
+            self._source, kept = checkpoint.source, self.dtype.value
+            self.dtype.options = _dtypes(stored_dtype(checkpoint))
+            self.dtype.value = kept
             self._filling = False
         self.attempt()
 
@@ -70,49 +73,79 @@ class Plan(Step):
         """What has to be done before: a checkpoint."""
         return "" if self._choose.checkpoint else "nothing to plan: open a checkpoint (step 1)"
 
-    def show(self, *, working: bool, busy: bool) -> None:
-        """Let the controls say whether there is something to plan for."""
-        super().show(working=working, busy=busy or bool(self.missing))
+    @property
+    def is_done(self) -> bool:
+        """Whether there is a plan."""
+        return self.plan is not None
 
     def run(self) -> None:
-        """Plan anew, show it, and tell who waits for it."""
-        self.plan = self.estimates = None
+        """Plan again, show it, and tell who waits for it."""
+        self.plan = loads = None
         try:
             if (checkpoint := self._choose.checkpoint) is not None:
+                size = parse_size(self.size.value)
+                self._follow(size)
                 self.plan = plan = plan_shards(
                     checkpoint,
-                    max_shard_size=self.size.value,
+                    max_shard_size=size,
                     strategy=self.strategy.value,
                     dtype=self.dtype.value or None,
                 )
-                now = checkpoint.estimate(plan.dtype)
-                config, side_files = checkpoint.config, checkpoint.side_files
-                self.estimates = now, plan.estimate(now.dtype, config=config, side_files=side_files)
-                self._map.fill(page.layout_map(checkpoint, plan))
-                self._told.fill(_told(plan, *self.estimates))
+                loads = _loads(checkpoint, plan)
+                self._map.value = page.layout_map(checkpoint, plan)
+                self._facts.value = _facts(plan, loads)
         finally:
             if self.plan is None:
-                self._map.clear()
-                self._told.clear()
-            self.changed()
+                self._map.value = self._facts.value = ""
+            self.changed(loads)
+
+    def _slid(self, change: Any) -> None:
+        if not self._filling:
+            self.size.value = _typed(change["new"])
+
+    def _follow(self, size: int) -> None:
+        """Put the slider where the size is, or as near as it goes."""
+        sizes = [value for _, value in self.slider.options]
+        self._filling = True
+        self.slider.index = min(bisect_left(sizes, size), len(sizes) - 1)
+        self._filling = False
 
     def _changed(self, _: Any) -> None:
         if not self._filling:
             self.attempt()
 
 
-def _told(plan: ShardPlan, now: Estimate, then: Estimate) -> str:
-    """Return the plan with what it asks of disk and memory, and its files beside it."""
-    free = shutil.disk_usage(Path.cwd()).free
-    verdict = "enough" if free >= plan.disk_bytes else "NOT enough: choose a folder on another disk"
+def stored_dtype(checkpoint: Checkpoint) -> str | None:
+    """Return the floating-point dtype that most of a checkpoint is stored in; None of quantized weights."""
+    return next((DTYPE_NAMES[dtype] for dtype in checkpoint.dtypes if dtype in FLOAT_DTYPES), None)
+
+
+def _dtypes(stored: str | None) -> list[tuple[str, str]]:
+    return [(f"as stored ({stored or 'bytes are copied'})", ""), *((name, name) for name in CAST_DTYPES)]
+
+
+def _typed(size: int) -> str:
+    """Return a size as somebody would type it, to the byte."""
+    return short if parse_size(short := format_size(size)) == size else str(size)
+
+
+def _loads(checkpoint: Checkpoint, plan: ShardPlan) -> Loads:
+    requested = checkpoint.estimate(plan.dtype)
+    config, side_files = checkpoint.config, checkpoint.side_files
+    shards = plan.estimate(requested.dtype, config=config, side_files=side_files)
+    stored = checkpoint.estimate(stored_dtype(checkpoint))
+    return Loads(stored, requested, shards, plan, checkpoint.total_bytes)
+
+
+def _facts(plan: ShardPlan, loads: Loads) -> str:
+    """Return what is wrong with the plan, and, folded, what it takes, its files beside that."""
     summary = plan.summary()
-    facts = (
-        *summary.facts,
-        ("disk free here", f"{format_size(free)}: {verdict}"),
-        ("memory to load", f"{then.needed} anonymous ({now.needed} as it is now)"),
-    )
+    free, lacks = loads.disk()
     files = Summary("Files", tables=summary.tables)
-    return page.columns(replace(summary, facts=facts, tables=()).html(), files.html())
+    facts = replace(summary, facts=(*summary.facts, ("disk free here", free)), tables=(), notes=())
+    body = page.columns(facts.html(), files.html())
+    warnings = "".join(map(page.warning, (*filter(None, [lacks]), *summary.notes)))
+    return warnings + page.details("Details and files", body, name="plan")
 
 
 def shard_sizes(total_bytes: int, asked: int | None) -> list[int]:

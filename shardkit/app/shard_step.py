@@ -2,50 +2,59 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ipywidgets as widgets
 
 from shardkit.app import page
+from shardkit.app.choose_step import Choose
 from shardkit.app.job_thread import Worker
 from shardkit.app.plan_step import Plan
-from shardkit.app.step import Step, field
+from shardkit.app.step import Step, box, field, in_the_app
 from shardkit.base.errors import DestinationError, ShardkitError
 from shardkit.base.jobs import Progress
 from shardkit.base.record import plural, shown_path
 from shardkit.base.sizes import format_size
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.formats.tensor import DTYPE_NAMES
 from shardkit.measure.quantities import format_seconds
-from shardkit.shard.destination import leftovers
+from shardkit.shard.destination import check_destination, leftovers, resolve
 from shardkit.shard.engine import shard_checkpoint
 from shardkit.shard.report import ShardReport
 from shardkit.show.progress import STAGES
 
 _SHOW_EVERY_SECONDS = 0.15  # a page that is told more often than that falls behind
 _GOES_ON = "Shard resumes where it stopped"
+_REPLACE = "Replace an existing checkpoint"
 
 
 class Shard(Step):
     """Writes the shards and proves them."""
 
-    title, button, working = "3. Shard", "Shard", "Sharding…"
+    number, title, button, working = 3, "Shard", "Shard", "Sharding…"
     hint = "Copies byte ranges, loads nothing, then compares every tensor. The source is never changed."
+    later = "writes the shards and verifies them: once there is a plan"
     stopped = f"Finished shards are kept: {_GOES_ON}."
 
-    def __init__(self, plan: Plan, destination: str, overwrite: bool) -> None:
+    def __init__(self, choose: Choose, plan: Plan, destination: str, overwrite: bool) -> None:
         super().__init__()
-        self._plan = plan
+        self._choose, self._plan = choose, plan
         self.report: ShardReport | None = None
+        self._seen: tuple[str, int] | None = None
+        self._there: Checkpoint | None = None
         self.written: Callable[[], None] = lambda: None
         self.destination = field(
             widgets.Text, "Destination folder", value=destination, continuous_update=False
         )
-        self.overwrite = field(widgets.Checkbox, "Replace an existing checkpoint", value=overwrite)
+        self.overwrite = field(widgets.Checkbox, _REPLACE, value=overwrite, indent=False)
+        self.overwrite.observe(self.look, "value")
         self.controls = [self.destination, self.overwrite]
-        self.box.add_class("sk-runs")
-        buttons = widgets.HBox([self.start, self.cancel])
-        self.place(self.destination, self.overwrite, buttons, self._bar, self._message)
+        fields = box("fields", self.destination, self.overwrite)
+        self.place(fields, self.buttons, self._bar, self._message)
 
     @property
     def folder(self) -> str:
@@ -60,19 +69,66 @@ class Shard(Step):
         why = "open a checkpoint (step 1)" if self._plan.missing else "it cannot be made (step 2)"
         return f"there is no plan: {why}"
 
+    @property
+    def there(self) -> Checkpoint | None:
+        """The checkpoint in the destination folder; None if there is none, or none that can be opened."""
+        folder = os.path.expanduser(self.folder)
+        if not self.folder or not os.path.isdir(folder):
+            self._seen = self._there = None
+        elif self._seen != (seen := (folder, os.stat(folder).st_mtime_ns)):
+            self._seen, self._there = seen, None
+            with suppress(ShardkitError):
+                self._there = Checkpoint.open(folder)
+        return self._there
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the destination has the files that the plan above describes."""
+        plan, there = self._plan.plan, self.there
+        if plan is None or there is None:
+            return False
+        planned = {t.source.name: (shard.file, t.dtype) for shard in plan.shards for t in shard.tensors}
+        return planned == {t.name: (t.file, t.dtype) for t in there.tensors.values()}
+
+    @property
+    def found(self) -> str:
+        """What the destination holds where that is another plan's; empty otherwise."""
+        plan, there = self._plan.plan, self.there
+        if plan is None or there is None or self.is_done:
+            return ""
+        held = f"{plural(len(there.files), 'file')} ({', '.join(DTYPE_NAMES[d] for d in there.dtypes)})"
+        planned = f"{plural(len(plan.shards), 'file')} ({plan.dtype or 'as stored'})"
+        return f"{self.folder} holds {held}, not the plan above, {planned}"
+
     def clear(self) -> None:
         """Forget what was written."""
         super().clear()
         self.report = None
-        self.look()
 
     def look(self, _: Any = None) -> None:
-        """Say so where an earlier run was interrupted, or no folder can be."""
+        """Say what a click would meet: an interrupted run, a folder that exists, one that cannot be."""
+        if self.missing or self._may_cancel:  # or it would overwrite what the job says
+            return
         try:
-            if self.unfinished:
-                self.say(page.status(f"A run was interrupted here. With the same plan, {_GOES_ON}."))
+            self.say(self._met())
         except DestinationError as error:
             self.refuse(self.in_words(error))
+
+    def _met(self) -> str:
+        if self.unfinished:
+            return page.status(f"A run was interrupted here. With the same plan, {_GOES_ON}.")
+        if self.found:
+            how = "Shard replaces it." if self.overwrite.value else f'Check "{_REPLACE}", or choose another.'
+            return page.warning(f"{self.found}. {how}")
+        if self.is_done and not self.overwrite.value:
+            return page.done(f"{self.folder} holds these files already: compare them in step 4.")
+        checkpoint = self._choose.checkpoint
+        if checkpoint is not None and self.folder:
+            try:
+                check_destination(checkpoint, resolve(self.folder), self.overwrite.value)
+            except DestinationError as error:
+                return page.warning(in_the_app(str(error)))
+        return ""
 
     @property
     def unfinished(self) -> bool:
@@ -106,15 +162,14 @@ class Shard(Step):
 def _told(report: ShardReport) -> str:
     proof = report.verification
     path = shown_path(report.destination)
-    words = f"{plural(len(report.files), 'file')} in {path}, written in {report.copy_seconds:.2f} s"
+    words = f"{plural(len(report.files), 'file')} in {path}, in {format_seconds(report.seconds)}"
     if proof is not None:
         words += f"; verified: all {plural(proof.tensors, 'tensor')} equal"
     if report.reused:
         words += f"; {plural(len(report.reused), 'file')} of the interrupted run checked and kept"
-    return page.done(
-        f"{words}. Load it like any model, or compare the loads below.",
-        f"AutoModelForCausalLM.from_pretrained({path!r}, dtype={report.dtype or 'auto'!r})",
-    )
+    load = f"AutoModelForCausalLM.from_pretrained({path!r}, dtype={report.dtype or 'auto'!r})"
+    details = page.details("Details", report.summary().html(), name="report")
+    return page.done(f"{words}. Load it like any model, or compare the loads in step 4.", load) + details
 
 
 class _ByteProgress:
@@ -133,7 +188,7 @@ class _ByteProgress:
             line = f"{words}: {format_size(done)} of {format_size(total)}" if total else words
             if done and now > self._began:
                 rate = done / (now - self._began)
-                line += f", {format_size(rate)}/s, {format_seconds((total - done) / rate)} left"
+                line += f", {format_size(rate)}/s, {page.whole_seconds((total - done) / rate)} left"
             self._shown_at = now
             self._show(done / total if total else 1, line)
         return not Worker.stopping()

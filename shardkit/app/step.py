@@ -21,56 +21,47 @@ _IN_THE_APP = {
     'allow it with options={"trust_remote_code": True}': f'check "{TRUSTS}"',
     "same_model=False compares them anyway": "shard this one into another folder (step 3)",
 }
-_WIDE = {"width": "100%", "max_width": "46rem", "margin": "2px 0"}
 
 
 def field(kind: Any, label: str, **options: Any) -> Any:
     """Return a control whose label a screen reader finds, as wide as there is room for."""
-    return kind(description=label, style={"description_width": "9rem"}, layout=_WIDE, **options)
+    return kind(description=label, style={"description_width": "initial"}, **options)
 
 
-class Area(widgets.HTML):  # type: ignore[misc]
-    """A place of fixed height that says what will be shown there, until it is."""
-
-    def __init__(self, name: str, label: str, empty: str) -> None:
-        super().__init__()
-        self._name, self._label, self._empty = name, label, empty
-        self.fill(empty)
-
-    def fill(self, html: str) -> None:
-        """Show some HTML."""
-        self.value = page.region(self._label, html, name=self._name)
-
-    def clear(self) -> None:
-        """Say again what will be shown."""
-        self.fill(self._empty)
+def box(name: str, *children: Any) -> Any:
+    """Return a box that the stylesheet lays out by its name."""
+    made = widgets.Box(children)
+    made.add_class(f"sk-{name}")
+    return made
 
 
 class Step:
-    """A heading, controls that are fixed while a job runs, a button that starts it, and how it went."""
+    """A heading, controls that are fixed while a job runs, a button that starts it, and how it went.
 
-    title = hint = ""
+    As long as something has to be done first, there is the heading alone.
+    """
+
+    number = 0
+    title = hint = later = ""  # `later` stands for the hint where the step cannot be reached yet
     button = working = ""  # what the button says, and what it says while the job runs
     stopped = ""  # what is left of a job that was asked to stop
 
     def __init__(self) -> None:
         self.controls: list[Any] = []
         self.error: Exception | None = None
-        self.start = widgets.Button(
-            description=self.button, button_style="primary", layout={"width": "11rem"}
-        )
-        self.cancel = widgets.Button(description="Cancel", layout={"width": "9rem"})
+        self.start, self.cancel = widgets.Button(description=self.button), widgets.Button()
         self.cancel.on_click(self._cancel)
+        self.buttons = box("buttons", self.start, self.cancel)
         self._may_cancel, self._refusal = False, ""
-        self._bar = widgets.FloatProgress(max=1.0, layout=_WIDE)
-        self._message = widgets.HTML()
+        self._bar = widgets.FloatProgress(max=1.0)
+        self._bar.add_class("sk-bar")
+        self._message, self._heading, self._body = widgets.HTML(), widgets.HTML(), box("body")
         self._message.add_class("sk-message")
-        self.box = widgets.VBox()
-        self.box.add_class("sk-step")
+        self.box = box("step", self._heading, self._body)
 
     def place(self, *rows: Any) -> None:
-        """Put the step together: the heading, then `rows`."""
-        self.box.children = (widgets.HTML(page.heading(self.title, self.hint)), *rows)
+        """Put the step together."""
+        self._body.children = rows
 
     def run(self) -> None:
         """Do the step's job; raises what fails."""
@@ -80,6 +71,11 @@ class Step:
     def missing(self) -> str:
         """What has to be done first; empty if nothing."""
         return ""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is what the step is for."""
+        raise NotImplementedError
 
     def clear(self) -> None:
         """Forget how the last attempt ended."""
@@ -117,12 +113,19 @@ class Step:
         self._refusal = html
         self.say(html)
 
-    def show(self, *, working: bool, busy: bool) -> None:
-        """Let the buttons and controls say what can be done now."""
+    def show(self, *, working: bool, busy: bool, is_next: bool) -> None:
+        """Let heading, buttons and controls say what can be done now, and what was done."""
         if self._message.value == self._refusal:
             self.say("")
+        missing, done = bool(self.missing), self.is_done and not working
+        self._heading.value = page.heading(
+            self.number, self.title, self.later if missing else self.hint, later=missing, done=done
+        )
+        self._body.layout.display = "none" if missing else None
+        self._bar.layout.visibility = "visible" if working else "hidden"
         self.start.description = self.working if working else self.button
-        _dim(self.start, busy or bool(self.missing))
+        self.start.button_style = "primary" if is_next else ""
+        _dim(self.start, busy or missing)
         self.let_cancel(working)
         for control in self.controls:
             control.disabled = busy

@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from shardkit.base.errors import CheckpointError, SpaceError
 from shardkit.base.record import plural
 from shardkit.base.sizes import format_size
+from shardkit.formats.names import is_weights
 from shardkit.sources.fileset import FileSet
 from shardkit.sources.hub import Repository, remember
 from shardkit.sources.hub_client import TRIES, UnreachableError, ask, find_token
@@ -29,6 +30,12 @@ from shardkit.sources.resolve import Found, Needed
 _NAME = r"\w[\w.-]*"
 _ID = re.compile(rf"(?:hf://)?({_NAME}/{_NAME}|(?<=hf://){_NAME})(?:@(.+))?", re.ASCII)
 _SHA = re.compile(r"[0-9a-f]{40}")
+# The address of a model's page, or of a folder or file in it, as people copy it from a browser.
+_PAGE = re.compile(
+    rf"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/({_NAME}/{_NAME})"
+    r"(?:/(?:tree|blob|resolve|commit)/([^/?#]+)(?:/[^?#]*)?)?/?(?:[?#].*)?",
+    re.ASCII,
+)
 
 
 class HubId(NamedTuple):
@@ -42,14 +49,15 @@ class HubId(NamedTuple):
 
 
 def parse_id(text: str, revision: str | None = None) -> HubId:
-    """Return what an id means: ``org/name``, ``org/name@revision``, ``hf://org/name``."""
-    found = _ID.fullmatch(text)
+    """Return what an id means: ``org/name``, ``org/name@revision``, ``hf://org/name``, a page's address."""
+    found = _ID.fullmatch(text) or _PAGE.fullmatch(text)
     repo_id, named = found.groups() if found else ("", None)
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
         raise CheckpointError(
-            f"{text[:200]!r} is not a local folder or file, and not a Hub id (org/name, org/name@revision)"
+            f"{text[:200]!r} is not a local folder or file, and not a Hub id (org/name, org/name@revision) "
+            "or the URL of a model there"
         ) from None
     if revision and named and revision != named:
         raise CheckpointError(f"{text!r} names another revision than {revision!r}: give only one")
@@ -136,6 +144,13 @@ def _cached_commit(wanted: HubId) -> str | None:
         except (OSError, ValueError):
             return None
     return sha if _SHA.fullmatch(sha) and (storage / "snapshots" / sha).is_dir() else None
+
+
+def cached_models() -> list[str]:
+    """Return ids of models that the client's cache has weights of."""
+    files = Path(constants.HF_HUB_CACHE).glob("models--*--*/snapshots/*/*")
+    names = (path.parts[-4].split("--") for path in files if is_weights(path.name))
+    return sorted({"/".join(parts[1:]) for parts in names if len(parts) == 3})
 
 
 def _note_commit(wanted: HubId, sha: str) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from shardkit.base.errors import CheckpointError, reading
 from shardkit.base.record import as_text
-from shardkit.formats.names import is_index
+from shardkit.formats.names import is_index, is_weights
 from shardkit.sources.fileset import FileSet
 from shardkit.sources.local import LocalFiles
 
@@ -67,6 +68,18 @@ def _on_the_hub(text: str, needed_files: Needed, **how: Any) -> Found:
 
 # By what the name of a source begins with: what finds its files, as `resolve` does.
 SOURCES: dict[str, Callable[..., Found]] = {_SCHEME: _on_the_hub}
+
+
+def known_sources() -> list[str]:
+    """Return checkpoints that need no download: folders and weight files here, ids in the Hub's cache."""
+    from shardkit.sources.hub_cache import cached_models
+
+    here = []
+    for path in sorted(Path().glob("[!.]*")):
+        with suppress(OSError):  # a folder that may not be read
+            files = path.iterdir() if path.is_dir() else [path]
+            here += [path.name] * any(is_weights(file.name) for file in files)
+    return [*here, *cached_models()]
 
 
 def is_on_hub(name: str | os.PathLike[str]) -> bool:

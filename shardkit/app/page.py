@@ -157,7 +157,7 @@ def _tile(quantity: Quantity, ratio: Ratio) -> str:
         same_unit = before.split()[1:] == after.split()[1:]
         after = f"{before.split()[0] if same_unit else before} to {after}"  # 336 to 272 MB
     words, _, more = str(ratio).partition(" (")
-    rest = f"<small>{escaped(more.removesuffix(')'))}</small>" if more else ""
+    rest = f"<small>({escaped(more)}</small>" if more else ""
     kind = {"less": "fits", "more": "tight"}.get(str(ratio.conclusion), "")
     return (
         f'<div class="sk-tile"><span>{escaped(_PLAIN.get(quantity.name, quantity.label))}</span>'

@@ -560,7 +560,7 @@ def test_seconds_a_token_are_those_of_the_disk(model, monkeypatch):
     least = model.estimate(max_memory=1).within.smallest_bytes
     stated = model.estimate(max_memory=least, disk_rate="100MB")
     assert stated.within.seconds_per_token == stated.within.plan.streamed_bytes / 1e8
-    assert "s at the disk's 100 MB/s" in str(stated)
+    assert "s of reading at 100 MB/s" in str(stated)
     with pytest.raises(PlanError, match="set max_memory, too"):
         model.estimate(disk_rate="100MB")
     reads = []

@@ -1074,7 +1074,7 @@ def test_report_has_the_peak_of_its_own_job_alone(source: Path, out: Path) -> No
     report = shard(source, out)
     assert 0 < report.before_bytes <= report.peak_bytes < report.before_bytes + 50_000_000
     peak, before = map(format_size, (report.peak_bytes, report.before_bytes))
-    assert re.search(f"memory .* {peak} at most, of which {before} before", str(report))
+    assert re.search(f"memory .* {peak} at most, {before} of it before", str(report))
     assert ShardReport.from_dict(report.to_dict()) == report
 
 

@@ -74,7 +74,7 @@ class BoundedEstimate:
             return within, ("", self.why)
         read = format_size(self.plan.streamed_bytes)
         if self.seconds_per_token is not None and self.disk_rate is not None:
-            read += f", {self.seconds_per_token:.2g} s at the disk's {format_size(self.disk_rate)}/s"
+            read += f", {self.seconds_per_token:.2g} s of reading at {format_size(self.disk_rate)}/s"
         return (
             within,
             ("KV cache", format_size(self.plan.cache_bytes)),

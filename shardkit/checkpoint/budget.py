@@ -151,7 +151,8 @@ def plan_memory(
     if work.max_memory < (smallest := smallest_memory(units, needs)):
         raise PlanError(
             f"max_memory of {format_size(work.max_memory)} is too small: {source} needs at least "
-            f"{smallest:,} bytes, {format_size(sum(needs))} of them for all else (context of {work.tokens})"
+            f"{smallest:,} bytes; Python and its libraries, KV cache and activations (context of "
+            f"{work.tokens}) take {format_size(sum(needs))}"
         )
     chosen = choose_residence([unit.nbytes for unit in units], work.max_memory - beside, _must_stay(units))
     read = sum(unit.read_bytes for unit, stays in zip(units, chosen.stays, strict=True) if not stays)

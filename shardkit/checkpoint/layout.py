@@ -152,6 +152,7 @@ def _choose_only_candidate(files: FileSet) -> str:
     """Choose weights of another name (a variant, an original release) where there is just one."""
     everything = sorted(files.names())
     inside = {os.path.dirname(name) for name in everything if "/" in name and is_weights(name)}
+    inside = {folder for folder in inside if not folder.startswith(".")}  # an interrupted run's, a cache's
     folders = listed(sorted(inside))
     if "model_index.json" in everything and inside:
         raise CheckpointError(

@@ -101,7 +101,9 @@ def command(
             either = parser.add_mutually_exclusive_group(required=is_required)
             # Suppressed, or its absence would undo --output.
             either.add_argument("destination", nargs="?", default=argparse.SUPPRESS, help=destination)
-            either.add_argument("--output", dest="destination", metavar="DESTINATION", help="The same.")
+            either.add_argument(
+                "--output", dest="destination", metavar="DESTINATION", help="Another way to give it."
+            )
         parser.set_defaults(command=function)
         return function
 
@@ -136,10 +138,14 @@ def size(text: str) -> str:
     return text
 
 
-@_valued
 def rate(text: str) -> str:
     """Return bytes a second as they were typed, or the word that asks for them to be measured."""
-    return text if text == "measure" else size(text)
+    if text == "measure":
+        return text
+    try:
+        return str(size(text.removesuffix("/s")))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; or measure") from None
 
 
 @_valued

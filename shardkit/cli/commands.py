@@ -58,7 +58,7 @@ def _load_options(trust_remote_code: bool) -> dict[str, Any] | None:
     JSON,
     examples="""inspect mistral-demo
         inspect mistralai/Mistral-7B-v0.1 --dtype fp16
-        inspect mistral-demo --max-memory 400MB --disk-rate measure""",
+        inspect mistral-demo --max-memory 600MB --disk-rate measure""",
 )
 def inspect(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) -> None:
     """Show what a checkpoint contains and how much memory loading it takes, from its headers."""
@@ -192,10 +192,12 @@ def verify(source: str, destination: str, workers: int | None, as_json: bool) ->
         found = shardkit.verify_checkpoint(source, destination, workers=workers, progress=bar)
     show(found, as_json=as_json)
     if not found.equal:
-        raise ShardkitError(
-            f"{destination} does not match {source}: {found.why_unequal}; "
+        what_next = (
             "do not use it: shard the source again, with --overwrite"
+            if not found.is_perhaps_swapped
+            else f"if {destination} is what was cast, give it first; overwrite nothing before that is clear"
         )
+        raise ShardkitError(f"{destination} does not match {source}: {found.why_unequal}; {what_next}")
 
 
 @command(destination="The destination of the interrupted run.", examples="clean mistral-demo-sharded")
@@ -332,7 +334,7 @@ def demo(destination: str | None, size: str, as_json: bool) -> None:
         made = shardkit.make_demo_checkpoint(folder, size=size, progress=bar)
     if was_there:
         say(f"{folder} was there already, complete and the same; nothing was written")
-    show(made, as_json=as_json, following=next_step("shard", folder))
+    show(made, as_json=as_json, following=next_step("shard", folder, "--dtype", "fp16"))
 
 
 def _require_writable(output: Path | None, plot: Path | None) -> None:

@@ -107,7 +107,7 @@ class Comparison(Samples, Record):
             *((f"{name} stored", self.explain(name)) for name in self.names),
             ("measured", f"{pairs} in ABBA order, one warm-up each, {caches}"),
             ("figures", "geometric means over the pairs, whose log ratios give Student's intervals"),
-            ("verdicts", f"1 comparison in 20 may call a difference that is none (Holm); {margin} is none"),
+            ("verdicts", f"wrong in at most 5 % of comparisons (Holm); within {margin} is no difference"),
             ("stack", " | ".join(stacks) or "unknown"),
             ("machine", " | ".join(machines) or "unknown"),
         )  # fmt: skip

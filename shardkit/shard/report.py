@@ -88,6 +88,11 @@ class Verification(Record):
         return f"all tensors are equal, but {self.model}" if not self.equal else ""
 
     @property
+    def is_perhaps_swapped(self) -> bool:
+        """Whether so much differs after a cast that the source may have been given as the copy."""
+        return bool(self.cast) and len(self.mismatches) > self.cast // 2
+
+    @property
     def _files_apart(self) -> tuple[str, ...]:
         return self.missing_files + self.changed_files
 
@@ -104,7 +109,7 @@ class Verification(Record):
         return bool(self.files) and self.files_in_memory == 0
 
     def _read(self) -> str:
-        again = "; verify again after a restart to read the disk" * bool(self.files_in_memory)
+        again = "; verify again after a restart of the machine to read the disk" * bool(self.files_in_memory)
         return read_from(self.files, self.files_in_memory) + again if self.files else ""
 
     def summary(self) -> Summary:
@@ -127,7 +132,7 @@ class Verification(Record):
         tables = (Table(("tensor", "differs in"), rows),) if rows else ()
         rest = len(self.mismatches) - len(rows)
         notes = (f"{plural(rest, 'more tensor')} differ{'s' * (rest == 1)}",) * bool(rest)
-        if self.cast and len(self.mismatches) > self.cast // 2:
+        if self.is_perhaps_swapped:
             notes += ("if the second is the source of the cast, swap them",)
         return Summary("Verification", tuple(fact for fact in facts if fact[1]), tables, notes)
 
@@ -230,7 +235,9 @@ class ShardReport(Record):
     def _memory(self) -> str:
         if self.peak_bytes is None or self.before_bytes is None:
             return "peak not reported by this system"
-        return f"{format_size(self.peak_bytes)} at most, of which {format_size(self.before_bytes)} before"
+        return (
+            f"{format_size(self.peak_bytes)} at most, {format_size(self.before_bytes)} of it before the start"
+        )
 
     def _verified(self) -> str:
         if (check := self.verification) is None:

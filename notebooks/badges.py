@@ -21,7 +21,7 @@ NOTEBOOK = "notebooks/01_shard_and_compare.ipynb"  # what the README's badges op
 UNSET = "your_name/shardkit"
 ADDRESS = re.compile(r'(?m)^(Repository = "https://github\.com/)([^"]+)"$')
 BLOCK = re.compile(r"(?s)<!-- badges -->.*?<!-- /badges -->")
-INSTALLED_FROM = re.compile(r'(?m)^REPOSITORY = ".*"$')
+INSTALLED_FROM = re.compile(r"https://github\.com/[^/\s]+/[^/\s]+(?=/archive/HEAD\.zip)")
 
 
 def badges(repository: str, notebook: str) -> str:
@@ -55,7 +55,7 @@ def stamped(path: Path, repository: str) -> str:
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         source = BLOCK.sub(badges(repository, f"notebooks/{path.name}"), source)
-        source = INSTALLED_FROM.sub(f'REPOSITORY = "https://github.com/{repository}"', source)
+        source = INSTALLED_FROM.sub(f"https://github.com/{repository}", source)
         cell["source"] = source.splitlines(keepends=True)
     return json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
 

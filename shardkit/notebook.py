@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,11 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.hosts import HOSTS
 from shardkit.compare.comparison import Comparison, merge_comparisons
 from shardkit.compare.parameters import RULES, ParameterError, check_values
+from shardkit.formats.tensor import LoadDtypeLike
 from shardkit.load.load_model import loader_names
+from shardkit.measure.launch import measure_load
 from shardkit.measure.quantities import QUANTITIES
+from shardkit.measure.samples import Sample, Samples, Variant
 from shardkit.show.plots import HIGHEST, LOWEST
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ print(json.dumps([time.perf_counter() - start, int(peak.split()[1]) * 1024 / 1e6
 # The article's model, Mistral-7B-v0.1; and what Python, torch and transformers need for a first token, which
 # does not shrink with a model.
 _ARTICLE_BYTES, _RUNTIME_BYTES = 14_483_464_192, 320_000_000
+_ProgressCallback = Callable[[int, int, str], object]
 _INJECTED = "# Parameters"  # how papermill begins the cell that it writes
 
 
@@ -80,12 +84,17 @@ def _assigned(cell: str, kind: type[ast.Assign | ast.AnnAssign]) -> list[str]:
 
 
 def measure_sharding(
-    source: str | os.PathLike[str], folder: str | os.PathLike[str], *, dtype: str, max_shard_size: int | str
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str,
+    max_shard_size: int | str,
+    progress: _ProgressCallback | None = None,
 ) -> pd.DataFrame:
     """Shard a model in two ways, each in a fresh process: as articles do it, and as shardkit does.
 
     Each writes to a temporary folder in `folder`, which takes as much disk as the model, and syncs it;
-    neither verifies.
+    neither verifies. `progress` is called as that of `compare_loads`.
 
     Returns
     -------
@@ -96,7 +105,7 @@ def measure_sharding(
 
     checkpoint, rows = Checkpoint.open(source, download=True), {}
     loaders = loader_names(checkpoint.config, trusted=False)
-    for way in ("from_pretrained, save_pretrained", "shardkit"):
+    for way in _counted(("from_pretrained, save_pretrained", "shardkit"), progress):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             job = json.dumps([way, checkpoint.folder, f"{scratch}/shards", dtype, max_shard_size, loaders])
             command = [sys.executable, "-c", _WAYS, job]
@@ -106,6 +115,38 @@ def measure_sharding(
         seconds, peak = (None, None) if died else json.loads(done.stdout.splitlines()[-1])
         rows[way] = {"seconds": seconds, "peak (MB)": peak, "end": end}
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def load_within(
+    memory_limit: int,
+    sources: Mapping[str, str | os.PathLike[str]],
+    *,
+    dtype: LoadDtypeLike,
+    progress: _ProgressCallback | None = None,
+) -> Samples:
+    """Load checkpoints, given by name, once each under a limit in bytes: those that die have a curve, too.
+
+    `progress` is called as that of `compare_loads`; `MeasurementError` where no limit can be set.
+    """
+    opened = {name: Checkpoint.open(source, download=True) for name, source in sources.items()}
+    variants = tuple(
+        Variant(name, one.source, len(one.files), one.total_bytes, one.dtypes, {"dtype": dtype})
+        for name, one in opened.items()
+    )
+    runs = Samples(variants, 0.05, (), ())
+    for name in _counted(tuple(sources), progress):
+        run = measure_load(sources[name], dtype=dtype, memory_limit=memory_limit)
+        runs = runs.with_sample(Sample(name, 0, run))
+    return runs
+
+
+def _counted(names: Sequence[str], progress: _ProgressCallback | None) -> Iterator[str]:
+    """Yield names, and report each before its turn, and the end."""
+    report = progress or (lambda *_: None)
+    for number, name in enumerate(names):
+        report(number, len(names), name)
+        yield name
+    report(len(names), len(names), "done")
 
 
 def scaled_limits(checkpoint: Checkpoint) -> dict[str, int]:

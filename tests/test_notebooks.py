@@ -24,6 +24,7 @@ from shardkit.measure.samples import SHARDED, Sample
 from shardkit.notebook import (
     ParameterError,
     check_parameters,
+    load_within,
     mean_figures,
     measure_sharding,
     read_results,
@@ -90,7 +91,9 @@ def did_what_it_was_given(given, limit, made):
     runs = Comparison.load(made / "comparison.json").to_frame()
     assert set(runs["outcome"]) == {"ok"}
     assert set(runs["pair"].dropna()) == set(range(given["repeats"]))
-    assert set(runs["dtype"]) == {given.get("dtype", "float16")}
+    assert set(runs["variant"]) == {"original", "sharded", "original as stored"}
+    asked = runs[runs["variant"] != "original as stored"]
+    assert set(asked["dtype"]) == {given.get("dtype", "float16")}
     assert set(runs["cache"]) == {given.get("cache", "cold")}
     shards = list((made / "sharded").glob("*.safetensors"))
     assert set(runs[runs["variant"] == "sharded"]["files"]) == {len(shards)}
@@ -252,6 +255,17 @@ def test_sharding_is_measured_as_articles_do_it_and_as_shardkit_does(tmp_path):
     died, ours = measure_sharding(tmp_path / "m", tmp_path, dtype="float16", max_shard_size="20MB")["end"]
     assert "hidden_size" in died
     assert ours == "ok"
+
+
+@needs_groups
+def test_a_load_that_dies_of_its_limit_has_a_curve_too(tmp_path):
+    source = shardkit.make_demo_checkpoint(tmp_path / "m", size="60MB").source
+    seen = []
+    runs = load_within(150 * MB, {"mine": source}, dtype="float16", progress=lambda *at: seen.append(at))
+    assert runs.failures["mine"].startswith("killed")
+    curve = runs.typical_runs["mine"].curve
+    assert 50 * MB < max(curve.anonymous_bytes) <= 150 * MB
+    assert seen == [(0, 1, "mine"), (1, 1, "done")]
 
 
 @pytest.mark.parametrize("below", ["", "nothing loads"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shardkit.base.errors import PlanError
 from shardkit.base.sizes import format_size
@@ -22,6 +22,9 @@ from shardkit.checkpoint.budget import (
 )
 from shardkit.checkpoint.config import architecture
 from shardkit.checkpoint.loaded import LOAD_BITS, Units
+
+if TYPE_CHECKING:
+    from shardkit.checkpoint.estimate import Estimate
 
 _DECODER = re.compile(r".*(ForCausalLM|LMHeadModel)")
 # Model types of which an estimate is what a load plans, as stored and cast, with transformers 5.23.
@@ -84,35 +87,12 @@ class BoundedEstimate:
         )
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """What headers and config show of a model that may run within a budget.
+class Decoder(NamedTuple):
+    """What headers and config show of a model that may run within a budget; `why` nothing is known, if so."""
 
-    Attributes
-    ----------
-    source, config
-        What would be loaded.
-    dtype
-        That it computes in.
-    units
-        Its weights.
-    process_bytes
-        Memory of a process before the load.
-    weight_bytes, stacking_bytes, beside_bytes
-        What a plain load needs beside that: for weights; for a moment, while it stacks experts; for the
-        tokenizer, and buffers that no file holds.
-    why
-        Why nothing is known of it within a budget; empty if something is.
-    """
-
-    source: str
+    made: Estimate
     config: Mapping[str, Any]
-    dtype: str
     units: Units
-    process_bytes: int
-    weight_bytes: int
-    stacking_bytes: int
-    beside_bytes: int
     why: str
 
     def cache_bytes(self, work: Sequences) -> int | None:
@@ -123,24 +103,24 @@ class Decoder:
         """Return what a load within a budget would do."""
         if self.why:
             return BoundedEstimate(work, why=self.why)
-        needs = Needs.of(self.config, self._itemsize, work, self.process_bytes)
-        scratch = head_scratch(self.units.head_bytes, self.dtype, work)
-        streaming = Needs(
-            needs.process_bytes + self.beside_bytes, needs.cache_bytes, needs.activation_bytes + scratch
-        )
-        smallest = smallest_memory(self.units.sizes, streaming)
-        model = self.weight_bytes + self.stacking_bytes + self.beside_bytes
-        if sum(needs) + model <= work.max_memory:
-            return BoundedEstimate(work, MemoryPlan(work, *needs, 0, self.weight_bytes, 0), smallest)
+        made, units = self.made, self.units
+        needs = Needs.of(self.config, self._itemsize, work, made.runtime_bytes)
+        beside = made.tokenizer_bytes + made.buffer_bytes
+        scratch = head_scratch(units.head_bytes, made.dtype or "float32", work)
+        streaming = Needs(needs.process_bytes + beside, needs.cache_bytes, needs.activation_bytes + scratch)
+        smallest = smallest_memory(units.sizes, streaming)
+        weights = made.copied_bytes + made.mapped_bytes + made.resident_bytes
+        if sum(needs) + weights + made.stacking_bytes + beside <= work.max_memory:
+            return BoundedEstimate(work, MemoryPlan(work, *needs, 0, weights, 0), smallest)
         try:
-            plan, _ = plan_memory(self.source, self.units.sizes, streaming, work)
+            plan, _ = plan_memory(made.source, units.sizes, streaming, work)
         except PlanError as error:
             return BoundedEstimate(work, None, smallest, str(error))
         return BoundedEstimate(work, plan, smallest)
 
     @property
     def _itemsize(self) -> int:
-        return LOAD_BITS.get(self.dtype, 32) // 8
+        return LOAD_BITS.get(self.made.dtype or "float32", 32) // 8
 
 
 def why_unknown(config: Mapping[str, Any], quantized: str | None) -> str:

@@ -5,11 +5,11 @@ The one place for it: a load plans with the units of a model, an estimate with t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-from shardkit.base.disk import PAGE
+from shardkit.base.disk import PAGE, pages_of
 from shardkit.base.errors import PlanError
 from shardkit.base.record import Record, Summary, plural
 from shardkit.base.sizes import format_size
@@ -121,6 +121,18 @@ class UnitSize(NamedTuple):
     read_bytes: int
     step_bytes: int = 0
     must_stay: bool = False
+
+
+def viewed(nbytes: int, offset: int) -> UnitSize:
+    """Return the size of a weight that is used as it is read, in the pages of its file."""
+    pages = pages_of(nbytes, offset)
+    return UnitSize(pages, pages)
+
+
+def together(sizes: Iterable[UnitSize], must_stay: bool = False) -> UnitSize:
+    """Return the size of one module that has weights of these sizes."""
+    nbytes, read, steps, _ = zip(*sizes, strict=True)
+    return UnitSize(pages_of(sum(nbytes)), sum(read), max(steps), must_stay)
 
 
 class Needs(NamedTuple):

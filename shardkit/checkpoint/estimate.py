@@ -6,7 +6,7 @@ any other is converted into memory of its own, and so are experts that the model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -19,10 +19,7 @@ from shardkit.checkpoint.budget import Sequences
 from shardkit.checkpoint.hosts import HERE, HOSTS, HostFit, Need, Ways, fit
 from shardkit.checkpoint.loaded import (
     LOAD_BITS,
-    LoadedTensor,
     StoredTensor,
-    Units,
-    WeightBytes,
     loaded_tensors,
     units_of_names,
     weight_bytes,
@@ -174,26 +171,26 @@ class Estimate(Record):
             ("weights", f"{format_size(self.copied_bytes)} converted during loading"),
             *(("also", f"{format_size(size)} {what}") for size, what in others if size),
             *mapped,
-            *((("KV cache", self._cached(self.sequences)),) if self.sequences and not self.within else ()),
-            *(self.within.facts() if self.within else ()),
+            *(self.within.facts() if self.within else self._cached()),
         )
         tables = (self._table(),) if self.hosts else ()
         return Summary("Estimated memory to load", facts, tables, self.notes)
 
-    def _cached(self, sequences: Sequences) -> str:
+    def _cached(self) -> tuple[tuple[str, str], ...]:
         size = "not known" if self.cache_bytes is None else f"at most {format_size(self.cache_bytes)}"
-        return f"{size} ({sequences.tokens})"
+        return (("KV cache", f"{size} ({self.sequences.tokens})"),) if self.sequences else ()
 
     def _table(self) -> Table:
         rows = [
-            (f"{h.name} (free)" if h.name == HERE else h.name, format_size(h.memory_bytes), h.verdict, h.why)
-            for h in self.hosts
+            (
+                f"{host.name} (free)" if host.name == HERE else host.name,
+                *(format_size(host.memory_bytes), host.verdict, host.why, host.advice),
+            )
+            for host in self.hosts
         ]
-        columns = ("host", "memory", "verdict", "because")
-        if any(host.advice for host in self.hosts):
-            advice = [(host.advice,) for host in self.hosts]
-            return Table((*columns, "what would help"), tuple(map(tuple.__add__, rows, advice)))
-        return Table(columns, tuple(rows))
+        columns = ("host", "memory", "verdict", "because", "what would help")
+        shown = None if any(host.advice for host in self.hosts) else -1  # no column that is empty
+        return Table(columns[:shown], tuple(row[:shown] for row in rows))
 
 
 def estimate_load(
@@ -239,7 +236,8 @@ def estimate_load(
         resident_bytes=weights.read if in_memory else 0,
         in_file_bytes=units.row_bytes(loaded),
     )
-    decoder = _decoder(made, stored, units, config)
+    why = why_unknown(config, quantized(config, {tensor.name: tensor for tensor in stored}))
+    decoder = Decoder(made, config, units, why)
     asked = sequences or Sequences()
     made = replace(
         made,
@@ -251,42 +249,15 @@ def estimate_load(
     if method := quantization(config) or next(found, None):
         note = f"quantized ({method}): headers do not show how it is loaded, so this is a lower bound"
         return replace(made, notes=(note,))
-    why = _why_rough(made, config.get("model_type"), buffers)
-    made = replace(made, notes=(why,)) if why else replace(made, tolerance=TOLERANCE)
+    rough = _why_rough(made, config.get("model_type"), buffers)
+    made = replace(made, notes=(rough,)) if rough else replace(made, tolerance=TOLERANCE)
     shards = None
     if dtype in CAST_DTYPES and any(tensor.converted == dtype for tensor in loaded):
-        shards = _from_shards(made, weights, [tensor.in_shards(dtype) for tensor in loaded], units, config)
+        in_shards = [tensor.in_shards(dtype) for tensor in loaded]
+        cast = weight_bytes(in_shards, config)
+        less = weights.copied + weights.stacking - cast.copied - cast.stacking
+        shards = Need(made.new_bytes - less, cast.mapped, cast.mapped - units.row_bytes(in_shards))
     return with_hosts(made, Ways(dtype, shards, lambda nbytes: decoder.within(asked.within(nbytes))))
-
-
-def _decoder(
-    made: Estimate, stored: Iterable[StoredTensor], units: Units, config: Mapping[str, Any]
-) -> Decoder:
-    """Return what is known for loads within a budget."""
-    return Decoder(
-        made.source,
-        config,
-        made.dtype or "float32",
-        units,
-        process_bytes=made.runtime_bytes,
-        weight_bytes=made.copied_bytes + made.mapped_bytes + made.resident_bytes,
-        stacking_bytes=made.stacking_bytes,
-        beside_bytes=made.tokenizer_bytes + made.buffer_bytes,
-        why=why_unknown(config, quantized(config, {tensor.name: tensor for tensor in stored})),
-    )
-
-
-def _from_shards(
-    made: Estimate,
-    weights: WeightBytes,
-    loaded: Sequence[LoadedTensor],
-    units: Units,
-    config: Mapping[str, Any],
-) -> Need:
-    """Return what a load needs from shards in the dtype that is requested."""
-    shards = weight_bytes(loaded, config)
-    less = weights.copied + weights.stacking - shards.copied - shards.stacking
-    return Need(made.new_bytes - less, shards.mapped, shards.mapped - units.row_bytes(loaded))
 
 
 def _buffer_bytes(config: Mapping[str, Any]) -> int | None:

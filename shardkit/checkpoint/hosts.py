@@ -23,10 +23,8 @@ class HostFit:
     ----------
     name, memory_bytes
         The host, and its memory; of this machine, what was left when the estimate was made.
-    verdict
-        "fits"; "fits, each token reads 14.2 GB from disk again"; "does not fit".
-    why
-        The reason for it.
+    verdict, why
+        "fits"; "fits, each token reads 14.2 GB from disk again"; "does not fit"; and the reason for it.
     read_bytes
         What each token reads from disk again: 0 where all weights stay, None where the load does not fit.
     bounded_read_bytes

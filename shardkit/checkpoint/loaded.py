@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from shardkit.base.disk import pages_of
-from shardkit.checkpoint.budget import UnitSize, step_bytes
+from shardkit.checkpoint.budget import UnitSize, step_bytes, together, viewed
 from shardkit.checkpoint.kept import family, listed_patterns
 from shardkit.checkpoint.parts import EMBEDDING, HEAD, is_single_expert, part_of
 from shardkit.formats.safetensors import DTYPE_BITS
@@ -79,8 +79,7 @@ class LoadedTensor(NamedTuple):
         offset, itemsize = stored.offset, max(1, DTYPE_BITS[stored.dtype] // 8)
         is_stored = self.converted is None and not is_expert
         if is_stored and offset is not None and offset % itemsize == 0:
-            pages = pages_of(self.nbytes, offset)
-            return UnitSize(pages, pages)
+            return viewed(self.nbytes, offset)
         nbytes = self.nbytes if is_expert else pages_of(self.nbytes)
         return UnitSize(nbytes, stored.nbytes, step_bytes(stored.nbytes))
 
@@ -178,8 +177,10 @@ def units_of_names(tensors: Iterable[LoadedTensor]) -> Units:
         if tensor.is_embedding:
             embeddings.append(tensor)
         else:
-            modules.setdefault(_module(tensor.stored.name), []).append(tensor.size)
-            if tensor.stored.is_matrix and part_of(tensor.stored.name).place == HEAD:
+            name = tensor.stored.name
+            parts = name.partition(".experts.") if is_single_expert(name) else name.rpartition(".")
+            modules.setdefault(parts[0], []).append(tensor.size)
+            if tensor.stored.is_matrix and part_of(name).place == HEAD:
                 heads.append(tensor)
     token = max(embeddings, key=lambda tensor: tensor.nbytes, default=None)
     heads = [head for head in heads if token is None or head.stored.shape[0] == token.stored.shape[0]]
@@ -188,17 +189,7 @@ def units_of_names(tensors: Iterable[LoadedTensor]) -> Units:
         heads, modules["(head)"] = [token], [token.size]
         names.remove(token.stored.name)
     return Units(
-        [_together(sizes) for sizes in modules.values()],
+        [together(sizes) for sizes in modules.values()],
         max((head.nbytes for head in heads), default=0),
         frozenset(names),
     )
-
-
-def _module(name: str) -> str:
-    """Return the module that a tensor belongs to: of single experts, that which stacks them."""
-    return name.partition(".experts.")[0] if is_single_expert(name) else name.rpartition(".")[0]
-
-
-def _together(sizes: Iterable[UnitSize]) -> UnitSize:
-    nbytes, read, steps, _ = zip(*sizes, strict=True)
-    return UnitSize(pages_of(sum(nbytes)), sum(read), max(steps))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shardkit.base.errors import PlanError
 from shardkit.base.sizes import format_size
@@ -15,19 +15,8 @@ _AHEAD_SHARE = 5 / 4
 _SMALL_SHARE = 1 / 64
 
 
-@dataclass(frozen=True)
-class Residence:
-    """Which units stay in memory.
-
-    Attributes
-    ----------
-    stays
-        For each unit, in order of execution, whether it does.
-    resident_bytes
-        Memory of those that stay.
-    buffer_bytes
-        Memory that the others are read into.
-    """
+class Residence(NamedTuple):
+    """Whether each unit stays, in order of execution; bytes of those; bytes to read the others into."""
 
     stays: tuple[bool, ...]
     resident_bytes: int
@@ -75,9 +64,7 @@ def smallest_budget(sizes: Sequence[int], must_stay: Container[int] = ()) -> int
 def _fill(sizes: Sequence[int], limit: int, budget: int, must_stay: Container[int]) -> Residence:
     """Stream no unit above a limit, nor a small one, and as few others as the budget allows."""
     small = _SMALL_SHARE * max(sizes, default=0)
-    may_leave = [
-        place for place, size in enumerate(sizes) if small < size <= limit and place not in must_stay
-    ]
+    may_leave = [n for n, size in enumerate(sizes) if small < size <= limit and n not in must_stay]
     largest = max((sizes[place] for place in may_leave), default=0)
     buffer = math.ceil(largest * _AHEAD_SHARE) if len(may_leave) > 1 else largest
     resident = sum(sizes) - sum(sizes[place] for place in may_leave)

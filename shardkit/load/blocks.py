@@ -12,6 +12,8 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import compress
+from operator import not_
 from typing import Any, NoReturn
 
 from shardkit.base.disk import own_memory
@@ -29,16 +31,9 @@ from shardkit.load.units import Filler, Unit, units_of
 
 
 def fill_within(model: Any, checkpoint: Checkpoint, work: Workload) -> MemoryPlan:
-    """Give a decoder its weights such that the process stays within a budget, and return how.
+    """Give a decoder on the meta device its weights such that the process stays within a budget; return how.
 
-    Parameters
-    ----------
-    model
-        Of transformers, on the meta device but for buffers that no file has.
-    checkpoint
-        What its weights are in: on this machine, and left as it is while the model is used.
-    work
-        What the model is for, and the memory for it; a pass over more raises a PlanError.
+    The checkpoint is left as it is while the model is used. A pass over more than `work` raises a PlanError.
 
     Raises
     ------
@@ -56,9 +51,8 @@ def fill_within(model: Any, checkpoint: Checkpoint, work: Workload) -> MemoryPla
         (rows if _stays_in_file(unit, module) else units).append((unit, module))
     plan, chosen = plan_memory(checkpoint.source, [unit.size for unit, _ in units], needs, work)
     filler = Filler(files)
-    _make_resident((pair for pair, stays in zip(units, chosen.stays, strict=True) if stays), filler)
-    streamed = [pair for pair, stays in zip(units, chosen.stays, strict=True) if not stays]
-    _attach_stream(streamed, chosen.buffer_bytes, filler)
+    _make_resident(compress(units, chosen.stays), filler)
+    _attach_stream([*compress(units, map(not_, chosen.stays))], chosen.buffer_bytes, filler)
     _attach_rows(rows, units, files)
     _check_complete(model, checkpoint)
     _guard(model, work)
@@ -105,7 +99,7 @@ def _stays_in_file(unit: Unit, module: Any) -> bool:
 
 def _make_resident(units: Iterable[tuple[Unit, Any]], filler: Filler) -> None:
     for unit, module in units:
-        buffer = memoryview(own_memory(unit.nbytes))
+        buffer = memoryview(own_memory(unit.size.nbytes))
         filler.fill(unit, buffer)
         if unit.are_buffers:
             module._buffers.update(unit.tensors(buffer))
@@ -206,13 +200,7 @@ class _Unmoved:
 class Stream:
     """Weights of units as they are needed: what reads them ahead, and which are in use.
 
-    Parameters
-    ----------
-    units
-        Those that are not resident, in the order in which they are expected to be used. The order of the
-        first pass is used for the next ones.
-    buffer_bytes, filler
-        How much memory may be read into, and what does it.
+    The first pass is expected to use the units in the order given, and the next ones in its own.
     """
 
     def __init__(self, units: Sequence[Unit], buffer_bytes: int, filler: Filler) -> None:
@@ -221,7 +209,7 @@ class Stream:
         self._unit: Unit | None = None
         self._weights: dict[str, Any] = {}
 
-        self._ahead = ReadAhead({unit: unit.nbytes for unit in units}, buffer_bytes, filler.fill)
+        self._ahead = ReadAhead({unit: unit.size.nbytes for unit in units}, buffer_bytes, filler.fill)
         weakref.finalize(self, self._ahead.close)
 
     def weights(self, unit: Unit) -> dict[str, Any]:

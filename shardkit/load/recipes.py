@@ -47,17 +47,7 @@ def torch_dtype(tensor: TensorInfo) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Part:
-    """A range of a stored tensor that becomes a range of a weight; in elements.
-
-    Attributes
-    ----------
-    source
-        The tensor.
-    begin, elements
-        Of the range in it, row by row.
-    place
-        Where the range begins in the weight.
-    """
+    """A range of a stored tensor, and the `place` in a weight where it goes; in elements, row by row."""
 
     source: TensorInfo
     begin: int

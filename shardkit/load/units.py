@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shardkit.base.disk import PAGE, own_memory, pages_of
-from shardkit.checkpoint.budget import STEP_BYTES, UnitSize, step_bytes
+from shardkit.checkpoint.budget import STEP_BYTES, UnitSize, step_bytes, together, viewed
 from shardkit.load.direct import WeightFiles
 from shardkit.load.recipes import Part, torch_dtype
 
@@ -17,17 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter, or a buffer that is saved, of a module.
-
-    Attributes
-    ----------
-    name, attribute
-        In the model, and in its module.
-    shape, dtype
-        That it has in the model.
-    parts
-        What it is made from.
-    """
+    """A parameter or saved buffer: its names in model and module, what it is, and what it is made from."""
 
     name: str
     attribute: str
@@ -44,35 +34,27 @@ class Weight:
         return not others and is_stored and source.offset % self.dtype.itemsize == 0
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of memory: pages."""
-        if self.is_view:
-            return pages_of(self.parts[0].source.nbytes, self.parts[0].source.offset)
-        size: int = self.dtype.itemsize
-        return pages_of(sum(part.elements for part in self.parts) * size)
+    def elements(self) -> int:
+        """How many it has."""
+        return sum(part.elements for part in self.parts)
 
     @property
-    def read_bytes(self) -> int:
-        """Bytes to read for it."""
+    def size(self) -> UnitSize:
+        """Memory that it is read into, in pages, and what is read for that."""
         if self.is_view:
-            return self.nbytes
-        return sum(map(_stored_bytes, self.parts))
+            return viewed(self.parts[0].source.nbytes, self.parts[0].source.offset)
+        stored = [part.elements * torch_dtype(part.source).itemsize for part in self.parts]
+        return UnitSize(pages_of(self.elements * self.dtype.itemsize), sum(stored), step_bytes(max(stored)))
 
     def tensor(self, buffer: memoryview, begin: int) -> torch.Tensor:
         """Return it in the place that it has in a buffer, which lives as long as the tensor does."""
         import torch
 
-        elements = sum(part.elements for part in self.parts)
-        if not elements:
+        if not self.elements:
             return torch.empty(self.shape, dtype=self.dtype)
         begin += self.parts[0].source.offset % PAGE if self.is_view else 0
-        found = torch.frombuffer(buffer, dtype=self.dtype, count=elements, offset=begin)
+        found = torch.frombuffer(buffer, dtype=self.dtype, count=self.elements, offset=begin)
         return found.view(self.shape)
-
-
-def _stored_bytes(part: Part) -> int:
-    size: int = torch_dtype(part.source).itemsize
-    return part.elements * size
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,35 +66,21 @@ class Unit:
     are_buffers: bool
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of memory."""
-        return sum(weight.nbytes for weight in self.weights)
-
-    @property
     def size(self) -> UnitSize:
         """What a plan has to know of it."""
-        made = [part for weight in self.weights if not weight.is_view for part in weight.parts]
-        step = max((step_bytes(_stored_bytes(part)) for part in made), default=0)
-        read = sum(weight.read_bytes for weight in self.weights)
-        return UnitSize(self.nbytes, read, step, self.are_buffers)
+        return together([weight.size for weight in self.weights], self.are_buffers)
 
     def tensors(self, buffer: memoryview) -> dict[str, torch.Tensor]:
         """Return the weights by attribute, out of a buffer that was filled."""
         at, found = 0, {}
         for weight in self.weights:
             found[weight.attribute] = weight.tensor(buffer, at)
-            at += weight.nbytes
+            at += weight.size.nbytes
         return found
 
 
 class Filler:
-    """Fills buffers with units; one at a time.
-
-    Parameters
-    ----------
-    files
-        Where their tensors are.
-    """
+    """Fills buffers with units, one at a time, from the files where their tensors are."""
 
     def __init__(self, files: WeightFiles) -> None:
         self._files = files
@@ -134,14 +102,14 @@ class Filler:
         at = 0
         for weight in unit.weights:
             if weight.is_view:
-                self._files.read(weight.parts[0].source, buffer[at : at + weight.nbytes], may_hold)
+                self._files.read(weight.parts[0].source, buffer[at : at + weight.size.nbytes], may_hold)
             else:
                 whole = weight.tensor(buffer, at).view(-1)
                 for part in weight.parts:
                     if not may_hold(part.elements * weight.dtype.itemsize):
                         return
                     self._copy(part, whole[part.place : part.place + part.elements])
-            at += weight.nbytes
+            at += weight.size.nbytes
 
     def _copy(self, part: Part, target: torch.Tensor) -> None:
         import torch

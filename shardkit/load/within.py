@@ -23,21 +23,7 @@ _PROBLEMS = {"missing_keys": "lacks weights that", "mismatched_keys": "has weigh
 def load_within(checkpoint: Checkpoint, dtype: object, work: Workload, options: dict[str, Any]) -> Any:
     """Return a model that streams what does not fit; None if all fits, so that a plain load will do.
 
-    Parameters
-    ----------
-    checkpoint
-        On this machine.
-    dtype
-        To load in: "float16", "auto".
-    work
-        What the model is for, and the memory for it.
-    options
-        For `from_pretrained`.
-
-    Raises
-    ------
-    CheckpointError, PlanError
-        As `load_model` does.
+    Takes, and raises, what `load_model` does; `options` are for `from_pretrained`.
     """
     import transformers
 
@@ -73,15 +59,13 @@ def _check_streamable(checkpoint: Checkpoint, trusted: bool) -> None:
         refuse(f"quantized weights cannot be streamed: {why}")
     named, model_type = architecture(config), str(config.get("model_type"))
     decoders = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    is_decoder = named in _names(decoders.get(model_type)) and not config.get("is_encoder_decoder")
+    found = decoders.get(model_type, ())
+    is_decoder = named in ((found,) if isinstance(found, str) else found)
+    is_decoder = is_decoder and not config.get("is_encoder_decoder")
     if not is_decoder or model_type in _REWRITES_WEIGHTS:
         refuse(f"{named or model_type} is not a decoder that can be streamed")
     if trusted and config.get("auto_map"):
         refuse("a model with its own code cannot be streamed")
-
-
-def _names(found: Any) -> tuple[str, ...]:
-    return (found,) if isinstance(found, str) else tuple(found or ())
 
 
 def _empty_decoder(checkpoint: Checkpoint, config: Any, dtype: str, options: dict[str, Any]) -> Any:
@@ -100,12 +84,7 @@ def _empty_decoder(checkpoint: Checkpoint, config: Any, dtype: str, options: dic
             raise CheckpointError(f"{what} {kind.__name__} needs: {names}", file=checkpoint.source)
     model, _ = kind.from_pretrained(None, **made)
     model.name_or_path = model.config._name_or_path = checkpoint.folder
-    hub: dict[str, Any] = {
-        "cache_dir": None,
-        "force_download": False,
-        "proxies": None,
-        "local_files_only": True,
-    }
-    hub |= {"token": None, "revision": "main", "subfolder": "", "trust_remote_code": False}
+    hub = dict.fromkeys(("cache_dir", "proxies", "token")) | {"revision": "main", "subfolder": ""}
+    hub |= {"force_download": False, "local_files_only": True, "trust_remote_code": False}
     model.adjust_generation_fn(options.get("generation_config"), False, False, checkpoint.folder, **hub)
     return model

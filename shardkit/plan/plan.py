@@ -195,14 +195,9 @@ class ShardPlan(Record):
             for s in self.shards
             for t in s.tensors
         )
+        target = load_dtype(dtype)
         return estimate_with_base(
-            self.source,
-            stored,
-            load_dtype(dtype),
-            Checkpoint.open,
-            stem=self.stem,
-            config=config,
-            side_files=side_files,
+            self.source, stored, target, Checkpoint.open, stem=self.stem, config=config, side_files=side_files
         )
 
     def header(self, shard: Shard) -> bytes:

@@ -117,6 +117,6 @@ def _bars(
 
 
 def _title(ax: Axes, title: str, unit: str) -> None:
-    ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=ink(ax))
+    ax.set_title(title, loc="left", fontsize=9, fontweight="bold", color=ink(ax))
     ax.set_xlabel(unit, color=ink(ax))
     ax.spines[["top", "right"]].set_visible(False)

@@ -74,7 +74,7 @@ cuda = SimpleNamespace(
 class Load(worker.Load):
     def imports(self):
         self.torch = SimpleNamespace(cuda=cuda, get_num_threads=lambda: 1, __version__="2.13.0")
-        self.loader = SimpleNamespace(from_pretrained=self.from_pretrained)
+        self.loader, self.own_load = SimpleNamespace(from_pretrained=self.from_pretrained), None
     def prompt_ids(self):
         pass
     def load_tokenizer(self):

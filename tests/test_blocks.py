@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from shardkit import Checkpoint, load_model, make_demo_checkpoint, measure_load, shard_checkpoint
+from shardkit.base.machine import process_bytes
 from shardkit.checkpoint import budget
 from shardkit.checkpoint.residence import choose_residence, smallest_budget
 from shardkit.errors import CheckpointError, PlanError, ShardkitError
@@ -489,3 +490,45 @@ def test_command_line_names_the_smallest_budget_in_one_line(larger: Path) -> Non
     done = command("generate", larger, "--prompt", "x", "--max-memory", "1MB")
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"shardkit: .*is too small: .* needs at least [\d,]+ bytes.*\n", done.stderr)
+
+
+def test_after_ctrl_c_in_a_pass_another_thread_generates(saved) -> None:
+    model = bounded(saved("LlamaForCausalLM"))
+    stop = model.model.layers[0].register_forward_pre_hook(
+        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(KeyboardInterrupt):
+        model(ids)
+    stop.remove()
+    thread = threading.Thread(target=model, args=(ids,), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_weights_that_are_missing_are_refused_where_all_would_fit(saved, tmp_path) -> None:
+    folder = shutil.copytree(saved("LlamaForCausalLM"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks weights that .*layers\.1.mlp\.up_proj\.weight"):
+        load_model(folder, max_memory="4GB")
+
+
+def test_scores_that_a_model_makes_of_all_pairs_of_tokens_are_part_of_its_budget(saved) -> None:
+    model = bounded(saved("BloomForCausalLM"), context_tokens=1000)
+    heads = model.config.num_attention_heads
+    assert model.memory_plan.activation_bytes > heads * 1000**2 * 14
+    before, most, done = process_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            most[0] = max(most[0], process_bytes())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model(torch.ones((1, 1000), dtype=torch.int64))
+    done.set()
+    thread.join()
+    assert 0 < most[0] - before <= model.memory_plan.work.max_memory

@@ -1086,12 +1086,12 @@ def test_peak_that_the_system_does_not_report_is_said_to_be_unknown(
     assert report.peak_bytes is None
     assert "peak not reported by this system" in str(report)
     # Where a peak of earlier cannot be forgotten, a lower one is not known, and a higher one is.
-    counts = {"VmHWM": 900, "VmRSS": 100}
+    counts = {"VmHWM": 900_000_000, "VmRSS": 100_000_000}
     monkeypatch.setattr(machine, "_kernel_counts", counts.get)
     watch = machine.Watch()
     assert watch.peak_bytes is None
-    counts["VmHWM"] = 950
-    assert watch.peak_bytes == 950
+    counts["VmHWM"] = 950_000_000
+    assert watch.peak_bytes == 950_000_000
 
 
 def test_kernel_that_calls_all_pages_resident_is_not_believed(

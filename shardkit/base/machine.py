@@ -114,6 +114,9 @@ def filesystem(folder: str) -> str | None:
     return nearest.fstype if nearest else None
 
 
+_COUNTED_BYTES = 2 << 20
+
+
 class Watch:
     """Time, and the kernel's own peak of this process' resident memory, since it was made.
 
@@ -127,7 +130,9 @@ class Watch:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
         self.before_bytes = _kernel_counts("VmRSS")
-        self._was_reset = _kernel_counts("VmHWM") != self._earlier
+        peak = _kernel_counts("VmHWM")
+        # The kernel counts pages in batches, so that both are not quite the same.
+        self._was_reset = bool(peak and self.before_bytes and peak - self.before_bytes < _COUNTED_BYTES)
 
     @property
     def seconds(self) -> float:

@@ -23,6 +23,10 @@ STEP_BYTES = 8 << 20
 # Activations of a token in a pass, at most: so many vectors of the hidden size, and of the MLP's.
 _HIDDEN_VECTORS, _MLP_VECTORS = 10, 4
 _TOKENS_WITH_LOGITS = 64  # a prompt has those of its last token alone; guessed tokens have them all
+# Decoders for which transformers 5.23 makes a score of each pair of tokens for each head, unless requested
+# otherwise; and bytes of one, beside two in the model's dtype: its softmax is float32, and made from a copy.
+_MAKES_SCORES = frozenset(("bloom", "codegen", "gemma2", "gpt_oss", "gptj", "mpt", "xglm"))
+_SOFTMAX_BYTES = 10
 _MOST = 10**9  # tokens, or whatever else is counted: beyond any model
 # What configs call the same number.
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -225,9 +229,16 @@ def _activation_bytes(config: Mapping[str, Any], itemsize: int, work: Sequences)
     hidden, tokens = _number(config, *_HIDDEN), work.context_tokens
     inner = _number(config, *_INNER) or 4 * hidden
     vectors = _HIDDEN_VECTORS * hidden + _MLP_VECTORS * inner
-    mask = tokens * tokens * 4
+    mask = tokens * tokens * 4 + _score_bytes(config, itemsize, tokens)
     logits = (min(tokens, _TOKENS_WITH_LOGITS) + 4) * _number(config, "vocab_size") * 4
     return work.batch_size * (tokens * vectors * itemsize + mask + logits)
+
+
+def _score_bytes(config: Mapping[str, Any], itemsize: int, tokens: int) -> int:
+    """Return the bytes of attention scores where a model makes them, with their softmax in float32."""
+    chosen = config.get("attn_implementation")
+    makes_them = chosen == "eager" or (chosen is None and config.get("model_type") in _MAKES_SCORES)
+    return makes_them * tokens**2 * _number(config, *_HEADS) * (2 * itemsize + _SOFTMAX_BYTES)
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int:

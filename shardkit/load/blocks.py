@@ -8,10 +8,10 @@ counts until no tensor views it any more.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from itertools import compress
 from operator import not_
 from typing import Any, NoReturn
@@ -62,7 +62,8 @@ def fill_within(model: Any, checkpoint: Checkpoint, work: Workload) -> MemoryPla
 def needs_of(config: Any, dtype: str, work: Workload) -> Needs:
     """Return what this process needs beside the weights of a model that is loaded in a dtype."""
     text = config.get_text_config()
-    named = {name: getattr(text, name, None) for name in (*text.attribute_map, *SIZES)}
+    named = {"attn_implementation": getattr(text, "_attn_implementation", None)}
+    named |= {name: getattr(text, name, None) for name in (*text.attribute_map, *SIZES)}
     described = {**text.to_dict(), **named}
     return Needs.of(described, LOAD_BITS.get(dtype, 32) // 8, work, process_bytes())
 
@@ -152,9 +153,10 @@ def _check_complete(model: Any, checkpoint: Checkpoint) -> None:
 def _guard(model: Any, work: Workload) -> None:
     """Refuse passes that need more memory than was planned, and to move or cast the model.
 
-    Passes in several threads would take each other's buffers: one at a time.
+    Passes in several threads would take each other's buffers: one at a time. Not by hooks: torch calls none
+    after Ctrl-C, and the next thread would wait for ever.
     """
-    running = threading.RLock()
+    running, itself, forward = threading.RLock(), weakref.ref(model), type(model).forward
 
     def check(_: Any, arguments: Any, named: Any) -> None:
         tokens = next((value for value in (*arguments, named.get("input_ids")) if value is not None), None)
@@ -167,14 +169,14 @@ def _guard(model: Any, work: Workload) -> None:
                 f"{batch} x {length} tokens need more memory than was planned for {work.batch_size} x "
                 f"{work.context_tokens}: load the model with a larger batch_size or context_tokens"
             )
-        running.acquire()
 
-    def end(*_: object) -> None:
-        with suppress(RuntimeError):  # called, too, where a pass was refused
-            running.release()
+    def alone(*arguments: Any, **named: Any) -> Any:
+        with running:
+            return forward(itself(), *arguments, **named)
 
+    vars(alone)["__signature__"] = inspect.signature(model.forward)  # which generation asks for
     model.register_forward_pre_hook(check, with_kwargs=True)
-    model.register_forward_hook(end, always_call=True)
+    model.forward = alone
     model._apply = _Unmoved(model)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from shardkit.base.errors import CheckpointError
@@ -17,7 +18,7 @@ from shardkit.checkpoint.config import architecture
 from shardkit.checkpoint.layout import find_weights, read_config
 from shardkit.formats.tensor import CAST_DTYPES, LoadDtypeLike, dtype_name
 from shardkit.load.prefetch import Prefetch
-from shardkit.load.within import load_within
+from shardkit.load.within import check_complete, load_within
 from shardkit.sources.resolve import resolve
 
 # Pages beyond this share of the memory that is free would push out others that were just read.
@@ -108,7 +109,12 @@ def load_model(
         names = loader_names(checkpoint.config, bool(from_pretrained_options.get("trust_remote_code")))
         loader = next(found for name in names if (found := getattr(transformers, name, None)))
         name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-        return loader.from_pretrained(folder, **{name: dtype}, **from_pretrained_options)
+        load = partial(loader.from_pretrained, folder, **{name: dtype}, **from_pretrained_options)
+        if budget is None or "output_loading_info" in from_pretrained_options:
+            return load()
+        model, found = load(output_loading_info=True)
+        check_complete(found, type(model).__name__, checkpoint)
+        return model
     except BaseException:
         reading.stop()
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from shardkit.base.errors import CheckpointError, PlanError
@@ -46,6 +47,14 @@ def load_within(checkpoint: Checkpoint, dtype: object, work: Workload, options: 
     return model
 
 
+def check_complete(found: Mapping[str, Any], model: str, checkpoint: Checkpoint) -> None:
+    """Refuse a load whose info, as transformers gives it, says that weights were made at random."""
+    for kind_of_problem, what in _PROBLEMS.items():
+        if found[kind_of_problem]:
+            names = listed(sorted(map(str, found[kind_of_problem])))
+            raise CheckpointError(f"{what} {model} needs: {names}", file=checkpoint.source)
+
+
 def _check_streamable(checkpoint: Checkpoint, trusted: bool) -> None:
     import transformers
 
@@ -78,10 +87,7 @@ def _empty_decoder(checkpoint: Checkpoint, config: Any, dtype: str, options: dic
     made = {"config": config, "state_dict": described, "dtype": dtype, "output_loading_info": True, **options}
     # First with everything on the meta device: else, what is missing would be made at random, in memory.
     _, found = kind.from_pretrained(None, device_map="meta", **made)
-    for kind_of_problem, what in _PROBLEMS.items():
-        if found[kind_of_problem]:
-            names = listed(sorted(map(str, found[kind_of_problem])))
-            raise CheckpointError(f"{what} {kind.__name__} needs: {names}", file=checkpoint.source)
+    check_complete(found, kind.__name__, checkpoint)
     model, _ = kind.from_pretrained(None, **made)
     model.name_or_path = model.config._name_or_path = checkpoint.folder
     hub = dict.fromkeys(("cache_dir", "proxies", "token")) | {"revision": "main", "subfolder": ""}

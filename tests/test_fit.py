@@ -143,28 +143,27 @@ def test_what_weakens_the_load_without_a_limit_is_told(demo, monkeypatch):
     assert "! made at random" in str(minimum_memory(demo))
 
 
-def test_options_go_with_every_load(demo, monkeypatch):
+def specs_seen(monkeypatch, *names):
+    """Have loads live above 300 MB; return what of their specs is seen, in turn."""
     seen = []
 
     def measure(_, spec):
-        seen.append((spec.options, spec.loader))
+        seen.append(tuple(getattr(spec, name) for name in names))
         return fake_load(outcome="ok" if (spec.memory_limit or 10**9) > 300 * MB else "killed")
 
     monkeypatch.setattr(fit, "why_unlimited", lambda: None)
     monkeypatch.setattr(fit, "run_load", measure)
+    return seen
+
+
+def test_options_go_with_every_load(demo, monkeypatch):
+    seen = specs_seen(monkeypatch, "options", "loader")
     floor = minimum_memory(demo, options={"trust_remote_code": True}, loader=__file__)
     assert seen == [({"trust_remote_code": True}, __file__)] * (1 + len(floor.runs))
 
 
 def test_a_budget_is_the_limit_of_each_load(demo, monkeypatch):
-    seen = []
-
-    def measure(_, spec):
-        seen.append((spec.memory_limit, spec.max_memory))
-        return fake_load(outcome="ok" if (spec.memory_limit or 10**9) > 300 * MB else "killed")
-
-    monkeypatch.setattr(fit, "why_unlimited", lambda: None)
-    monkeypatch.setattr(fit, "run_load", measure)
+    seen = specs_seen(monkeypatch, "memory_limit", "max_memory")
     floor = minimum_memory(demo, within_budget=True)
     assert seen == [(None, None), *((run.limit_bytes, run.limit_bytes) for run in floor.runs)]
 

@@ -16,7 +16,7 @@ from shardkit.app.step import Step, box, field
 from shardkit.base.record import Summary
 from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES
+from shardkit.formats.tensor import CAST_DTYPES, stored_dtype
 from shardkit.plan.packing import STRATEGIES
 from shardkit.plan.plan import ShardPlan, plan_shards
 
@@ -63,7 +63,7 @@ class Plan(Step):
             if checkpoint.source != self._source:
                 self.size.value = _typed(next(size for size in sizes if size >= usual))
             self._source, kept = checkpoint.source, self.dtype.value
-            self.dtype.options = _dtypes(stored_dtype(checkpoint))
+            self.dtype.options = _dtypes(stored_dtype(checkpoint.dtypes))
             self.dtype.value = kept
             self._filling = False
         self.attempt()
@@ -115,11 +115,6 @@ class Plan(Step):
             self.attempt()
 
 
-def stored_dtype(checkpoint: Checkpoint) -> str | None:
-    """Return the floating-point dtype that most of a checkpoint is stored in; None of quantized weights."""
-    return next((DTYPE_NAMES[dtype] for dtype in checkpoint.dtypes if dtype in FLOAT_DTYPES), None)
-
-
 def _dtypes(stored: str | None) -> list[tuple[str, str]]:
     return [(f"as stored ({stored or 'bytes are copied'})", ""), *((name, name) for name in CAST_DTYPES)]
 
@@ -133,7 +128,7 @@ def _loads(checkpoint: Checkpoint, plan: ShardPlan) -> Loads:
     requested = checkpoint.estimate(plan.dtype)
     config, side_files = checkpoint.config, checkpoint.side_files
     shards = plan.estimate(requested.dtype, config=config, side_files=side_files)
-    stored = checkpoint.estimate(stored_dtype(checkpoint))
+    stored = checkpoint.estimate(stored_dtype(checkpoint.dtypes))
     return Loads(stored, requested, shards, plan, checkpoint.total_bytes)
 
 

@@ -25,6 +25,8 @@ _DROPPABLE = {
     True: ("inactive_file", "active_file", "slab_reclaimable"),
 }
 
+# The kernel counts pages in batches: what is resident, and its peak, are not quite the same at any time.
+_COUNTED_BYTES = 2 << 20
 # Where the pages of a file are memory that the kernel cannot drop.
 MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
 
@@ -36,9 +38,8 @@ def cores() -> int:
 
 def process_bytes() -> int:
     """Return the memory of this process that cannot be evicted, in bytes."""
-    with suppress(OSError, ValueError):
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+    if (counted := _kernel_counts("RssAnon", "RssShmem")) is not None:
+        return counted
     import psutil
 
     return int(psutil.Process().memory_info().rss)
@@ -114,9 +115,6 @@ def filesystem(folder: str) -> str | None:
     return nearest.fstype if nearest else None
 
 
-_COUNTED_BYTES = 2 << 20
-
-
 class Watch:
     """Time, and the kernel's own peak of this process' resident memory, since it was made.
 
@@ -131,7 +129,6 @@ class Watch:
             Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
         self.before_bytes = _kernel_counts("VmRSS")
         peak = _kernel_counts("VmHWM")
-        # The kernel counts pages in batches, so that both are not quite the same.
         self._was_reset = bool(peak and self.before_bytes and peak - self.before_bytes < _COUNTED_BYTES)
 
     @property
@@ -149,7 +146,7 @@ class Watch:
         """The peak, those of other processes added; None where the kernel does not say."""
         own = _kernel_counts("VmHWM")
         # Where an earlier peak could not be forgotten, and was not exceeded, it hides this one.
-        is_known = own is not None and (self._was_reset or own != self._earlier or own == self.before_bytes)
+        is_known = own is not None and (self._was_reset or own != self._earlier)
         peaks = [own if is_known else None, *self._helpers.values()]
         return sum(filter(None, peaks)) if None not in peaks else None
 
@@ -163,10 +160,9 @@ def _who() -> str:
     return f"{platform.node()}:{os.getpid()}"
 
 
-def _kernel_counts(name: str) -> int | None:
-    """Return what `/proc/self/status` has under a name, in bytes."""
-    with suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
+def _kernel_counts(*names: str) -> int | None:
+    """Return the sum of what `/proc/self/status` has under these names, in bytes; None without all."""
+    with suppress(OSError, ValueError, LookupError):
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return sum(int(fields[name].split()[0]) * 1024 for name in names)
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -47,6 +47,11 @@ def dtype_name(dtype: object) -> str:
     if name not in CAST_DTYPES:
         raise PlanError(misspelled("dtype", dtype, CAST_DTYPES, _SHORT))
     return name
+
+
+def stored_dtype(dtypes: Iterable[str]) -> str | None:
+    """Return the first floating-point one of some dtypes on disk, in torch's words; None where none is."""
+    return next((DTYPE_NAMES[dtype] for dtype in dtypes if dtype in FLOAT_DTYPES), None)
 
 
 def parse_dtype(dtype: object) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint import asking
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES
+from shardkit.formats.tensor import DTYPE_NAMES, stored_dtype
 from shardkit.load.look import config_differences
 
 
@@ -74,7 +74,7 @@ def _side(checkpoint: Checkpoint) -> dict[str, Any]:
     Asked for the dtype that most weights have, transformers converts none of those, and reads none.
     """
     is_folder = checkpoint.place.folder is not None and not os.path.isfile(checkpoint.source)
-    dtype = next((DTYPE_NAMES[d] for d in checkpoint.dtypes if d in FLOAT_DTYPES), None)
+    dtype = stored_dtype(checkpoint.dtypes)
     tensors = {name: (DTYPE_NAMES[t.dtype], t.shape) for name, t in checkpoint.tensors.items()}
     return {
         "folder": checkpoint.folder if is_folder else None,

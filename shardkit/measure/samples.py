@@ -13,7 +13,7 @@ from typing import Any, Self
 from shardkit.base.errors import MeasurementError
 from shardkit.base.record import listed, plural
 from shardkit.base.sizes import format_size
-from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES
+from shardkit.formats.tensor import stored_dtype
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement
 from shardkit.measure.quantities import QUANTITIES, Quantity, Ratio, compared, ratios_of, why_missing
 
@@ -42,7 +42,7 @@ class Variant:
     @property
     def dtype(self) -> str | None:
         """The floating-point dtype that most of it is stored in, in torch's words."""
-        return next((DTYPE_NAMES[dtype] for dtype in self.dtypes if dtype in FLOAT_DTYPES), None)
+        return stored_dtype(self.dtypes)
 
     def explain(self, loads: Sequence[LoadMeasurement], typical: LoadMeasurement | None) -> str:
         """Say where the figures of its loads come from: copied or mapped weights, read late or not."""

@@ -84,11 +84,17 @@ def ink(ax: Axes) -> Any:
     return ax.xaxis.label.get_color()
 
 
-def tidy(ax: Axes, unit: str, finding: str) -> None:
+def tidy(ax: Axes, unit: str, finding: str, size: float = 10) -> None:
     """Set the finding as title, and the unit, and take away what only frames the picture."""
-    ax.set_title(finding, loc="left", fontsize=10, fontweight="bold", color=ink(ax))
+    ax.set_title(finding, loc="left", fontsize=size, fontweight="bold", color=ink(ax))
     ax.set_ylabel(unit, color=ink(ax))
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def draw_bar(ax: Axes, y: float, length: float, height: float, number: int) -> None:
+    """Draw the bar of a variant, by its number."""
+    own = color(number)
+    ax.barh(y, length, height, facecolor=(own, 0.4), edgecolor=own, linewidth=1.2)
 
 
 def say_empty(ax: Axes) -> None:

@@ -16,6 +16,7 @@ from shardkit.measure.samples import ORIGINAL, SHARDED, Samples
 from shardkit.show.canvas import (
     bare_figure,
     color,
+    draw_bar,
     ink,
     letters,
     name_rows,
@@ -112,7 +113,7 @@ def _plot_quantity(
 
 def _bar(ax: Axes, y: float, values: list[float], number: int) -> None:
     mean, own = geometric_mean(values), color(number)
-    ax.barh(y, mean, 0.8, facecolor=(own, 0.4), edgecolor=own, linewidth=1.2)
+    draw_bar(ax, y, mean, 0.8, number)
     ax.scatter(values, [y] * len(values), s=15, color=own, edgecolor=ink(ax), linewidth=0.6, zorder=4)
     if (interval := mean_interval(values)) is not None:
         sides = [[mean - interval[0]], [interval[1] - mean]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from shardkit.base.sizes import format_size
 from shardkit.measure.measurement import LoadMeasurement
 from shardkit.measure.quantities import QUANTITIES
-from shardkit.show.canvas import color, ink, new_axes, say_empty, scale, short_names
+from shardkit.show.canvas import draw_bar, ink, new_axes, say_empty, scale, short_names, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,14 +98,7 @@ def _bars(
 ) -> None:
     for row, (name, run) in enumerate(runs.items()):
         if name in values:
-            ax.barh(
-                row,
-                values[name] / one,
-                0.62,
-                facecolor=(color(row), 0.4),
-                edgecolor=color(row),
-                linewidth=1.2,
-            )
+            draw_bar(ax, row, values[name] / one, 0.62, row)
             end: dict[str, Any] = {"xy": (values[name] / one, row), "xytext": (4, 0), "va": "center"}
             ax.annotate(shown(values[name]), **end, textcoords="offset points", color=ink(ax))
         else:
@@ -117,6 +110,5 @@ def _bars(
 
 
 def _title(ax: Axes, title: str, unit: str) -> None:
-    ax.set_title(title, loc="left", fontsize=9, fontweight="bold", color=ink(ax))
+    tidy(ax, "", title, 9)
     ax.set_xlabel(unit, color=ink(ax))
-    ax.spines[["top", "right"]].set_visible(False)

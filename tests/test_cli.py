@@ -386,7 +386,8 @@ def test_a_terminal_gets_color_and_lines_that_fit_and_a_pipe_plain_text(demo):
     assert "\x1b" not in uncolored
     free = re.compile(r"this machine.*")  # changes from run to run
     assert free.sub("", re.sub(r"\x1b\[\d*m", "", colored)) == free.sub("", uncolored)
-    assert max(map(len, uncolored.splitlines())) <= 60 < max(map(len, plain.splitlines()))
+    width = max(len(line) for line in uncolored.splitlines() if str(demo) not in line)  # a path is never cut
+    assert width <= 60 < max(map(len, plain.splitlines()))
     assert "\x1b[1;31mshardkit:\x1b[0m" in in_a_terminal("inspect", "no/such/model/here")
 
 

@@ -74,6 +74,13 @@ def edges(dtype: torch.dtype, target: torch.dtype) -> torch.Tensor:
     return torch.cat([near, -near])
 
 
+def test_the_few_that_are_not_normal_among_weights_are_cast_and_counted() -> None:
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    usual = (every.abs() >= 2**-14) & (every.abs() < 2**16)
+    for rest in every[~usual].split(3000):
+        assert_cast_as_torch_does(torch.cat([every[usual].repeat(4), rest, every[usual]]), "F16")
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_all_16_bit_patterns_are_cast_as_torch_casts_them(dtype: torch.dtype, target: str) -> None:

@@ -229,7 +229,7 @@ def main() -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no part of it
     with suppress(ImportError):  # then the answer is that
-        import transformers  # noqa: F401  while the job is still being put together
+        from transformers import PreTrainedModel  # noqa: F401  and torch with it, while bytes are compared
     job = json.load(sys.stdin)
     _limit_memory(job["memory_bytes"])
     found = answer(job)

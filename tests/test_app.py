@@ -600,6 +600,25 @@ class TestCompare:
         assert not [said for said in shown if "nothing was measured" in said]
         assert re.search(r"about \d s for 2 pairs", words(app)), "what it took is what it will take"
 
+    def test_pairs_are_added_until_all_is_decided(self, demo, instant_loads):
+        app = opened(demo, repeats="auto")
+        assert control(app, "Pairs of loads").value == 20
+        assert re.search(r"at most about [\d min]+ s for 20 pairs", words(app))
+        lines = []
+        app._compare._message.observe(lambda change: lines.append(change["new"]), "value")
+        app.run_all()
+        assert len(instant_loads) == 2 * (1 + 4)
+        last = r"Run 10 of 42: original, pair 4 of at most 20, at most about [\d min]+ s left"
+        assert re.search(last, str(lines))
+        assert "4 pairs (of at most 20; all is decided)" in words(app)
+        control(app, "Pairs of loads").value = 2
+        for until, most in ((True, 2), (False, None)):
+            app._compare.until.value = until
+            assert ("at most" in app._compare._long.value) == until
+            button(app, "Compare").click()
+            assert app.wait(PATIENCE)
+            assert app.comparison.most == most
+
     def test_three_tiles_say_it_and_all_else_is_folded(self, demo, instant_loads):
         app = opened(demo, repeats=3)
         app.run_all()

@@ -179,6 +179,8 @@ def test_anything_wrong_ends_in_one_line_and_status_one(case, demo, tmp_path):
         ("shard a b --strat size", "unrecognized arguments: --strat size"),
         ("verify a", "destination --output is required"),
         ("compare a b --repeats 0", "whole number above zero"),
+        ("compare a b --repeats often", "whole number above zero, or auto"),
+        ("compare a b --most-seconds -1", "'-1' is not a number of seconds"),
         ("compare a b --device gpu", '"cuda:1"'),
         ("compare a b --memory-limit much", "is not a size"),
         ("demo never --size 1MB", "from 5,000,000"),

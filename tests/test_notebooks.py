@@ -199,7 +199,7 @@ def test_less_memory_is_shown_as_far_as_can_be_where_none_can_be_limited(
             r"parameter dtype 'float17' is not one of .*; did you mean float16\?",
         ),
         ({"dtpye": "float16"}, r"1 unknown parameter \(dtpye\): this notebook has model, demo_size, .*"),
-        ({"repeats": "many"}, "parameter repeats: 'many' is not a whole number above zero"),
+        ({"repeats": "many"}, "parameter repeats: 'many' is not a whole number above zero, or 'auto'"),
     ],
 )
 def test_wrong_parameter_ends_in_one_clear_line_before_any_work(parameters, line, tmp_path):
@@ -329,6 +329,7 @@ def names(**values):
 
 def test_known_parameters_pass():
     check_parameters(names(cache="warm", repeats=1))
+    check_parameters(names(repeats="auto"))
     check_parameters({"In": ["model: str = ''"], "model": ""})
 
 

@@ -21,6 +21,7 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.compare.comparison import Comparison
 from shardkit.compare.parameters import check_values
 from shardkit.formats.tensor import DtypeLike, dtype_name
+from shardkit.measure.samples import Repeats
 from shardkit.measure.spec import Cache
 from shardkit.plan.plan import ShardPlan, Strategy
 from shardkit.shard.report import ShardReport
@@ -75,7 +76,7 @@ class ShardApp:
         strategy: Strategy = "size",
         dtype: DtypeLike | None = None,
         overwrite: bool = False,
-        repeats: int = 5,
+        repeats: Repeats = 5,
         cache: Cache = "cold",
         first_token: bool = True,
         memory_limit: int | str | None = None,

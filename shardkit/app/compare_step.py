@@ -22,12 +22,13 @@ from shardkit.compare.comparison import Comparison
 from shardkit.compare.experiment import compare_loads
 from shardkit.formats.tensor import CAST_DTYPES
 from shardkit.measure.limit import why_unlimited
+from shardkit.measure.samples import AUTO, MOST_PAIRS, Repeats
 from shardkit.show.plots import comparison_png
 from shardkit.show.report_page import alternative
 
 _CACHES = (("cold: read from the disk", "cold"), ("warm: from the page cache", "warm"))
 _GENERATES = "Also time the first token, which includes work that the load deferred"
-_MOST_REPEATS = 20
+_UNTIL = "Add pairs only until every verdict is decided"
 _TOKENS_IN_A_BUDGET = 4  # the first, and three to tell the time of a later one by
 # What a run takes where none was timed here yet, as measured on two cores: process, imports and first token
 # of a small model; and bytes a second that are read from a disk, and converted.
@@ -46,7 +47,7 @@ class Compare(Step):
         choose: Choose,
         shard: Shard,
         *,
-        repeats: int,
+        repeats: Repeats,
         cache: str,
         first_token: bool,
         trust: bool,
@@ -61,9 +62,11 @@ class Compare(Step):
         self._lies, self._long, self._tiles, self._details = (widgets.HTML() for _ in range(4))
         dtypes = [("dtype from config", ""), *((name, name) for name in CAST_DTYPES)]
         self.dtype = field(widgets.Dropdown, "Load dtype", options=dtypes)
+        pairs = repeats if isinstance(repeats, int) else MOST_PAIRS
         self.repeats = field(
-            widgets.IntSlider, "Pairs of loads", min=1, max=max(repeats, _MOST_REPEATS), value=repeats
+            widgets.IntSlider, "Pairs of loads", min=1, max=max(pairs, 2 * MOST_PAIRS), value=pairs
         )
+        self.until = field(widgets.Checkbox, _UNTIL, value=repeats == AUTO, indent=False)
         self.cache = field(widgets.Dropdown, "Page cache", options=_CACHES, value=cache)
         self.first_token = field(widgets.Checkbox, _GENERATES, value=first_token, indent=False)
         self.trust = field(widgets.Checkbox, TRUSTS, value=trust, indent=False)
@@ -75,15 +78,16 @@ class Compare(Step):
             placeholder="none; 2GB runs the shards within 2 GB, too",
             continuous_update=False,
         )
-        for control in (self.repeats, self.cache, self.budget):
+        for control in (self.repeats, self.until, self.cache, self.budget):
             control.observe(self._say_how_long, "value")
-        self.controls = [self.dtype, self.repeats, self.cache, self.budget, self.first_token, self.trust]
+        checked = [self.until, self.first_token, self.trust]
+        self.controls = [self.dtype, self.repeats, self.cache, self.budget, *checked]
         limit_or_why: Any = self.limit
         if why := why_unlimited():
             limit_or_why = widgets.HTML(page.hint(f"No memory limit can be set here: {why}."))
         else:
             self.controls.append(self.limit)
-        checks = box("checks", self.first_token, self.trust)
+        checks = box("checks", *checked)
         fields = [self.dtype, self.repeats, self.cache, limit_or_why, self.budget, checks]
         self.buttons.children += (self._long,)
         shown = (self._lies, self.buttons, self._bar, self._message, self._tiles, self._details)
@@ -128,7 +132,8 @@ class Compare(Step):
             self._shard.folder,
             dtype=self.dtype.value or None,
             cache=self.cache.value,
-            repeats=self.repeats.value,
+            repeats=AUTO if self.until.value else self.repeats.value,
+            most=self.repeats.value,
             generate=_TOKENS_IN_A_BUDGET if others else int(self.first_token.value),
             memory_limit=self.limit.value or None,
             options={"trust_remote_code": True} if self.trust.value else None,
@@ -152,7 +157,8 @@ class Compare(Step):
     def _say_how_long(self, _: Any = None) -> None:
         pairs, variants = self.repeats.value, 2 + bool(self.budget.value.strip())
         seconds = variants * (1 + pairs) * (self._seconds_a_run or self._guess())
-        self._long.value = page.hint(f"about {page.whole_seconds(seconds)} for {plural(pairs, 'pair')}")
+        about = f"{'at most ' * self.until.value}about {page.whole_seconds(seconds)}"
+        self._long.value = page.hint(f"{about} for {plural(pairs, 'pair')}")
 
     def _guess(self) -> float:
         """Return about how many seconds a run takes: the original's and the shards' on average."""
@@ -165,7 +171,8 @@ class Compare(Step):
     def _progress(self, began: float, done: int, total: int, label: str) -> bool:
         seconds = (time.monotonic() - began) / done if done else self._seconds_a_run or self._guess()
         left = page.whole_seconds(seconds * (total - done))
-        self.show_progress(done / total, f"Run {min(done + 1, total)} of {total}: {label}, about {left} left")
+        run, most = f"Run {min(done + 1, total)} of {total}: {label}", "at most " * self.until.value
+        self.show_progress(done / total, f"{run}, {most}about {left} left")
         return not Worker.stopping()
 
     def _draw(self, comparison: Comparison, *downloads: str) -> None:

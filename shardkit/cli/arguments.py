@@ -17,6 +17,7 @@ from shardkit.base.errors import ShardkitError, misspelled
 from shardkit.base.sizes import parse_size
 from shardkit.cli.terminal import say
 from shardkit.formats.tensor import dtype_name
+from shardkit.measure.samples import AUTO, MOST_PAIRS
 from shardkit.measure.spec import RULES
 from shardkit.plan.packing import STRATEGIES, packing
 
@@ -130,6 +131,24 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def _pairs(text: str) -> int | str:
+    """Return a number of pairs, or the word for as many as decide."""
+    if text == AUTO:
+        return text
+    try:
+        return at_least_one(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or {AUTO}") from None
+
+
+@_valued
+def _seconds(text: str) -> float:
+    """Return a number of seconds."""
+    if not text.replace(".", "", 1).isdecimal():
+        raise ShardkitError(f"{text!r} is not a number of seconds, such as 90 or 0.5")
+    return float(text)
+
+
 @_valued
 def size(text: str) -> str:
     """Return a size as it was typed; few bytes without a unit are megabytes that lack it."""
@@ -190,6 +209,22 @@ LOAD_DTYPE = argument(
     metavar="DTYPE",
 )
 MAX_MEMORY = argument("--max-memory", "Memory that the process may need: 2GB.", metavar="SIZE", type=size)
+REPEATS = (
+    argument(
+        "--repeats",
+        "Pairs of loads; auto: as many as every verdict needs, up to --most.",
+        type=_pairs,
+        default=5,
+        metavar="N|auto",
+    ),
+    argument("--most", "Most pairs with --repeats auto.", type=at_least_one, default=MOST_PAIRS, metavar="N"),
+    argument(
+        "--most-seconds",
+        "With --repeats auto: begin no pair after so long.",
+        type=_seconds,
+        metavar="SECONDS",
+    ),
+)
 WORKERS = argument("--workers", "Number of threads (default: up to 4).", type=at_least_one, metavar="N")
 PUBLIC = switch("--public", "The Hub repository is public, or is created as public.")
 JSON = switch("--json", "Print one JSON object and nothing else.", dest="as_json")

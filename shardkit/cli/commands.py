@@ -21,6 +21,7 @@ from shardkit.cli.arguments import (
     MAX_MEMORY,
     MAX_SHARD_SIZE,
     PUBLIC,
+    REPEATS,
     SOURCE,
     STRATEGY,
     TRUST_REMOTE_CODE,
@@ -216,7 +217,7 @@ def clean(destination: str) -> None:
     argument("original", A_SOURCE),
     argument("sharded", A_SOURCE),
     LOAD_DTYPE,
-    argument("--repeats", "Pairs of loads.", type=at_least_one, default=5, metavar="N"),
+    *REPEATS,
     argument("--cache", "cold: from the disk; warm: from the page cache.", choices=CACHES, default="cold"),
     argument("--device", "Device to load to: cpu, cuda, cuda:1, auto.", default="cpu", type=device),
     argument(

@@ -39,6 +39,9 @@ class Comparison(Samples, Record):
         Every run in the order it was made, raw.
     notes
         Warnings.
+    most
+        How many pairs there might have been where they were added until every verdict was decided, with
+        intervals that allow for it (`shardkit.measure.intervals`); None where their number was fixed.
     """
 
     schema: ClassVar[int] = 2
@@ -94,7 +97,6 @@ class Comparison(Samples, Record):
     def summary(self) -> Summary:
         """Return the verdict, all variants' times, and every quantity with its interval."""
         counted = self.samples or self.warm_ups
-        pairs = plural(len({sample.pair for sample in self.samples}), "pair")
         caches = ", ".join(dict.fromkeys(f"{s.measurement.cache.asked} page cache" for s in counted))
         stacks = dict.fromkeys(s.measurement.stack() for s in counted)
         machines = dict.fromkeys(str(s.measurement.environment) for s in counted)
@@ -105,14 +107,19 @@ class Comparison(Samples, Record):
             *((f"{name}, means", self._means(name)) for name in self.names if self.failures),
             *((f"{variant.name} from", shown_path(variant.source)) for variant in self.variants),
             *((f"{name} stored", self.explain(name)) for name in self.names),
-            ("measured", f"{pairs} in ABBA order, one warm-up each, {caches}"),
-            ("figures", "geometric means over the pairs, whose log ratios give Student's intervals"),
+            ("measured", f"{self._pairs()} in ABBA order, one warm-up each, {caches}"),
+            ("figures", f"geometric means over the pairs, whose log ratios give {self.law.words}"),
             ("verdicts", f"wrong in at most 5 % of comparisons (Holm); within {margin} is no difference"),
             ("stack", " | ".join(stacks) or "unknown"),
             ("machine", " | ".join(machines) or "unknown"),
         )  # fmt: skip
         tables = tuple(self._table(variant) for variant in self.names if self.ratios_of(variant))
         return Summary("Comparison of loads", facts, tables, tuple(self._warnings()))
+
+    def _pairs(self) -> str:
+        pairs = plural(len({sample.pair for sample in self.samples}), "pair")
+        decided = "all is" if self.is_decided else "not all is"
+        return pairs if self.most is None else f"{pairs} (of at most {self.most}; {decided} decided)"
 
     def _line(self, run: LoadMeasurement) -> str:
         return run.start_line() if self.reads_ahead else run.time_line()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,8 +18,8 @@ from shardkit.compare.comparison import Comparison
 from shardkit.formats.tensor import LoadDtypeLike
 from shardkit.measure.launch import run_load
 from shardkit.measure.measurement import LoadMeasurement
-from shardkit.measure.samples import ORIGINAL, SHARDED, Sample, Variant
-from shardkit.measure.spec import Cache, LoadSpec, Rule, check, optional, share, whole_number
+from shardkit.measure.samples import AUTO, MOST_PAIRS, ORIGINAL, SHARDED, Repeats, Sample, Variant
+from shardkit.measure.spec import RULES, Cache, LoadSpec, Rule, check, optional, share, whole_number
 from shardkit.shard.verify import compare_tensors
 
 _ProgressCallback = Callable[[int, int, str], bool | None]
@@ -35,7 +36,9 @@ def compare_loads(
     dtype: LoadDtypeLike | None = None,
     device: str = "cpu",
     cache: Cache = "cold",
-    repeats: int = 5,
+    repeats: Repeats = 5,
+    most: int = MOST_PAIRS,
+    most_seconds: float | None = None,
     margin: float = 0.05,
     progress: _ProgressCallback | None = None,
     generate: int = 1,
@@ -69,7 +72,12 @@ def compare_loads(
     prompt, generation
         As for `measure_load`, for every load.
     repeats
-        Number of pairs.
+        Number of pairs. "auto" adds pairs until every verdict is decided (a difference, or none that matters)
+        or `most` or `most_seconds` is spent. Its intervals are those of a t confidence sequence, which hold
+        after every pair at once, so that the 5 % are kept although each look could end it (Lai 1976; Wang and
+        Ramdas 2025: `shardkit.measure.intervals`). They are wider: a verdict takes four pairs at least.
+    most, most_seconds
+        With "auto": the most pairs; seconds after which no pair begins (None: as long as it takes).
     margin
         Smallest difference that matters: 0.05 for 5 %.
     progress
@@ -105,7 +113,8 @@ def compare_loads(
     >>> Comparison.load("comparison.json").names
     ('original', 'sharded')
     """
-    check({"repeats": repeats, "margin": margin, "others": others}, _RULES)
+    given = {"repeats": repeats, "most": most, "most_seconds": most_seconds}
+    check({**given, "margin": margin, "others": others}, _RULES)
     common = LoadSpec(
         dtype, device, cache, generate, prefetch, memory_limit, python, timeout, options or {}, max_memory,
         loader, prompt, generation or {},
@@ -124,9 +133,15 @@ def compare_loads(
     # A model of the Hub is loaded from where it was downloaded to, and shown by its id.
     paths = {name: c.source if os.path.exists(c.source) else c.folder for name, c in opened.items()}
     loads = {name: partial(run_load, path, specs[name], stop=stop) for name, path in paths.items()}
-    found = Comparison(variants, margin, (), (), notes)
+    pairs, at_most = (repeats, None) if isinstance(repeats, int) else (most, most)
+    found, began = Comparison(variants, margin, (), (), notes, at_most), time.monotonic()
+
+    def is_enough() -> bool:
+        spent = most_seconds is not None and time.monotonic() - began >= most_seconds
+        return at_most is not None and (spent or found.is_decided)
+
     try:
-        for sample in _run_all(loads, repeats, progress):
+        for sample in _run_all(loads, pairs, progress, is_enough, f" of at most {at_most}" * bool(at_most)):
             found = found.with_sample(sample)
             if on_sample is not None:
                 on_sample(found)
@@ -150,7 +165,9 @@ def _have_names(others: object) -> None:
 
 
 _RULES: dict[str, Rule] = {
-    "repeats": whole_number(1),
+    "repeats": whole_number(1, AUTO),
+    "most": whole_number(1),
+    "most_seconds": RULES["timeout"],
     "margin": share(0, math.inf),
     "others": optional(_have_names),
 }
@@ -167,24 +184,32 @@ def _spec(name: str, common: LoadSpec, changes: Mapping[str, Any]) -> LoadSpec:
 
 
 def _run_all(
-    loads: Mapping[str, Callable[[], LoadMeasurement]], repeats: int, progress: _ProgressCallback | None
+    loads: Mapping[str, Callable[[], LoadMeasurement]],
+    repeats: int,
+    progress: _ProgressCallback | None,
+    is_enough: Callable[[], bool],
+    of_how_many: str,
 ) -> Iterator[Sample]:
     names = tuple(loads)
     order: list[tuple[str, int | None]] = [(name, None) for name in names]
     for number in range(repeats):
         order += [(name, number) for name in (names if number % 2 == 0 else names[::-1])]
     ends: dict[str, list[bool]] = {name: [] for name in names}
+    total = len(order)
     for done, (name, pair) in enumerate(order):
         if done == len(names) and not any(map(any, ends.values())):
             break  # what none loads needs no statistics
+        if pair and done % len(names) == 0 and is_enough():
+            total = done
+            break
         if len(ends[name]) > 1 and not any(ends[name]):
             continue  # twice, and never loaded: that is its result
-        which = "warm-up" if pair is None else f"pair {pair + 1}"
-        _report(progress, done, len(order), f"{name}, {which}")
+        which = "warm-up" if pair is None else f"pair {pair + 1}{of_how_many}"
+        _report(progress, done, total, f"{name}, {which}")
         measurement = loads[name]()
         ends[name].append(measurement.ok)
         yield Sample(name, pair, measurement)
-    _report(progress, len(order), len(order), "done")
+    _report(progress, total, total, "done")
 
 
 def _report(progress: _ProgressCallback | None, done: int, total: int, label: str) -> None:

@@ -11,6 +11,7 @@ from shardkit.base.sizes import parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.hosts import HOSTS
 from shardkit.formats.tensor import dtype_name
+from shardkit.measure.samples import AUTO
 from shardkit.measure.spec import CACHES, Rule, check, must, one_of, whole_number
 from shardkit.plan.packing import packing
 
@@ -48,7 +49,7 @@ RULES: dict[str, Rule] = {
     "prompt": _is_text,
     "tokens": whole_number(1),
     "precision": must(lambda value: type(value) is int and 0 < value < 100, "a whole number of percent"),
-    "repeats": whole_number(1),
+    "repeats": whole_number(1, AUTO),
     "cache": one_of(*CACHES),
     "overwrite": one_of(True, False),
     "first_token": one_of(True, False),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shardkit.base.record import plural
 from shardkit.base.sizes import format_size
-from shardkit.measure.intervals import ERROR, Conclusion, Pairs, conclude, family_errors
+from shardkit.measure.intervals import ERROR, STUDENT, Conclusion, Law, Pairs, conclude, family_errors
 
 if TYPE_CHECKING:
     from shardkit.measure.measurement import LoadMeasurement
@@ -220,9 +220,10 @@ def ratios_of(
     values: Mapping[Quantity, tuple[Sequence[float], Sequence[float]]],
     main: Collection[Quantity],
     margin: float,
+    law: Law = STUDENT,
 ) -> dict[Quantity, Ratio]:
     """Return the ratios of paired values by quantity; the main ones are a family of verdicts."""
-    pairs = {quantity: Pairs.of(*both) for quantity, both in values.items()}
+    pairs = {quantity: Pairs.of(*both, law) for quantity, both in values.items()}
     family = [q for q in pairs if q in main and pairs[q].count >= q.least_pairs]
     errors = dict(zip(family, family_errors([pairs[q].p_value for q in family]), strict=True))
     ratios = {}

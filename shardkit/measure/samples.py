@@ -8,16 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import geometric_mean, median
-from typing import Any, Self
+from typing import Any, Final, Literal, Self
 
 from shardkit.base.errors import MeasurementError
 from shardkit.base.record import listed, plural
 from shardkit.base.sizes import format_size
 from shardkit.formats.tensor import stored_dtype
+from shardkit.measure.intervals import AT_ANY_TIME, STUDENT, Law
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement
 from shardkit.measure.quantities import QUANTITIES, Quantity, Ratio, compared, ratios_of, why_missing
 
 ORIGINAL, SHARDED = "original", "sharded"
+AUTO: Final = "auto"  # repeats that end when every verdict is decided
+Repeats = int | Literal["auto"]
+MOST_PAIRS = 20
 
 _ASKED = ("dtype", "device", "generate", "prefetch", "memory_limit_bytes", "max_memory_bytes")
 _CLOCKED = ("wall_seconds", "user_seconds", "system_seconds", "major_faults", "read_bytes")
@@ -107,6 +111,7 @@ class Samples:
     samples: tuple[Sample, ...]
     warm_ups: tuple[Sample, ...]
     notes: tuple[str, ...] = ()
+    most: int | None = None
 
     def __post_init__(self) -> None:
         named = {sample.variant for sample in self.all_runs}
@@ -222,8 +227,21 @@ class Samples:
                 known[quantity] = ones, others
             elif why := why_missing(first.values(), quantity) or why_missing(second.values(), quantity):
                 missing[quantity] = why
-        found: dict[Quantity, Ratio | str] = {**ratios_of(known, self.main, self.margin), **missing}
+        found: dict[Quantity, Ratio | str] = {**ratios_of(known, self.main, self.margin, self.law), **missing}
         return {quantity: found[quantity] for quantity in compared(self.reads_ahead) if quantity in found}
+
+    @property
+    def law(self) -> Law:
+        """What intervals are by: pairs that were added until they decide were looked at more than once."""
+        return STUDENT if self.most is None else AT_ANY_TIME
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether no verdict is inconclusive, of any variant that ever loaded."""
+        loads = {sample.variant for sample in self.all_runs if sample.measurement.ok}
+        found = [self.found(name) for name in loads - {self.reference}]
+        verdicts = (ratio for one in found for ratio in one.values() if isinstance(ratio, Ratio))
+        return all(found) and not any(ratio.conclusion == "inconclusive" for ratio in verdicts)
 
     @property
     def reference(self) -> str:

@@ -53,10 +53,11 @@ def one_of(*choices: object) -> Rule:
     return must(lambda value: value in choices, f"one of {', '.join(map(str, choices))}")
 
 
-def whole_number(least: int) -> Rule:
-    """Return the rule of a whole number, 0 or 1 at least."""
+def whole_number(least: int, *or_else: str) -> Rule:
+    """Return the rule of a whole number, 0 or 1 at least, or of a word that may stand for one."""
     words = f"a whole number {'above zero' if least else 'of zero or more'}"
-    return must(lambda value: type(value) is int and value >= least, words)
+    words += "".join(f", or {word!r}" for word in or_else)
+    return must(lambda value: (type(value) is int and value >= least) or value in or_else, words)
 
 
 def share(low: float, high: float) -> Rule:

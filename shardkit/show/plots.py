@@ -10,7 +10,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from shardkit.base.errors import MeasurementError
-from shardkit.measure.intervals import mean_interval
+from shardkit.measure.intervals import Law, mean_interval
 from shardkit.measure.quantities import Quantity, Ratio, Unit
 from shardkit.measure.samples import ORIGINAL, SHARDED, Samples
 from shardkit.show.canvas import (
@@ -49,7 +49,8 @@ _TALLEST_INCHES = 200  # matplotlib draws no more than 65,535 pixels
 def plot_bars(runs: Samples, ax: Sequence[Axes] | None = None) -> Sequence[Axes]:
     """Draw times and memory, each on axes of its own: bars for geometric means, a dot for each run.
 
-    A thin line joins the runs of a pair; the interval in the middle is the mean's, 95 %, by Student's t.
+    A thin line joins the runs of a pair; the interval in the middle is the mean's, 95 %, by the law of the
+    comparison.
     """
     if ax is None:
         height = sum(_heights(runs)) if _is_stacked(runs) else max(_heights(runs))
@@ -101,7 +102,7 @@ def _plot_quantity(
     for number, name in enumerate(runs.names):
         own = {pair: value / one for pair, run in runs.by_pair(name).items() if (value := quantity.of(run))}
         if own:
-            _bar(ax, top + number, list(own.values()), number)
+            _bar(ax, top + number, list(own.values()), number, runs.law)
             yield number, f"{geometric_mean(own.values()):.3g} {unit}"
         elif name in runs.failures:
             yield number, runs.failures[name].partition(":")[0]
@@ -111,11 +112,11 @@ def _plot_quantity(
         ax.plot(*zip(*points, strict=True), color=ink(ax), linewidth=0.6, alpha=0.7, zorder=2)
 
 
-def _bar(ax: Axes, y: float, values: list[float], number: int) -> None:
+def _bar(ax: Axes, y: float, values: list[float], number: int, law: Law) -> None:
     mean, own = geometric_mean(values), color(number)
     draw_bar(ax, y, mean, 0.8, number)
     ax.scatter(values, [y] * len(values), s=15, color=own, edgecolor=ink(ax), linewidth=0.6, zorder=4)
-    if (interval := mean_interval(values)) is not None:
+    if (interval := mean_interval(values, law)) is not None:
         sides = [[mean - interval[0]], [interval[1] - mean]]
         ax.errorbar(mean, y, xerr=sides, color=ink(ax), linewidth=1.4, capsize=4, zorder=3)
 

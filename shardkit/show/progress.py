@@ -47,7 +47,15 @@ class ProgressBar:
             self.close()
             self._stage = stage
             self._bar = _bar_class()(total=total, desc=STAGES.get(stage, stage), **look, **self._options)
+        if total < self._bar.total:  # fewer runs than there might have been
+            self._shorten(total)
         self._bar.update(done - self._bar.n)
+
+    def _shorten(self, total: int) -> None:
+        """Set the total, which a bar knows only how to do from its beginning."""
+        began = getattr(self._bar, "start_t", None)
+        self._bar.reset(total)
+        self._bar.start_t = began
 
     def close(self) -> None:
         """End the bar where it stands."""

@@ -11,5 +11,6 @@ KINDS = {
     "hub-trips": hubs.TRIPS, "hub-kills": hubs.KILLED,
     "cancels": places.CANCELS, "interrupts": places.INTERRUPTS,
     "budgets": budgets.BUDGETS,
-    "same-twice": comparisons.SAME, "slowdowns": comparisons.SLOWED,
+    "same-twice": comparisons.SAME, "same-twice-auto": comparisons.SAME_UNTIL,
+    "slowdowns": comparisons.SLOWED, "slowdowns-auto": comparisons.SLOWED_UNTIL,
 }  # fmt: skip

@@ -24,7 +24,7 @@ BANNED = re.compile(
     re.IGNORECASE,
 )
 # Files and functions (without their docstrings) that are longer than most may be, and how long they are.
-LONG_FILES = {"checkpoint/checkpoint.py": 425, "measure/worker.py": 418}
+LONG_FILES = {"checkpoint/checkpoint.py": 425, "measure/worker.py": 435}
 LONG_FUNCTIONS = {"minimum_memory": 45}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -29,6 +30,10 @@ _DROPPABLE = {
 _COUNTED_BYTES = 2 << 20
 # Where the pages of a file are memory that the kernel cannot drop.
 MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
+# Where a page of a file is asked of another machine or process; fuseblk and overlays have a disk below them.
+_ASKED_FILESYSTEMS = re.compile(
+    r"fuse(\.(?!fuse-overlayfs).+)?|nfs4?|9p|cifs|smb[23s].*|ceph|lustre|gpfs|beegfs|afs|(mac|osx)fuse"
+)
 
 
 def cores() -> int:
@@ -113,6 +118,11 @@ def filesystem(folder: str) -> str | None:
     # Of two at the same place, the later hides the earlier.
     nearest = max(reversed(holding), key=lambda mount: len(mount.mountpoint), default=None)
     return nearest.fstype if nearest else None
+
+
+def is_slow_to_map(folder: str) -> bool:
+    """Whether `folder` is on a network or FUSE mount, where pages of a mapped file come one by one."""
+    return _ASKED_FILESYSTEMS.fullmatch(filesystem(folder) or "") is not None
 
 
 class Watch:

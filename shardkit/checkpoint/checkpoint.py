@@ -314,10 +314,13 @@ class Checkpoint(Record):
         return DTYPE_NAMES[first[0].dtype] if first else None
 
     def _is_in_memory(self) -> bool:
-        """Whether its files are on tmpfs; of links, as the Hub's client makes them, where they lead."""
+        return any(filesystem(folder) in MEMORY_FILESYSTEMS for folder in self.folders)
+
+    @property
+    def folders(self) -> set[str]:
+        """Where its files are on this machine; of links, as the Hub's client makes them, where they lead."""
         paths = filter(None, map(self.place.path, self.files))
-        folders = {os.path.dirname(os.path.realpath(path)) for path in paths}
-        return any(filesystem(folder) in MEMORY_FILESYSTEMS for folder in folders)
+        return {os.path.dirname(os.path.realpath(path)) for path in paths}
 
     @property
     def folder(self) -> str:

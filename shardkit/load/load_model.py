@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from importlib import metadata
+from typing import Any, Literal
 
 from shardkit.base.errors import CheckpointError
 from shardkit.base.extras import require
-from shardkit.base.machine import usable_memory
+from shardkit.base.machine import is_slow_to_map, usable_memory
+from shardkit.base.pages import resident_bytes
 from shardkit.base.sizes import parse_size
+from shardkit.checkpoint.adapter import is_adapter
 from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.budget import CONTEXT_TOKENS, Workload
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.config import architecture
+from shardkit.checkpoint.estimate import Estimate
 from shardkit.checkpoint.layout import find_weights, read_config
 from shardkit.formats.tensor import CAST_DTYPES, LoadDtypeLike, dtype_name
+from shardkit.load.into_memory import WeightsInMemory
 from shardkit.load.prefetch import Prefetch
 from shardkit.load.within import check_complete, load_within
 from shardkit.sources.resolve import resolve
 
 # Pages beyond this share of the memory that is free would push out others that were just read.
 _CACHE_SHARE = 0.9
+# From this share of the weights on that a load leaves as they are, they are read ahead into memory.
+_MOSTLY = 0.9
+# Options with which other files may be loaded.
+FILE_OPTIONS = ("use_safetensors", "variant", "subfolder", "gguf_file", "revision")
 _CAUSAL = "AutoModelForCausalLM"
 
 
@@ -39,7 +49,9 @@ def load_model(
     """Load a model with transformers: with its files prefetched, or such that it runs within `max_memory`.
 
     Prefetched: threads start before torch and transformers are imported, and continue during the first
-    forward pass, which would otherwise wait for the disk page by page. They use a few megabytes.
+    forward pass, which would otherwise wait for the disk page by page. They use a few megabytes. On a network
+    or FUSE mount, safetensors that fit are read into memory, in large requests, instead of mapped: that takes
+    the memory of the weights, once. It needs transformers 5.
 
     Within `max_memory`: a model that does not fit keeps as many of its weights in memory as it may, and reads
     the others for every pass, while it computes. Its logits are those of the plain load, bit for bit. Its
@@ -52,7 +64,7 @@ def load_model(
         the Hub, which is downloaded first.
     dtype
         Passed to `from_pretrained`. Shards in this dtype are mapped, not copied, so the source must stay
-        where it is as long as the model is used.
+        where it is as long as the model is used; not those that were read from a slow mount.
     prefetch
         Whether to prefetch the files; without `max_memory`.
     max_memory
@@ -100,23 +112,36 @@ def load_model(
         work = Workload(context_tokens, batch_size, max_memory=budget)
         if (model := load_within(checkpoint, dtype, work, from_pretrained_options)) is not None:
             return model
-    reading = Prefetch(files, prefetch_bytes(checkpoint, dtype))
-    if prefetch:
-        reading.start()
-    try:
+    early = _read_early(checkpoint, files, dtype, from_pretrained_options)
+    with early if prefetch else nullcontext() as given:
         import transformers
 
         names = loader_names(checkpoint.config, bool(from_pretrained_options.get("trust_remote_code")))
         loader = next(found for name in names if (found := getattr(transformers, name, None)))
         name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
         load = partial(loader.from_pretrained, folder, **{name: dtype}, **from_pretrained_options)
-        if budget is None or "output_loading_info" in from_pretrained_options:
-            return load()
-        model, found = load(output_loading_info=True)
+        with given.in_transformers() if given else nullcontext():
+            if budget is None or "output_loading_info" in from_pretrained_options:
+                return load()
+            model, found = load(output_loading_info=True)
         check_complete(found, type(model).__name__, checkpoint)
         return model
+
+
+@contextmanager
+def _read_early(
+    checkpoint: Checkpoint, files: list[str], dtype: object, options: Mapping[str, Any]
+) -> Iterator[WeightsInMemory | None]:
+    """Read files while all else is got ready: into memory, which is yielded, or into the page cache."""
+    given, ahead = None, Prefetch(files, prefetch_bytes(checkpoint, dtype))
+    if when := read_into_memory(checkpoint, dtype, options):
+        given = WeightsInMemory(checkpoint, is_ahead=when == "ahead")
+    else:
+        ahead.start()
+    try:
+        yield given
     except BaseException:
-        reading.stop()
+        (given or ahead).stop()
         raise
 
 
@@ -158,9 +183,35 @@ def loader_names(config: Mapping[str, Any] | None, trusted: bool) -> list[str]:
     return [*autos, *([_CAUSAL] if named.endswith("ForCausalLM") else [named, "AutoModel"])]
 
 
+def read_into_memory(
+    checkpoint: Checkpoint, dtype: object, options: Mapping[str, Any], memory_limit: int | None = None
+) -> Literal["ahead", "on request"] | None:
+    """Return when to read the weights into memory; None where mapping their files is better, or has to be.
+
+    Reading is better on a slow mount if all of them fit and most are not in the page cache: ahead of the
+    load if what is read stays in memory, else as the load requests it, so that there are no two copies.
+    """
+    if (
+        not any(map(is_slow_to_map, checkpoint.folders))
+        or checkpoint.format != "safetensors"
+        or is_adapter(checkpoint.stem, checkpoint.config, checkpoint.tensors)
+        or any(name in options for name in FILE_OPTIONS)
+        or int(metadata.version("transformers").split(".")[0]) < 5
+        or prefetch_bytes(checkpoint, dtype, memory_limit) < checkpoint.total_bytes
+        or (resident_bytes(map(checkpoint.path, checkpoint.files)) or 0) > checkpoint.total_bytes // 2
+    ):
+        return None
+    stays_here = options.get("device_map") in (None, "cpu", {"": "cpu"})
+    is_stored = _estimate(checkpoint, dtype).mapped_bytes >= _MOSTLY * checkpoint.total_bytes
+    return "ahead" if stays_here and is_stored else "on request"
+
+
 def prefetch_bytes(checkpoint: Checkpoint, dtype: object, memory_limit: int | None = None) -> int:
     """Return how many bytes of the files the page cache can keep beside what the load itself takes."""
     free = min((left for left in (usable_memory(), memory_limit) if left is not None), default=0)
+    return max(0, int(_CACHE_SHARE * (free - _estimate(checkpoint, dtype).peak_anonymous_bytes)))
+
+
+def _estimate(checkpoint: Checkpoint, dtype: object) -> Estimate:
     asked = str(dtype).removeprefix("torch.")
-    needed = checkpoint.estimate(asked if asked in CAST_DTYPES else None).peak_anonymous_bytes
-    return max(0, int(_CACHE_SHARE * (free - needed)))
+    return checkpoint.estimate(asked if asked in CAST_DTYPES else None)

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import read_config
 from shardkit.formats.tensor import LoadDtypeLike
-from shardkit.load.load_model import loaded_files, loader_names, prefetch_bytes
+from shardkit.load.load_model import (
+    FILE_OPTIONS,
+    loaded_files,
+    loader_names,
+    prefetch_bytes,
+    read_into_memory,
+)
 from shardkit.measure import page_cache
 from shardkit.measure.child import ChildEnd, run_child
 from shardkit.measure.environment import describe_machine
@@ -27,8 +34,6 @@ WORKER = Path(__file__).with_name("worker.py")
 _PREFETCH = Path(__file__).parents[1] / "load" / "prefetch.py"
 _PACKAGE = Path(__file__).parents[1]
 _CURVE_POINTS = 500
-_FILE_OPTIONS = ("use_safetensors", "variant", "subfolder", "gguf_file", "revision")
-
 # transformers names what its own function would be given.
 UNTRUSTED = (
     'it needs custom code, which runs only if you trust it: allow it with options={"trust_remote_code": True}'
@@ -134,12 +139,9 @@ def run_load(
     source: str | os.PathLike[str], spec: LoadSpec, *, stop: Callable[[], bool] | None = None
 ) -> LoadMeasurement:
     """Load a checkpoint as `measure_load` does, its arguments checked before."""
-    limit, given = spec.memory_limit_bytes, spec.options
+    given = spec.options
     folder, files = loaded_files(source)
-    ahead = None
-    if spec.prefetch:
-        most = prefetch_bytes(Checkpoint.open(folder), spec.dtype, limit)
-        ahead = {"path": str(_PREFETCH), "files": files, "limit_bytes": most}
+    ahead = _ahead(Checkpoint.open(folder), files, spec) if spec.prefetch else None
     job = {
         "folder": folder,
         "dtype": spec.dtype,
@@ -158,9 +160,19 @@ def run_load(
     state = page_cache.prepare(files, spec.cache)
     end = run_child(command, job, spec, stop)
     state = page_cache.conclude(state, files, None if spec.prefetch else _read_since_load(end))
-    if chosen := [name for name in _FILE_OPTIONS if name in given]:
+    if chosen := [name for name in FILE_OPTIONS if name in given]:
         state = page_cache.doubt(state, f"with {', '.join(chosen)} other files may have been loaded")
-    return _measurement(folder, spec, state, end)
+    return replace(_measurement(folder, spec, state, end), into_memory=bool(ahead and ahead["into_memory"]))
+
+
+def _ahead(checkpoint: Checkpoint, files: list[str], spec: LoadSpec) -> dict[str, Any]:
+    """Return how the worker reads what it loads from the start of its process, as `load_model` does."""
+    limit = spec.memory_limit_bytes
+    place = {} if spec.device == "cpu" else {"device_map": spec.device}
+    # Another interpreter may lack what shardkit needs.
+    into = None if spec.python else read_into_memory(checkpoint, spec.dtype, {**place, **spec.options}, limit)
+    most = prefetch_bytes(checkpoint, spec.dtype, limit)
+    return {"path": str(_PREFETCH), "files": files, "limit_bytes": most, "into_memory": into}
 
 
 def _read_since_load(end: ChildEnd) -> int | None:

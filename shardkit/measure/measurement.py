@@ -88,6 +88,8 @@ class LoadMeasurement(Record):
     source, dtype, device, generate, prefetch, memory_limit_bytes, max_memory_bytes, options
         What was requested; dtype None leaves the choice to transformers, `options` went to
         `from_pretrained` as they are.
+    into_memory
+        Whether prefetching read the weights into memory, as it does on a slow mount: nothing was mapped.
     loader, prompt, generation
         Likewise: the name of the file that loaded instead, the text if it was not the fixed prompt, and the
         arguments of `generate`.
@@ -152,6 +154,7 @@ class LoadMeasurement(Record):
     prompt: str | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     first_tokens: int = 1
+    into_memory: bool = False
 
     @property
     def ok(self) -> bool:
@@ -290,7 +293,7 @@ class LoadMeasurement(Record):
     def asked_for(self) -> str:
         """Return what was requested, in words: ``float16 on cpu, prefetch, within 12.7 GB``."""
         words = [f"{self.dtype or 'no dtype'} on {self.device}"]
-        words += ["prefetch"] * self.prefetch
+        words += ["prefetch into memory" if self.into_memory else "prefetch"] * self.prefetch
         words += [f"by {self.loader}"] if self.loader else []
         words += [f"{name}={value}" for name, value in (self.options | self.generation).items()]
         words += [f"within {format_size(self.memory_limit_bytes)}"] if self.memory_limit_bytes else []

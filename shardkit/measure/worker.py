@@ -2,7 +2,7 @@
 
 Stands alone: it is run by path with whatever interpreter it is given (Python 3.9 up, transformers 4.37
 to 5.x), so it imports nothing beyond the standard library, torch and transformers: shardkit only for a load
-within a memory budget, which nothing else does.
+within a memory budget, or into memory from a slow mount, which nothing else does.
 
 The job comes as JSON in the file that the last argument names. What happened goes, an event a line, to the
 file that the job names: not to stdout, where libraries print, and not through a pipe, which could fill. An
@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,7 @@ class Load:
 
     def __init__(self, job: dict[str, Any], reporter: Reporter) -> None:
         self.job, self.reporter, self.folder = job, reporter, job["folder"]
+        self.reading = _start_reading(job)
         self.tokenizer: Any = None
 
     def run(self) -> None:
@@ -115,7 +116,8 @@ class Load:
                 self.load_tokenizer()
         ids = self.prompt_ids()
         try:
-            self._load(ids)
+            with self.reading:
+                self._load(ids)
             if self.job["generate"]:
                 self.reporter.send("tokens", ids=self._tokens(ids))
         finally:  # how much a GPU held counts most where it was not enough
@@ -155,8 +157,7 @@ class Load:
         if self.job["loader"]:
             return runpy.run_path(self.job["loader"])["load"]
         if self.job["max_memory"]:
-            sys.path.append(os.path.dirname(self.job["package"]))
-            return importlib.import_module("shardkit.load.load_model").load_model
+            return _shardkit(self.job, "load.load_model").load_model
         return None
 
     def _import_model(self) -> None:
@@ -369,6 +370,24 @@ class _Streamer:
         pass
 
 
+def _start_reading(job: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Prefetch as `load_model` does it, with the very same code; return what the load is to be done in."""
+    ahead = job["prefetch"] or {}
+    if when := ahead.get("into_memory"):
+        checkpoint = _shardkit(job, "checkpoint.checkpoint").Checkpoint.open(job["folder"])
+        weights = _shardkit(job, "load.into_memory").WeightsInMemory(checkpoint, is_ahead=when == "ahead")
+        in_it: AbstractContextManager[Any] = weights.in_transformers()
+        return in_it
+    if ahead:
+        runpy.run_path(ahead["path"])["Prefetch"](ahead["files"], ahead["limit_bytes"]).start()
+    return nullcontext()
+
+
+def _shardkit(job: dict[str, Any], module: str) -> Any:
+    sys.path.append(os.path.dirname(job["package"]))
+    return importlib.import_module(f"shardkit.{module}")
+
+
 def _with_parts(config: Any) -> list[Any]:
     """Return a config and those of the parts of a composite model, such as its text and vision towers."""
     if not hasattr(config, "model_type"):
@@ -399,8 +418,6 @@ def main() -> int:
     reporter = Reporter(job["results"])
     reporter.send("hello", pid=os.getpid())
     try:
-        if ahead := job["prefetch"]:  # as `load_model` does it, with the very same code
-            runpy.run_path(ahead["path"])["Prefetch"](ahead["files"], ahead["limit_bytes"]).start()
         Load(job, reporter).run()
     except Exception as error:
         traceback.print_exc()

@@ -84,6 +84,7 @@ bench: $(MARK)
 	$(BIN)/python -m tests.benchmarks.bench_measure
 	$(BIN)/python -m tests.benchmarks.bench_hub
 	$(BIN)/python -m tests.benchmarks.bench_blocks
+	$(BIN)/python -m tests.benchmarks.bench_slow
 
 torture: $(MARK)
 	$(BIN)/python -m tests.torture

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from shardkit.base.record import listed, plural, printable
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.estimate import RUNTIME_BYTES
 from shardkit.checkpoint.hosts import HOSTS
 from shardkit.compare.comparison import Comparison, merge_comparisons
 from shardkit.compare.parameters import RULES, ParameterError, check_values
@@ -51,9 +52,9 @@ os.sync()
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps([time.perf_counter() - start, int(peak.split()[1]) * 1024 / 1e6]))
 """
-# The article's model, Mistral-7B-v0.1; and what Python, torch and transformers need for a first token, which
-# does not shrink with a model.
-_ARTICLE_BYTES, _RUNTIME_BYTES = 14_483_464_192, 320_000_000
+# The article's model, Mistral-7B-v0.1; and the least limit in which Python, torch and transformers give a
+# token, which does not shrink with a model: RUNTIME_BYTES, and pages of their files, which limits count.
+_ARTICLE_BYTES, _LEAST_LIMIT = 14_483_464_192, RUNTIME_BYTES + 49_000_000
 _ProgressCallback = Callable[[int, int, str], object]
 _INJECTED = "# Parameters"  # how papermill begins the cell that it writes
 
@@ -152,7 +153,7 @@ def _counted(names: Sequence[str], progress: _ProgressCallback | None) -> Iterat
 def scaled_limits(checkpoint: Checkpoint) -> dict[str, int]:
     """Return a limit in bytes for each host: to this model what its memory is to Mistral-7B in 16 bits."""
     share = checkpoint.total_bytes / _ARTICLE_BYTES
-    return {host: int(_RUNTIME_BYTES + share * (memory - _RUNTIME_BYTES)) for host, memory in HOSTS.items()}
+    return {host: int(_LEAST_LIMIT + share * (memory - _LEAST_LIMIT)) for host, memory in HOSTS.items()}
 
 
 def read_results(folder: str) -> tuple[dict[str, Comparison], pd.DataFrame]:

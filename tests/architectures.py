@@ -21,7 +21,7 @@ SIZES: dict[str, Any] = {
     "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "projection_dim": 16,
     "max_seq_len": 64, "router_dim": 4, "sliding_window": 16, "attention_window": 16, "mamba_d_state": 8,
-    "mamba_dt_rank": 4,
+    "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
 }  # fmt: skip
 
 NAMES = (
@@ -39,7 +39,7 @@ NAMES = (
 )  # fmt: skip
 
 
-def make_model(name: str, dtype: str = "float32") -> Any:
+def make_model(name: str, dtype: str = "float32", **other_sizes: Any) -> Any:
     """Make a model of a class of transformers, with random weights."""
     import torch
     import transformers
@@ -57,7 +57,7 @@ def make_model(name: str, dtype: str = "float32") -> Any:
         config = kind.config_class(
             **{
                 size: value
-                for size, value in SIZES.items()
+                for size, value in {**SIZES, **other_sizes}.items()
                 if isinstance(known.get(size), lists if isinstance(value, list) else type(value))
             }
         )

@@ -41,6 +41,7 @@ from shardkit.checkpoint.hosts import Need, fit
 from shardkit.checkpoint.loaded import StoredTensor
 from shardkit.errors import CheckpointError, PlanError
 from shardkit.load import blocks, within
+from shardkit.load.generate import generate_text
 from tests import architectures
 
 
@@ -471,11 +472,24 @@ def test_kv_cache_is_at_most_what_is_said_and_one_layer_less(name, tmp_path):
     assert found.tolerance is None
 
 
+def test_more_tokens_than_the_config_allows_are_said(model):
+    allowed = model.config["max_position_embeddings"]
+    beyond = f"{allowed + 1:,} tokens are more than the model is made for: max_position_embeddings"
+    assert beyond in str(model.estimate(context_tokens=allowed + 1))
+    assert "more than the model" not in str(model.estimate(context_tokens=allowed))
+    with pytest.raises(PlanError, match=f"prompt and new tokens: .* in config.json is {allowed:,}"):
+        generate_text(model.source, "x", max_new_tokens=allowed)
+
+
 def test_a_budget_that_is_too_small_names_the_smallest_that_is_not(model):
     least = model.estimate(max_memory=1).within.smallest_bytes
     small, enough = (model.estimate(max_memory=least - less).within for less in (1, 0))
     assert small.plan is None
-    assert f"needs at least {least:,} bytes" in str(model.estimate(max_memory=least - 1))
+    told = str(model.estimate(max_memory=least - 1))
+    assert f"needs at least {least:,} bytes" in told
+    assert (
+        f"without max_memory it loads in about {format_size(model.estimate().peak_anonymous_bytes)}" in told
+    )
     assert enough.plan.streamed_bytes > 0.8 * model.total_bytes
     assert model.estimate(max_memory="2GB").within.plan.streamed_bytes == 0
 

@@ -113,7 +113,7 @@ class Decoder(NamedTuple):
         if sum(needs) + weights + made.stacking_bytes + beside <= work.max_memory:
             return BoundedEstimate(work, MemoryPlan(work, *needs, 0, weights, 0), smallest)
         try:
-            plan, _ = plan_memory(made.source, units.sizes, streaming, work)
+            plan, _ = plan_memory(made.source, units.sizes, streaming, work, made.peak_anonymous_bytes)
         except PlanError as error:
             return BoundedEstimate(work, None, smallest, str(error))
         return BoundedEstimate(work, plan, smallest)

@@ -27,12 +27,17 @@ _TOKENS_WITH_LOGITS = 64  # a prompt has those of its last token alone; guessed 
 # otherwise; and bytes of one, beside two in the model's dtype: its softmax is float32, and made from a copy.
 _MAKES_SCORES = frozenset(("bloom", "codegen", "gemma2", "gpt_oss", "gptj", "mpt", "xglm"))
 _SOFTMAX_BYTES = 10
-_MOST = 10**9  # tokens, or whatever else is counted: beyond any model
+# Decoders with states beside keys and values that count here; and, of a scan over a prompt in float32, how
+# many numbers there are at a time for each token, state and channel.
+SCANNING = frozenset(("falcon_mamba", "jamba", "mamba"))
+_SCANNED = 3
+MOST = 10**9  # tokens, or whatever else is counted: beyond any model
 # What configs call the same number.
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _INNER = ("intermediate_size", "n_inner", "ffn_dim")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 SIZES = (_LAYERS[0], _HEADS[0], _HIDDEN[0])
 # A head gets the last token of a prompt alone, in the strides of all tokens, for which torch copies its
 # weights. With its own strides it does not, and gives the same bits in these dtypes, but others in float16.
@@ -48,8 +53,9 @@ class Sequences:
 
     def __post_init__(self) -> None:
         for name in ("context_tokens", "batch_size"):
-            if not 1 <= getattr(self, name) <= _MOST:
-                raise PlanError(f"{name} is {getattr(self, name)}: it must be at least 1, at most {_MOST:,}")
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= MOST:
+                raise PlanError(f"{name} is {value!r:.80}, not a whole number above zero, at most {MOST:,}")
 
     @property
     def tokens(self) -> str:
@@ -59,9 +65,8 @@ class Sequences:
     @classmethod
     def requested(cls, context_tokens: int | None, batch_size: int) -> Self | None:
         """Return them unless neither is requested."""
-        if context_tokens is None:
-            return cls(CONTEXT_TOKENS, batch_size) if batch_size != 1 else None
-        return cls(context_tokens, batch_size)
+        made = cls(CONTEXT_TOKENS if context_tokens is None else context_tokens, batch_size)
+        return None if context_tokens is None and batch_size == 1 else made
 
     def within(self, max_memory: int) -> Workload:
         """Return them with a budget, in bytes."""
@@ -154,23 +159,28 @@ class Needs(NamedTuple):
 
 
 def plan_memory(
-    source: str, units: Sequence[UnitSize], needs: Needs, work: Workload
+    source: str, units: Sequence[UnitSize], needs: Needs, work: Workload, plain_bytes: int
 ) -> tuple[MemoryPlan, Residence]:
     """Return how a model runs within a budget, and which of its units stay in memory.
 
     Raises
     ------
     PlanError
-        If the budget is too small; names the smallest that is not.
+        If the budget is too small; names the smallest that is not, and what a plain load takes beside
+        mapped files, if that is less: `plain_bytes`.
     """
-    beside = sum(needs) + _step(units)
-    if work.max_memory < (smallest := smallest_memory(units, needs)):
+    room = work.max_memory - sum(needs) - _step(units)
+    chosen = choose_residence([unit.nbytes for unit in units], room, _must_stay(units))
+    if chosen is None:
+        smallest = smallest_memory(units, needs)
+        plain = (
+            f"; without max_memory it loads in about {format_size(plain_bytes)}, not counting mapped files"
+        )
         raise PlanError(
             f"max_memory of {format_size(work.max_memory)} is too small: {source} needs at least "
             f"{smallest:,} bytes; Python and its libraries, KV cache and activations (context of "
-            f"{work.tokens}) take {format_size(sum(needs))}"
+            f"{work.tokens}) take {format_size(sum(needs))}{plain if plain_bytes < smallest else ''}"
         )
-    chosen = choose_residence([unit.nbytes for unit in units], work.max_memory - beside, _must_stay(units))
     read = sum(unit.read_bytes for unit, stays in zip(units, chosen.stays, strict=True) if not stays)
     working = chosen.buffer_bytes + _step(units)
     return MemoryPlan(work, *needs, working, chosen.resident_bytes, read), chosen
@@ -204,6 +214,14 @@ def lacks(config: Mapping[str, Any]) -> str | None:
     return next((names[0] for names in (_LAYERS, _HEADS, _HIDDEN) if not _number(config, *names)), None)
 
 
+def too_long(config: Mapping[str, Any], tokens: int) -> str:
+    """Return in words that a config allows shorter sequences; empty if it does not."""
+    name = next((name for name in _POSITIONS if _number(config, name)), None)
+    if name is None or tokens <= config[name]:
+        return ""
+    return f"{tokens:,} tokens are more than the model is made for: {name} in config.json is {config[name]:,}"
+
+
 def cache_bytes(config: Mapping[str, Any], itemsize: int, work: Sequences) -> int:
     """Return an upper bound of the bytes of keys and values that a decoder caches.
 
@@ -220,27 +238,42 @@ def cache_bytes(config: Mapping[str, Any], itemsize: int, work: Sequences) -> in
     kept = _number(config, "num_key_value_heads", "num_kv_heads") or heads
     if config.get("multi_query") is True and not config.get("new_decoder_architecture"):  # Falcon, StarCoder
         kept = 1
-    # While a token is added, one layer's are there twice.
-    return (layers + 1) * 2 * kept * width * work.context_tokens * work.batch_size * itemsize
+    each = 2 * kept * width * work.context_tokens * itemsize + _state_bytes(config)
+    return (layers + 1) * each * work.batch_size  # while a token is added, one layer's are there twice
+
+
+def _state_bytes(config: Mapping[str, Any], tokens: int = 1) -> int:
+    """Return the bytes of a layer's states, of convolutions among them, at so many tokens at a time."""
+    channels = _number(config, "expand", "mamba_expand") * _number(config, *_HIDDEN)
+    states = tokens * _number(config, "state_size", "mamba_d_state")
+    states += _number(config, "conv_kernel", "mamba_d_conv")
+    return (config.get("model_type") in SCANNING) * channels * states * 4
 
 
 def _activation_bytes(config: Mapping[str, Any], itemsize: int, work: Sequences) -> int:
     """Return an upper bound of the bytes that a pass over all tokens needs for a moment."""
     hidden, tokens = _number(config, *_HIDDEN), work.context_tokens
     inner = _number(config, *_INNER) or 4 * hidden
-    vectors = _HIDDEN_VECTORS * hidden + _MLP_VECTORS * inner
+    # Each expert that is chosen gets a copy of a token; of Llama 4, each expert does.
+    chosen = "num_local_experts" if config.get("model_type") == "llama4_text" else "num_experts_per_tok"
+    routed = _number(config, chosen) * (hidden + (_number(config, "moe_intermediate_size") or inner))
+    vectors = _HIDDEN_VECTORS * hidden + _MLP_VECTORS * max(inner, routed)
     mask = tokens * tokens * 4 + _score_bytes(config, itemsize, tokens)
     logits = (min(tokens, _TOKENS_WITH_LOGITS) + 4) * _number(config, "vocab_size") * 4
-    return work.batch_size * (tokens * vectors * itemsize + mask + logits)
+    scanned = _SCANNED * _state_bytes(config, tokens)
+    return work.batch_size * (tokens * vectors * itemsize + mask + logits + scanned)
 
 
 def _score_bytes(config: Mapping[str, Any], itemsize: int, tokens: int) -> int:
     """Return the bytes of attention scores where a model makes them, with their softmax in float32."""
     chosen = config.get("attn_implementation")
-    makes_them = chosen == "eager" or (chosen is None and config.get("model_type") in _MAKES_SCORES)
+    kind = config.get("model_type")
+    makes_them = chosen == "eager" or (chosen is None and kind in _MAKES_SCORES)
+    # Falcon's masks differ by head with alibi; else all heads share one of keys, which torch does not fuse.
+    makes_them |= kind == "falcon" and bool(config.get("alibi") or not config.get("new_decoder_architecture"))
     return makes_them * tokens**2 * _number(config, *_HEADS) * (2 * itemsize + _SOFTMAX_BYTES)
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int:
     found = (config.get(name) for name in names)
-    return next((value for value in found if type(value) is int and 0 < value <= _MOST), 0)
+    return next((value for value in found if type(value) is int and 0 < value <= MOST), 0)

@@ -15,7 +15,7 @@ from shardkit.base.machine import usable_memory
 from shardkit.base.record import Record, Summary, Table
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.bounded import BoundedEstimate, Decoder, why_unknown
-from shardkit.checkpoint.budget import Sequences
+from shardkit.checkpoint.budget import Sequences, too_long
 from shardkit.checkpoint.hosts import HERE, HOSTS, HostFit, Need, Ways, fit
 from shardkit.checkpoint.loaded import (
     LOAD_BITS,
@@ -250,7 +250,8 @@ def estimate_load(
         note = f"quantized ({method}): headers do not show how it is loaded, so this is a lower bound"
         return replace(made, notes=(note,))
     rough = _why_rough(made, config.get("model_type"), buffers)
-    made = replace(made, notes=(rough,)) if rough else replace(made, tolerance=TOLERANCE)
+    exceeded = too_long(config, sequences.context_tokens) if sequences else ""
+    made = replace(made, notes=tuple(filter(None, (rough, exceeded))), tolerance=None if rough else TOLERANCE)
     shards = None
     if dtype in CAST_DTYPES and any(tensor.converted == dtype for tensor in loaded):
         in_shards = [tensor.in_shards(dtype) for tensor in loaded]

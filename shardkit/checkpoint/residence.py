@@ -6,9 +6,6 @@ import math
 from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
-from shardkit.base.errors import PlanError
-from shardkit.base.sizes import format_size
-
 # Memory to read ahead into, by the largest unit that is streamed: that one, and the beginning of the next.
 _AHEAD_SHARE = 5 / 4
 # Reading anything smaller than this share of the largest costs more time than its memory is worth.
@@ -28,7 +25,7 @@ class Residence(NamedTuple):
         return self.resident_bytes + self.buffer_bytes
 
 
-def choose_residence(sizes: Sequence[int], budget: int, must_stay: Container[int] = ()) -> Residence:
+def choose_residence(sizes: Sequence[int], budget: int, must_stay: Container[int] = ()) -> Residence | None:
     """Choose what stays: as many bytes as `budget` allows, spread evenly over the order of execution.
 
     What is read ahead takes as much memory as the largest unit that is streamed, and more, so that keeping
@@ -39,21 +36,13 @@ def choose_residence(sizes: Sequence[int], budget: int, must_stay: Container[int
     sizes
         Bytes of the units, in order of execution.
     budget
-        Bytes for all of it.
+        Bytes for all of it; the result is None if they are less than `smallest_budget`.
     must_stay
         Places of units that cannot be streamed.
-
-    Raises
-    ------
-    PlanError
-        If the budget is less than `smallest_budget`.
     """
     found = [_fill(sizes, limit, budget, must_stay) for limit in (0, *sorted({*sizes}))]
-    fitting = [plan for plan in found if plan.total_bytes <= budget]
-    if not fitting:
-        needed = format_size(smallest_budget(sizes, must_stay))
-        raise PlanError(f"{format_size(budget)} are left for weights, but streaming needs {needed}")
-    return max(fitting, key=lambda plan: plan.resident_bytes)
+    fitting = (plan for plan in found if plan.total_bytes <= budget)
+    return max(fitting, key=lambda plan: plan.resident_bytes, default=None)
 
 
 def smallest_budget(sizes: Sequence[int], must_stay: Container[int] = ()) -> int:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import shardkit
 from shardkit.base.errors import ShardkitError, misspelled
 from shardkit.base.sizes import parse_size
+from shardkit.checkpoint.budget import MOST
 from shardkit.cli.terminal import say
 from shardkit.formats.tensor import dtype_name
 from shardkit.measure.samples import AUTO, MOST_PAIRS
@@ -125,9 +126,9 @@ def _valued(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def at_least_one(text: str) -> int:
-    """Return a whole number above zero."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    """Return a whole number above zero, as `Sequences` takes it."""
+    if not text.isdecimal() or len(text) > 10 or not 0 < int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number above zero, at most {MOST:,}")
     return int(text)
 
 

@@ -8,7 +8,6 @@ counts until no tensor views it any more.
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
@@ -17,23 +16,25 @@ from operator import not_
 from typing import Any, NoReturn
 
 from shardkit.base.disk import own_memory
-from shardkit.base.errors import CheckpointError, PlanError, ShardkitError
+from shardkit.base.errors import CheckpointError, ShardkitError
 from shardkit.base.machine import process_bytes
 from shardkit.base.record import listed
 from shardkit.checkpoint.budget import SIZES, MemoryPlan, Needs, Workload, head_scratch, plan_memory
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.loaded import LOAD_BITS
 from shardkit.load.direct import WeightFiles
+from shardkit.load.guard import guard
 from shardkit.load.read_ahead import ReadAhead
 from shardkit.load.recipes import parts_of
 from shardkit.load.rows import rows_in_file
 from shardkit.load.units import Filler, Unit, units_of
 
 
-def fill_within(model: Any, checkpoint: Checkpoint, work: Workload) -> MemoryPlan:
+def fill_within(model: Any, checkpoint: Checkpoint, work: Workload, plain_bytes: int) -> MemoryPlan:
     """Give a decoder on the meta device its weights such that the process stays within a budget; return how.
 
     The checkpoint is left as it is while the model is used. A pass over more than `work` raises a PlanError.
+    A plain load takes `plain_bytes`, which the error for a budget that is too small says.
 
     Raises
     ------
@@ -49,13 +50,14 @@ def fill_within(model: Any, checkpoint: Checkpoint, work: Workload) -> MemoryPla
     units: list[tuple[Unit, Any]] = []
     for unit, module in units_of(model, parts_of(model, checkpoint)):
         (rows if _stays_in_file(unit, module) else units).append((unit, module))
-    plan, chosen = plan_memory(checkpoint.source, [unit.size for unit, _ in units], needs, work)
+    sizes = [unit.size for unit, _ in units]
+    plan, chosen = plan_memory(checkpoint.source, sizes, needs, work, plain_bytes)
     filler = Filler(files)
     _make_resident(compress(units, chosen.stays), filler)
     _attach_stream([*compress(units, map(not_, chosen.stays))], chosen.buffer_bytes, filler)
     _attach_rows(rows, units, files)
     _check_complete(model, checkpoint)
-    _guard(model, work)
+    guard(model, plan)
     return plan
 
 
@@ -148,55 +150,6 @@ def _check_complete(model: Any, checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"has no {listed(missing)}, which {type(model).__name__} needs", file=checkpoint.source
         )
-
-
-def _guard(model: Any, work: Workload) -> None:
-    """Refuse passes that need more memory than was planned, and to move or cast the model.
-
-    Passes in several threads would take each other's buffers: one at a time. Not by hooks: torch calls none
-    after Ctrl-C, and the next thread would wait for ever.
-    """
-    running, itself, forward = threading.RLock(), weakref.ref(model), type(model).forward
-
-    def check(_: Any, arguments: Any, named: Any) -> None:
-        tokens = next((value for value in (*arguments, named.get("input_ids")) if value is not None), None)
-        tokens = named.get("inputs_embeds") if tokens is None else tokens
-        cache = named.get("past_key_values")
-        before = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-        batch, length = (0, 0) if tokens is None else (len(tokens), tokens.shape[1] + before)
-        if batch > work.batch_size or length > work.context_tokens:
-            raise PlanError(
-                f"{batch} x {length} tokens need more memory than was planned for {work.batch_size} x "
-                f"{work.context_tokens}: load the model with a larger batch_size or context_tokens"
-            )
-
-    def alone(*arguments: Any, **named: Any) -> Any:
-        with running:
-            return forward(itself(), *arguments, **named)
-
-    vars(alone)["__signature__"] = inspect.signature(model.forward)  # which generation asks for
-    model.register_forward_pre_hook(check, with_kwargs=True)
-    model.forward = alone
-    model._apply = _Unmoved(model)
-
-
-class _Unmoved:
-    """What `model.to(...)` comes down to: nothing where the model is there already, else refused."""
-
-    def __init__(self, model: Any) -> None:
-        self._model, self._dtype = weakref.ref(model), model.dtype
-
-    def __call__(self, function: Any, recurse: bool = True) -> Any:
-        import torch
-
-        del recurse
-        found = function(torch.empty(0, dtype=self._dtype))
-        if (found.dtype, found.device.type) != (self._dtype, "cpu"):
-            raise ShardkitError(
-                "a model loaded with max_memory can be neither moved nor cast: load it with the dtype it "
-                "should have"
-            )
-        return self._model()
 
 
 class Stream:

@@ -17,6 +17,7 @@ from shardkit.base.extras import require
 from shardkit.base.machine import process_bytes
 from shardkit.base.record import Record, Summary, plural
 from shardkit.base.sizes import format_size, parse_size
+from shardkit.checkpoint.budget import too_long
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import LoadDtypeLike
 from shardkit.load.load_model import load_model
@@ -107,7 +108,7 @@ def generate_text(
     CheckpointError
         If there is no tokenizer; also as `load_model` does.
     PlanError
-        If the prompt has no tokens; also as `load_model` does.
+        If the prompt has no tokens, or is too long for the model; also as `load_model` does.
     """
     require("load", "generating text", "torch", "transformers")
     checkpoint = Checkpoint.open(source, download=True)
@@ -116,6 +117,8 @@ def generate_text(
     length = tokens["input_ids"].shape[1]
     if not length:
         raise PlanError("the prompt has no tokens")
+    if why := too_long(checkpoint.config or {}, length + max_new_tokens):
+        raise PlanError(f"prompt and new tokens: {why}")
     context = -(-(length + max_new_tokens) // _CONTEXT_STEP) * _CONTEXT_STEP
     with _peak() as peak:
         options = {"max_memory": max_memory, "context_tokens": context, **from_pretrained_options}

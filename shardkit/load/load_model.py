@@ -16,7 +16,7 @@ from shardkit.base.pages import resident_bytes
 from shardkit.base.sizes import parse_size
 from shardkit.checkpoint.adapter import is_adapter
 from shardkit.checkpoint.belonging import needed_files
-from shardkit.checkpoint.budget import CONTEXT_TOKENS, Workload
+from shardkit.checkpoint.budget import CONTEXT_TOKENS, Sequences
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.config import architecture
 from shardkit.checkpoint.estimate import Estimate
@@ -24,7 +24,7 @@ from shardkit.checkpoint.layout import find_weights, read_config
 from shardkit.formats.tensor import CAST_DTYPES, LoadDtypeLike, dtype_name
 from shardkit.load.into_memory import WeightsInMemory
 from shardkit.load.prefetch import Prefetch
-from shardkit.load.within import check_complete, load_within
+from shardkit.load.within import check_complete, load_streaming
 from shardkit.sources.resolve import resolve
 
 # Pages beyond this share of the memory that is free would push out others that were just read.
@@ -89,7 +89,8 @@ def load_model(
         With `max_memory`, also if it does not fit and is not a decoder of transformers, or is quantized. As
         the model runs, if a file is truncated, changed, or cannot be read.
     PlanError
-        If `dtype` is text, but not a dtype; or `max_memory` is too small: names the smallest that is not.
+        If `dtype` is text, but not a dtype, or a count is not a whole number above zero; or `max_memory` is
+        too small: names the smallest that is not.
     SizeError
         If `max_memory` is not a size.
     MissingPackageError
@@ -105,12 +106,15 @@ def load_model(
         dtype = dtype_name(dtype)
     if isinstance(max_memory, dict):  # for each device, as transformers has it
         from_pretrained_options["max_memory"], max_memory = max_memory, None
-    budget = None if max_memory is None else parse_size(max_memory)
+    budget, asked = (
+        None if max_memory is None else parse_size(max_memory),
+        Sequences(context_tokens, batch_size),
+    )
     folder, files = loaded_files(source)
     checkpoint = Checkpoint.open(folder)
     if budget is not None:
-        work = Workload(context_tokens, batch_size, max_memory=budget)
-        if (model := load_within(checkpoint, dtype, work, from_pretrained_options)) is not None:
+        model = load_streaming(checkpoint, dtype, asked.within(budget), from_pretrained_options)
+        if model is not None:
             return model
     early = _read_early(checkpoint, files, dtype, from_pretrained_options)
     with early if prefetch else nullcontext() as given:
@@ -123,7 +127,7 @@ def load_model(
         with given.in_transformers() if given else nullcontext():
             if budget is None or "output_loading_info" in from_pretrained_options:
                 return load()
-            model, found = load(output_loading_info=True)
+            model, found = load(output_loading_info=True, ignore_mismatched_sizes=True)
         check_complete(found, type(model).__name__, checkpoint)
         return model
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from shardkit.base.errors import CheckpointError, PlanError
 from shardkit.base.record import listed
 from shardkit.checkpoint.adapter import is_adapter
-from shardkit.checkpoint.budget import Workload
+from shardkit.checkpoint.budget import SCANNING, Workload
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.config import architecture
 from shardkit.checkpoint.estimate import RUNTIME_BYTES
@@ -16,12 +16,8 @@ from shardkit.checkpoint.quantized import quantized
 from shardkit.load.blocks import dtype_name, fill_within, needs_of
 from shardkit.load.recipes import Described
 
-# Divides weights in place before the first token, which those that are read again do not survive.
-_REWRITES_WEIGHTS = ("rwkv",)
-_PROBLEMS = {"missing_keys": "lacks weights that", "mismatched_keys": "has weights of other shapes than"}
 
-
-def load_within(checkpoint: Checkpoint, dtype: object, work: Workload, options: dict[str, Any]) -> Any:
+def load_streaming(checkpoint: Checkpoint, dtype: object, work: Workload, options: dict[str, Any]) -> Any:
     """Return a model that streams what does not fit; None if all fits, so that a plain load will do.
 
     Takes, and raises, what `load_model` does; `options` are for `from_pretrained`.
@@ -43,16 +39,21 @@ def load_within(checkpoint: Checkpoint, dtype: object, work: Workload, options: 
         return None
     _check_streamable(checkpoint, trusted)
     model = _empty_decoder(checkpoint, config, name, options)
-    model.memory_plan = fill_within(model, checkpoint, work)
+    model.memory_plan = fill_within(model, checkpoint, work, estimate.peak_anonymous_bytes)
     return model
 
 
 def check_complete(found: Mapping[str, Any], model: str, checkpoint: Checkpoint) -> None:
     """Refuse a load whose info, as transformers gives it, says that weights were made at random."""
-    for kind_of_problem, what in _PROBLEMS.items():
-        if found[kind_of_problem]:
-            names = listed(sorted(map(str, found[kind_of_problem])))
-            raise CheckpointError(f"{what} {model} needs: {names}", file=checkpoint.source)
+    if missing := sorted(map(str, found["missing_keys"])):
+        raise CheckpointError(f"lacks weights that {model} needs: {listed(missing)}", file=checkpoint.source)
+    for name, stored, expected in sorted(found["mismatched_keys"], key=str):
+        one = checkpoint.tensors.get(name)
+        raise CheckpointError(
+            f"has shape {tuple(stored)}, but {model} with this config.json needs {tuple(expected)}",
+            file=checkpoint.path(one.file) if one else checkpoint.source,
+            tensor=name,
+        )
 
 
 def _check_streamable(checkpoint: Checkpoint, trusted: bool) -> None:
@@ -71,7 +72,8 @@ def _check_streamable(checkpoint: Checkpoint, trusted: bool) -> None:
     found = decoders.get(model_type, ())
     is_decoder = named in ((found,) if isinstance(found, str) else found)
     is_decoder = is_decoder and not config.get("is_encoder_decoder")
-    if not is_decoder or model_type in _REWRITES_WEIGHTS:
+    # States that are not counted; RWKV also divides weights in place, which those read again do not survive.
+    if not is_decoder or (getattr(transformers, named or "")._is_stateful and model_type not in SCANNING):
         refuse(f"{named or model_type} is not a decoder that can be streamed")
     if trusted and config.get("auto_map"):
         refuse("a model with its own code cannot be streamed")
@@ -86,7 +88,7 @@ def _empty_decoder(checkpoint: Checkpoint, config: Any, dtype: str, options: dic
     described = {name: Described(tensor) for name, tensor in checkpoint.tensors.items()}
     made = {"config": config, "state_dict": described, "dtype": dtype, "output_loading_info": True, **options}
     # First with everything on the meta device: else, what is missing would be made at random, in memory.
-    _, found = kind.from_pretrained(None, device_map="meta", **made)
+    _, found = kind.from_pretrained(None, **{**made, "device_map": "meta", "ignore_mismatched_sizes": True})
     check_complete(found, kind.__name__, checkpoint)
     model, _ = kind.from_pretrained(None, **made)
     model.name_or_path = model.config._name_or_path = checkpoint.folder

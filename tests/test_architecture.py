@@ -1,6 +1,7 @@
 """What the house promises of itself: CONTRIBUTING.md says why."""
 
 import ast
+import importlib
 import json
 import re
 from collections import Counter
@@ -110,3 +111,8 @@ def test_texts_of_the_package_use_the_words_of_the_field(path: Path) -> None:
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: path.name)
 def test_documents_use_the_words_of_the_field(path: Path) -> None:
     assert [found[0] for text in read_by_people(path) for found in BANNED.finditer(text)] == []
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "tests" / "benchmarks").glob("bench_*.py")])
+def test_a_benchmark_finds_what_it_imports(name: str) -> None:
+    assert callable(importlib.import_module(f"tests.benchmarks.{name}").main)

@@ -24,10 +24,10 @@ from typing import NamedTuple
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.demo import make_demo_checkpoint
-from shardkit.measure.intervals import Interval, paired_interval
 from shardkit.measure.limit import limited
 from shardkit.measure.page_cache import prepare
 from shardkit.shard.engine import shard_checkpoint
+from tests.benchmarks.ratio import HEAD, Ratio
 
 OURS = "shardkit"
 # What peers must be left beside weights: Python, torch, transformers, and buffers of their own.
@@ -175,7 +175,7 @@ def rounds_of(bench: Bench, share: float, rounds: int) -> tuple[dict[str, list[F
     return {name: found for name, found in runs.items() if len(found) == rounds}, rates
 
 
-def promises(bench: Bench, share: float, rounds: int) -> list[tuple[str, Interval, float]]:
+def promises(bench: Bench, share: float, rounds: int) -> list[tuple[str, Ratio, float]]:
     """What is promised of a limit of this share of the weights: name, ratio, and the most it may be."""
     runs, rates = rounds_of(bench, share, rounds)
     ours = runs.pop(OURS)
@@ -209,10 +209,7 @@ def promises(bench: Bench, share: float, rounds: int) -> list[tuple[str, Interva
         file=sys.stderr,
     )
     title = f"{format_size(bench.nbytes)} in {share:.0%} of it: "
-    return [
-        (title + name, paired_interval(first, second, seed=0), limit)
-        for name, (first, second, limit) in pairs.items()
-    ]
+    return [(title + name, Ratio.of(first, second), limit) for name, (first, second, limit) in pairs.items()]
 
 
 def main() -> None:
@@ -233,11 +230,9 @@ def main() -> None:
         shutil.rmtree(scratch / "demo")
         bench = Bench(scratch / "layers", scratch, options.tokens, options.airllm)
         found = [line for share in options.shares for line in promises(bench, share, options.rounds)]
-    print(f"{'promise':<66} {'ratio':>7} {'95 % interval':>16} {'at most':>8}")
+    print(HEAD)
     for name, ratio, limit in found:
-        bounds = "-" if ratio.low is None else f"{ratio.low:.3f} to {ratio.high:.3f}"
-        held = "held" if ratio.ratio <= limit else "NOT HELD"
-        print(f"{name:<66} {ratio.ratio:>7.3f} {bounds:>16} {limit:>8.2f}  {held}")
+        print(ratio.line(name, limit))
     sys.exit(any(ratio.ratio > limit for _, ratio, limit in found))
 
 

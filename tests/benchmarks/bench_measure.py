@@ -26,8 +26,8 @@ import numpy as np
 
 from shardkit.base.sizes import format_size
 from shardkit.demo import make_demo_checkpoint
-from shardkit.measure.intervals import Interval, paired_interval
 from shardkit.measure.launch import measure_load
+from tests.benchmarks.ratio import HEAD, Ratio
 from tests.fake_loads import fake_interpreter
 
 _PREPARED = """
@@ -80,7 +80,7 @@ def instrument(scratch: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[b
         raise SystemExit(f"the instrument failed: status {process.returncode}")
 
 
-def wall_overhead(scratch: Path, folder: Path, pairs: int) -> Interval:
+def wall_overhead(scratch: Path, folder: Path, pairs: int) -> Ratio:
     """Return what a load takes watched, to what it takes unwatched."""
     seconds: dict[bool, list[float]] = {True: [], False: []}
     with (
@@ -100,14 +100,14 @@ def wall_overhead(scratch: Path, folder: Path, pairs: int) -> Interval:
     return median_interval(seconds[False], seconds[True])
 
 
-def median_interval(first: list[float], second: list[float]) -> Interval:
+def median_interval(first: list[float], second: list[float]) -> Ratio:
     """Return the median of ``second / first`` and its bootstrap interval: one hiccup moves neither."""
     ratios = np.asarray(second) / np.asarray(first)
     drawn = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
-    return Interval(float(np.median(ratios)), *np.quantile(np.median(drawn, axis=1), (0.025, 0.975)))
+    return Ratio(float(np.median(ratios)), *np.quantile(np.median(drawn, axis=1), (0.025, 0.975)))
 
 
-def peak_error(folder: Path) -> Interval:
+def peak_error(folder: Path) -> Ratio:
     """Return the peak that `measure_load` reports, to the kernel's of a load that nobody watched."""
     told, kernels = [], []
     code = _UNWATCHED_PEAK.format(prepared=_PREPARED.format(folder=str(folder)))
@@ -116,7 +116,7 @@ def peak_error(folder: Path) -> Interval:
         told.append(found.phase("load").peak_total_bytes)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         kernels.append(int(done.stdout.split()[-1]) * 1024)
-    return paired_interval(kernels, told, seed=0)
+    return Ratio.of(kernels, told)
 
 
 def main() -> None:
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where to work: a disk with the sizes free")
     options = parser.parse_args()
     held = True
-    print(f"{'promise':<44} {'ratio':>7} {'95 % interval':>16} {'at most':>8}")
+    print(HEAD)
     for size, pairs in zip(options.sizes, options.pairs, strict=True):
         with tempfile.TemporaryDirectory(dir=options.folder, prefix="shardkit-bench-") as made:
             scratch, folder = Path(made), Path(made, "model")
@@ -140,15 +140,12 @@ def main() -> None:
     sys.exit(not held)
 
 
-def show(name: str, interval: Interval, limit: float) -> bool:
+def show(name: str, interval: Ratio, limit: float) -> bool:
     """Print a line; False where the promise is broken."""
-    assert interval.low is not None
-    assert interval.high is not None
     broken = interval.low > 1 + limit or interval.high < 1 - limit
     verdict = "undecided: more pairs, or a quieter machine" if interval.high > 1 + limit else "held"
     verdict = "NOT HELD" if broken else verdict
-    bounds = f"{interval.low:.3f} to {interval.high:.3f}"
-    print(f"{name:<44} {interval.ratio:>7.3f} {bounds:>16} {1 + limit:>8.2f}  {verdict}", flush=True)
+    print(interval.line(name, 1 + limit, verdict), flush=True)
     return not broken
 
 

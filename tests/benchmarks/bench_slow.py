@@ -14,14 +14,13 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from math import exp
 from pathlib import Path
 from typing import NamedTuple
 
 from shardkit.base import pages
 from shardkit.base.sizes import format_size, parse_size
 from shardkit.demo import make_demo_checkpoint
-from shardkit.measure.intervals import Pairs
+from tests.benchmarks.ratio import HEAD, Ratio
 from tests.slow_mount import SlowMount, slow_mount, why_no_fuse
 
 PROMISES = {"each": 0.5, "shared": 1.1}  # first token against from_pretrained, by what has the rate
@@ -92,7 +91,7 @@ def main() -> None:
         print(f"nothing can be mounted here, so slow mounts are not measured: {why}")
         return
     kept = True
-    print(f"{'promise':<66} {'ratio':>7} {'95 % interval':>16} {'at most':>8}")
+    print(HEAD)
     for line in options.lines:
         with tempfile.TemporaryDirectory(dir=options.folder, prefix="shardkit-bench-") as made:
             model = Path(made, "model")
@@ -100,14 +99,10 @@ def main() -> None:
             how = parse_size(options.rate), options.delay, line
             with slow_mount(model, Path(made, "slow"), *how) as mount:
                 runs = pairs_of(mount, nbytes, options.pairs)
-        pairs = Pairs.of(*([one.seconds for one in found] for found in runs.values()))
-        ratio, interval = exp(pairs.mean), pairs.interval()
-        bounds = "{:.3f} to {:.3f}".format(*interval) if interval else "-"
+        ratio = Ratio.of(*([one.seconds for one in found] for found in runs.values()))
         title = f"{format_size(nbytes)}, {options.rate}/s {line}, {options.delay:g} s a request: first token"
-        held = ratio <= PROMISES[line]
-        words = f"{ratio:>7.3f} {bounds:>16} {PROMISES[line]:>8.2f}  {'held' if held else 'NOT HELD'}"
-        print(f"{title:<66} {words}", flush=True)
-        kept &= held
+        print(ratio.line(title, PROMISES[line]), flush=True)
+        kept &= ratio.ratio <= PROMISES[line]
     sys.exit(not kept)
 
 

@@ -10,8 +10,9 @@
     print(comparison.verdict)
     model = shardkit.load_model(report)
 
-What it raises is in `shardkit.errors`. Names are imported when they are first used (`__init__.pyi` lists
-them): `import shardkit` brings in neither torch nor transformers, matplotlib or ipywidgets.
+`help(shardkit.plan_shards)` explains one name; `__init__.pyi` lists them. What they raise is in
+`shardkit.errors`. Names are imported when they are first used: `import shardkit` brings in neither torch nor
+transformers, matplotlib or ipywidgets.
 """
 
 import lazy_loader

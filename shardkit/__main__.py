@@ -10,6 +10,7 @@ def main() -> None:
 
         cli.main()
     except KeyboardInterrupt:
+        print("shardkit: stopped before anything began", file=sys.stderr)
         sys.exit(130)
 
 

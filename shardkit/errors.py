@@ -12,6 +12,7 @@ from shardkit.base.errors import (
     PlanError,
     ShardkitError,
     SizeError,
+    SourceError,
     SpaceError,
     VerificationError,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "PlanError",
     "ShardkitError",
     "SizeError",
+    "SourceError",
     "SpaceError",
     "VerificationError",
 ]

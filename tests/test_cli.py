@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 import shardkit
 from shardkit import Checkpoint, Comparison, cli, plan_shards
 from shardkit.base.sizes import format_size
-from shardkit.cli import arguments, commands
+from shardkit.cli import arguments
 from shardkit.demo import make_demo_checkpoint
 from shardkit.errors import ShardkitError
 from shardkit.measure.limit import why_unlimited
+from shardkit.shard.destination import default_destination
 from tests.unasked import COMMAND
 
 SHARDKIT = COMMAND
@@ -142,8 +143,6 @@ def test_a_difference_is_exit_status_one_and_names_the_tensor(demo, tmp_path):
 
 
 WRONG = {
-    "no such source": ("{folder}/nothing", "{folder}/out"),
-    "source has a name that no model has": ("runs/exp--1", "{folder}/out"),
     "source is no checkpoint": ("{folder}/file", "{folder}/out"),
     "source is damaged": ("{folder}/damaged.safetensors", "{folder}/out"),
     "destination is a file": ("{demo}", "{folder}/file"),
@@ -176,7 +175,10 @@ def test_anything_wrong_ends_in_one_line_and_status_one(case, demo, tmp_path):
         ("shard a b --output c", "not allowed with argument destination"),
         ("shard a b --public", "hf:// destinations"),
         ("shard a hf://me/b --overwrite", "only apply to folders"),
-        ("shard a b --strat size", "unrecognized arguments: --strat size"),
+        ("shard a b --strat size", "unrecognized arguments: --strat size; did you mean --strategy"),
+        ("compare a b --repeat=3", "did you mean --repeats"),
+        ("shard no/such/folder out", "not a local folder or file"),
+        ("shard runs/exp--1 out", "not a Hub id"),
         ("verify a", "destination --output is required"),
         ("compare a b --repeats 0", "whole number above zero"),
         ("compare a b --repeats often", "whole number above zero, or auto"),
@@ -202,6 +204,26 @@ def test_a_value_that_is_none_is_status_two_and_one_line(arguments, said):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("folder", ["", "below/here/"])
+def test_typo_in_the_name_of_a_folder_is_status_two_and_names_what_is_near(folder, demo, tmp_path):
+    shutil.copytree(demo, tmp_path / folder / "mistral-demo")
+    (tmp_path / folder / "mistral-dem.txt").write_text("neither a folder nor weights")
+    done = run("verify", demo, f"{folder}mistral-dmo", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(f"; did you mean {folder}mistral-demo?\n")
+
+
+def test_a_pipe_gets_every_file_of_a_plan_and_a_terminal_a_screen_of_them(demo):
+    words = ("plan", demo, "--max-shard-size", "1MB", "--strategy", "balanced")
+    piped, seen = run(*words).stdout, in_a_terminal(*words)
+    files = len(plan_shards(demo, max_shard_size="1MB", strategy="balanced").shards)
+    assert files > 12
+    assert len(re.findall(r"model-\d{5}-of", piped)) == files
+    assert len(re.findall(r"model-\d{5}-of", seen)) == 11
+    assert f"... {files - 11} more" in seen
+    assert piped.endswith(f"\nnext: shardkit shard {demo} --max-shard-size 1MB --strategy balanced\n")
+
+
 def test_one_dtype_mistake_has_one_wording(demo):
     said = {run(command, demo, "--dtype", "fp61").stderr for command in ("inspect", "plan", "fit")}
     assert len({line.partition("; see")[0] for line in said}) == 1
@@ -215,7 +237,8 @@ def test_shards_go_beside_their_source_by_themselves(demo, tmp_path):
         done = run("shard", source, *words, "--no-verify", **options)
         assert done.returncode == 0, done.stderr
         assert (options["cwd"] / made / "model.safetensors").is_file()
-    assert commands._beside("org/name@main") == "name-sharded"
+    for on_hub in ("org/name@refs/pr/1", "https://huggingface.co/org/name/tree/main"):
+        assert default_destination(on_hub) == "name-sharded"
 
 
 def test_help_of_every_command_has_examples_that_are_understood():
@@ -354,11 +377,14 @@ def test_module_is_the_command():
     assert done.stdout[0].isdigit()
 
 
-def test_interrupt_while_python_imports_is_no_traceback(tmp_path):
+SAID_EARLY = "shardkit: stopped before anything began\n"
+
+
+def test_interrupt_while_python_imports_is_one_line(tmp_path):
     (tmp_path / "filelock.py").write_text("raise KeyboardInterrupt")
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run([sys.executable, "-m", "shardkit"], capture_output=True, text=True, env=env)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", SAID_EARLY)
 
 
 def test_working_folder_that_is_gone_is_no_error(demo, tmp_path):

@@ -220,7 +220,7 @@ class ShardApp:
 
     def _opened(self) -> None:
         if self.checkpoint is not None and self._shard.folder in ("", self._named):
-            self._named = self._shard.destination.value = self._choose.beside
+            self._named = self._shard.destination.value = self._choose.default_destination
         self._compare.clear()
         self._shard.clear()
         self._plan.open()

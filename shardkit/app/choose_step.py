@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -16,7 +14,8 @@ from shardkit.app.step import Step, box, field
 from shardkit.base.errors import ShardkitError
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.demo import make_demo_checkpoint
-from shardkit.sources.resolve import is_on_hub, known_sources
+from shardkit.shard.destination import default_destination
+from shardkit.sources.resolve import known_sources
 
 _DEMOS = {"mistral-demo-64MB": "64MB", "mistral-demo-512MB": "512MB"}
 # Buttons that open something at once; the Hub's are small enough for Binder.
@@ -106,11 +105,6 @@ class Choose(Step):
         return bool(self.checkpoint) and self.error is None
 
     @property
-    def beside(self) -> str:
+    def default_destination(self) -> str:
         """Where the shards of what is open go if nobody says: into this folder, but not into the source."""
-        if self.checkpoint is None or is_on_hub(self.checkpoint.source):
-            source = self.checkpoint.source if self.checkpoint else self._asked
-            return os.path.basename(source.partition("@")[0].rstrip("/")) + "-sharded"
-        beside = os.path.realpath(self.checkpoint.folder) + "-sharded"
-        within = Path.cwd().is_relative_to(beside.removesuffix("-sharded"))
-        return os.path.relpath(beside) if within else os.path.basename(beside)
+        return default_destination(self.checkpoint.source, here=True) if self.checkpoint else ""

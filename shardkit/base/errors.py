@@ -50,9 +50,18 @@ def reading(file: str | None = None, tensor: str | None = None) -> Iterator[None
 def misspelled(what: str, value: object, choices: Iterable[str], short: Iterable[str] = ()) -> str:
     """Say that a value is none of the choices, and which of them, or of their short names, may be meant."""
     names = list(choices)
-    near = get_close_matches(str(value).lower(), [*names, *short], 1)
-    meant = f"; did you mean {near[0]}?" if near else ""
-    return f"{what} {str(value)!r} is not one of {', '.join(names)}{meant}"
+    near = meant(str(value).lower(), [*names, *short])
+    return f"{what} {str(value)!r} is not one of {', '.join(names)}{near}"
+
+
+def meant(value: str, choices: Iterable[str]) -> str:
+    """Ask whether the choice that looks most like a value is meant; empty if none looks like it."""
+    near = get_close_matches(value, list(choices), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class SourceError(CheckpointError, ValueError):
+    """What was given as a checkpoint names neither a folder or file here nor a model on the Hub."""
 
 
 class DownloadNeededError(CheckpointError):

@@ -137,6 +137,10 @@ class Record:
         """Return what `__str__` and `_repr_html_` show."""
         raise NotImplementedError
 
+    def complete_summary(self) -> Summary:
+        """Return `summary` with the rows that it leaves out."""
+        return self.summary()
+
     def __init_subclass__(cls) -> None:
         # A dataclass keeps the one it finds; its own would show every tensor of a plan.
         cls.__repr__ = Record.__repr__  # type: ignore[method-assign]

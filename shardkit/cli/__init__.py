@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from shardkit.base.errors import ShardkitError, SizeError
+from shardkit.base.errors import ShardkitError, SizeError, SourceError
 from shardkit.cli import commands as commands
 from shardkit.cli.arguments import parse
 from shardkit.cli.terminal import say
@@ -38,7 +38,7 @@ def main() -> None:
         sys.exit(0)
     except ShardkitError as error:
         say("; ".join((str(error), *getattr(error, "__notes__", ()))))
-        sys.exit(2 if isinstance(error, SizeError) else 1)
+        sys.exit(2 if isinstance(error, (SizeError, SourceError)) else 1)
     except KeyboardInterrupt as error:
         say(str(error) or "stopped; nothing was saved")
         os._exit(130)  # without waiting for a disk that is busy with what is to be written again

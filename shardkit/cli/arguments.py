@@ -13,7 +13,7 @@ from textwrap import dedent
 from typing import Any, NoReturn
 
 import shardkit
-from shardkit.base.errors import ShardkitError, misspelled
+from shardkit.base.errors import ShardkitError, meant, misspelled
 from shardkit.base.sizes import parse_size
 from shardkit.checkpoint.budget import MOST
 from shardkit.cli.terminal import say
@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 _PARSER = _Parser(
     prog="shardkit",
     description="Reshard any Hugging Face checkpoint without loading it, and verify that nothing was lost.",
-    epilog="to begin: shardkit demo; then each command says what may come next. Ctrl-C stops any of them.",
+    epilog="to begin: shardkit demo; it says what may come next, as most commands do. Ctrl-C stops any.",
     allow_abbrev=False,
 )
 _PARSER.add_argument(
@@ -54,7 +54,12 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         sys.exit(2)
     if not words[0].startswith("-") and words[0] not in _COMMANDS.choices:
         _PARSER.error(misspelled("command", words[0], _COMMANDS.choices))
-    return vars(_PARSER.parse_args(words))
+    asked, unknown = _PARSER.parse_known_args(words)
+    if unknown:
+        option = next((word for word in unknown if word.startswith("-")), "").partition("=")[0]
+        near = meant(option, _COMMANDS.choices[words[0]]._option_string_actions)
+        wrong_usage(words[0], f"unrecognized arguments: {' '.join(unknown)}{near}")
+    return vars(asked)
 
 
 def wrong_usage(command: str, message: str) -> NoReturn:

@@ -41,7 +41,7 @@ from shardkit.cli.terminal import LimitedRuns, next_step, progress_bar, say, sho
 from shardkit.formats.tensor import Dtype, LoadDtype
 from shardkit.measure.spec import CACHES
 from shardkit.plan.packing import Strategy
-from shardkit.shard.destination import free_bytes, leftovers, remove_leftovers
+from shardkit.shard.destination import default_destination, free_bytes, leftovers, remove_leftovers
 from shardkit.sources.resolve import is_on_hub
 
 
@@ -71,7 +71,9 @@ def inspect(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) -
         )
     checkpoint = shardkit.Checkpoint.open(source)
     estimate = checkpoint.estimate(dtype, **asked)
-    show(checkpoint, estimate, as_json=as_json, estimate=estimate.to_dict(), leftovers=left)
+    following = next_step("plan", source)
+    fields = {"estimate": estimate.to_dict(), "leftovers": left}
+    show(checkpoint, estimate, as_json=as_json, following=following, **fields)
 
 
 @command(
@@ -84,7 +86,7 @@ def inspect(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) -
         plan mistral-demo --strategy layer --dtype fp16""",
 )
 def plan(source: str, max_shard_size: str, strategy: Strategy, dtype: Dtype | None, as_json: bool) -> None:
-    """Dry run: show the files that would be written."""
+    """Dry run: show the files that would be written; in a pipe, all of them."""
     checkpoint = shardkit.Checkpoint.open(source)
     made = shardkit.plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
     free = free_bytes(".")
@@ -101,6 +103,7 @@ def plan(source: str, max_shard_size: str, strategy: Strategy, dtype: Dtype | No
         made,
         Summary("On this machine", (("disk", room), ("to load", needs))),
         as_json=as_json,
+        following=next_step("shard", source, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype),
         free_bytes=free if free < sys.maxsize else None,
         estimate={"before": now.to_dict(), "after": then.to_dict()},
     )
@@ -143,7 +146,7 @@ def shard(
     **common: Any,
 ) -> None:
     """Rewrite a checkpoint as shards, without loading it, and verify them."""
-    destination = destination or _beside(source)
+    destination = destination or default_destination(source)
     with progress_bar() as bar:
         common["progress"] = bar
         if is_on_hub(destination):
@@ -155,16 +158,8 @@ def shard(
                 wrong_usage("shard", "--public only applies to hf:// destinations")
             common |= {"overwrite": overwrite, "resume": resume, "stream": stream}
             report = shardkit.shard_checkpoint(source, destination, **common)
-    requested = ["--dtype", common["dtype"]] if common["dtype"] else []
-    show(report, as_json=as_json, following=next_step("compare", source, destination, *requested))
-
-
-def _beside(source: str) -> str:
-    """Return where the shards of a source go by themselves: beside it, or here if it is on the Hub."""
-    if not os.path.exists(os.path.expanduser(source)):
-        return f"{source.rpartition('/')[2].partition('@')[0]}-sharded"
-    path = Path(os.path.abspath(os.path.expanduser(source)))
-    return os.path.relpath(path.with_name(f"{path.stem if path.is_file() else path.name}-sharded"))
+    following = next_step("compare", source, destination, dtype=common["dtype"])
+    show(report, as_json=as_json, following=following)
 
 
 @command(
@@ -335,7 +330,7 @@ def demo(destination: str | None, size: str, as_json: bool) -> None:
         made = shardkit.make_demo_checkpoint(folder, size=size, progress=bar)
     if was_there:
         say(f"{folder} was there already, complete and the same; nothing was written")
-    show(made, as_json=as_json, following=next_step("shard", folder, "--dtype", "fp16"))
+    show(made, as_json=as_json, following=next_step("shard", folder, dtype="fp16"))
 
 
 def _require_writable(output: Path | None, plot: Path | None) -> None:

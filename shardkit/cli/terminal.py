@@ -37,6 +37,7 @@ _VERDICTS = {
     _GREEN: rf"(?<=  )(?:equal|fits)\b|\b(?:gets the same|enough)\b|{_RATIO} (?:faster|smaller|less)\b",
     _BOLD: r"^[A-Z][a-z ]+$|^next:",
 }
+_USUAL = (None, "2GB", "size")  # defaults of options that a next step may have
 _VERDICT = re.compile("|".join(f"(?P<c{code}>{words})" for code, words in _VERDICTS.items()), re.MULTILINE)
 
 
@@ -60,20 +61,29 @@ def say(message: str) -> None:
 
 
 def show(*parts: Record | Summary, as_json: bool, following: str = "", **fields: object) -> None:
-    """Print records as text, or the first as JSON, with the fields that stand for the others."""
+    """Print records as text, or the first as JSON, with the fields that stand for the others.
+
+    A pipe gets all rows of their tables, a terminal what fits on a screen.
+    """
     first = parts[0]
     if as_json and isinstance(first, Record):
         print(json.dumps(first.to_dict() | fields))
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    summaries = (part.summary() if isinstance(part, Record) else part for part in parts)
+    whole = width is None
+    summaries = (
+        part if isinstance(part, Summary) else part.complete_summary() if whole else part.summary()
+        for part in parts
+    )
     text = "\n\n".join([*(summary.text(width) for summary in summaries), *filter(None, [following])])
     print(painted(in_the_terminal(text), sys.stdout))
 
 
-def next_step(*words: object) -> str:
-    """Return the command that may come next, as it is typed."""
-    return f"next: shardkit {shlex.join(map(str, words))}"
+def next_step(*words: object, **options: str | None) -> str:
+    """Return the command that may come next, as it is typed, with the options that are not as usual."""
+    unusual = {name: value for name, value in options.items() if value not in _USUAL}
+    typed = (text for name, value in unusual.items() for text in (f"--{name.replace('_', '-')}", value))
+    return f"next: shardkit {shlex.join(map(str, (*words, *typed)))}"
 
 
 def in_the_terminal(text: str) -> str:

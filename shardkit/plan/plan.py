@@ -208,7 +208,16 @@ class ShardPlan(Record):
         return build_header(entries, self.metadata)
 
     def summary(self) -> Summary:
-        """Return the plan as a person reads it."""
+        """Return the plan as a person reads it; of many files, the first and the last."""
+        if len(self.shards) <= _SHOWN_SHARDS:
+            return self._summary(self.shards)
+        return self._summary((*self.shards[: _SHOWN_SHARDS - 2], None, self.shards[-1]))
+
+    def complete_summary(self) -> Summary:
+        """Return the plan with all its files."""
+        return self._summary(self.shards)
+
+    def _summary(self, shards: Sequence[Shard | None]) -> Summary:
         facts = (
             ("source", shown_path(self.source)),
             ("strategy", f"{self.strategy}, at most {format_size(self.max_shard_size)} a file"),
@@ -217,16 +226,9 @@ class ShardPlan(Record):
             ("weights", format_size(self.total_bytes)),
             ("disk needed", format_size(self.disk_bytes)),
         )
-        return Summary("Shard plan", facts, (self._table(),), self._notes())
-
-    def _table(self) -> Table:
-        shards: list[Shard | None] = list(self.shards)
-        if len(shards) > _SHOWN_SHARDS:
-            shards[_SHOWN_SHARDS - 2 : -1] = [None]
-        rows = (
-            (s.file, f"{len(s.tensors):,}", format_size(s.nbytes)) if s else ("...", "", "") for s in shards
-        )
-        return Table(("file", "tensors", "size"), tuple(rows))
+        hidden = (f"... {len(self.shards) - len(shards) + 1:,} more", "", "")
+        rows = ((s.file, f"{len(s.tensors):,}", format_size(s.nbytes)) if s else hidden for s in shards)
+        return Summary("Shard plan", facts, (Table(("file", "tensors", "size"), tuple(rows)),), self._notes())
 
     def _notes(self) -> tuple[str, ...]:
         notes = []

@@ -22,7 +22,7 @@ import filelock
 from shardkit.base.errors import DestinationError
 from shardkit.base.record import listed
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.formats.names import is_weights
+from shardkit.formats.names import is_index, is_weights
 from shardkit.sources.resolve import is_on_hub
 
 _LOCK_SECONDS = 2.0
@@ -40,6 +40,26 @@ def resolve(destination: str | os.PathLike[str]) -> Path:
             f"{name} is not a local folder: use shard_on_hub, or shard to a folder and push it"
         )
     return Path(os.path.realpath(os.path.expanduser(name)))
+
+
+def default_destination(source: str, *, here: bool = False) -> str:
+    """Return where the shards of a source go if nobody says: NAME-sharded, beside it.
+
+    In this folder if it is a model on the Hub, or if `here` is set and this folder does not lie in it.
+
+    Raises
+    ------
+    CheckpointError
+        If it is no folder or file here, and cannot be a model on the Hub.
+    """
+    path = Path(os.path.abspath(os.path.expanduser(source)))
+    if not path.exists():
+        from shardkit.sources.hub_cache import parse_id  # whose client takes half a second to import
+
+        return f"{parse_id(source).repo_id.rpartition('/')[2]}-sharded"
+    path = path.parent if is_index(path.name) else path
+    made = path.parent / f"{path.stem if path.is_file() else path.name}-sharded"
+    return made.name if here and not _is_within(Path(), path) else os.path.relpath(made)
 
 
 def beside(target: Path, role: str) -> Path:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
-from shardkit.base.errors import CheckpointError, SpaceError
+from shardkit.base.errors import CheckpointError, SourceError, SpaceError
 from shardkit.base.record import plural
 from shardkit.base.sizes import format_size
 from shardkit.formats.names import is_weights
@@ -55,7 +55,7 @@ def parse_id(text: str, revision: str | None = None) -> HubId:
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        raise CheckpointError(
+        raise SourceError(
             f"{text[:200]!r} is not a local folder or file, and not a Hub id (org/name, org/name@revision) "
             "or the URL of a model there"
         ) from None

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from shardkit.base.errors import CheckpointError, reading
+from shardkit.base.errors import CheckpointError, SourceError, meant, reading
 from shardkit.base.record import as_text
 from shardkit.formats.names import is_index, is_weights
 from shardkit.sources.fileset import FileSet
@@ -52,8 +52,23 @@ def resolve(
         if path.suffix in (".json", ".py", ".txt", ".md") and not is_index(path.name):
             raise CheckpointError("is not a weights file: give its folder", file=str(path))
         return Found(LocalFiles(path.parent), str(path), chosen=path.name)
-    with reading(text):
-        return _finder(text)(text, needed_files, revision=revision, token=token, download=download)
+    try:
+        with reading(text):
+            return _finder(text)(text, needed_files, revision=revision, token=token, download=download)
+    except CheckpointError as error:
+        if not (hint := _near(text)):
+            raise
+        raise SourceError(f"{error.message}{hint}", file=error.file) from None
+
+
+def _near(text: str) -> str:
+    """Ask whether a folder or weights file is meant whose name looks like a source that there is not."""
+    folder, name = os.path.split(text.rstrip("/"))
+    with suppress(OSError, ValueError):  # there is no such folder, or no text that could name one
+        paths = Path(os.path.expanduser(folder)).glob("[!.]*")
+        near = [path.name for path in paths if path.is_dir() or is_weights(path.name)]
+        return meant(os.path.join(folder, name), [os.path.join(folder, one) for one in near])
+    return ""
 
 
 def _finder(text: str) -> Callable[..., Found]:

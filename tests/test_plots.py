@@ -396,7 +396,7 @@ def test_ways_are_drawn_with_what_was_found_of_them(tmp_path):
     figure = plot_ways(runs, smallest, {"Colab": 650 * MB, "Binder": 350 * MB}, tmp_path / "ways.png")
     assert (tmp_path / "ways.png").read_bytes().startswith(b"\x89PNG")
     memory, first, each, read = figure.axes
-    said = [{text.get_text().strip() for text in texts(axes)} for axes in figure.axes]
+    said = [{" ".join(text.get_text().split()) for text in texts(axes)} for axes in figure.axes]
     assert "Smallest memory, ways of 3 that fit: Colab 2, Binder 1" in said[0]
     assert {"700 MB", "300 MB", "400 MB", "Colab 650 MB", "Binder 350 MB"} <= said[0]
     assert sorted(line.get_xdata()[0] for line in memory.lines) == [0.35, 0.65]
@@ -409,5 +409,15 @@ def test_ways_are_drawn_with_what_was_found_of_them(tmp_path):
 
 def test_ways_without_limits_show_what_they_held():
     figure = plot_ways(ways(mapped="ok", budget="ok"), {}, {"Colab": 650 * MB})
-    said = {text.get_text().strip() for text in texts(figure.axes[0])}
+    said = {" ".join(text.get_text().split()) for text in texts(figure.axes[0])}
     assert "Peak anonymous memory (no limit could be set), ways of 2 that fit: Colab 0" in said
+
+
+def test_titles_of_ways_do_not_reach_beyond_their_axes():
+    long = ways(
+        **{"accelerate, device_map auto with max_memory": "ok", "shardkit within a memory budget": "ok"}
+    )
+    figure = plot_ways(long, {}, {"Colab": 650 * MB})
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        assert axes._left_title.get_window_extent().width <= axes.get_window_extent().width

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from shardkit.base.extras import require
@@ -84,9 +85,14 @@ def ink(ax: Axes) -> Any:
     return ax.xaxis.label.get_color()
 
 
-def tidy(ax: Axes, unit: str, finding: str, size: float = 10) -> None:
-    """Set the finding as title, and the unit, and take away what only frames the picture."""
-    ax.set_title(finding, loc="left", fontsize=size, fontweight="bold", color=ink(ax))
+def tidy(ax: Axes, unit: str, finding: str, names: Iterable[str] = (), size: float = 10) -> None:
+    """Set the finding as title, and the unit, and take away what only frames the picture.
+
+    Each line of the title is at most as wide as axes that have `names` on their left.
+    """
+    width = _letters(ax, names, size)
+    title = "\n".join(fill(line, width) for line in finding.splitlines())
+    ax.set_title(title, loc="left", fontsize=size, fontweight="bold", color=ink(ax))
     ax.set_ylabel(unit, color=ink(ax))
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -113,10 +119,10 @@ def scale(unit: Unit, values: Iterable[float]) -> tuple[float, str]:
     return next((one, name) for limit, one, name in _UNITS[unit] if largest < limit)
 
 
-def letters(ax: Axes, names: Iterable[str]) -> int:
+def _letters(ax: Axes, names: Iterable[str], size: float) -> int:
     """Return how many letters of a title are about as wide as axes that have names on their left."""
     width = ax.get_position().width * ax.figure.bbox.width / ax.figure.dpi
-    return int(12.5 * width) - max(0, max(map(len, names), default=0) - 8)
+    return int(125 / size * width) - max(0, max(map(len, names), default=0) - 8)
 
 
 def summed_up(found: Sequence[tuple[str, str, float]]) -> str:

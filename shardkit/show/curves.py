@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shardkit.checkpoint.hosts import HOSTS
@@ -14,7 +13,6 @@ from shardkit.show.canvas import (
     apart,
     color,
     ink,
-    letters,
     new_axes,
     say_empty,
     scale,
@@ -74,7 +72,7 @@ def plot_memory(runs: Samples, ax: Axes | None = None) -> Axes:
     """
     ax = new_axes() if ax is None else ax
     curves, one, unit = _curves(runs)
-    tidy(ax, unit, fill(_finding(runs, curves, one, unit), letters(ax, curves)))
+    tidy(ax, unit, _finding(runs, curves, one, unit), curves)
     begin = "process" if runs.reads_ahead else "load"
     words = f"seconds since the start of the {begin}\n{_EXPLAINED}"
     ax.set_xlabel(words, color=ink(ax), fontsize=9, loc="left")

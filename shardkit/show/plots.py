@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from statistics import geometric_mean
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from shardkit.base.errors import MeasurementError
@@ -18,7 +17,6 @@ from shardkit.show.canvas import (
     color,
     draw_bar,
     ink,
-    letters,
     name_rows,
     new_axes,
     new_figure,
@@ -84,8 +82,7 @@ def _plot_quantities(runs: Samples, ax: Axes, unit: Unit) -> None:
             # In a column of their own, where no line is in the way.
             style: dict[str, Any] = {"va": "center", "ha": "right", "fontsize": 9, "color": ink(ax)}
             ax.text(1, top + 1 + number, words, transform=ax.get_yaxis_transform(), **style)
-    title = [fill(line, letters(ax, names)) for line in _findings(runs, quantities)]
-    tidy(ax, "", "\n".join(title) or _TITLES[unit])
+    tidy(ax, "", "\n".join(_findings(runs, quantities)) or _TITLES[unit], names)
     ax.set_xlabel(shown_unit, color=ink(ax))
     ax.set_xlim(0, 1.25 * ax.get_xlim()[1])
     set_rows(ax, rows, len(quantities) * (len(names) + 1))
@@ -208,7 +205,7 @@ def plot_results(figures: pd.DataFrame, ax: Sequence[Axes] | None = None) -> Seq
     size = max(2.0, min(9.0, 45 * height / max(1, len(rows))))
     names = [*dict.fromkeys((ORIGINAL, SHARDED, *(key[-1] for key in figures.index)))]
     for one, column in zip(ax, columns, strict=True):
-        tidy(one, "", fill(column, 20))
+        tidy(one, "", column)
         one.spines["left"].set_visible(False)
         one.tick_params(axis="y", length=0)
         known = figures[[column, LOWEST + column, HIGHEST + column]].dropna()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _DRAWN = ("time_to_first_token_seconds", "seconds_per_token", "read_bytes_per_token")
 _PEAK = QUANTITIES["peak_anonymous_bytes"]
 _ALIKE = 1.05  # what differs by less is not called less
-_ROOM = 1.3  # for the figures at the ends of bars
+_ROOM = 1.3  # for the figures, to the right of bars and lines
 _LABELS = 1.3  # bars' height, below them, for the names of lines
 
 _Runs = Mapping[str, LoadMeasurement]
@@ -64,10 +64,10 @@ def _plot_memory(ax: Axes, runs: _Runs, smallest: Mapping[str, int], limits: Map
         place: dict[str, Any] = {"xy": (limit / 1e9, 0), "xycoords": ("data", "axes fraction")}
         shift: dict[str, Any] = {"xytext": (-3, 3 + 10 * row), "textcoords": "offset points", "ha": "right"}
         ax.annotate(f"{host} {format_size(limit)}", **place, **shift, color=ink(ax), fontsize=8)
-    ax.set_xlim(0, max([ax.get_xlim()[1], *(1.05 * limit / 1e9 for limit in limits.values())]))
+    ax.set_xlim(0, max([ax.get_xlim()[1], *(_ROOM * limit / 1e9 for limit in limits.values())]))
     counts = [f"{host} {sum(size <= limit for size in values.values())}" for host, limit in limits.items()]
     what = "Smallest memory" if smallest else "Peak anonymous memory (no limit could be set)"
-    _title(ax, f"{what}, ways of {len(runs)} that fit: {', '.join(counts)}", "GB")
+    _title(ax, f"{what}, ways of {len(runs)} that fit: {', '.join(counts)}", "GB", runs)
 
 
 def _plot_quantity(ax: Axes, runs: _Runs, name: str) -> None:
@@ -75,7 +75,7 @@ def _plot_quantity(ax: Axes, runs: _Runs, name: str) -> None:
     values = _known(runs, quantity.of)
     one, unit = scale(quantity.unit, values.values())
     _bars(ax, runs, values, quantity.format, one)
-    _title(ax, _finding(quantity.label.capitalize(), values), unit)
+    _title(ax, _finding(quantity.label.capitalize(), values), unit, runs)
     if not values:
         say_empty(ax)
 
@@ -99,8 +99,9 @@ def _bars(
     for row, (name, run) in enumerate(runs.items()):
         if name in values:
             draw_bar(ax, row, values[name] / one, 0.62, row)
-            end: dict[str, Any] = {"xy": (values[name] / one, row), "xytext": (4, 0), "va": "center"}
-            ax.annotate(shown(values[name]), **end, textcoords="offset points", color=ink(ax))
+            # In a column of their own, where no line is in the way.
+            end: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center", "ha": "right"}
+            ax.text(1, row, shown(values[name]), **end, color=ink(ax))
         else:
             limit = run.memory_limit_bytes
             died = f"died: {run.outcome}" + (f" at its limit of {format_size(limit)}" if limit else "")
@@ -109,6 +110,6 @@ def _bars(
     ax.set_xlim(0, max((value / one for value in values.values()), default=1) * _ROOM or 1)
 
 
-def _title(ax: Axes, title: str, unit: str) -> None:
-    tidy(ax, "", title, 9)
+def _title(ax: Axes, title: str, unit: str, runs: _Runs) -> None:
+    tidy(ax, "", title, short_names(runs), 9)
     ax.set_xlabel(unit, color=ink(ax))

@@ -16,7 +16,7 @@ import pytest
 
 import shardkit
 from shardkit import ShardApp
-from shardkit.app import page
+from shardkit.app import compare_step, page
 from shardkit.app.job_thread import Worker
 from shardkit.app.plan_step import shard_sizes
 from shardkit.base.errors import CheckpointError, DestinationError, ShardkitError, SizeError
@@ -153,6 +153,15 @@ class TestChoose:
         for host in ("this machine", "Colab", "Kaggle", "Binder"):
             assert host in said
         assert not alerts(app)
+
+    def test_the_original_is_estimated_once_for_each_dtype(self, demo, monkeypatch):
+        estimated, real = [], Checkpoint.estimate
+        monkeypatch.setattr(Checkpoint, "estimate", lambda *of: estimated.append(of[1]) or real(*of))
+        app = opened(demo)
+        for size in ("2 MB", "3 MB", "4 MB"):
+            control(app, "Max shard size").value = size
+        control(app, "Dtype of shards").value = "float16"
+        assert sorted(map(str, estimated)) == ["None", "bfloat16", "float16"]
 
     def test_shards_get_no_credit_for_what_the_original_has_as_stored(self, monkeypatch):
         monkeypatch.setattr(Checkpoint, "open", lambda _: mistral_7b())
@@ -619,6 +628,21 @@ class TestCompare:
             assert app.wait(PATIENCE)
             assert app.comparison.most == most
 
+    def test_estimate_counts_reading_at_the_rate_of_the_disk(self, demo, monkeypatch):
+        shardkit.shard_checkpoint(demo, "demo-sharded", verify=False)
+
+        def seconds(rate):
+            monkeypatch.setattr(compare_step, "measured_rate", rate)
+            said = re.search(r"about (?:(\d+) min )?(?:(\d+) s )?for 5 pairs, estimated", words(opened(demo)))
+            return 60 * int(said[1] or 0) + int(said[2] or 0)
+
+        def cannot(*_):
+            raise CheckpointError("does not show the disk's rate")
+
+        total = Checkpoint.open(demo).total_bytes
+        unknown = seconds(cannot)
+        assert seconds(lambda *_: total / 10) == pytest.approx(unknown + 12 * 10, abs=1)
+
     def test_three_tiles_say_it_and_all_else_is_folded(self, demo, instant_loads):
         app = opened(demo, repeats=3)
         app.run_all()
@@ -636,7 +660,7 @@ class TestCompare:
         assert comparison.names == ("original", "sharded", "within 100 MB")
         assert {how.max_memory_bytes for how in instant_loads} == {None, 100_000_000}
         assert "<h4>within 100 MB</h4>" in html(app)
-        control(app, "Memory budget, of a third variant").value = "little"
+        control(app, "Memory budget of a third variant").value = "little"
         button(app, "Compare").click()
         assert app.wait(PATIENCE)
         assert "is not a size" in alerts(app)[0]

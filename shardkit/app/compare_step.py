@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,8 +17,11 @@ from shardkit.app.choose_step import Choose
 from shardkit.app.job_thread import Worker
 from shardkit.app.shard_step import Shard
 from shardkit.app.step import TRUSTS, Step, box, field, in_the_app
+from shardkit.base.disk import measured_rate
+from shardkit.base.errors import ShardkitError
 from shardkit.base.record import escaped, plural
 from shardkit.base.sizes import format_size, parse_size
+from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.hosts import HOSTS
 from shardkit.compare.comparison import Comparison
 from shardkit.compare.experiment import compare_loads
@@ -30,9 +35,10 @@ _CACHES = (("cold: read from the disk", "cold"), ("warm: from the page cache", "
 _GENERATES = "Also time the first token, which includes work that the load deferred"
 _UNTIL = "Add pairs only until every verdict is decided"
 _TOKENS_IN_A_BUDGET = 4  # the first, and three to tell the time of a later one by
-# What a run takes where none was timed here yet, as measured on two cores: process, imports and first token
-# of a small model; and bytes a second that are read from a disk, and converted.
-_START_SECONDS, _READ_RATE, _CONVERT_RATE = 6.0, 1e9, 6e8
+# What a run takes beside reading, until one was timed here: seconds for process, imports and first token of a
+# small model, and bytes a second that are converted. Both were measured on two cores.
+_START_SECONDS, _CONVERT_RATE = 6.0, 6e8
+_READING_SECONDS = 0.2  # which show what the disk gives
 
 
 class Compare(Step):
@@ -59,6 +65,8 @@ class Compare(Step):
         self.comparison: Comparison | None = None
         self.loads: Loads | None = None
         self._seconds_a_run, self._is_complete = 0.0, False
+        self._timed: Checkpoint | None = None
+        self._rate = math.inf
         self._lies, self._long, self._tiles, self._details = (widgets.HTML() for _ in range(4))
         dtypes = [("dtype from config", ""), *((name, name) for name in CAST_DTYPES)]
         self.dtype = field(widgets.Dropdown, "Load dtype", options=dtypes)
@@ -73,9 +81,9 @@ class Compare(Step):
         self.limit = field(widgets.Dropdown, "Memory limit", options=_limits(limit), value=limit or 0)
         self.budget = field(
             widgets.Text,
-            "Memory budget, of a third variant",
+            "Memory budget of a third variant",
             value="" if budget is None else str(budget),
-            placeholder="none; 2GB runs the shards within 2 GB, too",
+            placeholder="none, or a size: 2GB",
             continuous_update=False,
         )
         for control in (self.repeats, self.until, self.cache, self.budget):
@@ -157,8 +165,9 @@ class Compare(Step):
     def _say_how_long(self, _: Any = None) -> None:
         pairs, variants = self.repeats.value, 2 + bool(self.budget.value.strip())
         seconds = variants * (1 + pairs) * (self._seconds_a_run or self._guess())
+        known = "as the last ones took" if self._seconds_a_run else "estimated"
         about = f"{'at most ' * self.until.value}about {page.whole_seconds(seconds)}"
-        self._long.value = page.hint(f"{about} for {plural(pairs, 'pair')}")
+        self._long.value = page.hint(f"{about} for {plural(pairs, 'pair')}, {known}")
 
     def _guess(self) -> float:
         """Return about how many seconds a run takes: the original's and the shards' on average."""
@@ -166,7 +175,15 @@ class Compare(Step):
             return _START_SECONDS
         converted = (loads.requested.copied_bytes + loads.shards.copied_bytes) / 2
         read: float = (loads.original_bytes + loads.plan.total_bytes) / 2 * (self.cache.value == "cold")
-        return _START_SECONDS + converted / _CONVERT_RATE + read / _READ_RATE
+        return _START_SECONDS + converted / _CONVERT_RATE + (read and read / self._disk_rate())
+
+    def _disk_rate(self) -> float:
+        """Return bytes a second that the disk of the shards gives; infinite where that cannot be measured."""
+        if (there := self._shard.there) is not None and there is not self._timed:
+            self._timed, self._rate = there, math.inf
+            with suppress(ShardkitError):
+                self._rate = measured_rate(map(there.path, there.files), _READING_SECONDS)
+        return self._rate
 
     def _progress(self, began: float, done: int, total: int, label: str) -> bool:
         seconds = (time.monotonic() - began) / done if done else self._seconds_a_run or self._guess()

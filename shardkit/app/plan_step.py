@@ -16,6 +16,7 @@ from shardkit.app.step import Step, box, field
 from shardkit.base.record import Summary
 from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.estimate import Estimate
 from shardkit.formats.tensor import CAST_DTYPES, stored_dtype
 from shardkit.plan.packing import STRATEGIES
 from shardkit.plan.plan import ShardPlan, plan_shards
@@ -38,6 +39,7 @@ class Plan(Step):
         self._choose = choose
         self.changed: Callable[[Loads | None], None] = lambda _: None
         self._asked, self._source, self._filling = max_shard_size, "", False
+        self._original: dict[str | None, Estimate] = {}  # what loading it needs, by dtype: of no plan
         self.size = field(widgets.Text, "Max shard size", placeholder="80 MB", continuous_update=False)
         self.slider = field(widgets.SelectionSlider, "Max shard size", options=[("-", 0)], readout=False)
         self.slider.add_class("sk-slider")
@@ -54,6 +56,7 @@ class Plan(Step):
 
     def open(self) -> None:
         """Plan for another checkpoint, or none."""
+        self._original = {}
         if (checkpoint := self._choose.checkpoint) is not None:
             sizes = shard_sizes(checkpoint.total_bytes, self._asked)
             largest = checkpoint.largest.nbytes if checkpoint.largest else 0
@@ -91,13 +94,20 @@ class Plan(Step):
                     strategy=self.strategy.value,
                     dtype=self.dtype.value or None,
                 )
-                loads = _loads(checkpoint, plan)
+                loads = self._loads(checkpoint, plan)
                 self._map.value = page.layout_map(checkpoint, plan)
                 self._facts.value = _facts(plan, loads)
         finally:
             if self.plan is None:
                 self._map.value = self._facts.value = ""
             self.changed(loads)
+
+    def _loads(self, checkpoint: Checkpoint, plan: ShardPlan) -> Loads:
+        for dtype in {stored := stored_dtype(checkpoint.dtypes), plan.dtype} - self._original.keys():
+            self._original[dtype] = checkpoint.estimate(dtype)
+        requested, config, side_files = self._original[plan.dtype], checkpoint.config, checkpoint.side_files
+        shards = plan.estimate(requested.dtype, config=config, side_files=side_files)
+        return Loads(self._original[stored], requested, shards, plan, checkpoint.total_bytes)
 
     def _slid(self, change: Any) -> None:
         if not self._filling:
@@ -122,14 +132,6 @@ def _dtypes(stored: str | None) -> list[tuple[str, str]]:
 def _typed(size: int) -> str:
     """Return a size as somebody would type it, to the byte."""
     return short if parse_size(short := format_size(size)) == size else str(size)
-
-
-def _loads(checkpoint: Checkpoint, plan: ShardPlan) -> Loads:
-    requested = checkpoint.estimate(plan.dtype)
-    config, side_files = checkpoint.config, checkpoint.side_files
-    shards = plan.estimate(requested.dtype, config=config, side_files=side_files)
-    stored = checkpoint.estimate(stored_dtype(checkpoint.dtypes))
-    return Loads(stored, requested, shards, plan, checkpoint.total_bytes)
 
 
 def _facts(plan: ShardPlan, loads: Loads) -> str:

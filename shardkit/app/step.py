@@ -122,7 +122,7 @@ class Step:
             self.number, self.title, self.later if missing else self.hint, later=missing, done=done
         )
         self._body.layout.display = "none" if missing else None
-        self._bar.layout.visibility = "visible" if working else "hidden"
+        self._bar.layout.display = None if working else "none"
         self.start.description = self.working if working else self.button
         self.start.button_style = "primary" if is_next else ""
         _dim(self.start, busy or missing)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import filelock
 
-from shardkit.base.errors import DestinationError
+from shardkit.base.errors import DestinationError, SourceError
 from shardkit.base.record import listed
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.names import is_index, is_weights
@@ -45,18 +45,16 @@ def resolve(destination: str | os.PathLike[str]) -> Path:
 def default_destination(source: str, *, here: bool = False) -> str:
     """Return where the shards of a source go if nobody says: NAME-sharded, beside it.
 
-    In this folder if it is a model on the Hub, or if `here` is set and this folder does not lie in it.
-
-    Raises
-    ------
-    CheckpointError
-        If it is no folder or file here, and cannot be a model on the Hub.
+    In this folder if it is elsewhere, as on the Hub, or if `here` is set and this folder does not lie in it.
     """
     path = Path(os.path.abspath(os.path.expanduser(source)))
     if not path.exists():
         from shardkit.sources.hub_cache import parse_id  # whose client takes half a second to import
 
-        return f"{parse_id(source).repo_id.rpartition('/')[2]}-sharded"
+        name = source
+        with suppress(SourceError):  # it is of a place that is neither
+            name = parse_id(source).repo_id
+        return f"{os.path.basename(name.rstrip('/'))}-sharded"
     path = path.parent if is_index(path.name) else path
     made = path.parent / f"{path.stem if path.is_file() else path.name}-sharded"
     return made.name if here and not _is_within(Path(), path) else os.path.relpath(made)

@@ -240,8 +240,8 @@ class TestVerdict:
             for v, by in zip(VARIANTS, (2.0, 0.5), strict=True)
         ]
         found = fake_comparison(samples=tuple(runs), warm_ups=())
-        assert "time per token: 4x faster (4x)" in found.verdict
-        assert found.findings()["sharded"]["read per token"] == "4x less (4x)"
+        assert "time per token: 4x faster;" in found.verdict
+        assert found.findings()["sharded"]["read per token"] == "4x less"
         assert found.to_frame()["seconds_per_token"].notna().all()
         assert "time per token</th>" in found.to_html()
         none = fake_comparison(

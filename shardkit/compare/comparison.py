@@ -106,7 +106,7 @@ class Comparison(Samples, Record):
             *((f"{name}, a typical run", self._line(run)) for name, run in self.typical_runs.items()),
             *((f"{name}, means", self._means(name)) for name in self.names if self.failures),
             *((f"{variant.name} from", shown_path(variant.source)) for variant in self.variants),
-            *((f"{name} stored", self.explain(name)) for name in self.names),
+            *((f"files of {name}", self.explain(name)) for name in self.names),
             ("measured", f"{self._pairs()} in ABBA order, one warm-up each, {caches}"),
             ("figures", f"geometric means over the pairs, whose log ratios give {self.law.words}"),
             ("verdicts", f"wrong in at most 5 % of comparisons (Holm); within {margin} is no difference"),

@@ -155,13 +155,16 @@ class Ratio:
 
     @property
     def difference(self) -> str:
-        """The ratio with its interval, in words: ``1.2x faster (between 3 % slower and 1.5x faster)``."""
+        """The ratio in words, with its interval unless both ends round to it.
+
+        ``1.2x faster (between 3 % slower and 1.5x faster)``.
+        """
         if self.low is None or self.high is None:
             return f"{self._words(self.ratio)} in {plural(self.pairs, 'pair')}"
         change, ends = self._words(self.ratio, self.low, self.high), self._ends()
         if self.high < 1 or self.low > 1:
             ends = ends.removesuffix(f" {change.rpartition(' ')[2]}")
-        return f"{change} ({ends})" if ends != change else change
+        return change if change.startswith(ends) else f"{change} ({ends})"
 
     @property
     def short(self) -> str:

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import pydoc
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -10,18 +11,23 @@ from pathlib import Path
 
 import pytest
 
+import shardkit
+from shardkit.cli import arguments, commands
+
+assert commands  # which declares them
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "shardkit").rglob("*.py"))
 PROSE = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))]
 BANNED = re.compile(
-    r"\b(arms?|(not )?told|taken up again|(begun )?anew|asked for (a|the) dtype|went along|to mail"
+    r"\b(arms?|(not )?told|taken up again|(begun )?anew|asked for ((a|the) )?dtype|went along|to mail"
     r"|memory that must exist|is heard|let it be|(un|de)?quantised|licence|(un)?initialised|undecided"
     r"|play Colab|made on the spot|say that you mean it|config says|lost in the cast|goes? on|going on"
     r"|cut short|have been cut|as asked|must not be asked|held against|nobody could|replaced whole"
     r"|is no (folder|file|model|weights|revision|list|map)|give (another|a) (folder|name|repository)"
     r"|(be|is) taken|run the same again|tick|even so|at work)\b"
     r"|Say what a checkpoint|Say which files|Find the least memory|Write again what|Into the folder|Write as:"
-    r"|Load as:|beside weights",
+    r"|Load as:|beside weights|as the files hold|whole (a )?(folder|file|model)s?\b|turned experts",
     re.IGNORECASE,
 )
 # Files and functions (without their docstrings) that are longer than most may be, and how long they are.
@@ -60,6 +66,9 @@ def read_by_people(path: Path) -> Iterator[str]:
         for output in cell.get("outputs", ()):
             yield "".join(output.get("text", ()))
             yield "".join(output.get("data", {}).get("text/plain", ()))
+            yield re.sub(
+                r"<style>.*?</style>|<[^>]*>", " ", "".join(output.get("data", {}).get("text/html", ()))
+            )
 
 
 @pytest.mark.parametrize(
@@ -101,6 +110,27 @@ def test_functions_are_short() -> None:
 def test_a_registry_is_made_in_one_place(registry: str) -> None:
     made = rf"^{registry}\b(:.*)? = "
     assert len([path for path in FILES if re.search(made, path.read_text(), re.MULTILINE)]) == 1
+
+
+def table_of_words() -> Iterator[str]:
+    """Yield what CONTRIBUTING lists as words not to use, each with the nouns that it is not to have."""
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("| not | but |\n|---|---|\n")[2]
+    for line in table.partition("\n\n")[0].splitlines():
+        words, _, nouns = line.split("|")[1].strip(" )").partition(" (")
+        yield from (f"{word} {noun}".strip() for word in words.split(", ") for noun in nouns.split(", "))
+
+
+@pytest.mark.parametrize("words", table_of_words())
+def test_words_that_contributing_advises_against_are_banned(words: str) -> None:
+    assert BANNED.search(words)
+
+
+def test_help_of_the_package_and_of_every_command_uses_the_words_of_the_field() -> None:
+    helps = [pydoc.plain(pydoc.render_doc(shardkit))]
+    helps += [parser.format_help() for parser in arguments._COMMANDS.choices.values()]
+    assert len(helps) > 10
+    assert "find the smallest memory limit" in " ".join(helps).lower()
+    assert [text[found.start() - 60 : found.end()] for text in helps for found in BANNED.finditer(text)] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

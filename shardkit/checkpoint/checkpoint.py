@@ -69,7 +69,7 @@ class Checkpoint(Record):
     file_metadata
         Names of entries of ``__metadata__`` that describe single files.
     index_dtype
-        The dtype that the index says its tensors have, where the config says none; None where neither does.
+        The dtype of its tensors by the index, where the config has none; None where neither has one.
     legacy
         Files that torch wrote before 1.6, each of which a load takes into memory whole.
     made

@@ -43,7 +43,7 @@ class Verification(Record):
     seconds
         How long it took.
     received
-        Whether the source was read once only, from the Hub, and the destination was held against the digests
+        Whether the source was read once only, from the Hub, and the destination was compared with the digests
         that were taken of its bytes as they arrived.
     model
         What a model gets from either side, by transformers' own account.
@@ -175,7 +175,7 @@ class ShardReport(Record):
     copy_seconds, seconds
         Time to write and sync the shards; time in all.
     notes
-        What a person should be told.
+        What a person should know.
     peak_bytes, before_bytes
         Largest resident memory of this process from the call to its end, with that of worker processes of an
         executor; and what it held already when it was called. None where the kernel does not say. The check

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -37,8 +38,9 @@ from shardkit.checkpoint import budget, estimate
 from shardkit.checkpoint import checkpoint as checkpoint_module
 from shardkit.checkpoint.bounded import _COMPARED
 from shardkit.checkpoint.estimate import Estimate, estimate_load
-from shardkit.checkpoint.hosts import Need, fit
+from shardkit.checkpoint.hosts import HostFit, Need, fit
 from shardkit.checkpoint.loaded import StoredTensor
+from shardkit.demo import demo_shape
 from shardkit.errors import CheckpointError, PlanError
 from shardkit.load import blocks, within
 from shardkit.load.generate import generate_text
@@ -592,3 +594,65 @@ def test_a_rate_is_measured_past_the_page_cache_or_not_at_all(model, monkeypatch
     monkeypatch.delattr(os, "O_DIRECT")
     with pytest.raises(CheckpointError, match=r"past the page cache .*: state the rate"):
         model.estimate(max_memory="300MB", disk_rate="measure")
+
+
+def falcon_7b() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the names and shapes of falcon-7b's tensors."""
+    width, heads, vocabulary = 4544, 64, 65024
+    yield "transformer.word_embeddings.weight", (vocabulary, width)
+    for number in range(32):
+        for name, shape in {
+            "input_layernorm.weight": (width,),
+            "input_layernorm.bias": (width,),
+            "self_attention.query_key_value.weight": (width + 2 * heads, width),
+            "self_attention.dense.weight": (width, width),
+            "mlp.dense_h_to_4h.weight": (4 * width, width),
+            "mlp.dense_4h_to_h.weight": (width, 4 * width),
+        }.items():
+            yield f"transformer.h.{number}.{name}", shape
+    yield from (("transformer.ln_f.weight", (width,)), ("transformer.ln_f.bias", (width,)))
+    yield "lm_head.weight", (vocabulary, width)
+
+
+SEVEN_BILLION = {
+    "Mistral-7B": (lambda: demo_shape("14.5GB").tensors(), 14_483_464_192, {
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
+        "num_key_value_heads": 8,
+    }),
+    "falcon-7b": (falcon_7b, 14_434_379_520, {
+        "architectures": ["FalconForCausalLM"], "model_type": "falcon", "hidden_size": 4544,
+        "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65024, "multi_query": True,
+        "parallel_attn": True, "bias": False, "alibi": False, "new_decoder_architecture": False,
+    }),
+}  # fmt: skip
+
+
+def in_a_cell(host: HostFit) -> str:
+    """Return what the README says of a host."""
+    if host.verdict == "fits":
+        return "fits"
+    within = host.bounded_read_bytes and format_size(host.bounded_read_bytes)
+    if host.read_bytes is None:
+        return "does not fit" + (f"; within a budget it reads {within} per token" if within else "")
+    return f"runs, reads {format_size(host.read_bytes)} per token; within a budget {within}"
+
+
+@pytest.mark.parametrize("name", SEVEN_BILLION)
+def test_readme_says_of_7b_models_what_inspect_says_of_their_headers(tmp_path: Path, name: str) -> None:
+    shapes, total, config = SEVEN_BILLION[name]
+    header, end = {}, 0
+    for tensor, shape in shapes():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)  # a hole: weights are never read
+    (tmp_path / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.total_bytes == total, "what the index on the Hub says"
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for words, dtype in (("bfloat16, as stored", None), ("float16", "float16")):
+        cells = map(in_a_cell, checkpoint.estimate(dtype).hosts[1:])
+        assert f"| {name} in {words} | {' | '.join(cells)} |" in readme

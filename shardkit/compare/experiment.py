@@ -62,7 +62,7 @@ def compare_loads(
     favors neither. The main quantities (times of the load and to its tokens, peaks, bytes read a token) carry
     verdicts. Those of a variant are a family: at most 5 % of comparisons of a checkpoint with itself call any
     difference (Holm's procedure on Student's t of the pairs' log ratios: `shardkit.measure.intervals`). Times
-    have a verdict from three pairs on.
+    have a verdict from three pairs on; five, the default, give an interval half as wide as three do.
 
     Parameters
     ----------

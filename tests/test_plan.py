@@ -230,6 +230,28 @@ def test_balanced_plan_of_very_many_tensors_comes_to_an_end(nbytes: int) -> None
     assert len(plan.shards) == 10_000
 
 
+@given(
+    sizes=st.lists(st.integers(0, 100), max_size=60), data=st.data(), dtype=st.sampled_from(["F16", "F32"])
+)
+def test_files_divides_in_order_into_so_many_of_nearly_equal_size(
+    sizes: list[int], data: st.DataObject, dtype: str
+) -> None:
+    source = checkpoint((f"t{place}", dtype, (size,)) for place, size in enumerate(sizes))
+    count = data.draw(st.integers(1, max(1, len(sizes))))
+    plan = plan_shards(source, files=count, dtype="float16")
+    assert len(plan.shards) == count
+    assert [name for shard in packed(plan) for name in shard] == list(source.tensors)
+    assert max(shard.data_bytes for shard in plan.shards) <= 2 * (sum(sizes) / count + max(sizes, default=0))
+    assert plan.max_shard_size == plan.largest_file.nbytes
+    assert plan.oversized == ()
+
+
+def test_files_of_equal_tensors_differ_by_one_at_most() -> None:
+    for count in range(1, 33):
+        lengths = {len(names) for names in packed(plan_shards(of_sizes([7] * 32), files=count))}
+        assert max(lengths) - min(lengths) <= 1
+
+
 def test_header_of_a_shard_stays_within_what_we_read_ourselves() -> None:
     source = checkpoint((f"{'x' * 2000}{place}", "U8", (1,)) for place in range(13_000))
     try:
@@ -376,6 +398,10 @@ def test_cast_of_quantized_weights_is_refused_with_the_reason(
         ({"dtype": 16}, PlanError, ["'16'"]),
         ({"max_shard_size": "plenty"}, SizeError, ["'plenty'"]),
         ({"max_shard_size": 0}, SizeError, ["0"]),
+        ({"files": 0}, PlanError, ["0", "between 1 and the 1"]),
+        ({"files": 2}, PlanError, ["2", "between 1 and the 1"]),
+        ({"files": 1, "strategy": "layer"}, PlanError, ["leave out max_shard_size and strategy"]),
+        ({"files": 1, "max_shard_size": 8}, PlanError, ["leave out max_shard_size and strategy"]),
     ],
 )
 def test_wrong_option_says_what_is_accepted(

@@ -204,6 +204,13 @@ STRATEGY = argument(
     metavar=f"{{{','.join(STRATEGIES)}}}",
     default="size",
 )
+FILES = argument(
+    "--files",
+    "Instead of size and strategy: so many files of nearly equal size; 1 merges.",
+    type=at_least_one,
+    metavar="N",
+)
+LAYOUT = (MAX_SHARD_SIZE, STRATEGY, FILES)
 _DTYPES = "float16, bfloat16 or float32; also fp16, half, bf16, fp32."
 DTYPE = argument(
     "--dtype", f"Cast floating-point tensors: {_DTYPES}", type=_valued(dtype_name), metavar="DTYPE"

@@ -17,13 +17,12 @@ from shardkit.cli.arguments import (
     A_SOURCE,
     DTYPE,
     JSON,
+    LAYOUT,
     LOAD_DTYPE,
     MAX_MEMORY,
-    MAX_SHARD_SIZE,
     PUBLIC,
     REPEATS,
     SOURCE,
-    STRATEGY,
     TRUST_REMOTE_CODE,
     WORKERS,
     argument,
@@ -40,7 +39,6 @@ from shardkit.cli.arguments import (
 from shardkit.cli.terminal import LimitedRuns, next_step, progress_bar, say, show, show_run
 from shardkit.formats.tensor import Dtype, LoadDtype
 from shardkit.measure.spec import CACHES
-from shardkit.plan.packing import Strategy
 from shardkit.shard.destination import default_destination, free_bytes, leftovers, remove_leftovers
 from shardkit.sources.resolve import is_on_hub
 
@@ -78,17 +76,15 @@ def inspect(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) -
 
 @command(
     SOURCE,
-    MAX_SHARD_SIZE,
-    STRATEGY,
+    *LAYOUT,
     DTYPE,
     JSON,
     examples="""plan mistral-demo --max-shard-size 100MB
         plan mistral-demo --strategy layer --dtype fp16""",
 )
-def plan(source: str, max_shard_size: str, strategy: Strategy, dtype: Dtype | None, as_json: bool) -> None:
-    """Dry run: show the files that would be written; in a pipe, all of them."""
+from shardkit.shard.destination import default_destination, free_bytes, leftovers, remove_leftovers
     checkpoint = shardkit.Checkpoint.open(source)
-    made = shardkit.plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
+    made = shardkit.plan_shards(checkpoint, dtype=dtype, **layout)
     free = free_bytes(".")
     verdict = "enough" if free >= made.disk_bytes else "NOT enough"
     room = f"{format_size(free)} free on the disk of this folder: {verdict}"
@@ -111,8 +107,7 @@ def plan(source: str, max_shard_size: str, strategy: Strategy, dtype: Dtype | No
 
 @command(
     SOURCE,
-    MAX_SHARD_SIZE,
-    STRATEGY,
+    *LAYOUT,
     DTYPE,
     WORKERS,
     switch("--overwrite", "Replace an existing checkpoint, once the new one is complete."),

@@ -19,9 +19,7 @@ from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.adapter import estimate_with_base
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.estimate import Estimate
-from shardkit.checkpoint.kept import kept_tensors
 from shardkit.checkpoint.loaded import StoredTensor, load_dtype
-from shardkit.checkpoint.quantized import quantized
 from shardkit.formats.safetensors import (
     FORMAT_METADATA,
     MAX_HEADER_BYTES,
@@ -38,10 +36,12 @@ from shardkit.formats.tensor import (
     collector_paused,
     parse_dtype,
 )
-from shardkit.plan.packing import Item, layout, packing
+from shardkit.plan.castable import kept_by_cast
+from shardkit.plan.packing import Item, layout, pack_in_files, packing
 from shardkit.plan.packing import Strategy as Strategy
 from shardkit.sources.resolve import is_on_hub
 
+USUAL: tuple[int | str, Strategy] = "2GB", "size"
 _SHOWN_SHARDS = 12
 
 
@@ -257,8 +257,9 @@ def plan_shards(
     max_shard_size: int | str = "2GB",
     strategy: Strategy = "size",
     dtype: DtypeLike | None = None,
+    files: int | None = None,
 ) -> ShardPlan:
-    """Plan how to shard a checkpoint; a `max_shard_size` larger than the model merges it into one file.
+    """Plan how to shard a checkpoint; `files=1` merges it into one file.
 
     Parameters
     ----------
@@ -275,6 +276,8 @@ def plan_shards(
     dtype
         "float16", "bfloat16" or "float32" (or the torch dtype): what floating-point tensors are cast to,
         except those that transformers would load in another (see `ShardPlan.kept`).
+    files
+        Instead of size and strategy: so many files of nearly equal size, tensors in the order of the source.
 
     Returns
     -------
@@ -286,7 +289,8 @@ def plan_shards(
     SizeError
         If `max_shard_size` is not a size.
     PlanError
-        If the strategy or dtype is unknown, or a cast of quantized weights is requested.
+        If the strategy or dtype is unknown, or a cast of quantized weights is requested; if there are fewer
+        tensors than `files`, or a size or strategy is given with it.
 
     Examples
     --------
@@ -298,13 +302,18 @@ def plan_shards(
         checkpoint = Checkpoint.open(checkpoint)
     limit = parse_size(max_shard_size)
     pack = packing(strategy).pack
+    if files is not None and (max_shard_size, strategy) != USUAL:
+        raise PlanError("files divides a checkpoint by itself: leave out max_shard_size and strategy")
     target = parse_dtype(dtype)
-    kept = _kept(checkpoint, target) if target is not None else {}
+    kept = kept_by_cast(checkpoint, target) if target else {}
     metadata = {**FORMAT_METADATA, **checkpoint.metadata}
     empty = empty_header_chars(metadata)
     with collector_paused():
         items = [Item.of(t, None if t.name in kept else target) for t in checkpoint.tensors.values()]
-        shards = _shards(pack(items, limit, empty), checkpoint.stem, empty)
+        packed = pack(items, limit, empty) if files is None else pack_in_files(items, files)
+        shards = _shards(packed, checkpoint.stem, empty)
+    if files is not None:
+        limit = max(shard.nbytes for shard in shards)
     _check_headers(checkpoint, shards)
     return ShardPlan(
         source=checkpoint.source,
@@ -328,16 +337,6 @@ def _check_headers(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
             f"{checkpoint.source}: {plural(len(shards), 'file')} for this many tensors need a header of "
             f"{longest:,} bytes, but readers accept {MAX_HEADER_BYTES:,}: lower max_shard_size"
         )
-
-
-def _kept(checkpoint: Checkpoint, target: str) -> dict[str, str]:
-    """Return which tensors a cast leaves as they are; refuse one of quantized weights."""
-    if why := quantized(checkpoint.config, checkpoint.tensors):
-        raise PlanError(f"{checkpoint.source}: {why}; a cast would destroy the weights: leave out dtype")
-    floats = {t.name: t.dtype for t in checkpoint.tensors.values() if t.dtype in FLOAT_DTYPES}
-    castable = {name: dtype for name, dtype in floats.items() if dtype != target}
-    kept = kept_tensors(castable, checkpoint.config, target)
-    return {name: DTYPE_NAMES[dtype] for name, dtype in castable.items() if name in kept}
 
 
 def _shards(packed: Sequence[Sequence[Item]], stem: str, empty: int) -> tuple[Shard, ...]:

@@ -14,22 +14,19 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
-from shardkit.base.errors import Cancelled, CheckpointError, DownloadNeededError, PlanError
+from shardkit.base.errors import Cancelled
 from shardkit.base.jobs import Crew, ProgressCallback, ProgressCount, resumable, run_all, worker_count
 from shardkit.base.machine import Watch, seen
-from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import DtypeLike
-from shardkit.plan.plan import Shard, ShardPlan, Strategy, plan_shards
+from shardkit.plan.plan import Shard, Strategy
 from shardkit.shard.copy import Outcome, run_task, shard_tasks
 from shardkit.shard.destination import check_free, resolve
 from shardkit.shard.folder_store import FolderStore
+from shardkit.shard.opening import is_streamed, open_there, planned
 from shardkit.shard.report import ShardReport
 from shardkit.shard.side_files import write_side_files
 from shardkit.shard.store import Job, Store
-from shardkit.sources.resolve import hub_name, is_on_hub
-
-_USUAL = ("2GB", "size", None)
 
 
 @resumable()
@@ -40,6 +37,7 @@ def shard_checkpoint(
     max_shard_size: int | str = "2GB",
     strategy: Strategy = "size",
     dtype: DtypeLike | None = None,
+    files: int | None = None,
     workers: int | None = None,
     executor: Executor | None = None,
     overwrite: bool = False,
@@ -60,7 +58,7 @@ def shard_checkpoint(
         `ShardPlan` is carried out.
     destination
         A folder that does not exist, or is empty.
-    max_shard_size, strategy, dtype
+    max_shard_size, strategy, dtype, files
         As in `plan_shards`.
     workers
         How many files are written at once (default: up to four, or as many as the executor has workers).
@@ -110,14 +108,14 @@ def shard_checkpoint(
     (3, True)
     """
     watch, crew = Watch(), Crew(worker_count(workers, executor), executor, progress)
-    planned = partial(_planned, source, max_shard_size, strategy, dtype)
+    layout = {"max_shard_size": max_shard_size, "strategy": strategy, "dtype": dtype, "files": files}
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
     checkpoint = opened()
-    plan = planned(checkpoint)
-    if checkpoint.place.folder is None and not _is_streamed(checkpoint, plan, destination, stream):
+    plan = planned(source, checkpoint, **layout)
+    if checkpoint.place.folder is None and not is_streamed(checkpoint, plan, destination, stream):
         check_free(resolve(destination), overwrite)  # rather now than after a long download
         checkpoint = opened(download=True)
-        plan = planned(checkpoint)
+        plan = planned(source, checkpoint, **layout)
     job = Job(checkpoint, plan, verify, allow_overflow, crew)
     return reshard(FolderStore(job, destination, overwrite, resume), watch)
 
@@ -130,6 +128,7 @@ def shard_on_hub(
     max_shard_size: int | str = "2GB",
     strategy: Strategy = "size",
     dtype: DtypeLike | None = None,
+    files: int | None = None,
     revision: str | None = None,
     private: bool = True,
     workers: int | None = None,
@@ -150,7 +149,7 @@ def shard_on_hub(
         "org/name" or "org/name@revision"; a `Checkpoint` of it; or a `ShardPlan`, which is carried out.
     target_id
         ``owner/name``; created if it does not exist. Its head changes once, when everything is there.
-    max_shard_size, strategy, dtype
+    max_shard_size, strategy, dtype, files
         As in `plan_shards`.
     revision
         Branch, tag or commit of the source.
@@ -197,66 +196,12 @@ def shard_on_hub(
     from shardkit.shard.push import check_loadable
 
     watch, crew = Watch(), Crew(worker_count(workers), progress=progress)
-    checkpoint = _open_there(source_id, revision, token)
+    checkpoint = open_there(source_id, revision, token)
     check_loadable(checkpoint)
-    plan = _planned(source_id, max_shard_size, strategy, dtype, checkpoint)
+    layout = {"max_shard_size": max_shard_size, "strategy": strategy, "dtype": dtype, "files": files}
+    plan = planned(source_id, checkpoint, **layout)
     job = Job(checkpoint, plan, verify, allow_overflow, crew)
     return reshard(HubStore(job, target_id, token, private, Path(work_folder or ".")), watch)
-
-
-def _planned(
-    source: str | os.PathLike[str],
-    max_shard_size: int | str,
-    strategy: Strategy,
-    dtype: DtypeLike | None,
-    checkpoint: Checkpoint,
-) -> ShardPlan:
-    """Return the plan of a checkpoint; one that was given as the source, if it still is one of it."""
-    if not isinstance(source, ShardPlan):
-        return plan_shards(checkpoint, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype)
-    if (max_shard_size, strategy, dtype) != _USUAL:
-        raise PlanError("max_shard_size, strategy and dtype are those of the plan: leave them out")
-    if {t.source.name: t.source for shard in source.shards for t in shard.tensors} != checkpoint.tensors:
-        raise PlanError(f"{checkpoint.source} has changed since it was planned: plan it again")
-    return source
-
-
-def _is_streamed(
-    checkpoint: Checkpoint, plan: ShardPlan, destination: str | os.PathLike[str], stream: bool | None
-) -> bool:
-    """Whether a model that is not here is streamed: as requested, or where disks have no room for both."""
-    if not is_on_hub(checkpoint.place.name):
-        if stream is False:
-            raise CheckpointError("cannot be downloaded, only streamed", file=checkpoint.source)
-        stream = True
-    from shardkit.sources.hub_cache import must_stream
-
-    nbytes = plan.disk_bytes
-    if stream or (stream is None and must_stream(checkpoint.place, needed_files, nbytes, destination)):
-        try:
-            checkpoint.check_streamable()
-            return True
-        except DownloadNeededError:
-            if stream:
-                raise
-    return False
-
-
-def _open_there(source_id: str | os.PathLike[str], revision: str | None, token: str | None) -> Checkpoint:
-    name = os.fspath(source_id)
-    if os.path.exists(name):
-        raise CheckpointError("is a local path: shard it to a folder, then push that", file=name)
-    source = hub_name(name)
-    opened = source_id if isinstance(source_id, Checkpoint) else source
-    checkpoint = Checkpoint.open(opened, revision=revision, token=token)
-    try:
-        return checkpoint.check_streamable()
-    except DownloadNeededError as error:
-        raise CheckpointError(
-            f"tensor {error.tensor} is not contiguous, and too large to stream: shard it to a folder, then "
-            "push that",
-            file=source,
-        ) from error
 
 
 def reshard(store: Store, watch: Watch) -> ShardReport:

@@ -1,0 +1,64 @@
+"""What is sharded, and how: the source as it is opened or streamed, and its plan."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from shardkit.base.errors import CheckpointError, DownloadNeededError, PlanError
+from shardkit.checkpoint.belonging import needed_files
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.plan.plan import USUAL, ShardPlan, plan_shards
+from shardkit.sources.resolve import hub_name, is_on_hub
+
+_USUAL = {**dict(zip(("max_shard_size", "strategy"), USUAL, strict=True)), "dtype": None, "files": None}
+
+
+def planned(source: str | os.PathLike[str], checkpoint: Checkpoint, **requested: Any) -> ShardPlan:
+    """Return the plan of a checkpoint; one that was given as the source, if it still is one of it."""
+    if not isinstance(source, ShardPlan):
+        return plan_shards(checkpoint, **requested)
+    if requested != _USUAL:
+        raise PlanError(f"{', '.join(_USUAL)} are those of the plan: leave them out")
+    if {t.source.name: t.source for shard in source.shards for t in shard.tensors} != checkpoint.tensors:
+        raise PlanError(f"{checkpoint.source} has changed since it was planned: plan it again")
+    return source
+
+
+def is_streamed(
+    checkpoint: Checkpoint, plan: ShardPlan, destination: str | os.PathLike[str], stream: bool | None
+) -> bool:
+    """Whether a model that is not here is streamed: as requested, or where disks have no room for both."""
+    if not is_on_hub(checkpoint.place.name):
+        if stream is False:
+            raise CheckpointError("cannot be downloaded, only streamed", file=checkpoint.source)
+        stream = True
+    from shardkit.sources.hub_cache import must_stream
+
+    nbytes = plan.disk_bytes
+    if stream or (stream is None and must_stream(checkpoint.place, needed_files, nbytes, destination)):
+        try:
+            checkpoint.check_streamable()
+            return True
+        except DownloadNeededError:
+            if stream:
+                raise
+    return False
+
+
+def open_there(source_id: str | os.PathLike[str], revision: str | None, token: str | None) -> Checkpoint:
+    """Open a model on the Hub that is streamed; refuse what is here, and what cannot be."""
+    name = os.fspath(source_id)
+    if os.path.exists(name):
+        raise CheckpointError("is a local path: shard it to a folder, then push that", file=name)
+    source = hub_name(name)
+    opened = source_id if isinstance(source_id, Checkpoint) else source
+    checkpoint = Checkpoint.open(opened, revision=revision, token=token)
+    try:
+        return checkpoint.check_streamable()
+    except DownloadNeededError as error:
+        raise CheckpointError(
+            f"tensor {error.tensor} is not contiguous, and too large to stream: shard it to a folder, then "
+            "push that",
+            file=source,
+        ) from error

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import threading
 import time
@@ -449,6 +450,21 @@ class TestShard:
         assert "verified: all" in words(app)
         assert "from_pretrained(&#x27;demo-sharded&#x27;" in html(app)
         assert works(button(app, "Compare"))
+
+    def test_frees_the_source_where_that_is_checked_and_has_nothing_to_compare_then(self, demo):
+        source = shutil.copytree(demo, "to-be-freed")
+        app = opened(str(source), max_shard_size="1MB")
+        free = control(app, "Free the source's disk space meanwhile")
+        assert free.value is False
+        free.value = True
+        assert "It cannot be undone" in words(app)
+        button(app, "Shard").click()
+        assert app.wait(PATIENCE)
+        assert shardkit.verify_checkpoint(demo, "to-be-freed-sharded").equal
+        assert not list(Path(source).glob("*.safetensors"))
+        assert "the source was freed" in words(app)
+        button(app, "Compare").click()
+        assert "nothing to compare the shards with" in words(app)
 
     def test_does_not_hold_up_the_kernel_and_starts_once(self, demo, slow_disk):
         app = opened(demo, max_shard_size="1MB")

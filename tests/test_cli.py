@@ -60,6 +60,17 @@ def test_the_whole_job_from_demo_to_verified_shards(tmp_path):
     assert "computed again" in verified.stdout
 
 
+def test_source_is_freed_and_merged_from_a_terminal(demo, tmp_path):
+    source, target = shutil.copytree(demo, tmp_path / "demo"), tmp_path / "merged"
+    done = run("shard", source, target, "--files", "1", "--free-source")
+    assert done.returncode == 0, done.stderr
+    assert "the source was freed: 2 files of weights" in done.stdout
+    assert done.stdout.endswith(f"\nnext: shardkit inspect {target}\n")
+    assert [path.name for path in target.glob("*.safetensors*")] == ["model.safetensors"]
+    assert list(source.glob("*.safetensors*")) == []
+    assert shardkit.verify_checkpoint(demo, target).equal
+
+
 @pytest.mark.parametrize("command", ["inspect", "plan", "verify", "shard"])
 def test_json_is_one_object_and_nothing_else(command, demo, tmp_path):
     arguments = {"verify": [demo], "shard": [tmp_path / "out"]}.get(command, [])
@@ -175,6 +186,7 @@ def test_anything_wrong_ends_in_one_line_and_status_one(case, demo, tmp_path):
         ("shard a b --output c", "not allowed with argument destination"),
         ("shard a b --public", "hf:// destinations"),
         ("shard a hf://me/b --overwrite", "only apply to folders"),
+        ("shard a hf://me/b --free-source", "only apply to folders"),
         ("shard a b --strat size", "unrecognized arguments: --strat size; did you mean --strategy"),
         ("compare a b --repeat=3", "did you mean --repeats"),
         ("shard no/such/folder out", "not a local folder or file"),

@@ -109,6 +109,8 @@ class Compare(Step):
             return "nothing to compare: open a checkpoint (step 1)"
         if self._shard.there is None:
             return f"no shards in {self._shard.folder!r} yet: shard first (step 3)"
+        if self._shard.report is not None and self._shard.report.freed:
+            return "the original was freed: there is nothing to compare the shards with"
         return ""
 
     @property

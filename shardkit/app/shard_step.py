@@ -14,7 +14,7 @@ from shardkit.app import page
 from shardkit.app.choose_step import Choose
 from shardkit.app.job_thread import Worker
 from shardkit.app.plan_step import Plan
-from shardkit.app.step import Step, box, field, in_the_app
+from shardkit.app.step import FREE, Step, box, field, in_the_app
 from shardkit.base.errors import DestinationError, ShardkitError
 from shardkit.base.jobs import Progress
 from shardkit.base.record import plural, shown_path
@@ -30,13 +30,14 @@ from shardkit.show.progress import STAGES
 _SHOW_EVERY_SECONDS = 0.15  # a page that is told more often than that falls behind
 _GOES_ON = "Shard resumes where it stopped"
 _REPLACE = "Replace an existing checkpoint"
+_FREES = "The weights of the source are removed while shards are written and verified. It cannot be undone."
 
 
 class Shard(Step):
     """Writes the shards and proves them."""
 
     number, title, button, working = 3, "Shard", "Shard", "Sharding…"
-    hint = "Copies byte ranges, loads nothing, then compares every tensor. The source is never changed."
+    hint = "Copies byte ranges, loads nothing, then compares every tensor. The source is not changed."
     later = "writes the shards and verifies them: once there is a plan"
     stopped = f"Finished shards are kept: {_GOES_ON}."
 
@@ -52,8 +53,10 @@ class Shard(Step):
         )
         self.overwrite = field(widgets.Checkbox, _REPLACE, value=overwrite, indent=False)
         self.overwrite.observe(self.look, "value")
-        self.controls = [self.destination, self.overwrite]
-        fields = box("fields", self.destination, self.overwrite)
+        self.free_source = field(widgets.Checkbox, FREE, value=False, indent=False)
+        self.free_source.observe(self.look, "value")
+        self.controls = [self.destination, self.overwrite, self.free_source]
+        fields = box("fields", self.destination, self.overwrite, self.free_source)
         self.place(fields, self.buttons, self._bar, self._message)
 
     @property
@@ -128,7 +131,7 @@ class Shard(Step):
                 check_destination(checkpoint, resolve(self.folder), self.overwrite.value)
             except DestinationError as error:
                 return page.warning(in_the_app(str(error)))
-        return ""
+        return page.warning(_FREES) if self.free_source.value else ""
 
     @property
     def unfinished(self) -> bool:
@@ -153,6 +156,7 @@ class Shard(Step):
             strategy=plan.strategy,
             dtype=plan.dtype,
             overwrite=self.overwrite.value,
+            free_source=self.free_source.value,
             progress=_ByteProgress(self.show_progress),
         )
         self.written()
@@ -169,7 +173,8 @@ def _told(report: ShardReport) -> str:
         words += f"; {plural(len(report.reused), 'file')} of the interrupted run checked and kept"
     load = f"AutoModelForCausalLM.from_pretrained({path!r}, dtype={report.dtype or 'auto'!r})"
     details = page.details("Details", report.summary().html(), name="report")
-    return page.done(f"{words}. Load it like any model, or compare the loads in step 4.", load) + details
+    following = "" if report.freed else ", or compare the loads in step 4"
+    return page.done(f"{words}. Load it like any model{following}.", load) + details
 
 
 class _ByteProgress:

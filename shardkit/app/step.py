@@ -11,10 +11,13 @@ from shardkit.app import page
 from shardkit.app.job_thread import Worker
 from shardkit.base.errors import Cancelled, ShardkitError
 
+FREE = "Free the source's disk space meanwhile"
 TRUSTS = "Run custom code from the checkpoint, which I trust"
 # Messages name what to write in Python or a shell; the app has controls for it.
 _IN_THE_APP = {
     "replace it with overwrite=True": 'check "Replace an existing checkpoint"',
+    "leave out free_source": f'uncheck "{FREE}" (step 3)',
+    ", with free_source=True, to resume": f', with "{FREE}" checked, to resume',
     "leave out dtype": 'set "Dtype of shards" to "as stored" (step 2)',
     ", or allow it with allow_overflow=True": "",
     "lower max_shard_size": "choose a smaller shard size (step 2)",

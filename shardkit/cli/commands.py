@@ -122,6 +122,7 @@ from shardkit.shard.destination import default_destination, free_bytes, leftover
         dest="stream",
         default=None,
     ),
+    switch("--free-source", "Free the source's disk space meanwhile: its weights are gone in the end."),
     PUBLIC,
     JSON,
     destination="A new or empty folder, or hf://owner/name (default: SOURCE-sharded, beside it).",
@@ -136,6 +137,7 @@ def shard(
     overwrite: bool,
     resume: bool,
     stream: bool | None,
+    free_source: bool,
     public: bool,
     as_json: bool,
     **common: Any,
@@ -145,15 +147,18 @@ def shard(
     with progress_bar() as bar:
         common["progress"] = bar
         if is_on_hub(destination):
-            if overwrite or not resume or stream is not None:
-                wrong_usage("shard", "--overwrite, --no-resume, --stream, --download only apply to folders")
+            if overwrite or not resume or stream is not None or free_source:
+                only = "--overwrite, --no-resume, --stream, --download, --free-source"
+                wrong_usage("shard", f"{only} only apply to folders")
             report = shardkit.shard_on_hub(source, destination[5:], private=not public, **common)
         else:
             if public:
                 wrong_usage("shard", "--public only applies to hf:// destinations")
-            common |= {"overwrite": overwrite, "resume": resume, "stream": stream}
+            common |= {"overwrite": overwrite, "resume": resume, "stream": stream, "free_source": free_source}
             report = shardkit.shard_checkpoint(source, destination, **common)
     following = next_step("compare", source, destination, dtype=common["dtype"])
+    if report.freed:
+        following = next_step("inspect", destination)
     show(report, as_json=as_json, following=following)
 
 

@@ -1,13 +1,15 @@
 """Where a result goes: what must not be written, who is writing, and the one step that puts it in place.
 
 Beside a destination `out` lie `.out.shardkit-staging` and `.out.shardkit-journal` while it is written,
-`.out.shardkit-lock` while somebody writes it, `.out.shardkit-trash` while something is removed, and, where
+`.out.shardkit-lock` while somebody writes it, `.out.shardkit-source` while its source is being freed,
+`.out.shardkit-trash` while something is removed, and, where
 two folders cannot be swapped in one step, `.out.shardkit-old` for an instant.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import socket
@@ -27,7 +29,7 @@ from shardkit.sources.resolve import is_on_hub
 
 _LOCK_SECONDS = 2.0
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_ROLES = ("staging", "journal", "old", "trash", "lock")
+_ROLES = ("staging", "journal", "source", "old", "trash", "lock")
 
 warnings.filterwarnings("ignore", "flock not supported", UserWarning)  # its other way to lock does as well
 
@@ -61,7 +63,7 @@ def default_destination(source: str, *, here: bool = False) -> str:
 
 
 def beside(target: Path, role: str) -> Path:
-    """Return where something lies beside a destination: "staging", "journal", "old", "trash", "lock"."""
+    """Return where something lies beside a destination, by its role: "staging", "journal", "lock"."""
     return target.parent / f".{target.name}.shardkit-{role}"
 
 
@@ -187,9 +189,25 @@ def remove_leftovers(destination: str | os.PathLike[str]) -> list[Path]:
 
 
 def discard_unfinished(target: Path) -> None:
-    """Remove what a run has written so far."""
+    """Remove what a run has written so far, unless that is all there is of its source."""
+    refuse_only_copy(target)
     discard(beside(target, "staging"), target)
     beside(target, "journal").unlink(missing_ok=True)
+
+
+def holds_only_copy(target: Path) -> bool:
+    """Whether an interrupted run, which was freeing its source, has left tensors that are nowhere else."""
+    return os.path.lexists(beside(target, "source")) and os.path.lexists(beside(target, "staging"))
+
+
+def refuse_only_copy(target: Path) -> None:
+    """Refuse to do without what `holds_only_copy` finds."""
+    if holds_only_copy(target):
+        source = json.loads(beside(target, "source").read_text(encoding="utf-8"))["source"]
+        raise DestinationError(
+            f"{beside(target, 'staging')} has the only copy of tensors of {source}: a run was interrupted "
+            "that was freeing it; repeat it as it was, with free_source=True, to resume"
+        )
 
 
 def discard(path: Path, target: Path) -> Path | None:
@@ -256,8 +274,9 @@ def recover(target: Path) -> None:
     if aside.exists() and not target.exists():
         aside.rename(target)
     discard(aside, target)
-    if not os.path.lexists(beside(target, "staging")):  # a journal of what was put in place
+    if not os.path.lexists(beside(target, "staging")):  # of what was put in place
         beside(target, "journal").unlink(missing_ok=True)
+        beside(target, "source").unlink(missing_ok=True)
 
 
 def _exchange(new: Path, old: Path) -> None:

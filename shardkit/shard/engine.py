@@ -21,8 +21,9 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import DtypeLike
 from shardkit.plan.plan import Shard, Strategy
 from shardkit.shard.copy import Outcome, run_task, shard_tasks
-from shardkit.shard.destination import check_free, resolve
+from shardkit.shard.destination import check_free, refuse_only_copy, resolve
 from shardkit.shard.folder_store import FolderStore
+from shardkit.shard.freeing import FreeingStore, open_to_free
 from shardkit.shard.opening import is_streamed, open_there, planned
 from shardkit.shard.report import ShardReport
 from shardkit.shard.side_files import write_side_files
@@ -45,6 +46,7 @@ def shard_checkpoint(
     verify: bool = True,
     allow_overflow: bool = False,
     stream: bool | None = None,
+    free_source: bool = False,
     revision: str | None = None,
     token: str | None = None,
     progress: ProgressCallback | None = None,
@@ -77,6 +79,12 @@ def shard_checkpoint(
     stream
         Stream a model on the Hub with range requests, without storing it on this disk. False downloads it
         first; None does so if the disk has room for both.
+    free_source
+        Free the source's disk space while the shards are made, so that there need not be room for both: what
+        shards have that are on the disk and verified is cut off its files, whose last rest is removed, with
+        their index, just before the destination appears. Its other files stay. It cannot be undone; an
+        interrupted run can only be resumed, with the same arguments. Files that others may use, or that hold
+        more than the tensors, are refused: links, the Hub's cache, files that torch saved.
     revision, token
         For the Hub, as in `Checkpoint.open`.
     progress
@@ -110,14 +118,17 @@ def shard_checkpoint(
     watch, crew = Watch(), Crew(worker_count(workers, executor), executor, progress)
     layout = {"max_shard_size": max_shard_size, "strategy": strategy, "dtype": dtype, "files": files}
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
-    checkpoint = opened()
+    if not free_source:
+        refuse_only_copy(resolve(destination))
+    checkpoint = open_to_free(source, destination, opened) if free_source else opened()
     plan = planned(source, checkpoint, **layout)
     if checkpoint.place.folder is None and not is_streamed(checkpoint, plan, destination, stream):
         check_free(resolve(destination), overwrite)  # rather now than after a long download
         checkpoint = opened(download=True)
         plan = planned(source, checkpoint, **layout)
-    job = Job(checkpoint, plan, verify, allow_overflow, crew)
-    return reshard(FolderStore(job, destination, overwrite, resume), watch)
+    job = Job(checkpoint, plan, verify, allow_overflow, crew, free_source)
+    kind = FreeingStore if free_source else FolderStore
+    return reshard(kind(job, destination, overwrite, resume), watch)
 
 
 @resumable()
@@ -233,6 +244,7 @@ def reshard(store: Store, watch: Watch) -> ShardReport:
         seconds=watch.seconds,
         notes=(*checkpoint.summary().notes, *plan.summary().notes, *store.notes),
         kept=plan.kept,
+        freed=store.freed,
         peak_bytes=watch.peak_bytes,
         before_bytes=watch.before_bytes,
     )
@@ -244,7 +256,7 @@ def _make_all(store: Store, watch: Watch) -> ProgressCount:
     Writes into one file wait for each other in the kernel, so workers are spread over files.
     """
     job, stop = store.job, Event()
-    todo = [shard for shard in job.plan.shards if shard.file not in store.finished]
+    todo = store.ordered([shard for shard in job.plan.shards if shard.file not in store.finished])
     source_bytes = sum(tensor.source.nbytes for shard in todo for tensor in shard.tensors)
     count = ProgressCount(job.crew.progress, store.stage, source_bytes + sum(map(store.sends, todo)))
     if not todo:
@@ -267,9 +279,7 @@ def _make(
     store: Store, shard: Shard, width: int, count: ProgressCount, stop: Event, watch: Watch
 ) -> tuple[Outcome, int]:
     """Make one shard in the store's folder; return also how many source bytes are still to be counted."""
-    job, path = store.job, store.folder / shard.file
-    path.write_bytes(job.plan.header(shard))
-    os.truncate(path, shard.nbytes)
+    job, path = store.job, store.begin(shard)
     outcome, uncounted = Outcome(), 0
     tasks = shard_tasks(shard, job.checkpoint.place, str(path))
     with run_all(partial(seen, run_task), tasks, width, job.crew.executor) as results:

@@ -42,8 +42,10 @@ from shardkit.shard.destination import (
     discard,
     discard_unfinished,
     free_bytes,
+    holds_only_copy,
     locked,
     put_in_place,
+    refuse_only_copy,
     remove,
     resolve,
     sync,
@@ -126,7 +128,7 @@ class FolderStore(Store):
         self._check_destination()
         self._check_unchanged()
         self._note_replaced()
-        put_in_place(self.folder, self.destination, self._overwrite)
+        self._put_in_place()
         with suppress(OSError):  # it is done; what stays behind is in nobody's way
             self._journal.unlink()
         if left := discard(self.folder, self.destination):
@@ -138,6 +140,9 @@ class FolderStore(Store):
             where = "the Hub" if is_on_hub(place) else place
             self.notes.append(f"streamed from {where}: the source was not downloaded")
         return str(self.destination), found
+
+    def _put_in_place(self) -> None:
+        put_in_place(self.folder, self.destination, self._overwrite)
 
     def _note_replaced(self) -> None:
         files = [path for path in self.destination.rglob("*") if path.is_file()]
@@ -210,13 +215,13 @@ class FolderStore(Store):
         except BaseException as error:
             failure = self._explained(error) if isinstance(error, OSError) else error
             if not self.finished:
-                with suppress(OSError):
+                with suppress(OSError, DestinationError):
                     discard_unfinished(self.destination)
             elif self.folder.is_dir():  # or it is in place already
-                failure.add_note(
-                    f"{plural(len(self.finished), 'finished shard')} kept in {self.folder}: run again to "
-                    f"resume, or `shardkit clean {self.destination}` to remove them"
-                )
+                kept = f"{plural(len(self.finished), 'finished shard')} kept in {self.folder}"
+                is_only_copy = holds_only_copy(self.destination)
+                or_clean = f", or `shardkit clean {self.destination}` to remove them" * (not is_only_copy)
+                failure.add_note(f"{kept}: run again to resume{or_clean}")
             if failure is error:
                 raise
             raise failure from error
@@ -271,6 +276,7 @@ class FolderStore(Store):
                 with suppress(ValueError):  # torn by a kill, or garbled
                     entries.append(json.loads(line))
         if entries[:1] != [{"fingerprint": self._fingerprint}]:
+            refuse_only_copy(self.destination)
             if entries:
                 what = plural(max(0, len(entries) - 1), "finished shard")
                 self.notes.append(f"starting over: {what} of another source or plan discarded")
@@ -288,13 +294,15 @@ class FolderStore(Store):
 
 
 def _fingerprint(job: Job) -> str:
-    return xxhash.xxh3_128_hexdigest(job.told(_seen(job.checkpoint)))
+    return xxhash.xxh3_128_hexdigest(job.told(_seen(job.checkpoint, job.free_source)))
 
 
-def _seen(checkpoint: Checkpoint) -> list[Any]:
-    """Return what would change with the source."""
-    files = [*checkpoint.files, *checkpoint.side_files]
-    found = {file: checkpoint.place.state(file) for file in files}
+def _seen(checkpoint: Checkpoint, is_freed: bool) -> list[Any]:
+    """Return what would change with the source; of weights that are freed meanwhile, what they were."""
+    found = {
+        file: checkpoint.seen[file] if is_freed else checkpoint.place.state(file) for file in checkpoint.files
+    }
+    found |= {file: checkpoint.place.state(file) for file in checkpoint.side_files}
     for file, state in found.items():
         is_same = checkpoint.side_files.get(file, state[0]) == state[0]
         if checkpoint.seen.get(file, state) != state or not is_same:

@@ -45,6 +45,9 @@ class Verification(Record):
     received
         Whether the source was read once only, from the Hub, and the destination was compared with the digests
         that were taken of its bytes as they arrived.
+    freed
+        Whether the source was freed: each tensor was compared with it before, and in the end with the digest
+        that was taken then, which `digests` has.
     model
         What a model gets from either side, by transformers' own account.
     missing_files, changed_files
@@ -71,6 +74,7 @@ class Verification(Record):
     changed_files: tuple[str, ...] = ()
     files: int = 0
     files_in_memory: int | None = None
+    freed: bool = False
 
     @property
     def equal(self) -> bool:
@@ -99,6 +103,8 @@ class Verification(Record):
     def _result(self) -> str:
         if not self.equal:
             return "NOT EQUAL"
+        if self.freed:
+            return "equal, compared with the source before it was freed"
         if self.received:
             return "equal to what was received" + ", after its cast" * bool(self.cast)
         return "equal to the cast of the source" if self.cast else "equal"
@@ -176,6 +182,8 @@ class ShardReport(Record):
         Time to write and sync the shards; time in all.
     notes
         What a person should know.
+    freed
+        Files of the source that were removed, with the sizes in bytes that they had.
     peak_bytes, before_bytes
         Largest resident memory of this process from the call to its end, with that of worker processes of an
         executor; and what it held already when it was called. None where the kernel does not say. The check
@@ -199,6 +207,7 @@ class ShardReport(Record):
     kept: dict[str, str] = field(default_factory=dict)
     peak_bytes: int | None = None
     before_bytes: int | None = None
+    freed: dict[str, int] = field(default_factory=dict)
 
     def __fspath__(self) -> str:
         return self.destination  # so that it can be given wherever a checkpoint is
@@ -242,7 +251,9 @@ class ShardReport(Record):
     def _verified(self) -> str:
         if (check := self.verification) is None:
             return "no"
-        to_what = " to what was received" if check.received else ""
+        to_what = (
+            " to what was received" if check.received else " to the source before it was freed" * check.freed
+        )
         where = ", read back from the disk" if check.is_from_disk else ""
         return f"equal{to_what}, {check.tensors:,} tensors in {check.seconds:.2f} s{where}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -29,11 +30,17 @@ class Job:
     verify: bool
     allow_overflow: bool
     crew: Crew
+    free_source: bool = False
 
     @property
     def is_received(self) -> bool:
         """Whether the source's bytes come over a network, where each is read once."""
         return self.checkpoint.place.folder is None
+
+    @property
+    def is_read_once(self) -> bool:
+        """Whether finished shards are compared with their digests, not with a source that may be gone."""
+        return self.is_received or self.free_source
 
     def told(self, *source: Any) -> bytes:
         """Return what tells this job from another, to be digested: its source, as given, and its plan."""
@@ -73,7 +80,8 @@ class Store(ABC):
     """Where a job's shards go: they are made in `folder`, on this machine, and `put` from there.
 
     `finished` is what is done, by shard: what an earlier run finished, once the store is open, and what was
-    `put`. `notes` are for a person; `stage` is what its `Progress` is called.
+    `put`. `freed` are files of the source that were removed, with their sizes in bytes. `notes` are for a
+    person; `stage` is what its `Progress` is called.
     """
 
     stage: str
@@ -81,6 +89,7 @@ class Store(ABC):
     def __init__(self, job: Job, folder: Path) -> None:
         self.job, self.folder = job, folder
         self.finished: dict[str, Outcome] = {}
+        self.freed: dict[str, int] = {}
         self.notes: list[str] = []
 
     @abstractmethod
@@ -90,14 +99,25 @@ class Store(ABC):
         Whatever ends the block, what is finished stays, for a run that resumes.
         """
 
+    def ordered(self, todo: Sequence[Shard]) -> list[Shard]:
+        """Return shards in the order in which they are to be made."""
+        return list(todo)
+
     @abstractmethod
     def at_once(self, todo: Sequence[Shard]) -> int:
         """Return how many shards may be under way."""
 
     def sends(self, shard: Shard) -> int:
-        """Return how many bytes `put` sends elsewhere."""
+        """Return how many bytes `put` has to send elsewhere, or to read again."""
         del shard
         return 0
+
+    def begin(self, shard: Shard) -> Path:
+        """Make the file of a shard: its header, and room for its tensors, of which the disk has none yet."""
+        path = self.folder / shard.file
+        path.write_bytes(self.job.plan.header(shard))
+        os.truncate(path, shard.nbytes)
+        return path
 
     @abstractmethod
     def put(self, shard: Shard, outcome: Outcome) -> None:

@@ -20,7 +20,9 @@ from pathlib import Path
 import xxhash
 
 from shardkit.base import pages
+from shardkit.base.errors import VerificationError
 from shardkit.base.jobs import Crew, ProgressCallback, ProgressCount, run_all, worker_count
+from shardkit.base.record import listed
 from shardkit.checkpoint.belonging import is_needed, named_files
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import read_json
@@ -28,7 +30,7 @@ from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, Tens
 from shardkit.load.look import config_differences
 from shardkit.load.seen import model_keys
 from shardkit.plan.plan import PlannedTensor, Shard
-from shardkit.shard.copy import Outcome, Range, cast_chunks, file_range, tensor_range
+from shardkit.shard.copy import Outcome, Range, Received, cast_chunks, file_range, tensor_range
 from shardkit.shard.report import Mismatch, Verification
 from shardkit.shard.store import Job
 from shardkit.sources.local import LocalFiles
@@ -177,23 +179,58 @@ def _obstacle(ours: TensorInfo, theirs: TensorInfo) -> str | None:
 
 def verify_written(job: Job, outcomes: Mapping[str, Outcome], folder: Path) -> Verification:
     """Verify what a job has written in `folder`: against the source, or against what was received of it."""
-    checkpoint, plan, crew = job.checkpoint, job.plan, job.crew
-    copy, shards = Checkpoint.open(folder), {shard.file for shard in plan.shards}
-    if set(copy.files) != shards:  # a load would choose weights that came along
-        copy = Checkpoint.open(folder / (plan.index_file or plan.shards[0].file))
-    if not job.is_received:
+    checkpoint, crew, copy = job.checkpoint, job.crew, _written(job, folder)
+    if not job.is_read_once:
         return _judged(checkpoint, copy, crew, partial(compare_tensors, checkpoint, copy, crew))
 
     def compare() -> Verification:
         start = time.perf_counter()
         wrong = altered(job, outcomes, folder, "verify").values()
-        differ = dict.fromkeys(chain(*wrong), "bytes: differ from what was received")
+        differ = dict.fromkeys(chain(*wrong), "bytes: differ from what was read of the source")
         ranges = {name: tensor_range(copy.place, t, t.dtype) for name, t in copy.tensors.items()}
         found = _digests(list(ranges.values()), crew, "verify")
         digests = {name: found[part] for name, part in ranges.items()}
-        return replace(_verification(checkpoint, copy, differ, digests, start), received=True)
+        result = _verification(checkpoint, copy, differ, digests, start)
+        return replace(result, received=job.is_received, freed=job.free_source)
 
     return _judged(checkpoint, copy, crew, compare)
+
+
+def verify_headers(job: Job, folder: Path) -> Verification:
+    """Verify as `verify_written`, but for the bytes of tensors, which are not written yet."""
+    checkpoint, copy, start = job.checkpoint, _written(job, folder), time.perf_counter()
+    return _judged(checkpoint, copy, job.crew, partial(_verification, checkpoint, copy, {}, {}, start))
+
+
+def _written(job: Job, folder: Path) -> Checkpoint:
+    copy, shards = Checkpoint.open(folder), {shard.file for shard in job.plan.shards}
+    if set(copy.files) != shards:  # a load would choose weights that came along
+        copy = Checkpoint.open(folder / (job.plan.index_file or job.plan.shards[0].file))
+    return copy
+
+
+def prove(job: Job, shard: Shard, folder: Path) -> tuple[Received, ...]:
+    """Compare a shard in `folder` with the source, and return the digests of its tensors.
+
+    Raises
+    ------
+    VerificationError
+        If a tensor, or the header, is not what it has to be.
+    """
+    staged = [shard_range(folder, shard, tensor) for tensor in shard.tensors]
+    source = [tensor_range(job.checkpoint.place, t.source, t.dtype) for t in shard.tensors]
+    digests = digest_pairs(list(zip(staged, source, strict=True)), Crew(1), "verify")
+    differ = [
+        t.source.name for t, (ours, theirs) in zip(shard.tensors, digests, strict=True) if ours != theirs
+    ]
+    is_headed = LocalFiles(folder).read_bytes(shard.file, 0, shard.header_bytes) == job.plan.header(shard)
+    if differ or not is_headed:
+        raise VerificationError(
+            f"{folder / shard.file}: not as in the source: {listed(differ) or 'its header'}"
+        )
+    return tuple(
+        Received(part.offset, part.nbytes, ours) for part, (ours, _) in zip(staged, digests, strict=True)
+    )
 
 
 def altered(
@@ -201,9 +238,9 @@ def altered(
 ) -> dict[str, list[str]]:
     """Return, by shard file in `folder`, the tensors that are not what the source gives, or has given.
 
-    What was received is not asked for again: every byte is compared with the digest that was taken of it when
-    it arrived (after its cast). What arrived is what the Hub sent for that range of that commit; that the Hub
-    sent what it holds rests on the connection: `verify_checkpoint` reads it again.
+    A source that was received, or may be freed, is not read again: every byte is compared with the digest
+    taken when it arrived (after its cast), or was proven. What arrived is what the Hub sent for that range of
+    that commit; that the Hub sent what it holds rests on the connection: `verify_checkpoint` reads it again.
     """
     found: dict[str, list[str]] = {}
     checks: list[tuple[Shard, Range, Range | str]] = []
@@ -212,9 +249,9 @@ def altered(
         begins = [*(part.offset for part in received), shard.nbytes]
         ends = [shard.header_bytes, *(part.offset + part.nbytes for part in received)]
         header = LocalFiles(folder).read_bytes(shard.file, 0, shard.header_bytes)
-        if header != job.plan.header(shard) or (job.is_received and begins != ends):
+        if header != job.plan.header(shard) or (job.is_read_once and begins != ends):
             found[shard.file] = [tensor.source.name for tensor in shard.tensors]
-        elif job.is_received:
+        elif job.is_read_once:
             checks += [(shard, file_range(path, part.nbytes, part.offset), part.digest) for part in received]
         else:
             checks += [

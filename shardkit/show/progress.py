@@ -9,6 +9,7 @@ from shardkit.base.jobs import Progress
 
 STAGES = {
     "check": "checking finished shards",
+    "cast": "trying the cast",
     "copy": "writing shards",
     "verify": "verifying every byte",
     "model": "asking transformers what a model gets",

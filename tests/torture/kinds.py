@@ -1,9 +1,21 @@
 """Every kind of trial, by the name that the command line knows it by."""
 
-from tests.torture import budgets, comparisons, flips, hubs, kills, mutations, pickles, places, races, space
+from tests.torture import (
+    budgets,
+    comparisons,
+    flips,
+    freeing,
+    hubs,
+    kills,
+    mutations,
+    pickles,
+    places,
+    races,
+    space,
+)
 
 KINDS = {
-    "kills": kills.RANDOM, "kills-at-calls": kills.CHOSEN,
+    "kills": kills.RANDOM, "kills-at-calls": kills.CHOSEN, "free-source": freeing.FREED,
     "small-disk": space.BEFORE, "full-disk": space.MEANWHILE, "full-disk-calls": space.CALLS,
     "mutations": mutations.MUTATED, "monsters": mutations.MONSTROUS,
     "flips": flips.FLIPS, "pickles": pickles.PICKLES, "races": races.RACES,

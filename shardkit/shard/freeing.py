@@ -1,0 +1,293 @@
+"""A source whose disk space goes over to its shards, so that no disk needs room for both; no tensor is lost.
+
+A shard is proven once it is on the disk, was read back and compared with the source, and the journal has its
+digests. What only proven shards were made of is cut off the end of its file, so shards are made from the end,
+one after the other. A file that was cut is refused by every reader; one with holes would be read as zeros.
+When all are proven, what is left of the files is removed, and then the result is put in place. From the first
+cut on, `.out.shardkit-source` beside the destination has what the source was: with it a run resumes, and so
+long nothing discards the shards.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from shardkit.base import pages
+from shardkit.base.errors import CheckpointError, DestinationError, PlanError, VerificationError
+from shardkit.base.jobs import ProgressCount, run_all
+from shardkit.base.record import listed, plural
+from shardkit.base.sizes import format_size
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.layout import find_weights
+from shardkit.checkpoint.scan import format_of
+from shardkit.formats.names import is_index
+from shardkit.plan.plan import Shard
+from shardkit.shard.copy import Outcome, run_task, shard_tasks
+from shardkit.shard.destination import (
+    beside,
+    check_free,
+    clear_after_end,
+    holds_only_copy,
+    refuse_only_copy,
+    resolve,
+    sync,
+)
+from shardkit.shard.folder_store import FolderStore
+from shardkit.shard.side_files import write_side_files
+from shardkit.shard.store import Job
+from shardkit.shard.verify import prove, verify_headers
+from shardkit.sources.fileset import State
+
+_CHANGED = "changed since it was opened to be freed; the rest of it was not touched"
+
+
+def open_to_free(
+    source: str | os.PathLike[str], destination: str | os.PathLike[str], opened: Callable[[], Checkpoint]
+) -> Checkpoint:
+    """Return a source that may be freed; one that an interrupted run has begun to free, as it was before.
+
+    Raises
+    ------
+    CheckpointError
+        If freeing it could lose something: see `_refuse`.
+    DestinationError
+        If there is a destination already, or what lies beside it has the only copy of another source.
+    """
+    target = resolve(destination)
+    if not holds_only_copy(target):
+        try:
+            check_free(target, overwrite=False)  # or, after the end, it would be said that the source is gone
+        except DestinationError:
+            clear_after_end(target)
+            raise
+        return _refuse(opened())
+    record = json.loads(beside(target, "source").read_text(encoding="utf-8"))
+    checkpoint = Checkpoint.from_dict(record)
+    if os.path.abspath(os.path.expanduser(source)) != checkpoint.source:
+        refuse_only_copy(target)
+    checkpoint.seen.update({file: tuple(state) for file, state in record["seen"].items()})
+    return checkpoint
+
+
+def _refuse(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint, unless its files hold more than its tensors, or are not its alone."""
+    if checkpoint.place.folder is None:
+        raise CheckpointError(
+            "is not on this machine: stream it, which stores nothing", file=checkpoint.source
+        )
+    folder, scan = os.path.realpath(checkpoint.place.folder), format_of(checkpoint.files[0]).scan
+    for file in checkpoint.files:
+        path = checkpoint.path(file)
+        others = [name for name, t in checkpoint.tensors.items() if t.file != file]
+        twice = scan(checkpoint.place, [file]).tensors.keys() & set(others)
+        why = ""
+        if checkpoint.format != "safetensors":
+            why = "was saved by torch and may hold more than tensors"
+        elif (real := os.path.realpath(path)) != os.path.join(folder, file):
+            why = f"is a link to {real}, which may be in use under other names (as the Hub's cache is)"
+        elif (names := os.stat(path).st_nlink) > 1:
+            why = f"has {names} names (hard links), all of which would lose it"
+        elif not (os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)):
+            why = "cannot be removed: the folder is read-only"
+        elif twice:
+            why = f"contains tensors that a load takes from another file: {listed(twice)}"
+        elif _is_in_use(path):
+            why = "is open in a program that would crash, perhaps as a loaded model"
+        if why:
+            raise CheckpointError(f"{why}, so it is not freed; leave out free_source", file=path)
+    return checkpoint
+
+
+def _is_in_use(path: str) -> bool:
+    """Whether somebody has a file open or mapped, as Linux shows whoever asks for a lease."""
+    try:
+        import fcntl
+
+        with open(path, "r+b") as file:
+            fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # ignored; its own signal would end us
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # until it is closed
+    except OSError as error:
+        return error.errno == errno.EAGAIN  # else the file system knows no leases
+    except (ImportError, AttributeError):  # other systems refuse to cut a file in use, or keep its bytes
+        pass
+    return False
+
+
+class FreeingStore(FolderStore):
+    """A folder that becomes `destination` while its source is freed; as `FolderStore`."""
+
+    def __init__(self, job: Job, destination: str | os.PathLike[str], overwrite: bool, resume: bool) -> None:
+        if overwrite or not job.verify:
+            raise PlanError("overwrite=True and verify=False do not allow it: leave out free_source")
+        super().__init__(job, destination, overwrite, resume)
+        self._record = beside(self.destination, "source")
+        self._states: dict[str, State | None] = {}
+        self._proven: set[str] = set()  # unlike `finished`, only once the journal on the disk has them
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold the store; find out what could be wrong in the end while nothing is freed yet."""
+        with super().open():
+            if not self._record.exists():
+                self._rehearse()
+            yield
+
+    def ordered(self, todo: Sequence[Shard]) -> list[Shard]:
+        """Return shards from the end of the source on."""
+        number = {file: place for place, file in enumerate(self.job.checkpoint.files)}
+
+        def end(shard: Shard) -> tuple[int, int]:
+            sources = (tensor.source for tensor in shard.tensors)
+            return max(((number[s.file], s.offset + s.nbytes) for s in sources), default=(-1, 0))
+
+        return sorted(todo, key=end, reverse=True)
+
+    def at_once(self, todo: Sequence[Shard]) -> int:
+        """Return one, so that the end of the source can go; its tasks are divided among the workers."""
+        del todo
+        return 1
+
+    def sends(self, shard: Shard) -> int:
+        """Return how many bytes `put` reads again."""
+        return shard.nbytes
+
+    def put(self, shard: Shard, outcome: Outcome) -> None:
+        """Prove a shard, journal its digests, and free what only proven shards needed; as `Store.put`."""
+        sync(self.folder / shard.file)
+        sync(self.folder)
+        pages.drop([self.folder / shard.file])
+        super().put(shard, outcome._replace(received=prove(self.job, shard, self.folder)))
+        sync(self._journal)
+        self._proven.add(shard.file)
+        self._remember()
+        self._cut()
+
+    def _rehearse(self) -> None:
+        """Try the cast, and write all but the tensors, of which a model must get what the source gives it."""
+        job = self.job
+        if job.plan.dtype and not job.allow_overflow:
+            tasks = [t for s in job.plan.shards for t in shard_tasks(s, job.checkpoint.place, os.devnull)]
+            count = ProgressCount(job.crew.progress, "cast", sum(task.nbytes for task in tasks))
+            outcomes = []
+            with run_all(run_task, tasks, job.crew.workers, job.crew.executor) as results:
+                for task, outcome in results:
+                    outcomes.append(outcome)
+                    count.add(task.nbytes)
+            job.refuse_overflow(outcomes)
+        begun = [self.begin(shard) for shard in job.plan.shards if shard.file not in self.finished]
+        write_side_files(job, self.folder, lambda: None)
+        found = verify_headers(job, self.folder)
+        for path in begun:
+            path.unlink()  # a disk that is memory has made pages of what was mapped
+        if not found.equal:
+            raise VerificationError(f"{self.destination}: nothing was freed: {found.why_unequal}")
+
+    def _needed(self, proven: Collection[str]) -> dict[str, int]:
+        """Return how many bytes of each source file stay: its header, and what is not in proven shards."""
+        ends = {t.file: t.offset for t in reversed(self.job.checkpoint.tensors.values())}
+        for shard in (shard for shard in self.job.plan.shards if shard.file not in proven):
+            for tensor in (tensor.source for tensor in shard.tensors):
+                ends[tensor.file] = max(ends[tensor.file], tensor.offset + tensor.nbytes)
+        return ends
+
+    def _remember(self) -> None:
+        """Record what the source is, for good before a byte of it is freed."""
+        if not self._record.exists():
+            checkpoint, draft = self.job.checkpoint, self.folder / self._record.name
+            exact = {"config": checkpoint.config, "seen": checkpoint.seen}
+            draft.write_text(json.dumps(checkpoint.to_dict() | exact), encoding="utf-8")
+            sync(draft)
+            draft.rename(self._record)
+            sync(self._record.parent)
+
+    def _cut(self) -> None:
+        checkpoint = self.job.checkpoint
+        for file, end in self._needed(self._proven).items():
+            state = self._state(file)
+            if state is not None and int(state[0]) > end:
+                self._check_state(file)
+                os.truncate(checkpoint.path(file), end)
+                self._states[file] = self._state(file)
+
+    def _state(self, file: str) -> State | None:
+        try:
+            return self.job.checkpoint.place.state(file)
+        except CheckpointError:
+            return None
+
+    def _check_state(self, file: str) -> None:
+        if self._state(file) != self._states[file]:
+            raise CheckpointError(_CHANGED, file=self.job.checkpoint.path(file))
+
+    def _take_stock(self, finished: Collection[str]) -> None:
+        """Refuse a source that is not what it was, but for what earlier runs have cut off or removed."""
+        checkpoint, floor = self.job.checkpoint, self._needed({s.file for s in self.job.plan.shards})
+        for file, end in self._needed(finished).items():
+            was, now = checkpoint.seen[file], self._state(file)
+            is_cut = now is not None and end <= int(now[0]) < int(was[0]) and now[2] == was[2]
+            if now != was and not is_cut and (now is not None or end > floor[file]):
+                raise CheckpointError(
+                    f"is not what it was: {plural(end, 'byte')} of it are not in finished shards",
+                    file=checkpoint.path(file),
+                )
+            self._states[file] = now
+
+    def _read_journal(self) -> dict[str, Outcome]:
+        found = super()._read_journal()
+        self._take_stock(found)  # before what is not finished is removed
+        return found
+
+    def _check_finished(self) -> None:
+        super()._check_finished()
+        self._take_stock(self.finished)
+        sync(self._journal)
+        self._proven.update(self.finished)
+
+    def _check_unchanged(self) -> None:
+        super()._check_unchanged()
+        for file in self._states:
+            self._check_state(file)
+
+    def _space(self) -> tuple[int, int]:
+        """Return what the disk needs at most while it takes over from the source, instead of all shards."""
+        needed, free = super()._space()
+        folder = self.job.checkpoint.place.folder
+        if folder is None or folder.stat().st_dev != self.destination.parent.stat().st_dev:
+            return needed, free
+        todo = self.ordered([shard for shard in self.job.plan.shards if shard.file not in self.finished])
+        done, rises, kept = set(self.finished), [0], sum(self._needed(self.finished).values())
+        made = 0
+        for shard in todo:
+            made += shard.nbytes
+            rises.append(made - kept + sum(self._needed(done).values()))
+            done.add(shard.file)
+        return needed - made + max(rises), free
+
+    def _put_in_place(self) -> None:
+        """Remove the weights of the source and their index, of which no byte is needed, then publish."""
+        checkpoint, place = self.job.checkpoint, self.job.checkpoint.place
+        for file in (*filter(self._is_spent, list(place.names())), *checkpoint.files):
+            with suppress(FileNotFoundError):
+                os.unlink(checkpoint.path(file))
+        sync(Path(checkpoint.folder))
+        self.freed = {file: int(checkpoint.seen[file][0]) for file in checkpoint.files}
+        size = format_size(sum(self.freed.values()))
+        self.notes.append(
+            f"the source was freed: {plural(len(self.freed), 'file')} of weights ({size}) removed after all "
+            "tensors were verified; its other files are as they were"
+        )
+        super()._put_in_place()
+        self._record.unlink(missing_ok=True)
+
+    def _is_spent(self, file: str) -> bool:
+        """Whether a file is an index of nothing but what is removed."""
+        with suppress(CheckpointError):
+            weights = find_weights(self.job.checkpoint.place, None, file).files if is_index(file) else ()
+            return bool(weights) and set(weights) <= set(self.job.checkpoint.files)
+        return False

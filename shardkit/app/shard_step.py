@@ -37,7 +37,7 @@ class Shard(Step):
     """Writes the shards and proves them."""
 
     number, title, button, working = 3, "Shard", "Shard", "Sharding…"
-    hint = "Copies byte ranges, loads nothing, then compares every tensor. The source is not changed."
+    hint = "Copies byte ranges, loads nothing, compares every tensor. The source stays, unless it is freed."
     later = "writes the shards and verifies them: once there is a plan"
     stopped = f"Finished shards are kept: {_GOES_ON}."
 

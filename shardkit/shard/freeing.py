@@ -10,10 +10,10 @@ long nothing discards the shards.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -106,17 +106,23 @@ def _refuse(checkpoint: Checkpoint) -> Checkpoint:
 
 def _is_in_use(path: str) -> bool:
     """Whether somebody has a file open or mapped, as Linux shows whoever asks for a lease."""
-    try:
-        import fcntl
-
+    with suppress(ImportError, AttributeError, OSError):  # other systems refuse the cut, or keep the bytes
+        with tempfile.TemporaryFile(dir=os.path.dirname(path)) as own:
+            _lease(own.fileno())  # which fails where a network disk grants none at all
         with open(path, "r+b") as file:
-            fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # ignored; its own signal would end us
-            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # until it is closed
-    except OSError as error:
-        return error.errno == errno.EAGAIN  # else the file system knows no leases
-    except (ImportError, AttributeError):  # other systems refuse to cut a file in use, or keep its bytes
-        pass
+            try:
+                _lease(file.fileno())
+            except BlockingIOError:
+                return True
     return False
+
+
+def _lease(handle: int) -> None:
+    """Take a lease of a file, which ends as it is closed."""
+    import fcntl
+
+    fcntl.fcntl(handle, fcntl.F_SETSIG, signal.SIGURG)  # ignored; the usual signal would end this process
+    fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_WRLCK)
 
 
 class FreeingStore(FolderStore):

@@ -82,7 +82,8 @@ def inspect(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) -
     examples="""plan mistral-demo --max-shard-size 100MB
         plan mistral-demo --strategy layer --dtype fp16""",
 )
-from shardkit.shard.destination import default_destination, free_bytes, leftovers, remove_leftovers
+def plan(source: str, dtype: Dtype | None, as_json: bool, **layout: Any) -> None:
+    """Dry run: show the files that would be written; in a pipe, all of them."""
     checkpoint = shardkit.Checkpoint.open(source)
     made = shardkit.plan_shards(checkpoint, dtype=dtype, **layout)
     free = free_bytes(".")
@@ -99,7 +100,7 @@ from shardkit.shard.destination import default_destination, free_bytes, leftover
         made,
         Summary("On this machine", (("disk", room), ("to load", needs))),
         as_json=as_json,
-        following=next_step("shard", source, max_shard_size=max_shard_size, strategy=strategy, dtype=dtype),
+        following=next_step("shard", source, **layout, dtype=dtype),
         free_bytes=free if free < sys.maxsize else None,
         estimate={"before": now.to_dict(), "after": then.to_dict()},
     )

@@ -79,7 +79,7 @@ def show(*parts: Record | Summary, as_json: bool, following: str = "", **fields:
     print(painted(in_the_terminal(text), sys.stdout))
 
 
-def next_step(*words: object, **options: str | None) -> str:
+def next_step(*words: object, **options: object) -> str:
     """Return the command that may come next, as it is typed, with the options that are not as usual."""
     unusual = {name: value for name, value in options.items() if value not in _USUAL}
     typed = (text for name, value in unusual.items() for text in (f"--{name.replace('_', '-')}", value))

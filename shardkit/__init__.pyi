@@ -13,6 +13,7 @@ from .compare.fit import minimum_memory as minimum_memory
 from .demo import make_demo_checkpoint as make_demo_checkpoint
 from .formats.tensor import TensorInfo as TensorInfo
 from .load.load_model import load_model as load_model
+from .measure.article_stack import article_stack as article_stack
 from .measure.launch import measure_load as measure_load
 from .measure.measurement import LoadMeasurement as LoadMeasurement
 from .plan.plan import Shard as Shard

@@ -10,10 +10,11 @@ import struct
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 
 from tests.hub_store import CHUNK_BYTES, Refused
 
@@ -185,11 +186,20 @@ class Handler(BaseHTTPRequestHandler):
         limit = self._dropping("answer")
         with path.open("rb") as file:
             count = end - begin if limit is None else min(limit, end - begin)
-            if count:
-                self.sent += self.connection.sendfile(file, begin, count)
+            self._send(file, begin, count)
         if limit is not None and limit < end - begin:
             raise _Gone
         return None
+
+    def _send(self, file: BinaryIO, begin: int, count: int) -> None:
+        """Send a range: where the line, which all share, has a speed, a tenth of a second's worth at once."""
+        speed = self.hub.bytes_a_second
+        step = max(1, int(speed / 10)) if speed else max(1, count)
+        for start in range(begin, begin + count, step):
+            with self.hub.line if speed else nullcontext():
+                sent = self.connection.sendfile(file, start, min(step, begin + count - start))
+                time.sleep(sent / speed if speed else 0)
+            self.sent += sent
 
     def log_message(self, *_: object) -> None:
         """Nothing: the hub's `requests` say it all."""

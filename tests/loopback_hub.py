@@ -71,6 +71,8 @@ class LoopbackHub:
         Tracebacks of faults that were not asked for.
     url_seconds
         How long a signed URL is good for.
+    bytes_a_second
+        How fast files are sent, all together; None for as fast as can be.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,6 +81,8 @@ class LoopbackHub:
         self.requests: list[Request] = []
         self.broken: list[str] = []
         self.url_seconds = 3600.0
+        self.bytes_a_second: float | None = None
+        self.line = Lock()
         self._faults: list[Fault] = []
         self._chaos: tuple[random.Random, float, str] | None = None
         self._lock, self._secret = Lock(), secrets.token_hex(8)
@@ -367,8 +371,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="where to keep what is uploaded")
     parser.add_argument("--model", action="append", default=[], metavar="ID=FOLDER")
+    parser.add_argument("--bytes-a-second", type=float, help="how fast files are sent")
     options = parser.parse_args()
     with LoopbackHub(options.folder) as hub:
+        hub.bytes_a_second = options.bytes_a_second
         for model in options.model:
             name, _, path = model.partition("=")
             hub.add_model(name, Path(path))

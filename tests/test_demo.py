@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardkit import demo
+from shardkit import compare_loads, demo, load_model, shard_checkpoint
 from shardkit.base.errors import CheckpointError, DestinationError, PlanError, SizeError, SpaceError
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.demo import DemoShape, demo_shape, make_demo_checkpoint
@@ -135,6 +136,58 @@ def test_plain_from_pretrained_loads_it_and_generates(tmp_path, dtype, shards):
         output = model.generate(**prompt, min_new_tokens=1, max_new_tokens=1, do_sample=False)
     assert output.shape[1] == prompt["input_ids"].shape[1] + 1
     assert isinstance(tokenizer.decode(output[0]), str)
+
+
+@pytest.fixture(scope="module")
+def falcon(tmp_path_factory):
+    return make_demo_checkpoint(
+        tmp_path_factory.mktemp("demo") / "falcon", size="20MB", architecture="falcon"
+    )
+
+
+def test_falcon_has_the_proportions_of_the_original(falcon):
+    shape = demo_shape("14.5GB", architecture="falcon")
+    assert (shape.hidden, shape.layers, shape.heads, shape.vocab) == (4544, 32, 71, 65024)
+    assert shape.parameters * 2 == 14_434_379_520  # as the index on the Hub says
+    small = demo_shape("20MB", architecture="falcon")
+    assert (
+        dict(small.tensors())["transformer.h.0.self_attention.query_key_value.weight"][0]
+        == small.hidden + 128
+    )
+    assert falcon.total_bytes == pytest.approx(20e6, rel=0.04)
+
+
+def test_falcon_is_files_that_torch_saved_with_its_tied_head_stored_twice(falcon):
+    assert falcon.files == ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
+    data = tensor_data(falcon)
+    assert data["lm_head.weight"] == data["transformer.word_embeddings.weight"]
+    assert not np.frombuffer(data["transformer.h.1.input_layernorm.bias"], np.uint8).any()
+    again = make_demo_checkpoint(falcon.folder, size="20MB", architecture="falcon")
+    assert again.seen == falcon.seen, "nothing is written again"
+    assert [path.name for path in Path(falcon.folder).parent.iterdir()] == ["falcon"]
+    with pytest.raises(DestinationError, match="not the requested demo"):
+        make_demo_checkpoint(falcon.folder, size="20MB", architecture="falcon", seed=1)
+
+
+@pytest.mark.slow
+def test_falcon_goes_all_the_way(falcon, tmp_path):
+    """Loaded, sharded, verified, compared, and run in less memory than it has."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, found = AutoModelForCausalLM.from_pretrained(falcon.folder, dtype="auto", output_loading_info=True)
+    assert not any(found.values())
+    report = shard_checkpoint(falcon, tmp_path / "shards", max_shard_size="5MB", strategy="layer")
+    assert report.verification.equal
+    comparison = compare_loads(falcon, report, repeats=1)
+    assert not comparison.failures
+    with pytest.raises(PlanError, match="is too small") as caught:
+        load_model(report, max_memory=1, context_tokens=64)
+    needed = int(re.search(r"at least ([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
+    within = load_model(report, max_memory=needed + 6_000_000, context_tokens=64)
+    assert within.memory_plan.streamed_bytes > 0
+    tokens = AutoTokenizer.from_pretrained(falcon.folder)("The quick", return_tensors="pt")
+    assert torch.equal(model(**tokens).logits, within(**tokens).logits)
 
 
 def test_weights_are_normal_and_norms_are_ones(small):

@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # What `pip install shardkit` has to run: the command line and all that its engine is made of.
 ROOMS = ("base", "formats", "sources", "checkpoint", "plan", "shard")
-ENGINE = ("__*__.py", "cli/*.py", "demo.py", "show/progress.py", *(f"{room}/*.py" for room in ROOMS))
+ENGINE = ("__*__.py", "cli/*.py", "demo/*.py", "show/progress.py", *(f"{room}/*.py" for room in ROOMS))
 OF_A_HOST = {"kaggle_secrets", "IPython"}  # imported where a notebook has them
 
 

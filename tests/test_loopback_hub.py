@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,13 @@ def test_strangers_see_neither_private_nor_missing_nor_what_is_behind_a_gate(
         HfApi().create_repo("org/new", token=TOKEN)
     with pytest.raises(HfHubHTTPError, match="Invalid user token"):
         HfApi().whoami(token="hf_wrong")
+
+
+def test_a_line_of_limited_speed_is_shared(hub: LoopbackHub, folder: Path) -> None:
+    (folder / "other.safetensors").write_bytes(WEIGHTS[::-1])
+    hub.add_model("org/model", folder)
+    hub.bytes_a_second = 1_000_000
+    began = time.monotonic()
+    snapshot = Path(snapshot_download("org/model"))
+    assert time.monotonic() - began > 0.5  # of 600 kB
+    assert (snapshot / "other.safetensors").read_bytes() == WEIGHTS[::-1]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from shardkit.base.errors import ShardkitError, SizeError, SourceError
 from shardkit.cli import commands as commands
+from shardkit.cli import trying as trying
 from shardkit.cli.arguments import parse
 from shardkit.cli.terminal import say
 

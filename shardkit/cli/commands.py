@@ -230,6 +230,9 @@ def clean(destination: str) -> None:
         "--prefetch",
         "Also load the shards with their files prefetched; times then count from process start.",
     ),
+    argument(
+        "--python", "Another interpreter to load with, such as that of `shardkit stack`.", metavar="FILE"
+    ),
     TRUST_REMOTE_CODE,
     without("same-model", "Compare even if the models differ."),
     argument(
@@ -314,24 +317,6 @@ def generate(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) 
     else:
         print()
         say(found.status)
-
-
-@command(
-    argument("--size", "Size of the weights, 5MB to 14.5GB.", default="512MB", metavar="SIZE", type=size),
-    JSON,
-    destination="A new or empty folder (default: mistral-demo).",
-    is_required=False,
-    examples="demo\ndemo tiny --size 20MB",
-)
-def demo(destination: str | None, size: str, as_json: bool) -> None:
-    """Make a small Mistral checkpoint with random weights and a tokenizer, to try things out."""
-    folder = destination or "mistral-demo"
-    was_there = os.path.isdir(folder) and bool(os.listdir(folder))
-    with progress_bar() as bar:
-        made = shardkit.make_demo_checkpoint(folder, size=size, progress=bar)
-    if was_there:
-        say(f"{folder} was there already, complete and the same; nothing was written")
-    show(made, as_json=as_json, following=next_step("shard", folder, dtype="fp16"))
 
 
 def _require_writable(output: Path | None, plot: Path | None) -> None:

@@ -670,6 +670,20 @@ class TestCompare:
         assert folded.startswith("<details")
         assert all(part in folded for part in ("ABBA", "<img", "download="))
 
+    def test_all_loads_but_those_in_a_budget_run_on_the_stack_of_2024_if_that_is_on(
+        self, demo, instant_loads, monkeypatch
+    ):
+        monkeypatch.setattr(compare_step, "article_stack", lambda: sys.executable)
+        app = opened(demo, repeats=1, max_memory="2GB")
+        app.run_all()
+        assert {how.python for how in instant_loads} == {None}
+        instant_loads.clear()
+        control(app, compare_step._IN_2024).value = True
+        button(app, "Compare").click()
+        assert app.wait(PATIENCE)
+        found = {(how.python, how.max_memory) for how in instant_loads}
+        assert found == {(sys.executable, None), (None, 2 * 10**9)}
+
     def test_budget_is_a_third_variant(self, demo, instant_loads):
         app = opened(demo, repeats=1, max_memory="100MB")
         comparison = app.run_all()

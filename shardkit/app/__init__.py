@@ -55,6 +55,8 @@ class ShardApp:
         Whether a load is timed up to its first token.
     trust_remote_code
         Whether loads run custom code from the checkpoint.
+    with_2024_stack
+        Whether loads run on the stack of 2024, which `article_stack` makes; not those within a memory budget.
 
     Raises
     ------
@@ -82,6 +84,7 @@ class ShardApp:
         memory_limit: int | str | None = None,
         max_memory: int | str | None = None,
         trust_remote_code: bool = False,
+        with_2024_stack: bool = False,
     ) -> None:
         require("notebook", "the app", "ipywidgets", "matplotlib")
         # Imported only here, the class is there without ipywidgets: for `from shardkit import *`, for one.
@@ -94,6 +97,7 @@ class ShardApp:
 
         settings = {"strategy": strategy, "cache": cache, "repeats": repeats, "overwrite": overwrite}
         settings |= {"first_token": first_token, "trust_remote_code": trust_remote_code}
+        settings |= {"with_2024_stack": with_2024_stack}
         check_values(settings if dtype is None else settings | {"dtype": dtype})
         dtype = None if dtype is None else dtype_name(dtype)
         size, limit, budget = (
@@ -111,10 +115,10 @@ class ShardApp:
             trust=bool(trust_remote_code),
             limit=limit,
             budget=budget,
+            in_2024=bool(with_2024_stack),
         )
         self._steps = (self._choose, self._plan, self._shard, self._compare)
-        self._named = ""
-        self._worker = Worker()
+        self._named, self._worker = "", Worker()
         self._working: Step | None = None
         self.widget = widgets.VBox([widgets.HTML(page.stylesheet()), *(step.box for step in self._steps)])
         self.widget.add_class("sk-app")

@@ -7,6 +7,7 @@ import math
 import time
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -26,6 +27,7 @@ from shardkit.checkpoint.hosts import HOSTS
 from shardkit.compare.comparison import Comparison
 from shardkit.compare.experiment import compare_loads
 from shardkit.formats.tensor import CAST_DTYPES
+from shardkit.measure.article_stack import article_stack
 from shardkit.measure.limit import why_unlimited
 from shardkit.measure.samples import AUTO, MOST_PAIRS, Repeats
 from shardkit.show.plots import comparison_png
@@ -34,6 +36,7 @@ from shardkit.show.report_page import alternative
 _CACHES = (("cold: read from the disk", "cold"), ("warm: from the page cache", "warm"))
 _GENERATES = "Also time the first token, which includes work that the load deferred"
 _UNTIL = "Add pairs only until every verdict is decided"
+_IN_2024 = "Load with transformers 4.37 of 2024 (installed once, in an environment of its own)"
 _TOKENS_IN_A_BUDGET = 4  # the first, and three to tell the time of a later one by
 # What a run takes beside reading, until one was timed here: seconds for process, imports and first token of a
 # small model, and bytes a second that are converted. Both were measured on two cores.
@@ -59,6 +62,7 @@ class Compare(Step):
         trust: bool,
         limit: int | None,
         budget: int | None,
+        in_2024: bool,
     ) -> None:
         super().__init__()
         self._choose, self._shard = choose, shard
@@ -78,6 +82,7 @@ class Compare(Step):
         self.cache = field(widgets.Dropdown, "Page cache", options=_CACHES, value=cache)
         self.first_token = field(widgets.Checkbox, _GENERATES, value=first_token, indent=False)
         self.trust = field(widgets.Checkbox, TRUSTS, value=trust, indent=False)
+        self.in_2024 = field(widgets.Checkbox, _IN_2024, value=in_2024, indent=False)
         self.limit = field(widgets.Dropdown, "Memory limit", options=_limits(limit), value=limit or 0)
         self.budget = field(
             widgets.Text,
@@ -88,7 +93,7 @@ class Compare(Step):
         )
         for control in (self.repeats, self.until, self.cache, self.budget):
             control.observe(self._say_how_long, "value")
-        checked = [self.until, self.first_token, self.trust]
+        checked = [self.until, self.first_token, self.in_2024, self.trust]
         self.controls = [self.dtype, self.repeats, self.cache, self.budget, *checked]
         limit_or_why: Any = self.limit
         if why := why_unlimited():
@@ -136,7 +141,8 @@ class Compare(Step):
         """Compare, showing what is known after every run."""
         self.clear()
         assert self._choose.checkpoint is not None  # noqa: S101 - or it would be `missing`
-        began, others = time.monotonic(), self._others()
+        python, others = self._python(), self._others()
+        began = time.monotonic()
         self.comparison = compare_loads(
             self._choose.checkpoint.source,
             self._shard.folder,
@@ -146,6 +152,7 @@ class Compare(Step):
             most=self.repeats.value,
             generate=_TOKENS_IN_A_BUDGET if others else int(self.first_token.value),
             memory_limit=self.limit.value or None,
+            python=python,
             options={"trust_remote_code": True} if self.trust.value else None,
             others=others,
             progress=partial(self._progress, began),
@@ -158,11 +165,17 @@ class Compare(Step):
         pairs = len({sample.pair for sample in self.comparison.samples})
         self.say(page.done(f"{plural(pairs, 'pair')} compared.") if pairs else "")
 
+    def _python(self) -> Path | None:
+        if not self.in_2024.value:
+            return None
+        self.show_progress(0, "Making the environment of 2024, unless it is there")
+        return article_stack()
+
     def _others(self) -> dict[str, dict[str, Any]] | None:
         if not (text := self.budget.value.strip()):
             return None
         budget = parse_size(text)
-        return {f"within {format_size(budget)}": {"max_memory": budget}}
+        return {f"within {format_size(budget)}": {"max_memory": budget, "python": None}}
 
     def _say_how_long(self, _: Any = None) -> None:
         pairs, variants = self.repeats.value, 2 + bool(self.budget.value.strip())

@@ -43,6 +43,7 @@ RULES: dict[str, Rule] = {
     "model": _is_checkpoint,
     "demo_size": parse_size,
     "max_shard_size": parse_size,
+    "line_speed": parse_size,
     "strategy": packing,
     "dtype": dtype_name,
     "host": one_of(*HOSTS),
@@ -54,6 +55,8 @@ RULES: dict[str, Rule] = {
     "overwrite": one_of(True, False),
     "first_token": one_of(True, False),
     "trust_remote_code": one_of(True, False),
+    "with_2024_stack": one_of(True, False),
+    "full": one_of(True, False),
     "output_folder": _is_text,
     "results": must(
         lambda value: isinstance(value, str) and value != "" and Path(value).is_dir(), "a folder that exists"

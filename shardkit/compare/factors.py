@@ -1,0 +1,207 @@
+"""What gives the gain: files, their dtype, their format, the loader, each changed while all else stays.
+
+    cells = choose_cells()  # few; all combinations: choose_cells(full=True)
+    sources = make_sources("mistral-demo", "copies", cells)
+    found = {"today": compare_cells(cells, sources, dtype="float16", repeats=3)}
+    for effect in effects(found, cells):
+        print(effect)
+
+A second stack is a second comparison, with `python=article_stack()`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any, NamedTuple
+
+from shardkit.base.record import listed, plural
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.compare.comparison import Comparison
+from shardkit.compare.experiment import compare_loads
+from shardkit.demo.bins import write_bins
+from shardkit.formats.tensor import DtypeLike
+from shardkit.measure.measurement import LoadMeasurement
+from shardkit.measure.quantities import QUANTITIES, Quantity, Ratio, ratios_of
+from shardkit.measure.samples import ORIGINAL, SHARDED
+from shardkit.plan.plan import ShardPlan, plan_shards
+from shardkit.shard.engine import shard_checkpoint
+from shardkit.show.effects import EFFECT_QUANTITIES
+
+_MARGIN = 0.05
+# Where reading begins before the load does, only what counts from process start counts all of it.
+_AHEAD = {
+    "load_wall_seconds": QUANTITIES["start_to_load_seconds"],
+    "time_to_first_token_seconds": QUANTITIES["start_to_first_token_seconds"],
+}
+
+
+class Cell(NamedTuple):
+    """How a model lies on the disk, and how it is loaded; by default, as before anybody sharded it."""
+
+    files: int = 1
+    dtype: str = "bfloat16"
+    format: str = "safetensors"
+    loader: str = "plain"
+
+    def __str__(self) -> str:
+        return f"{plural(self.files, 'file')}, {self.dtype}, {self.format}, {self.loader}"
+
+
+# The levels of each factor; the first is the one that the others are compared with.
+_LEVELS: dict[str, tuple[Any, ...]] = {
+    "files": (1, 2, 8),
+    "dtype": ("bfloat16", "float16"),
+    "format": ("safetensors", ".bin"),
+    "loader": ("plain", "prefetch"),
+}
+_SHARDED: dict[str, Any] = {"files": 8, "dtype": "float16"}  # what the article changed: two things at once
+
+
+def choose_cells(*, full: bool = False) -> tuple[Cell, ...]:
+    """Return all 24 combinations; or the first, four that change one thing, and the article's shards."""
+    changed = [Cell()._replace(**{name: levels[-1]}) for name, levels in _LEVELS.items()]
+    few = (Cell(), *changed, Cell()._replace(**_SHARDED))
+    return tuple(dict.fromkeys((*few, *(Cell(*levels) for levels in product(*_LEVELS.values()) if full))))
+
+
+def make_sources(
+    source: str | os.PathLike[str], folder: str | os.PathLike[str], cells: Sequence[Cell]
+) -> dict[Cell, Path]:
+    """Write what each cell loads into a folder: a copy of the model for each way that it lies on the disk."""
+    checkpoint = Checkpoint.open(source, download=True)
+    sources = {}
+    for cell in cells:
+        safe = Path(folder, f"{plural(cell.files, 'file')}, {cell.dtype}")
+        if not safe.exists():
+            # Whether they are one model is seen before they are compared.
+            shard_checkpoint(_in_files(checkpoint, cell.files, cell.dtype), safe, verify=False)
+        sources[cell] = safe if cell.format == "safetensors" else Path(f"{safe}, {cell.format}")
+        if not sources[cell].exists():
+            write_bins(safe, sources[cell])
+    return sources
+
+
+def _in_files(checkpoint: Checkpoint, files: int, dtype: str) -> ShardPlan:
+    """Return a plan of so many files, nearly equal; of fewer, where large tensors do not allow it."""
+    size = checkpoint.total_bytes * 2 if files == 1 else checkpoint.total_bytes // files
+    while True:
+        plan = plan_shards(checkpoint, max_shard_size=size, strategy="balanced", dtype=dtype)
+        if len(plan.shards) <= files:
+            return plan
+        size += size // 50
+
+
+def compare_cells(
+    cells: Sequence[Cell], sources: Mapping[Cell, Path], *, dtype: DtypeLike, **options: Any
+) -> Comparison:
+    """Load every cell in turn by `compare_loads`, which takes the options: its original is the first cell."""
+    first, second, *others = cells
+    rest = {str(cell): {"source": sources[cell], "prefetch": cell.loader == "prefetch"} for cell in others}
+    return compare_loads(sources[first], sources[second], dtype=dtype, others=rest, **options)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one change does on one stack while all else stays: all pairs of loads that differ in it alone.
+
+    Attributes
+    ----------
+    change
+        In words: "8 files instead of 1".
+    stack
+        On which; empty for the change of the stack itself.
+    pairs
+        Values before and after, by quantity: of pairs of loads, or, where several combinations differ in this
+        change alone, means of each. Times of pairs in which one prefetches count from process start.
+    ratios
+        Their geometric mean with its interval, and a verdict; the quantities share 5 % of error.
+    """
+
+    change: str
+    stack: str
+    pairs: dict[Quantity, tuple[list[float], list[float]]]
+    ratios: dict[Quantity, Ratio]
+
+    def __str__(self) -> str:
+        """Say what it does, largest first: ``8 files instead of 1, 2024: peak total 1.6x smaller``."""
+        found = {q: r for q, r in self.ratios.items() if r.conclusion in ("less", "more")}
+        said = [
+            f"{q.label} {r}" for q, r in sorted(found.items(), key=lambda one: -abs(math.log(one[1].ratio)))
+        ]
+        for conclusion, words in (("same", "no difference in {}"), ("inconclusive", "{} inconclusive")):
+            if names := [q.label for q, r in self.ratios.items() if r.conclusion == conclusion]:
+                said.append(words.format(listed(names, len(names))))
+        return f"{', '.join(filter(None, (self.change, self.stack)))}: {'; '.join(said) or 'not measured'}"
+
+
+def effects(found: Mapping[str, Comparison], cells: Sequence[Cell]) -> list[Effect]:
+    """Return the effect of every change, on each stack, and of the later stack instead of the first.
+
+    Of all combinations, every one is a start of changes; of a few, the first alone.
+    """
+    starts = cells if len(cells) == math.prod(map(len, _LEVELS.values())) else cells[:1]
+    stacks = {stack: _by_cell(comparison, cells) for stack, comparison in found.items()}
+    made: list[Effect] = []
+    for change, changed in _changes():
+        for stack, runs in stacks.items():
+            both = [(runs[cell], runs[other]) for cell in starts if (other := changed(cell)) in runs]
+            made += _effect(change, stack, both)
+    if len(stacks) == 2:
+        (old, before), (new, after) = stacks.items()
+        made += _effect(
+            f"stack of {new} instead of {old}", "", [(before[cell], after[cell]) for cell in cells]
+        )
+    return made
+
+
+_Runs = Mapping[int, LoadMeasurement]
+
+
+def _by_cell(comparison: Comparison, cells: Sequence[Cell]) -> dict[Cell, _Runs]:
+    names = (ORIGINAL, SHARDED, *map(str, cells[2:]))
+    return {cell: comparison.by_pair(name) for cell, name in zip(cells, names, strict=True)}
+
+
+def _changes() -> Iterator[tuple[str, Callable[[Cell], Cell | None]]]:
+    """Yield each change in words, and what it makes of a cell; nothing of one that has another level."""
+    for name, (base, *levels) in _LEVELS.items():
+        for level in levels:
+            noun = " files" if name == "files" else ""
+            yield f"{level}{noun} instead of {base}", partial(_changed, {name: level})
+    yield "8 float16 files instead of 1 bfloat16", partial(_changed, _SHARDED)
+
+
+def _changed(levels: Mapping[str, Any], cell: Cell) -> Cell | None:
+    is_base = all(getattr(cell, name) == _LEVELS[name][0] for name in levels)
+    return cell._replace(**levels) if is_base else None
+
+
+def _effect(change: str, stack: str, both: Sequence[tuple[_Runs, _Runs]]) -> Iterator[Effect]:
+    pairs: dict[Quantity, tuple[list[float], list[float]]] = {}
+    for before, after in both:
+        for quantity in EFFECT_QUANTITIES:
+            if known := [*_values(before, after, quantity)]:
+                if len(both) > 1:  # repeated, one combination tells no more of the others
+                    one, other = map(geometric_mean, zip(*known, strict=True))
+                    known = [(one, other)]
+                firsts, seconds = pairs.setdefault(quantity, ([], []))
+                firsts += (first for first, _ in known)
+                seconds += (second for _, second in known)
+    if pairs:
+        yield Effect(change, stack, pairs, ratios_of(pairs, EFFECT_QUANTITIES, _MARGIN))
+
+
+def _values(before: _Runs, after: _Runs, quantity: Quantity) -> Iterator[tuple[float, float]]:
+    for number in before.keys() & after.keys():
+        runs = before[number], after[number]
+        clock = _AHEAD.get(quantity.name, quantity) if any(run.prefetch for run in runs) else quantity
+        one, other = map(clock.of, runs)
+        if one and other:
+            yield one, other

@@ -1,0 +1,121 @@
+"""A picture of what changes do: how many times as much of each quantity, on a logarithmic axis."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from shardkit.measure.quantities import QUANTITIES, Quantity, Ratio
+from shardkit.show.canvas import color, ink, new_axes, say_empty, set_rows, tidy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+EFFECT_QUANTITIES = tuple(
+    QUANTITIES[name]
+    for name in (
+        "load_wall_seconds", "time_to_first_token_seconds", "peak_anonymous_bytes", "peak_total_bytes",
+    )
+)  # fmt: skip
+_APART = 0.36  # of the two stacks in a row
+_STEPS = (1, 1.5, 2, 3, 5, 10, 20, 50)
+_WIDEST = 60
+
+
+class _Effect(Protocol):
+    """As `shardkit.compare.factors.Effect`."""
+
+    @property
+    def change(self) -> str: ...
+    @property
+    def stack(self) -> str: ...
+    @property
+    def pairs(self) -> dict[Quantity, tuple[list[float], list[float]]]: ...
+    @property
+    def ratios(self) -> dict[Quantity, Ratio]: ...
+
+
+def plot_effects(effects: Sequence[_Effect], path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draw what each change does, one chart a quantity, whose title names what moves it most.
+
+    A dot is a pair of loads, a large one their mean, a line its interval; left of 1 is less.
+
+    Parameters
+    ----------
+    effects
+        As `shardkit.compare.factors.effects` returns them.
+    path
+        Where to save it (``.png``, ``.svg``).
+    """
+    changes = list(dict.fromkeys(effect.change for effect in effects))
+    axes = new_axes(2, 2, (11, 2.6 + 0.75 * len(changes)), sharex=True, sharey=True).flatten()
+    for ax, quantity in zip(axes, EFFECT_QUANTITIES, strict=True):
+        _plot_quantity(ax, effects, quantity, changes)
+        set_rows(ax, dict(enumerate(changes)), len(changes))
+        ax.tick_params(axis="x", labelsize=8)
+    _set_scale(axes[0], effects)
+    for ax in axes[2:]:
+        ax.set_xlabel("less ← times as much as before → more", color=ink(ax))
+    figure: Figure = axes[0].figure
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _plot_quantity(ax: Axes, effects: Sequence[_Effect], quantity: Quantity, changes: Sequence[str]) -> None:
+    stacks = list(dict.fromkeys(effect.stack for effect in effects))
+    known = [effect for effect in effects if quantity in effect.ratios]
+    ax.axvline(1, color=ink(ax), linewidth=0.8)
+    for effect in known:
+        place = stacks.index(effect.stack)
+        shift = _APART * (place - 0.5) if effect.stack else 0.0
+        _draw(ax, changes.index(effect.change) + shift, effect, quantity, place)
+    if not known:
+        say_empty(ax)
+    tidy(ax, "", _finding(quantity, known), 9)
+
+
+def _draw(ax: Axes, y: float, effect: _Effect, quantity: Quantity, number: int) -> None:
+    own, ratio = color(number), effect.ratios[quantity]
+    dots = _ratios(effect, quantity)
+    ax.plot(dots, [y] * len(dots), "o", color=own, markersize=3, alpha=0.45)
+    ends = [ratio.low or ratio.ratio, ratio.high or ratio.ratio]
+    ax.plot(ends, [y, y], color=own, linewidth=2)
+    ax.plot(ratio.ratio, y, "o", color=own, markersize=6)
+    end: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
+    ax.annotate(effect.stack, (max(ends + dots), y), color=own, **end)
+
+
+def _set_scale(ax: Axes, effects: Sequence[_Effect]) -> None:
+    """Give all axes one logarithmic scale, as far to either side, with room for all that is drawn."""
+    drawn = [
+        x
+        for effect in effects
+        for q, r in effect.ratios.items()
+        for x in (r.low, r.high, *_ratios(effect, q))
+    ]
+    reach = min(_WIDEST, max([1.5, *(max(x, 1 / x) for x in drawn if x)]) * 1.15)
+    ax.set_xscale("log")
+    ax.set_xlim(1 / reach, reach)
+    steps = [step for step in _STEPS if step < reach]
+    ax.set_xticks([*(1 / step for step in steps[:0:-1]), *steps])
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:.3g}x" if x > 0.99 else f"1/{1 / x:.3g}")
+    ax.minorticks_off()
+
+
+def _ratios(effect: _Effect, quantity: Quantity) -> list[float]:
+    return [other / one for one, other in zip(*effect.pairs[quantity], strict=True)]
+
+
+def _finding(quantity: Quantity, known: Sequence[_Effect]) -> str:
+    """Return a title: the change that moves a quantity most, where any does beyond chance."""
+    moved = [one for one in known if one.ratios[quantity].conclusion in ("less", "more")]
+    label = quantity.label.capitalize()
+    if not moved:
+        return f"{label}: no change is clear"
+    most = max(moved, key=lambda one: abs(math.log(one.ratios[quantity].ratio)))
+    where = f", {most.stack}" if most.stack else ""
+    return f"{label}: {most.ratios[quantity].short} ({most.change.partition(' instead')[0]}{where})"

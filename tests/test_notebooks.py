@@ -38,6 +38,7 @@ NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 STORY = ROOT / "notebooks/01_shard_and_compare.ipynb"
 HUB = ROOT / "notebooks/02_hub.ipynb"
 FIT = ROOT / "notebooks/03_fit_in_less_ram.ipynb"
+FACTORS = ROOT / "notebooks/04_what_actually_helps.ipynb"
 REPORT = ROOT / "notebooks/batch_report.ipynb"
 
 
@@ -175,6 +176,35 @@ def test_fresh_run_in_less_memory_shows_what_is_stored(notebook_folder):
     found = pd.read_csv(notebook_folder / "demo-output/fit/ways.csv", index_col=0)
     assert list(found["outcome"]) == ["killed", "ok", "ok", "ok", "ok", "ok"]
     assert (notebook_folder / "demo-output/fit/ways.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.begun_first
+@pytest.mark.timeout(1800)
+def test_fresh_run_of_what_helps_shows_what_is_stored(notebook_folder):
+    """Each load once."""
+    run_as_stored(FACTORS, notebook_folder, ("repeats: int = 3", "repeats: int = 1"))
+    made = notebook_folder / "demo-output/factors"
+    assert (made / "effects.png").read_bytes().startswith(b"\x89PNG")
+    today = Comparison.load(made / "today.json")
+    assert len(today.names) == 6
+    assert not today.failures
+
+
+@pytest.mark.slow
+def test_without_a_stack_of_2024_what_helps_is_shown_for_today(quick_kernels, tmp_path):
+    offline = {
+        **quick_kernels,
+        "PATH": "",
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": "",
+        "HF_HOME": str(tmp_path),
+    }
+    given = {"demo_size": "5MB", "repeats": 2, "line_speed": "1GB", "output_folder": "made"}
+    done = papermill(FACTORS, tmp_path, {**offline, "PIP_CONFIG_FILE": os.devnull}, **given)
+    assert done.returncode == 0, done.stderr
+    shown = json.dumps(nbformat.read(tmp_path / "out.ipynb", as_version=4))
+    assert "without the stack of 2024: the 2024 stack could not be installed" in shown
+    assert [path.name for path in sorted((tmp_path / "made/factors").glob("*.json"))] == ["today.json"]
 
 
 @pytest.mark.slow
@@ -359,7 +389,7 @@ def test_every_parameter_has_a_type_and_a_help_text(notebook):
     parameters = inspect_notebook(notebook)
     assert parameters
     for parameter in parameters.values():
-        assert parameter["inferred_type_name"] in ("str", "int")
+        assert parameter["inferred_type_name"] in ("str", "int", "bool")
         assert len(parameter["help"]) > 10
 
 

@@ -21,8 +21,8 @@ EFFECT_QUANTITIES = tuple(
     )
 )  # fmt: skip
 _APART = 0.36  # of the two stacks in a row
-_STEPS = (1, 1.5, 2, 3, 5, 10, 20, 50)
-_WIDEST = 60
+_WIDEST = 60  # times as much, to either side
+_STEPS = {2: (1, 1.25, 1.5), 4: (1, 1.5, 2, 3), _WIDEST: (1, 2, 5, 10, 20, 50)}  # up to which width
 
 
 class _Effect(Protocol):
@@ -51,12 +51,13 @@ def plot_effects(effects: Sequence[_Effect], path: str | os.PathLike[str] | None
         Where to save it (``.png``, ``.svg``).
     """
     changes = list(dict.fromkeys(effect.change for effect in effects))
-    axes = new_axes(2, 2, (11, 2.6 + 0.75 * len(changes)), sharex=True, sharey=True).flatten()
+    axes = new_axes(2, 2, (11, 2.6 + 0.75 * len(changes)), sharex="row", sharey=True).flatten()
     for ax, quantity in zip(axes, EFFECT_QUANTITIES, strict=True):
         _plot_quantity(ax, effects, quantity, changes)
         set_rows(ax, dict(enumerate(changes)), len(changes))
         ax.tick_params(axis="x", labelsize=8)
-    _set_scale(axes[0], effects)
+    for row in (0, 2):  # times, and memory
+        _set_scale(axes[row], effects, EFFECT_QUANTITIES[row : row + 2])
     for ax in axes[2:]:
         ax.set_xlabel("less ← times as much as before → more", color=ink(ax))
     figure: Figure = axes[0].figure
@@ -89,18 +90,21 @@ def _draw(ax: Axes, y: float, effect: _Effect, quantity: Quantity, number: int) 
     ax.annotate(effect.stack, (max(ends + dots), y), color=own, **end)
 
 
-def _set_scale(ax: Axes, effects: Sequence[_Effect]) -> None:
-    """Give all axes one logarithmic scale, as far to either side, with room for all that is drawn."""
+def _set_scale(ax: Axes, effects: Sequence[_Effect], quantities: Sequence[Quantity]) -> None:
+    """Give the axes of a row one logarithmic scale, as far to either side, with room for what is drawn."""
     drawn = [
         x
         for effect in effects
-        for q, r in effect.ratios.items()
-        for x in (r.low, r.high, *_ratios(effect, q))
+        for q in quantities
+        if (ratio := effect.ratios.get(q))
+        for x in (ratio.low, ratio.high, *_ratios(effect, q))
     ]
-    reach = min(_WIDEST, max([1.5, *(max(x, 1 / x) for x in drawn if x)]) * 1.15)
+    reach = min(_WIDEST, max([1.3, *(max(x, 1 / x) for x in drawn if x)]) * 1.15)
     ax.set_xscale("log")
     ax.set_xlim(1 / reach, reach)
-    steps = [step for step in _STEPS if step < reach]
+    steps = [
+        step for step in next(steps for widest, steps in _STEPS.items() if reach <= widest) if step < reach
+    ]
     ax.set_xticks([*(1 / step for step in steps[:0:-1]), *steps])
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:.3g}x" if x > 0.99 else f"1/{1 / x:.3g}")
     ax.minorticks_off()

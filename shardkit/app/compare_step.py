@@ -84,13 +84,7 @@ class Compare(Step):
         self.trust = field(widgets.Checkbox, TRUSTS, value=trust, indent=False)
         self.in_2024 = field(widgets.Checkbox, _IN_2024, value=in_2024, indent=False)
         self.limit = field(widgets.Dropdown, "Memory limit", options=_limits(limit), value=limit or 0)
-        self.budget = field(
-            widgets.Text,
-            "Memory budget of a third variant",
-            value="" if budget is None else str(budget),
-            placeholder="none, or a size: 2GB",
-            continuous_update=False,
-        )
+        self.budget = _budget_field(budget)
         for control in (self.repeats, self.until, self.cache, self.budget):
             control.observe(self._say_how_long, "value")
         checked = [self.until, self.first_token, self.in_2024, self.trust]
@@ -221,6 +215,16 @@ class Compare(Step):
             *downloads,
             name="comparison",
         )
+
+
+def _budget_field(budget: int | None) -> widgets.Text:
+    return field(
+        widgets.Text,
+        "Memory budget of a third variant",
+        value="" if budget is None else str(budget),
+        placeholder="none, or a size: 2GB",
+        continuous_update=False,
+    )
 
 
 def _limits(asked: int | None) -> list[tuple[str, int]]:

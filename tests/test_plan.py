@@ -171,6 +171,7 @@ def test_balanced_never_has_more_files_than_size(sizes: list[int], limit: int, s
 
 @settings(max_examples=200)
 @given(sizes=st.lists(st.integers(1, 500), min_size=1, max_size=40), limit=st.integers(300, 1000))
+@example(sizes=[52, 52, 52, 84, 84, 95, 92, 13, 1, 6, 147, 164, 300, 311, 311, 311, 395], limit=447)
 def test_balanced_never_has_more_files_than_first_fit_decreasing(sizes: list[int], limit: int) -> None:
     source = of_sizes(size * 1000 for size in sizes)
     bins: list[list[TensorInfo]] = []

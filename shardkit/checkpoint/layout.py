@@ -58,6 +58,9 @@ def _stem(name: str) -> tuple[str, str]:
     return (shard[1], shard[4] or "") if shard else (bare.rpartition(".")[0], "")
 
 
+_GGUF = "GGUF is not read: open the .safetensors files that it was made from"
+
+
 def family(name: str) -> str:
     """Return what weights are called without number, variant and ending: "model" of ``model.fp16.bin``."""
     return _VARIANT.sub("", _stem(name)[0])
@@ -124,6 +127,8 @@ def find_weights(files: FileSet, config: Mapping[str, Any] | None, chosen: str |
     """Return the weights that a load of `files` reads; or those that `chosen`, a file or an index, is of."""
     if chosen is None:
         chosen = _choose(files, config)
+    if chosen.endswith(".gguf"):
+        raise CheckpointError(_GGUF, file=files.where(chosen))
     if is_index(chosen):
         return _by_index(files, chosen)
     if (shard := _SHARD.fullmatch(chosen)) is None or int(shard[3]) < 2:
@@ -173,6 +178,8 @@ def _choose_only_candidate(files: FileSet) -> str:
                 file=files.name,
             )
     hint = f"; its folders {folders} do: give the path of one" if inside else ""
+    if any(name.endswith(".gguf") for name in names):
+        hint = f"; {_GGUF}"
     raise CheckpointError(f"contains no weights (no .safetensors, no .bin){hint}", file=files.name)
 
 

@@ -21,7 +21,7 @@ from shardkit.base.record import listed, plural, printable
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.estimate import RUNTIME_BYTES
-from shardkit.checkpoint.hosts import HOSTS
+from shardkit.checkpoint.hosts import memory_limits
 from shardkit.compare.comparison import Comparison, merge_comparisons
 from shardkit.compare.parameters import RULES, ParameterError, check_values
 from shardkit.formats.tensor import LoadDtypeLike
@@ -153,7 +153,8 @@ def _counted(names: Sequence[str], progress: _ProgressCallback | None) -> Iterat
 def scaled_limits(checkpoint: Checkpoint) -> dict[str, int]:
     """Return a limit in bytes for each host: to this model what its memory is to Mistral-7B in 16 bits."""
     share = checkpoint.total_bytes / _ARTICLE_BYTES
-    return {host: int(_LEAST_LIMIT + share * (memory - _LEAST_LIMIT)) for host, memory in HOSTS.items()}
+    limits = memory_limits().items()
+    return {host: int(_LEAST_LIMIT + share * (memory - _LEAST_LIMIT)) for host, memory in limits}
 
 
 def read_results(folder: str) -> tuple[dict[str, Comparison], pd.DataFrame]:

@@ -200,7 +200,7 @@ class TestChoose:
         assert offered[:2] == ("demo", "org/name")
         assert "empty" not in offered
 
-    def test_quantized_weights_get_no_promise_of_hosts(self, tmp_path):
+    def test_quantized_weights_are_counted_and_said_to_be_quantized(self, tmp_path):
         write_checkpoint(tmp_path / "mxfp4", [{"blocks": Tensor("U8", (64,), bytes(64))}])
         config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
         (tmp_path / "mxfp4" / "config.json").write_text(json.dumps(config))
@@ -208,7 +208,6 @@ class TestChoose:
         assert app.plan is not None
         assert not alerts(app)
         assert "quantized (mxfp4)" in words(app)
-        assert "Colab" not in words(app)
 
     def test_demo_is_made_where_there_is_none(self, tmp_path):
         app = ShardApp()

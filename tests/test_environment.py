@@ -89,3 +89,39 @@ def test_a_load_does_not_fit_a_container_that_a_kernel_holds_half_of(tmp_path):
     assert (name, verdict) == ("this machine", "does not fit")
     assert memory == pytest.approx(left, abs=20_000_000)
     assert 230_000_000 < left < 338_000_000  # of the limit, without the ballast
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """A driver's tool that prints what a test writes, and counts how often it is asked."""
+
+    def make(text):
+        machine._gpus.cache_clear()
+        (tmp_path / "says").write_text(text)
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\ncat {tmp_path}/says\n')
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        return tmp_path / "asked"
+
+    yield make
+    machine._gpus.cache_clear()
+
+
+def test_gpus_are_those_of_the_driver_with_what_is_left_of_their_memory(nvidia_smi):
+    asked = nvidia_smi("Tesla T4, 15000, 7.5\nTesla T4, 14000, 7.5\nNVIDIA L4, 22000, 8.9\n")
+    t4, l4 = machine.Gpus(2, 14000 << 20, 7.5), machine.Gpus(1, 22000 << 20, 8.9)
+    assert machine.gpus() == machine.gpus() == {"Tesla T4": t4, "NVIDIA L4": l4}
+    assert asked.read_text().count("memory.free") == 1  # it takes seconds on some machines
+
+
+@pytest.mark.parametrize("text", ["", "No devices were found\n", "Tesla T4, [N/A], 7.5\n"])
+def test_a_driver_without_gpus_is_no_error(nvidia_smi, text):
+    nvidia_smi(text)
+    assert machine.gpus() == {}
+
+
+def test_a_machine_without_a_driver_has_no_gpus(nvidia_smi, monkeypatch):
+    nvidia_smi("Tesla T4, 15000, 7.5\n")
+    monkeypatch.setenv("PATH", "")
+    assert machine.gpus() == {}

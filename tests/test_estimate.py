@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -23,6 +23,8 @@ from transformers import (
     GPTJForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -32,13 +34,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from shardkit import Checkpoint, load_model, make_demo_checkpoint, measure_load, plan_shards
 from shardkit.base import disk
-from shardkit.base.machine import filesystem
+from shardkit.base.machine import Gpus, filesystem
 from shardkit.base.sizes import format_size
-from shardkit.checkpoint import budget, estimate
+from shardkit.checkpoint import budget, estimate, fits
 from shardkit.checkpoint import checkpoint as checkpoint_module
 from shardkit.checkpoint.bounded import _COMPARED
 from shardkit.checkpoint.estimate import Estimate, estimate_load
-from shardkit.checkpoint.hosts import HostFit, Need, fit
+from shardkit.checkpoint.fits import Sizes
+from shardkit.checkpoint.hosts import HOSTS, DiskRate, HostFit, Need, Ways, fit
 from shardkit.checkpoint.loaded import StoredTensor
 from shardkit.demo import demo_shape
 from shardkit.errors import CheckpointError, PlanError
@@ -166,8 +169,8 @@ def test_tied_tensors_of_a_pickle_are_converted_one_by_one(tmp_path):
 
 def test_a_plan_knows_of_the_model_what_its_config_says(model):
     config = {**model.config, "quantization_config": {"quant_method": "mxfp4"}}
-    assert plan_shards(model).estimate(None, config=model.config).hosts
-    assert not plan_shards(model).estimate(None, config=config).hosts
+    assert "quantized (" not in str(plan_shards(model).estimate(None, config=model.config))
+    assert "quantized (mxfp4)" in str(plan_shards(model).estimate(None, config=config))
 
 
 @pytest.mark.parametrize("dtype", [None, "auto"])
@@ -182,31 +185,167 @@ def test_an_unknown_dtype_is_refused(model):
         model.estimate("int3")
 
 
+GB = 10**9
+
+
 def test_a_host_fits_all_of_it_or_only_what_must_exist_or_neither():
-    gigabyte = 10**9
-    needs = [Need(a * gigabyte, m * gigabyte, m * gigabyte) for a, m in [(4, 4), (4, 8), (10, 0)]]
-    found = [fit("host", 10 * gigabyte, need) for need in needs]
-    verdicts = ["fits", "fits, each token reads 8 GB from disk again", "does not fit"]
+    needs = [Need(a * GB, m * GB, m * GB) for a, m in [(4, 4), (4, 8), (10, 0)]]
+    found = [fit("host", 10 * GB, need) for need in needs]
+    verdicts = ["fits", "fits, each token reads 8 GB from disk", "does not fit"]
     assert [host.verdict for host in found] == verdicts
-    assert [host.read_bytes for host in found] == [0, 8 * gigabyte, None]
+    assert [host.read_bytes for host in found] == [0, 8 * GB, None]
+    assert [host.ways[0].short for host in found] == ["fits", "reads 8 GB", "needs 10 GB"]
 
 
-def test_the_summary_names_every_host(model):
-    shown = str(model.estimate("float16"))
-    assert all(host in shown for host in ("this machine (free)", "Colab", "Kaggle", "Binder"))
+def test_more_than_30_seconds_a_token_is_too_slow_and_a_measured_rate_is_of_this_machine_alone():
+    need = Need(0, 30 * GB, 30 * GB)
+    fast, slow = (Ways(disk_rate=DiskRate(rate, is_measured=False)) for rate in (GB, GB - 1))
+    assert fit("host", 10 * GB, need, fast).verdict == "fits, each token reads 30 GB from disk, about 30 s"
+    assert fit("host", 10 * GB, need, slow).verdict.startswith("too slow to use: each token reads 30 GB")
+    assert fit("host", 10 * GB, need, slow).ways[0].short == "too slow, 30 s"
+    measured = Ways(disk_rate=DiskRate(GB, is_measured=True))
+    here, elsewhere = (fit(name, 10 * GB, need, measured).ways[0] for name in ("this machine", "host"))
+    assert (here.seconds_per_token, elsewhere.seconds_per_token) == (30, None)
+
+
+def test_the_summary_answers_for_every_host_and_says_where_its_figures_are_from(model, monkeypatch):
+    monkeypatch.setattr(fits, "gpus", lambda: {"A10": Gpus(1, 20 * GB, capability=8.6)})
+    found = model.estimate("float16")
+    for shown in (str(found), found._repr_html_()):
+        assert all(host in shown for host in (*HOSTS, "this machine (free)", "this machine (free): A10"))
+        assert "not stated" in shown  # Binder's disk
+    assert all(host.seen for host in HOSTS.values())
+    answers = (*found.hosts, *found.gpus, *found.disks)
+    assert all(HOSTS[fit.name].seen == fit.seen for fit in answers if fit.name in HOSTS)
+    assert Estimate.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def sizes(**changed: Any) -> Sizes:
+    """Sizes of a model of 14 GB in blocks of 1 GB, on the Hub."""
+    return dataclasses.replace(Sizes("bfloat16", 14 * GB, 0, GB, 14 * GB, 14 * GB), **changed)
+
+
+def on_gpus(made: Sizes) -> dict[str, tuple[str, str, str]]:
+    return {found.name: (found.verdict, found.why, found.advice) for found in fits.fit_gpus(made)}
+
+
+def test_weights_and_kv_cache_fit_what_cuda_leaves_of_a_gpu():
+    t4 = 16_106_127_360 - 1_343_000_000
+    exact, over = (on_gpus(sizes(cache_bytes=t4 - 14 * GB + more))["Colab T4"] for more in (0, 1))
+    assert exact == ("fits", "14.8 GB of 14.8 GB, in float16", "")  # a T4 does not compute in bfloat16
+    assert over[0] == "does not fit"
+    assert on_gpus(sizes())["Colab L4 (paid)"] == ("fits", "14 GB of 22.8 GB, in bfloat16", "")
+    # Each block is on one GPU: of two, one may be left with nearly as much as a block takes.
+    two = 2 * t4 - GB
+    verdicts = [on_gpus(sizes(loaded_bytes=two + more))["Kaggle T4 x2"][0] for more in (0, 1)]
+    assert verdicts == ["fits", "does not fit"]
+
+
+def test_what_does_not_fit_a_gpu_fits_in_half_the_bits_or_beside_the_rest_in_memory():
+    float32 = on_gpus(sizes(dtype="float32", loaded_bytes=28 * GB))
+    assert float32["Kaggle P100"] == ("does not fit", "28 GB of 15.7 GB, in float32", "in float16: fits")
+    assert on_gpus(sizes(loaded_bytes=20 * GB))["Colab T4"][2] == 'device_map="auto": 5.24 GB stay in RAM'
+    assert on_gpus(sizes(loaded_bytes=140 * GB))["Colab T4"][2] == ""
+
+
+def test_a_disk_has_room_for_download_and_shards_or_for_one_of_them():
+    def answers(**changed: int) -> dict[str, tuple[str, str]]:
+        return {found.name: (found.verdict, found.advice) for found in fits.fit_disks(sizes(**changed))}
+
+    assert answers()["Colab"] == ("download and shards fit", "")
+    way = "shards in place of the download"
+    beside = ("download fits, shards beside it do not", f"stream=True or free_source=True: {way}")
+    assert answers()["Kaggle"] == beside
+    assert answers(file_bytes=28 * GB)["Kaggle"] == (
+        "shards fit, the download does not",
+        f"stream=True: {way}",
+    )
+    assert answers(file_bytes=28 * GB, shard_bytes=28 * GB)["Kaggle"] == ("does not fit", "")
+    assert answers()["Binder"] == ("not stated", "")
+    assert [name for name in answers() if name.startswith("Kaggle")] == ["Kaggle"]  # one disk, one row
+
+
+def test_here_only_shards_need_room_where_the_files_are_here(model, monkeypatch):
+    usage = shutil.disk_usage(".")
+    for free, verdict in (
+        (model.total_bytes - 1, "shards do not fit"),
+        (2 * model.total_bytes, "shards fit"),
+    ):
+        monkeypatch.setattr(fits.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        here = model.estimate().disks[0]
+        assert (here.name, here.free_bytes, here.verdict) == ("this machine", free, verdict)
+        assert bool(here.advice) == (verdict != "shards fit")
 
 
 @pytest.mark.parametrize(
     ("config", "dtype"),
-    [({"quantization_config": {"quant_method": "mxfp4"}}, "U8"), ({}, "F8_E4M3")],
+    [({"quantization_config": {"quant_method": "gptq"}}, "I32"), ({}, "F8_E4M3")],
     ids=["config", "dtype"],
 )
-def test_of_quantized_weights_no_host_is_promised(config, dtype):
-    found = estimate_load("q", [StoredTensor("w", 1000, dtype)], None, config=config)
-    assert found.hosts == ()
-    assert "quantized (" in str(found)
-    assert "this is a lower bound" in str(found)
-    assert "at least 271 MB (cannot be evicted)" in str(found)
+def test_quantized_weights_count_as_they_are_stored_and_copied(config, dtype):
+    stored = [StoredTensor("w", 10**9, dtype), StoredTensor("norm", 10**6, "F16")]
+    found = estimate_load("q", stored, None, config=config)
+    assert (found.copied_bytes, found.mapped_bytes) == (sum(tensor.nbytes for tensor in stored), 0)
+    assert found.tolerance is None
+    assert re.search(r"quantized \((gptq|float8_e4m3fn)\): counted as stored and copied", str(found))
+    assert found.gpus[0].why.startswith(f"{format_size(found.copied_bytes)} of 14.8 GB")
+    assert [host.verdict for host in found.hosts][-1] == "fits" if dtype == "F8_E4M3" else "does not fit"
+
+
+def quantize(folder: Path, method: str) -> None:
+    """Rewrite a checkpoint in the layout of FP8 or MXFP4, whose weights are of no account."""
+    file, made = folder / "model.safetensors", {}
+    for name, tensor in load_file(file).items():
+        if method == "fp8" and "_proj" in name:
+            made[name] = tensor.to(torch.float8_e4m3fn)
+            made[f"{name}_scale_inv"] = torch.ones([-(-size // 128) for size in tensor.shape])
+        elif method == "mxfp4" and "experts" in name and name.endswith("_proj"):
+            experts, width, rows = tensor.shape
+            made[f"{name}_blocks"] = torch.zeros(experts, rows, width // 32, 16, dtype=torch.uint8)
+            made[f"{name}_scales"] = torch.full((experts, rows, width // 32), 120, dtype=torch.uint8)
+        else:
+            made[name] = tensor
+    save_file(made, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": method, "weight_block_size": [128, 128]}
+    if method == "mxfp4":
+        kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        settings = {"quant_method": method, "modules_to_not_convert": kept}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+
+
+HEADS = {"num_attention_heads": 8, "vocab_size": 16384}
+QUANTIZED = {
+    "fp8": (
+        LlamaForCausalLM,
+        LlamaConfig(hidden_size=1024, intermediate_size=3072, num_hidden_layers=6, **HEADS),
+    ),
+    "mxfp4": (
+        GptOssForCausalLM,
+        GptOssConfig(hidden_size=512, intermediate_size=512, num_hidden_layers=4, num_local_experts=16,
+                     num_key_value_heads=4, head_dim=64, **HEADS),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_weights_that_a_processor_has_to_unpack_count_as_unpacked(method, tmp_path):
+    make, config = QUANTIZED[method]
+    make(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    whole = Checkpoint.open(tmp_path).estimate()
+    quantize(tmp_path, method)
+    checkpoint = Checkpoint.open(tmp_path)
+    found, measured = checkpoint.estimate(), measure_load(tmp_path, cache="warm")
+    assert measured.ok, measured.reason
+    assert found.peak_anonymous_bytes == pytest.approx(measured.peak_anonymous_bytes, rel=0.1)
+    assert "unpacked into bfloat16" in str(found)
+    # Of GPUs, an L4 runs both as they are, a T4 MXFP4 alone, a P100 neither.
+    sizes = {found.name: found.why.split(" of ")[0] for found in found.gpus}
+    packed = format_size(checkpoint.total_bytes)
+    assert sizes["Colab L4 (paid)"] == packed
+    assert (sizes["Colab T4"] == packed) == (method == "mxfp4")
+    assert sizes["Kaggle P100"] != packed
+    assert found.sizes.loaded_bytes == pytest.approx(whole.mapped_bytes, rel=0.05)
 
 
 def test_stacked_experts_that_are_transposed_are_copied():
@@ -302,12 +441,12 @@ def test_files_on_tmpfs_are_memory_of_the_load(on_tmpfs):
 
 @pytest.mark.skipif(not TMPFS, reason="/dev/shm is no tmpfs here")
 def test_files_on_tmpfs_count_here_as_used_and_elsewhere_as_files(on_tmpfs, monkeypatch):
-    monkeypatch.setattr(estimate, "usable_memory", lambda: 330_000_000)  # the files are no part of it
+    monkeypatch.setattr(fits, "usable_memory", lambda: 330_000_000)  # the files are no part of it
     found = on_tmpfs.estimate()
     assert [host.verdict for host in found.hosts] == ["fits"] * 4
-    monkeypatch.setitem(estimate.HOSTS, "Binder", 330_000_000)
+    monkeypatch.setitem(HOSTS, "Binder", HOSTS["Binder"]._replace(memory_bytes=330_000_000))
     binder = on_tmpfs.estimate().hosts[-1]
-    assert binder.verdict == f"fits, each token reads {format_size(binder.read_bytes)} from disk again"
+    assert binder.verdict == f"fits, each token reads {format_size(binder.read_bytes)} from disk"
     assert 0.9 * on_tmpfs.total_bytes < binder.read_bytes < on_tmpfs.total_bytes  # of an embedding, one row
 
 
@@ -555,21 +694,29 @@ def test_hosts_say_what_each_token_reads_and_what_would_help():
     as_stored, cast = mistral_7b("BF16", "bfloat16"), mistral_7b("BF16", "float16")
     colab, binder = (next(h for h in as_stored.hosts if h.name == name) for name in ("Colab", "Binder"))
     # 14.48 GB of weights, of which the embedding (262 MB) is not read.
-    assert binder.verdict == "fits, each token reads 14.2 GB from disk again"
+    assert binder.verdict == "fits, each token reads 14.2 GB from disk"
     assert colab.read_bytes == binder.read_bytes
     # Of Colab's 12.7 GB nine tenths are usable; a budget keeps what is not needed for all else.
     assert colab.bounded_read_bytes < 0.3 * colab.read_bytes
     assert 0.9 * binder.read_bytes < binder.bounded_read_bytes < binder.read_bytes
-    assert (
-        f"with 1.8 GB: each token reads {format_size(binder.bounded_read_bytes)} (1,024 tokens"
-        in binder.advice
-    )
+    read = format_size(binder.bounded_read_bytes)
+    assert binder.advice == f"load_model(max_memory=...) with 1.8 GB: fits, each token reads {read} from disk"
     colab, kaggle = (next(h for h in cast.hosts if h.name == name) for name in ("Colab", "Kaggle"))
     assert (colab.verdict, colab.read_bytes, kaggle.verdict) == ("does not fit", None, "fits")
-    assert colab.advice.startswith("shards in float16 need 271 MB, each token reads 14.2 GB; load_model(")
-    for shown in (str(cast), cast._repr_html_()):
-        assert "shards in float16 need 271 MB" in shown
-    assert Estimate.from_dict(json.loads(json.dumps(cast.to_dict()))) == cast
+    assert colab.advice.startswith(
+        "as stored or shards: fits, each token reads 14.2 GB from disk; load_model("
+    )
+    assert [way.name for way in colab.ways] == ["in float16", "as stored", "shards", "in a budget"]
+    row = r"Colab +12.7 GB +needs 14.8 GB +reads 14.2 GB +reads 3.\d+ GB\n"
+    assert re.search("in float16 +as stored, shards +in a budget\n", str(cast))  # what is the same, once
+    assert re.search(row, str(cast))
+
+
+def test_a_summary_fits_a_terminal_of_80_columns(monkeypatch):
+    monkeypatch.setattr(fits, "gpus", dict)
+    for made in (mistral_7b("BF16", "float16"), mistral_7b("BF16", "bfloat16")):
+        lines = made.summary().text(80).splitlines()
+        assert max(map(len, lines)) <= 84  # a name of ours is left in one piece
 
 
 def test_seconds_a_token_are_those_of_the_disk(model, monkeypatch):
@@ -577,8 +724,9 @@ def test_seconds_a_token_are_those_of_the_disk(model, monkeypatch):
     stated = model.estimate(max_memory=least, disk_rate="100MB")
     assert stated.within.seconds_per_token == stated.within.plan.streamed_bytes / 1e8
     assert "s of reading at 100 MB/s" in str(stated)
-    with pytest.raises(PlanError, match="set max_memory, too"):
-        model.estimate(disk_rate="100MB")
+    monkeypatch.setitem(HOSTS, "Binder", HOSTS["Binder"]._replace(memory_bytes=400_000_000))
+    binder = model.estimate(disk_rate="100MB").hosts[-1]  # which needs no budget
+    assert binder.verdict.endswith(f"about {binder.read_bytes / 1e8:.2g} s")
     reads = []
     monkeypatch.setattr(
         disk.DiskFile, "read_direct", lambda _, buffer, offset: reads.append(offset) or len(buffer)

@@ -19,7 +19,7 @@ from papermill import inspect_notebook
 
 import shardkit
 from shardkit import Checkpoint, Comparison
-from shardkit.checkpoint.hosts import HOSTS
+from shardkit.checkpoint.hosts import memory_limits
 from shardkit.measure.samples import SHARDED, Sample
 from shardkit.notebook import (
     ParameterError,
@@ -365,10 +365,11 @@ def test_known_parameters_pass():
 
 def test_limits_are_to_a_model_what_the_hosts_memory_is_to_mistral(demo):
     checkpoint = Checkpoint.open(demo)
-    assert scaled_limits(replace(checkpoint, tensors={})) == dict.fromkeys(HOSTS, 320_000_000)
+    assert scaled_limits(replace(checkpoint, tensors={})) == dict.fromkeys(memory_limits(), 320_000_000)
     limits = scaled_limits(checkpoint)
     shares = {host: (limit - 320e6) / checkpoint.total_bytes for host, limit in limits.items()}
-    assert {host: 320e6 + share * 14_483_464_192 for host, share in shares.items()} == pytest.approx(HOSTS)
+    found = {host: 320e6 + share * 14_483_464_192 for host, share in shares.items()}
+    assert found == pytest.approx(memory_limits())
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "3", None])

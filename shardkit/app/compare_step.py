@@ -23,7 +23,7 @@ from shardkit.base.errors import ShardkitError
 from shardkit.base.record import escaped, plural
 from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.checkpoint.hosts import HOSTS
+from shardkit.checkpoint.hosts import memory_limits
 from shardkit.compare.comparison import Comparison
 from shardkit.compare.experiment import compare_loads
 from shardkit.formats.tensor import CAST_DTYPES
@@ -229,7 +229,7 @@ def _budget_field(budget: int | None) -> widgets.Text:
 
 def _limits(asked: int | None) -> list[tuple[str, int]]:
     """Return the memory limits to choose from: none, those of the free hosts, and what was asked for."""
-    limits = {size: f"{name}: {format_size(size)}" for name, size in HOSTS.items()}
+    limits = {size: f"{name}: {format_size(size)}" for name, size in memory_limits().items()}
     if asked is not None:
         limits.setdefault(asked, format_size(asked))
     return [("none", 0), *((limits[size], size) for size in sorted(limits))]

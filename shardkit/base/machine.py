@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +31,9 @@ _DROPPABLE = {
 
 # The kernel counts pages in batches: what is resident, and its peak, are not quite the same at any time.
 _COUNTED_BYTES = 2 << 20
+# NVIDIA's own answer takes up to seconds: it is asked for again after so many.
+_GPU_TOOL = ("nvidia-smi", "--query-gpu=name,memory.free,compute_cap", "--format=csv,noheader,nounits")
+_GPU_SECONDS = 10
 # Where the pages of a file are memory that the kernel cannot drop.
 MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
 # Where a page of a file is asked of another machine or process; fuseblk and overlays have a disk below them.
@@ -105,6 +111,34 @@ def control_groups() -> Iterator[tuple[Path, bool]]:
                 group = Path(name.lstrip("/"))
                 above = (group, *group.parents)
                 yield from ((base / path, is_v2) for path in above if ".." not in path.parts)
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """GPUs of one kind: how many, bytes of each (here, those left), and CUDA's compute capability."""
+
+    count: int
+    memory_bytes: int
+    capability: float
+
+
+def gpus() -> dict[str, Gpus]:
+    """Return the NVIDIA GPUs of this machine by name, as its driver's tool shows them; empty for none."""
+    return _gpus(time.monotonic() // _GPU_SECONDS)
+
+
+@lru_cache(maxsize=1)
+def _gpus(_: float) -> dict[str, Gpus]:
+    found: dict[str, Gpus] = {}
+    with suppress(OSError, ValueError, subprocess.SubprocessError):  # no driver, or one that is stuck
+        said = subprocess.check_output(  # noqa: S603  the driver's own
+            _GPU_TOOL, text=True, stderr=subprocess.DEVNULL, timeout=_GPU_SECONDS
+        )
+        for name, free, capability in (line.split(", ") for line in said.splitlines()):
+            left, others = int(free) << 20, found.get(name)
+            least, count = (min(left, others.memory_bytes), others.count) if others else (left, 0)
+            found[name] = Gpus(count + 1, least, float(capability))
+    return found
 
 
 def filesystem(folder: str) -> str | None:

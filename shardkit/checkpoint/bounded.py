@@ -39,6 +39,11 @@ _COMPARED = frozenset((
 # fmt: on
 
 
+def about_seconds(seconds: float) -> str:
+    """Return a time that is known roughly: ``0.84 s``, ``117 s``."""
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
 @dataclass(frozen=True)
 class BoundedEstimate:
     """What a load within a budget would do.
@@ -77,7 +82,8 @@ class BoundedEstimate:
             return within, ("", self.why)
         read = format_size(self.plan.streamed_bytes)
         if self.seconds_per_token is not None and self.disk_rate is not None:
-            read += f", {self.seconds_per_token:.2g} s of reading at {format_size(self.disk_rate)}/s"
+            seconds = about_seconds(self.seconds_per_token)
+            read += f", {seconds} of reading at {format_size(self.disk_rate)}/s"
         return (
             within,
             ("KV cache", format_size(self.plan.cache_bytes)),

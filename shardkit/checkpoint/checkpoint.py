@@ -19,6 +19,7 @@ from shardkit.checkpoint.belonging import Beside, needed_files, sort_out
 from shardkit.checkpoint.budget import Sequences
 from shardkit.checkpoint.config import architecture, config_dtype, plain_json
 from shardkit.checkpoint.estimate import Estimate
+from shardkit.checkpoint.hosts import DiskRate
 from shardkit.checkpoint.layout import (
     CONFIG_FILES,
     find_weights,
@@ -237,7 +238,7 @@ class Checkpoint(Record):
         batch_size: int = 1,
         disk_rate: int | str | None = None,
     ) -> Estimate:
-        """Return how much memory `from_pretrained` will take, and on which hosts it fits.
+        """Return how much memory `from_pretrained` will take, and what fits: RAM, GPUs, disks.
 
         Parameters
         ----------
@@ -251,7 +252,7 @@ class Checkpoint(Record):
             1,024 tokens unless requested otherwise.
         disk_rate
             Bytes a second ("1.2GB"), for the seconds that a token's reads take; or "measure": by reading the
-            checkpoint's own files for about a second, past the page cache.
+            checkpoint's own files for about a second, past the page cache, for this machine alone.
 
         Returns
         -------
@@ -261,7 +262,7 @@ class Checkpoint(Record):
         Raises
         ------
         PlanError
-            If the dtype is unknown, a count is not above zero, or there is a rate without a budget.
+            If the dtype is unknown, or a count is not above zero.
         SizeError
             If budget or rate is not a size.
         CheckpointError
@@ -281,7 +282,7 @@ class Checkpoint(Record):
             )
             for t in self.tensors.values()
         )
-        found = estimate_with_base(
+        return estimate_with_base(
             self.source,
             tensors,
             target,
@@ -293,15 +294,16 @@ class Checkpoint(Record):
             in_memory=self._is_in_memory(),
             sequences=Sequences.requested(context_tokens, batch_size),
             max_memory=None if max_memory is None else parse_size(max_memory),
+            disk_rate=None if disk_rate is None else self._disk_rate(disk_rate),
+            is_here=self.place.folder is not None,
         )
-        if disk_rate is None:
-            return found
-        return found.at_rate(self._disk_rate() if disk_rate == "measure" else parse_size(disk_rate))
 
-    def _disk_rate(self) -> int:
+    def _disk_rate(self, requested: int | str) -> DiskRate:
+        if requested != "measure":
+            return DiskRate(parse_size(requested), is_measured=False)
         if self.place.folder is None:
             raise CheckpointError("is not on a disk that could be measured: state a rate", file=self.source)
-        return measured_rate(map(self.path, self.files))
+        return DiskRate(measured_rate(map(self.path, self.files)), is_measured=True)
 
     @cached_property
     def auto_dtype(self) -> str | None:

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
-from shardkit.base.errors import PlanError
-from shardkit.base.machine import usable_memory
-from shardkit.base.record import Record, Summary, Table
+from shardkit.base.record import Record, Summary
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.bounded import BoundedEstimate, Decoder, why_unknown
 from shardkit.checkpoint.budget import Sequences, too_long
-from shardkit.checkpoint.hosts import HERE, HOSTS, HostFit, Need, Ways, fit
+from shardkit.checkpoint.fits import DiskFit, Sizes, explained, fit_disks, fit_gpus, fit_memory, tables
+from shardkit.checkpoint.hosts import DiskRate, HostFit, Need, Ways
 from shardkit.checkpoint.loaded import (
     LOAD_BITS,
+    LoadedTensor,
     StoredTensor,
+    Units,
+    WeightBytes,
     loaded_tensors,
     units_of_names,
     weight_bytes,
 )
-from shardkit.checkpoint.quantized import quantization, quantized
-from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, QUANTIZED_DTYPES
+from shardkit.checkpoint.quantized import UNPACKED, Packing, method_of, quantized, unpacked
 
 # Anonymous memory of a process that has imported torch and transformers, loaded a small model in a dtype that
 # needs no cast, and given a token: measured with transformers 5.23 and the CPU build of torch 2.13 on Linux.
@@ -97,6 +98,10 @@ class Estimate(Record):
         Mapped embeddings, of which a token needs a row.
     within
         What a load within a budget would do; None where none was requested.
+    sizes
+        What counts on GPUs and on disks; None where it is not known.
+    gpus, disks
+        Whether the model fits there, on this machine and on hosts.
     """
 
     source: str
@@ -115,6 +120,9 @@ class Estimate(Record):
     cache_bytes: int | None = 0
     in_file_bytes: int = 0
     within: BoundedEstimate | None = None
+    sizes: Sizes | None = None
+    gpus: tuple[HostFit, ...] = ()
+    disks: tuple[DiskFit, ...] = ()
 
     @property
     def new_bytes(self) -> int:
@@ -138,18 +146,6 @@ class Estimate(Record):
         words = "" if self.tolerance else "about " if self.hosts else "at least "
         return words + format_size(self.peak_anonymous_bytes)
 
-    def at_rate(self, disk_rate: int) -> Self:
-        """Return it with the seconds that a token's reads take at a rate in bytes a second.
-
-        Raises
-        ------
-        PlanError
-            If it is for no budget.
-        """
-        if self.within is None:
-            raise PlanError("a disk's rate is for a memory budget: set max_memory, too")
-        return replace(self, within=self.within.at_rate(disk_rate))
-
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON-ready data, with the sum that it stands for."""
         return {**super().to_dict(), "peak_anonymous_bytes": self.peak_anonymous_bytes}
@@ -172,25 +168,14 @@ class Estimate(Record):
             *(("also", f"{format_size(size)} {what}") for size, what in others if size),
             *mapped,
             *(self.within.facts() if self.within else self._cached()),
+            *explained(self.hosts, self.gpus, self.sizes, (self.sequences or Sequences()).tokens),
         )
-        tables = (self._table(),) if self.hosts else ()
-        return Summary("Estimated memory to load", facts, tables, self.notes)
+        answers = tuple(tables(self.hosts, self.gpus, self.disks))
+        return Summary("Estimated memory to load", facts, answers, self.notes)
 
     def _cached(self) -> tuple[tuple[str, str], ...]:
         size = "not known" if self.cache_bytes is None else f"at most {format_size(self.cache_bytes)}"
         return (("KV cache", f"{size} ({self.sequences.tokens})"),) if self.sequences else ()
-
-    def _table(self) -> Table:
-        rows = [
-            (
-                f"{host.name} (free)" if host.name == HERE else host.name,
-                *(format_size(host.memory_bytes), host.verdict, host.why, host.advice),
-            )
-            for host in self.hosts
-        ]
-        columns = ("host", "memory", "verdict", "because", "what would help")
-        shown = None if any(host.advice for host in self.hosts) else -1  # no column that is empty
-        return Table(columns[:shown], tuple(row[:shown] for row in rows))
 
 
 def estimate_load(
@@ -204,6 +189,8 @@ def estimate_load(
     in_memory: bool = False,
     sequences: Sequences | None = None,
     max_memory: int | None = None,
+    disk_rate: DiskRate | None = None,
+    is_here: bool = False,
 ) -> Estimate:
     """Add up what a load in `dtype` ("float16"; None: as stored) copies, and what it leaves mapped.
 
@@ -219,11 +206,17 @@ def estimate_load(
         Whether the files are on tmpfs, so that their pages are memory that cannot be evicted.
     sequences, max_memory
         What the model is for, and a budget in bytes.
+    disk_rate
+        For the seconds that a token's reads take.
+    is_here
+        Whether the files are on this machine, and so need no download.
     """
     config, stored = config or {}, tuple(tensors)
-    loaded = loaded_tensors(stored, dtype, config)
+    method = method_of(config, stored)
+    packing = UNPACKED.get(method or "")
+    loaded = [unpacked(tensor, packing) for tensor in loaded_tensors(stored, dtype, config)]
     weights, units = weight_bytes(loaded, config, held_whole), units_of_names(loaded)
-    buffers = _buffer_bytes(config)
+    buffers, side = _buffer_bytes(config), sum((side_files or {}).values())
     made = Estimate(
         source,
         dtype,
@@ -237,28 +230,50 @@ def estimate_load(
         in_file_bytes=units.row_bytes(loaded),
     )
     why = why_unknown(config, quantized(config, {tensor.name: tensor for tensor in stored}))
-    decoder = Decoder(made, config, units, why)
-    asked = sequences or Sequences()
+    decoder, asked = Decoder(made, config, units, why), sequences or Sequences()
+    bounded = decoder.within(asked.within(max_memory)) if max_memory is not None else None
     made = replace(
         made,
         sequences=sequences,
         cache_bytes=decoder.cache_bytes(sequences) if sequences else 0,
-        within=decoder.within(asked.within(max_memory)) if max_memory is not None else None,
+        within=bounded.at_rate(disk_rate.nbytes) if bounded and disk_rate else bounded,
+        sizes=Sizes.of(
+            loaded, None if method else dtype, decoder.cache_bytes(asked) or 0, side, is_here, packing
+        ),
     )
-    found = (DTYPE_NAMES[tensor.dtype] for tensor in stored if tensor.dtype in QUANTIZED_DTYPES)
-    if method := quantization(config) or next(found, None):
-        note = f"quantized ({method}): headers do not show how it is loaded, so this is a lower bound"
-        return replace(made, notes=(note,))
+    if method:
+        return with_hosts(_as_quantized(made, method, packing, stored))
     rough = _why_rough(made, config.get("model_type"), buffers)
     exceeded = too_long(config, sequences.context_tokens) if sequences else ""
     made = replace(made, notes=tuple(filter(None, (rough, exceeded))), tolerance=None if rough else TOLERANCE)
-    shards = None
-    if dtype in CAST_DTYPES and any(tensor.converted == dtype for tensor in loaded):
-        in_shards = [tensor.in_shards(dtype) for tensor in loaded]
-        cast = weight_bytes(in_shards, config)
-        less = weights.copied + weights.stacking - cast.copied - cast.stacking
-        shards = Need(made.new_bytes - less, cast.mapped, cast.mapped - units.row_bytes(in_shards))
-    return with_hosts(made, Ways(dtype, shards, lambda nbytes: decoder.within(asked.within(nbytes))))
+    shards = [tensor.in_shards(str(dtype)) for tensor in loaded]
+    others = {} if shards == loaded else {"as stored": loaded_tensors(stored, None, config), "shards": shards}
+    needs = {name: _need(made, weights, units, tensors, config) for name, tensors in others.items()}
+    called = f"in {dtype}" if needs else "as stored"
+    ways = Ways(called, needs, lambda nbytes: decoder.within(asked.within(nbytes)), disk_rate)
+    return with_hosts(made, ways)
+
+
+def _as_quantized(
+    made: Estimate, method: str, packing: Packing | None, stored: Iterable[StoredTensor]
+) -> Estimate:
+    """Return the estimate of quantized weights: as transformers unpacks them, or as they are stored."""
+    if packing:
+        words = "unpacked into bfloat16, as transformers 5 does without a GPU that runs it"
+        made = replace(made, copied_bytes=made.copied_bytes + packing.spare_bytes(stored))
+    else:
+        words = "as stored and copied: less where a library maps them, more where it unpacks them"
+        made = replace(made, copied_bytes=made.copied_bytes + made.mapped_bytes, mapped_bytes=0)
+    return replace(made, notes=(f"quantized ({method}): counted {words}",))
+
+
+def _need(
+    made: Estimate, weights: WeightBytes, units: Units, tensors: list[LoadedTensor], config: Mapping[str, Any]
+) -> Need:
+    """Return what another load of the same model needs, from files that can be mapped."""
+    other = weight_bytes(tensors, config)
+    less = weights.copied + weights.stacking - other.copied - other.stacking
+    return Need(made.new_bytes - less, other.mapped, other.mapped - units.row_bytes(tensors))
 
 
 def _buffer_bytes(config: Mapping[str, Any]) -> int | None:
@@ -307,16 +322,20 @@ def estimate_adapter(
         return Estimate(source, dtype, RUNTIME_BYTES, copied, 0, 0, notes=(note,))
     notes = (*base.notes, f"an adapter: the estimate includes its base model, {base.source}")
     both = replace(base, source=source, copied_bytes=base.copied_bytes + copied, notes=notes, tolerance=None)
+    if not base.sizes:
+        return both
+    sizes = replace(base.sizes, loaded_bytes=base.sizes.loaded_bytes + copied)
+    both = replace(both, sizes=sizes)
     return with_hosts(both) if base.hosts else both
 
 
 def with_hosts(made: Estimate, ways: Ways | None = None) -> Estimate:
-    """Return an estimate with its verdicts: what is left of this machine's memory, and the free hosts."""
+    """Return an estimate with its verdicts: of this machine, as it is now, and of hosts."""
     files = made.mapped_bytes + made.resident_bytes
-    elsewhere = Need(made.new_bytes, files, files - made.in_file_bytes)
-    hosts = [fit(name, memory, elsewhere, ways or Ways()) for name, memory in HOSTS.items()]
-    if (left := usable_memory()) is not None:
-        # Files on tmpfs are part of what is used here already.
-        here = Need(made.new_bytes, made.mapped_bytes, max(0, made.mapped_bytes - made.in_file_bytes))
-        hosts.insert(0, fit(HERE, left, here, ways or Ways()))
-    return replace(made, hosts=tuple(hosts))
+    elsewhere = Need(made.new_bytes, files, max(0, files - made.in_file_bytes))
+    # Files on tmpfs are part of what is used here already.
+    here = Need(made.new_bytes, made.mapped_bytes, max(0, made.mapped_bytes - made.in_file_bytes))
+    found = replace(made, hosts=tuple(fit_memory(elsewhere, here, ways or Ways())))
+    if made.sizes is None:
+        return found
+    return replace(found, gpus=tuple(fit_gpus(made.sizes)), disks=tuple(fit_disks(made.sizes)))

@@ -84,8 +84,8 @@ class LoadedTensor(NamedTuple):
         return UnitSize(nbytes, stored.nbytes, step_bytes(stored.nbytes))
 
     def in_shards(self, dtype: str) -> LoadedTensor:
-        """Return it as it is loaded from shards that were cast to a dtype."""
-        if self.converted != dtype:
+        """Return it as it is loaded from shards that were cast to a dtype, where there is such a cast."""
+        if self.converted != dtype or dtype not in CAST_DTYPES:
             return self
         return self._replace(stored=self.stored._replace(dtype=CAST_DTYPES[dtype]), converted=None)
 

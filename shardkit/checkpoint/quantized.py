@@ -9,25 +9,67 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shardkit.checkpoint.config import parts_of
 from shardkit.formats.tensor import DTYPE_NAMES, QUANTIZED_DTYPES, TensorInfo
 
 if TYPE_CHECKING:
-    from shardkit.checkpoint.loaded import StoredTensor
+    from shardkit.checkpoint.loaded import LoadedTensor, StoredTensor
 
     Tensor = TensorInfo | StoredTensor
+
+
+class Packing(NamedTuple):
+    """How a method packs weights, and what unpacking takes.
+
+    Dtypes and names of packed tensors; weights in a byte; the compute capability of GPUs that need not unpack
+    them; and bytes beside each of the largest tensor's while it is unpacked, as measured.
+    """
+
+    dtypes: re.Pattern[str]
+    names: re.Pattern[str]
+    per_byte: int
+    capability: float
+    scratch: int
+
+    def packs(self, tensor: Tensor) -> bool:
+        """Whether a tensor holds packed weights."""
+        return bool(self.dtypes.match(tensor.dtype) and self.names.search(tensor.name))
+
+    def spare_bytes(self, tensors: Iterable[Tensor]) -> int:
+        """Return what a load holds beside unpacked weights: packed ones, and what unpacking takes."""
+        packed = [tensor.nbytes for tensor in tensors if self.packs(tensor)]
+        return sum(packed) + self.scratch * max(packed, default=0)
+
 
 # transformers, MLX ("quantization"), AutoAWQ, compressed-tensors; of codecs, a vector quantizer is a layer.
 _SETTINGS = re.compile(r"(?!.*vector).*quant(ization|ize)?_config|quantization|compression_config")
 _BITSANDBYTES = re.compile(r"\.quant_(map$|state\.)")
 _WEIGHT = re.compile(r"q?weight|weight_(packed|q)|W_q|codes|dense_weights|trellis|Qidxs")
 _SCALE = re.compile(r"(?<!logit_)(?<!layer_)scale|absmax|^s$|codebooks")
+# Methods whose weights transformers 5.23 turns into bfloat16 where its kernels do not run, as on processors;
+UNPACKED = {
+    "fp8": Packing(re.compile(r"F8_"), re.compile(""), 1, 8.9, 0),
+    "mxfp4": Packing(re.compile("U8"), re.compile(r"_blocks$"), 2, 7.5, 17),
+}
 # What ordinary modules keep as integers: position_ids, relative_position_index, masks ("bias" in GPT-2).
 _BUFFER = re.compile(r"(^|_)(ids?|idx|index|mask|bias|tracked|positions?|map|table|shape)$|scale")
 _PACKED_DTYPES = ("I8", "U8", "I16", "U16", "I32", "U32")
 _INTEGER_DTYPES = (*_PACKED_DTYPES, "I64", "U64")
+
+
+def method_of(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> str | None:
+    """Return how weights are quantized, as the config says, or a dtype that stands for it; None if not."""
+    found = (DTYPE_NAMES[tensor.dtype] for tensor in tensors if tensor.dtype in QUANTIZED_DTYPES)
+    return quantization(config) or next(found, None)
+
+
+def unpacked(tensor: LoadedTensor, packing: Packing | None) -> LoadedTensor:
+    """Return a tensor as it is loaded where no kernel runs its method: packed weights in 16 bits."""
+    if packing is None or not packing.packs(tensor.stored):
+        return tensor
+    return tensor._replace(converted="bfloat16", nbytes=2 * packing.per_byte * tensor.stored.nbytes)
 
 
 def quantization(config: Any) -> str | None:

@@ -22,18 +22,19 @@ _IN_THE_TERMINAL = {
     'options={"trust_remote_code": True}': "--trust-remote-code",
     "load_model(max_memory=...)": "`shardkit generate --max-memory`",
     "max_memory of": "--max-memory of",
-    "set max_memory": "set --max-memory",
     "allow_overflow=True": "--allow-overflow",
     "overwrite=True": "--overwrite",
     "private=False": "--public",
     "same_model=False": "--no-same-model",
     "stream=True": "--stream",
+    "free_source=True": "--free-source",
 }
 _RED, _YELLOW, _GREEN, _BOLD = "31", "33", "32", "1"
 _RATIO = r"(?<!between )(?<!and )\b[\d.]+(?:x| %)"
+_NO = r"NOT EQUAL|NOT enough|DIFFERENT|\bdo(?:es)? not (?:fit|load)|(?<=  )(?:needs \S+ .?B|too slow)"
 _VERDICTS = {
-    _RED: rf"NOT EQUAL|NOT enough|DIFFERENT|does not (?:fit|load)|{_RATIO} (?:slower|larger|more)\b",
-    _YELLOW: r"fits, each token reads [^ ]+ .?B|inconclusive|not (?:checked|proven)|NOT proven|^  !",
+    _RED: rf"{_NO}|{_RATIO} (?:slower|larger|more)\b",
+    _YELLOW: r"(?<=  )reads \S+ .?B|(?<=  )download fits|inconclusive|not (?:checked|proven)|NOT proven|^  !",
     _GREEN: rf"(?<=  )(?:equal|fits)\b|\b(?:gets the same|enough)\b|{_RATIO} (?:faster|smaller|less)\b",
     _BOLD: r"^[A-Z][a-z ]+$|^next:",
 }

@@ -9,7 +9,7 @@ from typing import Any
 from shardkit.base.errors import InOneLine, MeasurementError, ShardkitError
 from shardkit.base.sizes import parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.checkpoint.hosts import HOSTS
+from shardkit.checkpoint.hosts import memory_limits
 from shardkit.formats.tensor import dtype_name
 from shardkit.measure.samples import AUTO
 from shardkit.measure.spec import CACHES, Rule, check, must, one_of, whole_number
@@ -46,7 +46,7 @@ RULES: dict[str, Rule] = {
     "line_speed": parse_size,
     "strategy": packing,
     "dtype": dtype_name,
-    "host": one_of(*HOSTS),
+    "host": one_of(*memory_limits()),
     "prompt": _is_text,
     "tokens": whole_number(1),
     "precision": must(lambda value: type(value) is int and 0 < value < 100, "a whole number of percent"),

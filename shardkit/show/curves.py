@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from shardkit.checkpoint.hosts import HOSTS
+from shardkit.checkpoint.hosts import memory_limits
 from shardkit.measure.measurement import FIRST_TOKEN, LOAD, LoadMeasurement
 from shardkit.measure.samples import Samples
 from shardkit.show.canvas import (
@@ -145,7 +145,8 @@ def _plot_curve(ax: Axes, curve: _Curve, before: float) -> None:
 def _limits(runs: Samples, largest: float, one: float, unit: str) -> dict[float, str]:
     """Return the limits in force, and those of hosts that are near, with their names."""
     typical, (least, most) = runs.typical_runs.values(), _NEAR
-    limits = {size: f"memory of {name}" for name, size in HOSTS.items() if least <= size / largest <= most}
+    hosts = memory_limits().items()
+    limits = {size: f"memory of {name}" for name, size in hosts if least <= size / largest <= most}
     limits |= {run.max_memory_bytes: "budget" for run in typical if run.max_memory_bytes}
     limits |= {run.memory_limit_bytes: "memory limit" for run in typical if run.memory_limit_bytes}
     near = {size / one: name for size, name in limits.items() if size <= _IN_VIEW * largest}

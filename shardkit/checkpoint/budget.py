@@ -29,8 +29,20 @@ _MAKES_SCORES = frozenset(("bloom", "codegen", "gemma2", "gpt_oss", "gptj", "mpt
 _SOFTMAX_BYTES = 10
 # Decoders with states beside keys and values that count here; and, of a scan over a prompt in float32, how
 # many numbers there are at a time for each token, state and channel.
-SCANNING = frozenset(("falcon_mamba", "jamba", "mamba"))
+_SCANNING = frozenset(("falcon_mamba", "jamba", "mamba"))
 _SCANNED = 3
+# Decoders with states that a prompt is scanned into by chunks, in float32; and, of that scan, how many scores
+# and values there are at a time for each token and head. What configs call its heads, their width and states.
+_CHUNKED = frozenset(
+    ("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "qwen3_5_text", "qwen3_next")
+)
+_CHUNK_SCORES, _CHUNK_VECTORS = 6, 12
+_SCAN_HEADS = ("linear_num_value_heads", "mamba_n_heads", "mamba_num_heads", "num_heads")
+_SCAN_WIDTH = ("linear_value_head_dim", "mamba_d_head", "mamba_head_dim", "head_dim")
+_SCAN_STATES = ("linear_key_head_dim", "mamba_d_state", "ssm_state_size", "state_size")
+_CHUNK = ("mamba_chunk_size", "chunk_size")
+_KERNEL = ("conv_kernel", "mamba_d_conv", "linear_conv_kernel_dim")
+STATEFUL = _SCANNING | _CHUNKED | {"recurrent_gemma"}  # all whose states count
 MOST = 10**9  # tokens, or whatever else is counted: beyond any model
 # What configs call the same number.
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -238,7 +250,11 @@ def cache_bytes(config: Mapping[str, Any], itemsize: int, work: Sequences) -> in
     kept = _number(config, "num_key_value_heads", "num_kv_heads") or heads
     if config.get("multi_query") is True and not config.get("new_decoder_architecture"):  # Falcon, StarCoder
         kept = 1
-    each = 2 * kept * width * work.context_tokens * itemsize + _state_bytes(config)
+    if config.get("model_type") == "mamba2":  # its heads are not of attention
+        kept = 0
+    each = 2 * kept * width * work.context_tokens * itemsize
+    each += _state_bytes(config) + _chunked_bytes(config)
+    each += 4 * _number(config, "lru_width") * (1 + _number(config, "conv1d_width"))  # RecurrentGemma
     return (layers + 1) * each * work.batch_size  # while a token is added, one layer's are there twice
 
 
@@ -247,7 +263,18 @@ def _state_bytes(config: Mapping[str, Any], tokens: int = 1) -> int:
     channels = _number(config, "expand", "mamba_expand") * _number(config, *_HIDDEN)
     states = tokens * _number(config, "state_size", "mamba_d_state")
     states += _number(config, "conv_kernel", "mamba_d_conv")
-    return (config.get("model_type") in SCANNING) * channels * states * 4
+    return (config.get("model_type") in _SCANNING) * channels * states * 4
+
+
+def _chunked_bytes(config: Mapping[str, Any], tokens: int = 0) -> int:
+    """Return the bytes of a layer's states, and of what scans so many tokens into them by chunks."""
+    names = (_SCAN_HEADS, _SCAN_WIDTH, _SCAN_STATES)
+    heads, width, states = (_number(config, *each) for each in names)
+    chunk = _number(config, *_CHUNK) or 64
+    chunks = -(-tokens // chunk)
+    scanned = chunks * chunk * (_CHUNK_SCORES * chunk + _CHUNK_VECTORS * (width + states))
+    kept = (1 + 3 * chunks) * width * states + _number(config, *_KERNEL) * (width + 2 * states)
+    return (config.get("model_type") in _CHUNKED) * heads * (scanned + kept) * 4
 
 
 def _activation_bytes(config: Mapping[str, Any], itemsize: int, work: Sequences) -> int:
@@ -260,7 +287,7 @@ def _activation_bytes(config: Mapping[str, Any], itemsize: int, work: Sequences)
     vectors = _HIDDEN_VECTORS * hidden + _MLP_VECTORS * max(inner, routed)
     mask = tokens * tokens * 4 + _score_bytes(config, itemsize, tokens)
     logits = (min(tokens, _TOKENS_WITH_LOGITS) + 4) * _number(config, "vocab_size") * 4
-    scanned = _SCANNED * _state_bytes(config, tokens)
+    scanned = _SCANNED * _state_bytes(config, tokens) + _chunked_bytes(config, tokens)
     return work.batch_size * (tokens * vectors * itemsize + mask + logits + scanned)
 
 

@@ -111,9 +111,10 @@ class _OpenFile:
     def _check(self, tensor: str) -> None:
         now = self._state_now()
         if now[:2] != self._state[:2]:
+            had, has = self._state[0], now[0]
+            sizes = f": it had {had} bytes, and has {has} now" if has != had else ", with its size as before"
             raise CheckpointError(
-                f"was changed while in use: it had {self._state[0]} bytes, and has {now[0]} now; load the "
-                "model again",
+                f"was changed while in use{sizes}; load the model again",
                 file=self.path,
                 tensor=tensor or None,
             )

@@ -23,6 +23,7 @@ _LISTED = "cannot list or save its weights, for not all are in memory: use the f
 _REFUSED = {
     **dict.fromkeys(("state_dict", "save_pretrained"), _LISTED),
     "load_state_dict": "reads its weights from their files: load it from other files instead",
+    "resize_token_embeddings": "keeps the vocabulary of its files: load it without max_memory",
     "__reduce_ex__": "can be neither copied nor pickled: load it again instead",
 }
 
@@ -70,9 +71,11 @@ def _check_pass(config: Any, plan: MemoryPlan, given: dict[str, Any], module: An
         before = cache.get_seq_length()  # type: ignore[union-attr]
     batch, new = tokens.shape[:2]
     if batch > work.batch_size or new + before > work.context_tokens:
+        more = f"batch_size={batch}" * (batch > work.batch_size)
+        more = more or f"context_tokens={new + before}"
         raise PlanError(
             f"{batch} x {new + before} tokens need more memory than was planned for {work.batch_size} x "
-            f"{work.context_tokens}: load the model with a larger batch_size or context_tokens"
+            f"{work.context_tokens} (sequences or beams x length): load the model with {more} or more"
         )
     needed = batch * _output_bytes(config, given, new, module)
     if needed > plan.activation_bytes:

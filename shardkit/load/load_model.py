@@ -90,7 +90,8 @@ def load_model(
         the model runs, if a file is truncated, changed, or cannot be read.
     PlanError
         If `dtype` is text, but not a dtype, or a count is not a whole number above zero; or `max_memory` is
-        too small: names the smallest that is not.
+        too small: names the smallest that is not. Or if options ask for another device, or other weights than
+        the folder's, with `max_memory`.
     SizeError
         If `max_memory` is not a size.
     MissingPackageError
@@ -102,6 +103,8 @@ def load_model(
     torch.bfloat16
     """
     require("load", "loading a model", "torch", "transformers")
+    former = from_pretrained_options.pop("torch_dtype", None)  # what transformers 4 calls it
+    dtype = former or "auto" if dtype in (None, "auto") else dtype
     if isinstance(dtype, str) and dtype != "auto":
         dtype = dtype_name(dtype)
     if isinstance(max_memory, dict):  # for each device, as transformers has it
@@ -125,7 +128,7 @@ def load_model(
         name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
         load = partial(loader.from_pretrained, folder, **{name: dtype}, **from_pretrained_options)
         with given.in_transformers() if given else nullcontext():
-            if budget is None or "output_loading_info" in from_pretrained_options:
+            if budget is None:
                 return load()
             model, found = load(output_loading_info=True, ignore_mismatched_sizes=True)
         check_complete(found, type(model).__name__, checkpoint)

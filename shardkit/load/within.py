@@ -8,13 +8,19 @@ from typing import Any, NoReturn
 from shardkit.base.errors import CheckpointError, PlanError
 from shardkit.base.record import listed
 from shardkit.checkpoint.adapter import is_adapter
-from shardkit.checkpoint.budget import SCANNING, Workload
+from shardkit.checkpoint.budget import STATEFUL, Workload
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.config import architecture
 from shardkit.checkpoint.estimate import RUNTIME_BYTES
 from shardkit.checkpoint.quantized import quantized
 from shardkit.load.blocks import dtype_name, fill_within, needs_of
 from shardkit.load.recipes import Described
+
+# Options by which other weights would be loaded than those of the folder, or more than a model returned.
+_NOT_WITHIN = (
+    "adapter_kwargs", "distributed_config", "gguf_file", "key_mapping", "output_loading_info",
+    "quantization_config", "revision", "state_dict", "subfolder", "tp_plan", "variant",
+)  # fmt: skip
 
 
 def load_streaming(checkpoint: Checkpoint, dtype: object, work: Workload, options: dict[str, Any]) -> Any:
@@ -24,14 +30,15 @@ def load_streaming(checkpoint: Checkpoint, dtype: object, work: Workload, option
     """
     import transformers
 
-    if is_adapter(checkpoint.stem, checkpoint.config, checkpoint.tensors):
-        raise CheckpointError("is an adapter, which max_memory does not support", file=checkpoint.source)
-    if options.get("device_map") not in (None, "cpu", {"": "cpu"}):
-        raise PlanError(f"max_memory is for the CPU, not for device_map={options['device_map']!r}")
+    _check_options(checkpoint, options)
     name = dtype_name(dtype)
     name = (checkpoint.auto_dtype or "float32") if name == "auto" else name
     trusted = bool(options.get("trust_remote_code"))
-    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trusted)
+    # As for a plain load, options may be entries of the config; what is left is for the model.
+    config, options = options.get("config"), {key: options[key] for key in options if key != "config"}
+    if config is None:
+        read = transformers.AutoConfig.from_pretrained
+        config, options = read(checkpoint.folder, return_unused_kwargs=True, **options)
     estimate = checkpoint.estimate(name)
     needs = needs_of(config, name, work)
     # What a load imports may not be there yet.
@@ -56,6 +63,27 @@ def check_complete(found: Mapping[str, Any], model: str, checkpoint: Checkpoint)
         )
 
 
+def _check_options(checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
+    """Refuse what cannot be loaded within a budget, whether it fits or not."""
+    import transformers
+
+    has_adapter = transformers.utils.is_peft_available() and "adapter_config.json" in checkpoint.place.names()
+    if has_adapter or is_adapter(checkpoint.stem, checkpoint.config, checkpoint.tensors):
+        why = "is an adapter, or has one, which max_memory does not support: merge it into its base model"
+        raise CheckpointError(why, file=checkpoint.source)
+    if checkpoint.config is None:
+        raise CheckpointError("has no config.json, so it is not a model", file=checkpoint.source)
+    place = options.get("device_map")
+    if str(place.get("") if isinstance(place, dict) else place) not in ("None", "cpu"):
+        raise PlanError(f"max_memory is for the CPU, not for device_map={place!r}")
+    is_safe = checkpoint.format == "safetensors"
+    chosen = {name for name in _NOT_WITHIN if options.get(name)}
+    if options.get("use_safetensors") not in (None, is_safe):
+        chosen.add("use_safetensors")
+    if chosen:
+        raise PlanError(f"max_memory cannot be combined with {listed(sorted(chosen))}: leave one of them out")
+
+
 def _check_streamable(checkpoint: Checkpoint, trusted: bool) -> None:
     import transformers
 
@@ -71,10 +99,13 @@ def _check_streamable(checkpoint: Checkpoint, trusted: bool) -> None:
     decoders = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     found = decoders.get(model_type, ())
     is_decoder = named in ((found,) if isinstance(found, str) else found)
-    is_decoder = is_decoder and not config.get("is_encoder_decoder")
-    # States that are not counted; RWKV also divides weights in place, which those read again do not survive.
-    if not is_decoder or (getattr(transformers, named or "")._is_stateful and model_type not in SCANNING):
-        refuse(f"{named or model_type} is not a decoder that can be streamed")
+    if not named:
+        refuse("its config.json names no model class in 'architectures'")
+    if not is_decoder or config.get("is_encoder_decoder"):
+        refuse(f"{named} is not a decoder that can be streamed: only causal language models of transformers")
+    # RWKV also divides weights in place, which those read again do not survive.
+    if getattr(transformers, named)._is_stateful and model_type not in STATEFUL:
+        refuse(f"{named} cannot be streamed: how much memory its recurrent states need is not known")
     if trusted and config.get("auto_map"):
         refuse("a model with its own code cannot be streamed")
 
@@ -83,7 +114,8 @@ def _empty_decoder(checkpoint: Checkpoint, config: Any, dtype: str, options: dic
     """Return the model that `from_pretrained` would load, its weights on the meta device."""
     import transformers
 
-    options = {name: options[name] for name in options if name not in ("device_map", "trust_remote_code")}
+    ours = ("device_map", "trust_remote_code", "use_safetensors", *_NOT_WITHIN)
+    options = {name: options[name] for name in options if name not in ours}
     kind = getattr(transformers, architecture(checkpoint.config) or "")
     described = {name: Described(tensor) for name, tensor in checkpoint.tensors.items()}
     made = {"config": config, "state_dict": described, "dtype": dtype, "output_loading_info": True, **options}

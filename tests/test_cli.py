@@ -193,7 +193,7 @@ def test_anything_wrong_ends_in_one_line_and_status_one(case, demo, tmp_path):
         ("shard runs/exp--1 out", "not a Hub id"),
         ("verify a", "destination --output is required"),
         ("compare a b --repeats 0", "whole number above zero"),
-        ("compare a b --repeats often", "whole number above zero, or auto"),
+        ("compare a b --repeats often", "whole number above zero, at most 1,000,000,000, or auto"),
         ("compare a b --most-seconds -1", "'-1' is not a number of seconds"),
         ("inspect a --context-tokens x", "whole number above zero"),
         ("inspect a --context-tokens 2.5", "whole number above zero"),
@@ -257,9 +257,8 @@ def test_help_of_every_command_has_examples_that_are_understood():
     for name, parser in arguments._COMMANDS.choices.items():
         lines = parser.format_help().partition("examples:\n")[2].split("\n")
         examples = [shlex.split(line)[1:] for line in lines if line]
-        assert examples
+        assert any(words[0] == name for words in examples)
         for words in examples:
-            assert words[0] == name
             arguments.parse(words)
 
 

@@ -782,8 +782,9 @@ def in_a_cell(host: HostFit) -> str:
         return "fits"
     within = host.bounded_read_bytes and format_size(host.bounded_read_bytes)
     if host.read_bytes is None:
-        return "does not fit" + (f"; within a budget it reads {within} per token" if within else "")
-    return f"runs, reads {format_size(host.read_bytes)} per token; within a budget {within}"
+        return "does not fit" + f"; within a budget it reads {within} per token" * bool(within)
+    runs = f"runs, reads {format_size(host.read_bytes)} per token"
+    return runs + f"; within a budget {within}" * bool(within)
 
 
 @pytest.mark.parametrize("name", SEVEN_BILLION)

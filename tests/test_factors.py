@@ -94,7 +94,7 @@ def test_a_change_that_nothing_loads_with_is_left_out_and_the_picture_names_what
     changes = effects({"2024": loads, "today": loads}, FEW)
     assert ".bin" not in "".join(map(str, changes))
     figure = plot_effects(changes, tmp_path / "effects.png")
-    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    titles = [" ".join(ax.get_title(loc="left").split()) for ax in figure.axes]
     assert titles[0] == "Load time: no change is clear"
     assert re.fullmatch(r"Peak anonymous: 2\.9\dx smaller \(float16, 2024\)", titles[2])
     assert len(figure.axes[0].get_yticklabels()) == 5

@@ -231,15 +231,14 @@ def estimate_load(
     )
     why = why_unknown(config, quantized(config, {tensor.name: tensor for tensor in stored}))
     decoder, asked = Decoder(made, config, units, why), sequences or Sequences()
+    cache = decoder.cache_bytes(asked)
     bounded = decoder.within(asked.within(max_memory)) if max_memory is not None else None
     made = replace(
         made,
         sequences=sequences,
-        cache_bytes=decoder.cache_bytes(sequences) if sequences else 0,
+        cache_bytes=cache if sequences else 0,
         within=bounded.at_rate(disk_rate.nbytes) if bounded and disk_rate else bounded,
-        sizes=Sizes.of(
-            loaded, None if method else dtype, decoder.cache_bytes(asked) or 0, side, is_here, packing
-        ),
+        sizes=Sizes.of(loaded, None if method else dtype, cache or 0, side, is_here, packing),
     )
     if method:
         return with_hosts(_as_quantized(made, method, packing, stored))

@@ -76,7 +76,7 @@ def _plot_quantity(ax: Axes, effects: Sequence[_Effect], quantity: Quantity, cha
         _draw(ax, changes.index(effect.change) + shift, effect, quantity, place)
     if not known:
         say_empty(ax)
-    tidy(ax, "", _finding(quantity, known), changes, 9)
+    tidy(ax, "", _finding(quantity, known), size=9)
 
 
 def _draw(ax: Axes, y: float, effect: _Effect, quantity: Quantity, number: int) -> None:

@@ -153,9 +153,9 @@ def notebook_folder(tmp_path):
 def test_fresh_runs_of_story_and_report_show_what_is_stored(notebook_folder):
     """Each load once; for the report, which counts loads, each stands for as many as there are by default."""
     made = notebook_folder / "demo-output"
-    run_as_stored(STORY, notebook_folder, ("repeats: int = 4", "repeats: int = 1"))
+    run_as_stored(STORY, notebook_folder, ("repeats: int = 5", "repeats: int = 1"))
     did_what_it_was_given({"repeats": 1}, 100 * 10**6, made)
-    for name, repeats in (("comparison.json", 4), ("only_files_comparison.json", 3)):
+    for name, repeats in (("comparison.json", 5), ("only_files_comparison.json", 3)):
         found = Comparison.load(made / name)
         pairs = [replace(sample, pair=pair) for pair in range(repeats) for sample in found.samples]
         replace(found, samples=tuple(pairs)).save(made / name)

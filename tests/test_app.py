@@ -172,7 +172,7 @@ class TestChoose:
         control(app, "Dtype of shards").value = "float16"
         said = words(app)
         assert f"{already}: for memory you need no shards. Write float16 only where you must run" in said
-        assert "there the original needs about 14.8 GB, these shards about 271 MB" in said
+        assert "there the original needs about 14.8 GB of RAM, these shards about 271 MB" in said
         needed = re.search(r"memory to load cannot be evicted (.*?) mapped", said)[1]
         assert needed == "about 271 MB about 14.8 GB about 271 MB"
         for size in range(len(control(app, "Strategy").options)):
@@ -456,6 +456,7 @@ class TestShard:
         free = control(app, "Free the source's disk space meanwhile")
         assert free.value is False
         free.value = True
+        assert "It cannot be undone" in words(app)
         assert "It cannot be undone" in words(app)
         button(app, "Shard").click()
         assert app.wait(PATIENCE)

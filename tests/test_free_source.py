@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shardkit import Checkpoint, Progress, shard_checkpoint
+from shardkit import Checkpoint, Progress, shard_checkpoint, verify_checkpoint
 from shardkit.demo import make_demo_checkpoint
 from shardkit.errors import (
     Cancelled,
@@ -24,7 +24,7 @@ from shardkit.errors import (
     VerificationError,
 )
 from shardkit.load.seen import ModelKeys
-from shardkit.shard import verify
+from shardkit.shard import freeing, verify
 from shardkit.shard.destination import beside, remove_leftovers
 from shardkit.shard.report import ShardReport
 from tests.torture.bench import Skip, digests, mounted
@@ -305,3 +305,38 @@ def test_single_file_by_its_name_is_freed_and_what_lies_beside_it_is_not(tmp_pat
     assert list(report.freed) == ["weights.safetensors"]
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "out"}
     assert [name for path in sorted(out.glob("*.safetensors")) for name in load_file(path)] == list(tensors)
+
+
+def test_a_source_is_freed_by_one_run_at_a_time(
+    source: Path, out: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(freeing, "_is_in_use", lambda _: False)  # where no leases are granted
+    refused: list[str] = []
+
+    def second(_: Progress) -> None:
+        if not refused:
+            with pytest.raises(CheckpointError) as error:
+                free(source, out.with_name("other"), max_shard_size="1MB")
+            refused.append(str(error.value))
+
+    assert free(source, out, progress=second).verification.equal
+    assert "is being freed by another run" in refused[0]
+    assert verify_checkpoint(model, out).equal
+
+
+@pytest.mark.parametrize("is_freed", [True, False])
+@pytest.mark.parametrize("role", ["staging", "trash", "old"])
+def test_a_source_where_a_destination_keeps_its_own_is_refused_and_kept(
+    model: Path, out: Path, role: str, is_freed: bool
+) -> None:
+    source = shutil.copytree(model, beside(out, role))
+    with pytest.raises(DestinationError, match="rename it, or choose another destination"):
+        free(source, out, free_source=is_freed)
+    assert verify_checkpoint(model, source).equal
+    assert not out.exists()
+
+
+def test_one_file_of_several_does_not_free_the_others(source: Path, out: Path, model: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is one of 2 files that would be freed; name the folder"):
+        free(source / "model-00001-of-00002.safetensors", out)
+    assert verify_checkpoint(model, source).equal

@@ -401,6 +401,7 @@ def test_cast_of_quantized_weights_is_refused_with_the_reason(
         ({"max_shard_size": 0}, SizeError, ["0"]),
         ({"files": 0}, PlanError, ["0", "between 1 and the 1"]),
         ({"files": 2}, PlanError, ["2", "between 1 and the 1"]),
+        ({"files": "3"}, PlanError, ["'3'", "a whole number"]),
         ({"files": 1, "strategy": "layer"}, PlanError, ["leave out max_shard_size and strategy"]),
         ({"files": 1, "max_shard_size": 8}, PlanError, ["leave out max_shard_size and strategy"]),
     ],

@@ -51,7 +51,7 @@ class Loads:
             return f"{enough} They help to copy, upload and download: smaller files, nothing else."
         return (
             f"{enough} Write {dtype} only where you must run in {must}: there the original needs "
-            f"{self.requested.needed}, these shards {shards.needed}."
+            f"{self.requested.needed} of RAM, these shards {shards.needed}."
         )
 
     def html(self) -> str:

@@ -127,7 +127,7 @@ class Compare(Step):
     def clear(self) -> None:
         """Forget what was found."""
         super().clear()
-        self.comparison, self._is_complete = None, False
+        self.comparison, self._is_complete, self._seconds_a_run = None, False, 0.0
         self.stopped = "No results yet. Compare starts over."
         self._tiles.value = self._details.value = ""
 

@@ -37,7 +37,7 @@ class Shard(Step):
     """Writes the shards and proves them."""
 
     number, title, button, working = 3, "Shard", "Shard", "Sharding…"
-    hint = "Copies byte ranges, loads nothing, compares every tensor. The source stays, unless it is freed."
+    hint = "Copies byte ranges, loads nothing, compares all. The source is not changed, unless you free it."
     later = "writes the shards and verifies them: once there is a plan"
     stopped = f"Finished shards are kept: {_GOES_ON}."
 
@@ -106,14 +106,14 @@ class Shard(Step):
     def clear(self) -> None:
         """Forget what was written."""
         super().clear()
-        self.report = None
+        self.report, self.free_source.value = None, False
 
     def look(self, _: Any = None) -> None:
         """Say what a click would meet: an interrupted run, a folder that exists, one that cannot be."""
         if self.missing or self._may_cancel:  # or it would overwrite what the job says
             return
         try:
-            self.say(self._met())
+            self.say(self._met() + page.warning(_FREES) * bool(self.free_source.value))
         except DestinationError as error:
             self.refuse(self.in_words(error))
 
@@ -131,7 +131,7 @@ class Shard(Step):
                 check_destination(checkpoint, resolve(self.folder), self.overwrite.value)
             except DestinationError as error:
                 return page.warning(in_the_app(str(error)))
-        return page.warning(_FREES) if self.free_source.value else ""
+        return ""
 
     @property
     def unfinished(self) -> bool:

@@ -111,8 +111,9 @@ def pack_in_files(items: Sequence[Item], count: int) -> list[list[Item]]:
     [6, 6], [2, 6, 2, 2]. Of 40,000 random divisions none had a file that was larger than an equal share by
     more than 1.1 times the largest tensor.
     """
-    if not 1 <= count <= max(1, len(items)):
-        raise PlanError(f"files is {count}, but must be between 1 and the {len(items):,} tensors there are")
+    if type(count) is not int or not 1 <= count <= max(1, len(items)):
+        most = f"between 1 and the {len(items):,} tensors there are"
+        raise PlanError(f"files is {count!r}, but must be a whole number {most}")
     ends, files, begin = [0, *accumulate(item.nbytes for item in items)], [], 0
     for left in range(count, 0, -1):
         share = ends[begin] + (ends[-1] - ends[begin]) / left

@@ -74,6 +74,16 @@ def check_destination(checkpoint: Checkpoint, target: Path, overwrite: bool) -> 
     check_free(target, overwrite)
 
 
+def refuse_leftover(source: str | os.PathLike[str], target: Path) -> None:
+    """Refuse a source that would be taken for what a run has left beside a destination, and be removed."""
+    for role in _ROLES:
+        if _is_within(Path(source).expanduser(), kept := beside(target, role)):
+            raise DestinationError(
+                f"{source} lies in {kept}, which a run that writes {target} removes; rename it, or choose "
+                "another destination"
+            )
+
+
 def check_free(target: Path, overwrite: bool) -> None:
     """Refuse a destination that holds what is not to be replaced; as `check_destination`."""
     if _is_within(Path(), target):

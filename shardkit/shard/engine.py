@@ -21,7 +21,7 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import DtypeLike
 from shardkit.plan.plan import Shard, Strategy
 from shardkit.shard.copy import Outcome, run_task, shard_tasks
-from shardkit.shard.destination import check_free, refuse_only_copy, resolve
+from shardkit.shard.destination import check_free, refuse_leftover, refuse_only_copy, resolve
 from shardkit.shard.folder_store import FolderStore
 from shardkit.shard.freeing import FreeingStore, open_to_free
 from shardkit.shard.opening import is_streamed, open_there, planned
@@ -118,6 +118,7 @@ def shard_checkpoint(
     watch, crew = Watch(), Crew(worker_count(workers, executor), executor, progress)
     layout = {"max_shard_size": max_shard_size, "strategy": strategy, "dtype": dtype, "files": files}
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
+    refuse_leftover(source, resolve(destination))
     if not free_source:
         refuse_only_copy(resolve(destination))
     checkpoint = open_to_free(source, destination, opened) if free_source else opened()

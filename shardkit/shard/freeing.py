@@ -15,8 +15,9 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from shardkit.base import pages
 from shardkit.base.errors import CheckpointError, DestinationError, PlanError, VerificationError
@@ -66,7 +67,11 @@ def open_to_free(
         except DestinationError:
             clear_after_end(target)
             raise
-        return _refuse(opened())
+        checkpoint = opened()
+        if os.path.isfile(source) and not is_index(Path(source).name) and len(checkpoint.files) > 1:
+            several = f"is one of {plural(len(checkpoint.files), 'file')} that would be freed"
+            raise CheckpointError(f"{several}; name the folder", file=os.fspath(source))
+        return _refuse(checkpoint)
     record = json.loads(beside(target, "source").read_text(encoding="utf-8"))
     checkpoint = Checkpoint.from_dict(record)
     if os.path.abspath(os.path.expanduser(source)) != checkpoint.source:
@@ -125,6 +130,20 @@ def _lease(handle: int) -> None:
     fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_WRLCK)
 
 
+def _lock(file: IO[bytes], path: str) -> None:
+    """Lock a file until it is closed; on Windows, being open keeps others from cutting it."""
+    with suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError("is being freed by another run", file=path) from None
+        except OSError as error:
+            why = f"cannot be locked ({error.strerror}), so it is not freed; leave out free_source"
+            raise CheckpointError(why, file=path) from error
+
+
 class FreeingStore(FolderStore):
     """A folder that becomes `destination` while its source is freed; as `FolderStore`."""
 
@@ -138,10 +157,19 @@ class FreeingStore(FolderStore):
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Hold the store; find out what could be wrong in the end while nothing is freed yet."""
-        with super().open():
+        """Hold the store and its source; find out what could be wrong in the end before anything is freed."""
+        with self._held(), super().open():
             if not self._record.exists():
                 self._rehearse()
+            yield
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Lock what is left of the source, which another run may free, too; before it is looked at again."""
+        with ExitStack() as held:
+            for path in map(self.job.checkpoint.path, self.job.checkpoint.files):
+                with suppress(FileNotFoundError):
+                    _lock(held.enter_context(open(path, "r+b")), path)
             yield
 
     def ordered(self, todo: Sequence[Shard]) -> list[Shard]:

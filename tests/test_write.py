@@ -41,7 +41,7 @@ from shardkit.errors import (
     VerificationError,
 )
 from shardkit.shard import copy as transfer
-from shardkit.shard import destination, folder_store, side_files, verify
+from shardkit.shard import destination, folder_store, opening, side_files, verify
 from shardkit.shard import engine as write
 from shardkit.shard.report import ShardReport
 from shardkit.sources import local
@@ -945,7 +945,7 @@ def test_source_replaced_after_its_header_was_read_is_not_published(
         rewrite_source(source)
         return made
 
-    monkeypatch.setattr(write, "plan_shards", plan)
+    monkeypatch.setattr(opening, "plan_shards", plan)
     with pytest.raises(CheckpointError, match=r"model\.safetensors changed while being copied"):
         shard(source, out)
     assert not out.exists()

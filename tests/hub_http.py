@@ -10,7 +10,7 @@ import struct
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -96,17 +96,20 @@ class Handler(BaseHTTPRequestHandler):
         self.route, _, self.query = self.path.partition("?")
         self.status = self.got = self.sent = 0
         self.fault = self.hub.fault_for(f"{self.command} {self.host} {self.route}")
+        begun = self._request()
+        self.hub.requests.append(begun)  # now: who has the answer may forget it before it is counted
         try:
             self._answer()
         finally:
-            scheme, _, token = self.headers.get("Authorization", "").partition(" ")
-            said = token if scheme == "Bearer" else None
-            self.hub.requests.append(
-                Request(
-                    self.command, self.host, self.route, self.status, self.got, self.sent, said,
-                    self.headers.get("Range"),
-                )
-            )  # fmt: skip
+            with suppress(StopIteration, IndexError):
+                place = next(place for place, one in enumerate(self.hub.requests) if one is begun)
+                self.hub.requests[place] = self._request()
+
+    def _request(self) -> Request:
+        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+        said = token if scheme == "Bearer" else None
+        span = self.headers.get("Range")
+        return Request(self.command, self.host, self.route, self.status, self.got, self.sent, said, span)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815  names that the base class calls
 

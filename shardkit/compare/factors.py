@@ -30,7 +30,6 @@ from shardkit.formats.tensor import DtypeLike
 from shardkit.measure.measurement import LoadMeasurement
 from shardkit.measure.quantities import QUANTITIES, Quantity, Ratio, ratios_of
 from shardkit.measure.samples import ORIGINAL, SHARDED
-from shardkit.plan.plan import ShardPlan, plan_shards
 from shardkit.shard.engine import shard_checkpoint
 from shardkit.show.effects import EFFECT_QUANTITIES
 
@@ -81,21 +80,11 @@ def make_sources(
         safe = Path(folder, f"{plural(cell.files, 'file')}, {cell.dtype}")
         if not safe.exists():
             # Whether they are one model is seen before they are compared.
-            shard_checkpoint(_in_files(checkpoint, cell.files, cell.dtype), safe, verify=False)
+            shard_checkpoint(checkpoint, safe, files=cell.files, dtype=cell.dtype, verify=False)
         sources[cell] = safe if cell.format == "safetensors" else Path(f"{safe}, {cell.format}")
         if not sources[cell].exists():
             write_bins(safe, sources[cell])
     return sources
-
-
-def _in_files(checkpoint: Checkpoint, files: int, dtype: str) -> ShardPlan:
-    """Return a plan of so many files, nearly equal; of fewer, where large tensors do not allow it."""
-    size = checkpoint.total_bytes * 2 if files == 1 else checkpoint.total_bytes // files
-    while True:
-        plan = plan_shards(checkpoint, max_shard_size=size, strategy="balanced", dtype=dtype)
-        if len(plan.shards) <= files:
-            return plan
-        size += size // 50
 
 
 def compare_cells(

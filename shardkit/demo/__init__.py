@@ -18,8 +18,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,7 +33,7 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.demo.bins import bin_name, write_bins
 from shardkit.demo.shapes import DTYPES, Architecture, DemoShape, FalconShape, demo_shape
 from shardkit.formats.tensor import CAST_DTYPES, DtypeLike, TensorInfo, dtype_name
-from shardkit.plan.plan import Shard, ShardPlan, plan_shards
+from shardkit.plan.plan import ShardPlan, plan_shards
 from shardkit.shard.destination import resolve
 from shardkit.shard.engine import reshard
 from shardkit.shard.folder_store import FolderStore
@@ -165,7 +163,10 @@ def make_demo_checkpoint(
     target, watch = resolve(folder), Watch()
     with TemporaryDirectory() as beside:
         checkpoint = _generated(shape, made_by, Path(beside))
-        plan = _cut(plan_shards(checkpoint, max_shard_size="1TB"), shards)
+        most = len(checkpoint.tensors)
+        if not 1 <= shards <= most:
+            raise PlanError(f"shards={shards}: the {most} tensors of this demo fill from 1 to {most}")
+        plan = plan_shards(checkpoint, files=shards)
         if (existing := _existing_demo(target, plan, made_by)) is not None:
             return existing
         crew = Crew(min(8, os.cpu_count() or 1), progress=progress)
@@ -219,26 +220,6 @@ def _put_bins(job: Job, target: Path, watch: Watch) -> None:
         made = Path(scratch, "safetensors")
         reshard(FolderStore(job, made, overwrite=False, resume=False), watch)
         write_bins(made, Path(scratch, "bins")).rename(target)
-
-
-def _cut(whole: ShardPlan, count: int) -> ShardPlan:
-    """Cut the one file of a plan, tensors in order, where files come nearest to equal."""
-    tensors = whole.shards[0].tensors
-    if not 1 <= count <= len(tensors):
-        raise PlanError(
-            f"shards={count}: the {len(tensors)} tensors of this demo fill from 1 to {len(tensors)}"
-        )
-    begins, cuts = [tensor.begin for tensor in tensors], [0]
-    for number in range(1, count):
-        possible = range(cuts[-1] + 1, len(tensors) - count + number + 1)  # no file is left empty
-        cuts.append(min(possible, key=lambda cut: abs(begins[cut] * count - whole.total_bytes * number)))
-    shards = []
-    for number, (first, end) in enumerate(pairwise([*cuts, len(tensors)]), start=1):
-        file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        held = tuple(replace(tensor, begin=tensor.begin - begins[first]) for tensor in tensors[first:end])
-        shards.append(Shard(file, held, len(whole.header(Shard(file, held, 0)))))
-    largest = max(shard.nbytes for shard in shards)
-    return replace(whole, strategy="balanced", max_shard_size=largest, shards=tuple(shards))
 
 
 def _existing_demo(target: Path, plan: ShardPlan, made_by: dict[str, Any]) -> Checkpoint | None:

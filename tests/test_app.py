@@ -150,9 +150,11 @@ class TestChoose:
         app = opened(demo, dtype="float16")
         said = words(app)
         assert "MistralForCausalLM" in said
-        assert "original as stored, in bfloat16 original in float16 these shards in float16" in said
+        columns = ("original as stored, in bfloat16", "original in float16, as the shards")
+        assert " ".join((*columns, "these shards, in float16")) in said
         for host in ("this machine", "Colab", "Kaggle", "Binder"):
             assert host in said
+        assert re.search(r"Colab T4 16.1 GB fits: .* in float16 .* Colab 81.9 GB download and shards", said)
         assert not alerts(app)
 
     def test_the_original_is_estimated_once_for_each_dtype(self, demo, monkeypatch):
@@ -304,6 +306,14 @@ class TestChoose:
         control(app, "Checkpoint").value = demo
         assert app.wait(PATIENCE)
         assert not alerts(app)
+
+    def test_another_checkpoint_gets_a_folder_of_its_own(self, demo):
+        shardkit.make_demo_checkpoint("other", size="5MB")
+        app = opened(demo, destination="mine")
+        assert app._shard.folder == "mine"
+        control(app, "Checkpoint").value = "other"
+        assert app.wait(PATIENCE)
+        assert app._shard.folder == "other-sharded"
 
     def test_new_shards_forget_the_comparison_of_the_old(self, demo, instant_loads):
         app = opened(demo, repeats=1, overwrite=True)
@@ -529,6 +539,11 @@ class TestShard:
         for _ in range(2):
             button(app, "Shard").click()
             assert app.wait(PATIENCE)
+        assert not alerts(app)
+        assert "demo-sharded holds these files already: compare them in step 4. To write" in words(app)
+        control(app, "Dtype of shards").value = "float16"
+        button(app, "Shard").click()
+        assert app.wait(PATIENCE)
         assert "already exists" in alerts(app)[0]
         assert "check &quot;Replace an existing checkpoint" in alerts(app)[0]
         control(app, "Replace an existing checkpoint").value = True
@@ -665,6 +680,7 @@ class TestCompare:
         assert instant_loads
         tiles, folded = app._compare._tiles.value, app._compare._details.value
         assert re.findall(r'"sk-tile"><span>(.*?)</span>', tiles) == ["Memory", "Load time", "First token"]
+        assert "original to sharded" in tiles
         assert "<b>700 MB</b>" in tiles
         assert "no difference" in tiles
         assert folded.startswith("<details")
@@ -689,7 +705,7 @@ class TestCompare:
         comparison = app.run_all()
         assert comparison.names == ("original", "sharded", "within 100 MB")
         assert {how.max_memory_bytes for how in instant_loads} == {None, 100_000_000}
-        assert "<h4>within 100 MB</h4>" in html(app)
+        assert "original to within 100 MB" in words(app)
         control(app, "Memory budget of a third variant").value = "little"
         button(app, "Compare").click()
         assert app.wait(PATIENCE)

@@ -230,7 +230,7 @@ def test_by_mouse_through_all_four_steps(page, lab, tmp_path):
     assert app.root.bounding_box()["height"] < 700
     app.open_demo()
     app.pick("Dtype of shards", "float16")
-    expect(app.choose.locator(".sk-ways")).to_contain_text("these shards in float16", timeout=60_000)
+    expect(app.choose.locator(".sk-ways")).to_contain_text("these shards, in float16", timeout=60_000)
     press(app.shard, "Shard")
     ends_well(app.shard)
     expect(app.compare.get_by_text(re.compile(r"^about \d+ s for 2 pairs"))).to_be_visible()
@@ -278,7 +278,7 @@ def test_by_keyboard_alone(page, lab):
     assert files.inner_text() != before
     go_to("Dtype of shards")
     page.keyboard.press("ArrowDown")
-    expect(app.choose.locator(".sk-ways")).to_contain_text("these shards in float16", timeout=60_000)
+    expect(app.choose.locator(".sk-ways")).to_contain_text("these shards, in float16", timeout=60_000)
     go_to("Details and files")
     page.keyboard.press("Enter")
     expect(app.plan.locator("details")).to_contain_text("cast to float16")

@@ -194,6 +194,7 @@ def test_anything_wrong_ends_in_one_line_and_status_one(case, demo, tmp_path):
         ("verify a", "destination --output is required"),
         ("compare a b --repeats 0", "whole number above zero"),
         ("compare a b --repeats often", "whole number above zero, at most 1,000,000,000, or auto"),
+        ("compare a b --most 9", "--most and --most-seconds only apply to --repeats auto"),
         ("compare a b --most-seconds -1", "'-1' is not a number of seconds"),
         ("inspect a --context-tokens x", "whole number above zero"),
         ("inspect a --context-tokens 2.5", "whole number above zero"),

@@ -28,6 +28,7 @@ from shardkit import (
     Checkpoint,
     Progress,
     compare_loads,
+    load_model,
     make_demo_checkpoint,
     measure_load,
     plan_shards,
@@ -143,6 +144,20 @@ class TestLooking:
         assert Checkpoint.open(ID).source == str(tmp_path / ID)
         assert not hub.requests
         assert Checkpoint.open(f"hf://{ID}").source == f"hf://{ID}@{sha}"
+
+    @pytest.mark.parametrize("budget", [None, "2GB"])
+    def test_model_is_loaded_from_the_revision_that_was_asked_for(
+        self, hub: LoopbackHub, tmp_path: Path, budget: str | None
+    ) -> None:
+        commits = []
+        for seed in (1, 2):
+            made = make_demo_checkpoint(tmp_path / str(seed), size="5MB", shards=1, seed=seed)
+            commits.append(hub.add_model("org/two", Path(made.folder)))
+        loaded = [load_model("org/two", revision=commit, max_memory=budget) for commit in commits]
+        for seed, model in enumerate(loaded, 1):
+            wanted = load_model(tmp_path / str(seed)).lm_head.weight
+            assert model.lm_head.weight.equal(wanted)
+        assert not loaded[0].lm_head.weight.equal(loaded[1].lm_head.weight)
 
     def test_revision_is_pinned_to_the_commit_that_it_is_now(
         self, hub: LoopbackHub, folder: Path, sha: str

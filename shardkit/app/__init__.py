@@ -118,7 +118,7 @@ class ShardApp:
             in_2024=bool(with_2024_stack),
         )
         self._steps = (self._choose, self._plan, self._shard, self._compare)
-        self._named, self._worker = "", Worker()
+        self._source, self._worker = "", Worker()
         self._working: Step | None = None
         self.widget = widgets.VBox([widgets.HTML(page.stylesheet()), *(step.box for step in self._steps)])
         self.widget.add_class("sk-app")
@@ -223,8 +223,10 @@ class ShardApp:
             self._refresh()
 
     def _opened(self) -> None:
-        if self.checkpoint is not None and self._shard.folder in ("", self._named):
-            self._named = self._shard.destination.value = self._choose.default_destination
+        if self.checkpoint is not None:
+            if self._shard.folder == "" or self._source not in ("", self.checkpoint.source):
+                self._shard.destination.value = self._choose.default_destination
+            self._source = self.checkpoint.source
         self._compare.clear()
         self._shard.clear()
         self._plan.open()

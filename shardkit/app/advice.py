@@ -8,8 +8,10 @@ from itertools import zip_longest
 from pathlib import Path
 
 from shardkit.app import page
+from shardkit.base.record import Summary
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.estimate import Estimate
+from shardkit.checkpoint.fits import tables
 from shardkit.checkpoint.hosts import HostFit
 from shardkit.plan.plan import ShardPlan
 
@@ -59,8 +61,8 @@ class Loads:
         ways = (self.stored, self.requested, self.shards)
         columns = (
             f"original as stored, {_in(self.stored)}",
-            f"original {_in(self.requested)}",
-            f"these shards {_in(self.shards)}",
+            f"original {_in(self.requested)}, as the shards",
+            f"these shards, {_in(self.shards)}",
         )
         disk = (self.original_bytes, self.original_bytes, self.plan.total_bytes)
         rows = [
@@ -72,7 +74,14 @@ class Loads:
             known = next(filter(None, fits))
             rows.append((known.name, format_size(known.memory_bytes), [_fit(one) for one in fits]))
         notes = dict.fromkeys(note for way in ways for note in way.notes)
-        return page.advice(self.advice) + page.ways(columns, rows) + "".join(map(page.warning, notes))
+        warnings = "".join(map(page.warning, notes))
+        return page.advice(self.advice) + page.ways(columns, rows) + self._elsewhere() + warnings
+
+    def _elsewhere(self) -> str:
+        """Return, folded, whether the model fits on GPUs, and its files on disks; empty if not known."""
+        title = f"The original and shards {_in(self.requested)}"
+        found = Summary(title, tables=tuple(tables((), self.requested.gpus, self.requested.disks)))
+        return page.details("On GPUs and disks", found.html(), name="disks") if found.tables else ""
 
     def disk(self) -> tuple[str, str]:
         """Return the disk that is free here, and what is wrong with that; empty if nothing is."""

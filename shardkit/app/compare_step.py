@@ -120,6 +120,7 @@ class Compare(Step):
     def show(self, *, working: bool, busy: bool, is_next: bool) -> None:
         """Say as well what would be compared, and how long that takes."""
         super().show(working=working, busy=busy, is_next=is_next)
+        self._long.layout.display = "none" if working else None  # the bar has the time left
         found = self._shard.found
         self._lies.value = page.warning(f"{found}: this is what would be compared.") if found else ""
         self._say_how_long()

@@ -146,8 +146,8 @@ def tiles(comparison: Comparison) -> str:
     for name in comparison.names:
         found = {quantity: comparison.found(name).get(quantity) for quantity in main}
         made = [_tile(q, ratio) for q, ratio in found.items() if isinstance(ratio, Ratio)]
-        title = f"<h4>{escaped(name)}</h4>" if len(comparison.names) > 2 else ""
-        shown += f'{title}<div class="sk-tiles">{"".join(made)}</div>' if made else ""
+        sides = hint(f"{comparison.reference} to {name}")
+        shown += f'{sides}<div class="sk-tiles">{"".join(made)}</div>' if made else ""
     return warning(comparison.verdict) + shown if comparison.failures or not shown else shown
 
 

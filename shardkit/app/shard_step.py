@@ -30,6 +30,7 @@ from shardkit.show.progress import STAGES
 _SHOW_EVERY_SECONDS = 0.15  # a page that is told more often than that falls behind
 _GOES_ON = "Shard resumes where it stopped"
 _REPLACE = "Replace an existing checkpoint"
+_ALREADY = "holds these files already: compare them in step 4."
 _FREES = "The weights of the source are removed while shards are written and verified. It cannot be undone."
 
 
@@ -117,6 +118,12 @@ class Shard(Step):
         except DestinationError as error:
             self.refuse(self.in_words(error))
 
+    def in_words(self, error: Exception) -> str:
+        """Return what the page says of an error; a second click on what is done is none."""
+        if isinstance(error, DestinationError) and self.is_done and not self.overwrite.value:
+            return page.done(f'{self.folder} {_ALREADY} To write them again, check "{_REPLACE}".')
+        return super().in_words(error)
+
     def _met(self) -> str:
         if self.unfinished:
             return page.status(f"A run was interrupted here. With the same plan, {_GOES_ON}.")
@@ -124,7 +131,7 @@ class Shard(Step):
             how = "Shard replaces it." if self.overwrite.value else f'Check "{_REPLACE}", or choose another.'
             return page.warning(f"{self.found}. {how}")
         if self.is_done and not self.overwrite.value:
-            return page.done(f"{self.folder} holds these files already: compare them in step 4.")
+            return page.done(f"{self.folder} {_ALREADY}")
         checkpoint = self._choose.checkpoint
         if checkpoint is not None and self.folder:
             try:
@@ -180,7 +187,7 @@ def _told(report: ShardReport) -> str:
 class _ByteProgress:
     """Shows the progress of a job in bytes: a bar, and in words how much, how fast, how long yet."""
 
-    def __init__(self, show: Callable[[float, str], None]) -> None:
+    def __init__(self, show: Callable[[float | None, str], None]) -> None:
         self._show, self._stage, self._began, self._shown_at = show, "", 0.0, 0.0
 
     def __call__(self, progress: Progress) -> bool:
@@ -195,5 +202,5 @@ class _ByteProgress:
                 rate = done / (now - self._began)
                 line += f", {format_size(rate)}/s, {page.whole_seconds((total - done) / rate)} left"
             self._shown_at = now
-            self._show(done / total if total else 1, line)
+            self._show(done / total if total else None, line)
         return not Worker.stopping()

@@ -28,7 +28,10 @@ _IN_THE_APP = {
 
 def field(kind: Any, label: str, **options: Any) -> Any:
     """Return a control whose label a screen reader finds, as wide as there is room for."""
-    return kind(description=label, style={"description_width": "initial"}, **options)
+    made = kind(description=label, style={"description_width": "initial"}, **options)
+    if made.has_trait("tooltip"):  # or a label says "null" under a pointer
+        made.tooltip = ""
+    return made
 
 
 def box(name: str, *children: Any) -> Any:
@@ -106,9 +109,10 @@ class Step:
         """Show a line of HTML under the buttons."""
         self._message.value = html
 
-    def show_progress(self, done: float, line: str) -> None:
-        """Show how far a job is: the share of it that is done, and in words."""
-        self._bar.value = done
+    def show_progress(self, done: float | None, line: str) -> None:
+        """Show how far a job is: the share of it that is done, None where nobody knows; and in words."""
+        (self._bar.add_class if done is None else self._bar.remove_class)("sk-waits")
+        self._bar.value = 1 if done is None else done
         self.say(page.status(line))
 
     def refuse(self, html: str) -> None:

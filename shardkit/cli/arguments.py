@@ -230,7 +230,12 @@ REPEATS = (
         default=5,
         metavar="N|auto",
     ),
-    argument("--most", "Most pairs with --repeats auto.", type=at_least_one, default=MOST_PAIRS, metavar="N"),
+    argument(
+        "--most",
+        f"Most pairs with --repeats auto (default: {MOST_PAIRS}).",
+        type=at_least_one,
+        metavar="N",
+    ),
     argument(
         "--most-seconds",
         "With --repeats auto: begin no pair after so long.",

@@ -38,6 +38,7 @@ from shardkit.cli.arguments import (
 )
 from shardkit.cli.terminal import LimitedRuns, next_step, progress_bar, say, show, show_run
 from shardkit.formats.tensor import Dtype, LoadDtype
+from shardkit.measure.samples import AUTO
 from shardkit.measure.spec import CACHES
 from shardkit.shard.destination import default_destination, free_bytes, leftovers, remove_leftovers
 from shardkit.sources.resolve import is_on_hub
@@ -259,6 +260,11 @@ def compare(
     **asked: Any,
 ) -> None:
     """Load two checkpoints in turn, each time in a fresh process, and report what differs."""
+    budget = {name: asked.pop(name) for name in ("most", "most_seconds")}
+    if asked["repeats"] == AUTO:
+        asked |= {name: value for name, value in budget.items() if value is not None}
+    elif any(budget.values()):
+        wrong_usage("compare", "--most and --most-seconds only apply to --repeats auto")
     _require_writable(output, plot)
     with progress_bar() as bar:
         found = shardkit.compare_loads(

@@ -28,6 +28,7 @@ _IN_THE_TERMINAL = {
     "same_model=False": "--no-same-model",
     "stream=True": "--stream",
     "free_source=True": "--free-source",
+    "lower max_shard_size": "lower --max-shard-size",
 }
 _RED, _YELLOW, _GREEN, _BOLD = "31", "33", "32", "1"
 _RATIO = r"(?<!between )(?<!and )\b[\d.]+(?:x| %)"

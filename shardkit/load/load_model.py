@@ -113,20 +113,23 @@ def load_model(
         None if max_memory is None else parse_size(max_memory),
         Sequences(context_tokens, batch_size),
     )
-    folder, files = loaded_files(source)
+    options, where = from_pretrained_options, {}
+    if not os.path.exists(os.path.expanduser(source)):  # from the folder, transformers would ignore them
+        where = {name: options.pop(name) for name in ("revision", "token") if name in options}
+    folder, files = loaded_files(source, **where)
     checkpoint = Checkpoint.open(folder)
     if budget is not None:
-        model = load_streaming(checkpoint, dtype, asked.within(budget), from_pretrained_options)
+        model = load_streaming(checkpoint, dtype, asked.within(budget), options)
         if model is not None:
             return model
-    early = _read_early(checkpoint, files, dtype, from_pretrained_options)
+    early = _read_early(checkpoint, files, dtype, options)
     with early if prefetch else nullcontext() as given:
         import transformers
 
-        names = loader_names(checkpoint.config, bool(from_pretrained_options.get("trust_remote_code")))
+        names = loader_names(checkpoint.config, bool(options.get("trust_remote_code")))
         loader = next(found for name in names if (found := getattr(transformers, name, None)))
         name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-        load = partial(loader.from_pretrained, folder, **{name: dtype}, **from_pretrained_options)
+        load = partial(loader.from_pretrained, folder, **{name: dtype}, **options)
         with given.in_transformers() if given else nullcontext():
             if budget is None:
                 return load()
@@ -152,15 +155,17 @@ def _read_early(
         raise
 
 
-def loaded_files(source: str | os.PathLike[str]) -> tuple[str, list[str]]:
+def loaded_files(source: str | os.PathLike[str], **where: Any) -> tuple[str, list[str]]:
     """Return the folder that transformers is given, and the paths of the weights that it loads from there.
+
+    `where` are a `revision` and a `token` of the Hub.
 
     Raises
     ------
     CheckpointError
         If `source` holds no checkpoint, or is a file beside the one that transformers chooses.
     """
-    found = resolve(source, needed_files, download=True)
+    found = resolve(source, needed_files, download=True, **where)
     if found.files.folder is None:
         raise CheckpointError(
             "is not on this machine: shard it to a folder, and load that", file=found.source

@@ -232,6 +232,8 @@ class ShardPlan(Record):
 
     def _notes(self) -> tuple[str, ...]:
         notes = []
+        if len(self.shards) == 1 and self.max_shard_size == parse_size(USUAL[0]):
+            notes.append(f"one file, as all of it is under {USUAL[0]}: for more files, lower max_shard_size")
         if self.oversized:
             notes.append(
                 f"{plural(len(self.oversized), 'tensor')} larger than {format_size(self.max_shard_size)}, "

@@ -3,6 +3,7 @@
 from tests.torture import (
     budgets,
     comparisons,
+    estimates,
     flips,
     freeing,
     hubs,
@@ -22,7 +23,7 @@ KINDS = {
     "places": places.ODD, "fallbacks": places.FALLBACKS,
     "hub-trips": hubs.TRIPS, "hub-kills": hubs.KILLED,
     "cancels": places.CANCELS, "interrupts": places.INTERRUPTS,
-    "budgets": budgets.BUDGETS,
+    "budgets": budgets.BUDGETS, "estimates": estimates.ESTIMATES,
     "same-twice": comparisons.SAME, "same-twice-auto": comparisons.SAME_UNTIL,
     "slowdowns": comparisons.SLOWED, "slowdowns-auto": comparisons.SLOWED_UNTIL,
 }  # fmt: skip

@@ -21,11 +21,15 @@ NOTEBOOK = "notebooks/01_shard_and_compare.ipynb"  # what the README's badges op
 UNSET = "your_name/shardkit"
 ADDRESS = re.compile(r'(?m)^(Repository = "https://github\.com/)([^"]+)"$')
 BLOCK = re.compile(r"(?s)<!-- badges -->.*?<!-- /badges -->")
+CLONE = re.compile(r"(?s)<!-- clone -->.*?<!-- /clone -->")
 INSTALLED_FROM = re.compile(r"https://github\.com/[^/\s]+/[^/\s]+(?=/archive/HEAD\.zip)")
 
 
 def badges(repository: str, notebook: str) -> str:
-    """Return the block that opens a notebook on three hosts."""
+    """Return the block that opens a notebook on three hosts; before there is an address, how to set it."""
+    if repository == UNSET:
+        how = "make badges REPOSITORY=owner/name puts links to Colab, Kaggle and Binder here"
+        return f"<!-- badges -->\n<!-- {how} -->\n<!-- /badges -->"
     path = f"{repository}/blob/main/{notebook}"
     links = {
         ("Open in Colab", "https://colab.research.google.com/assets/colab-badge.svg"): (
@@ -39,9 +43,16 @@ def badges(repository: str, notebook: str) -> str:
         ),
     }
     lines = [f"[![{label}]({image})]({link})" for (label, image), link in links.items()]
-    if repository == UNSET:
-        lines.append("\n*(The badges work after `make badges REPOSITORY=owner/name` in a published copy.)*")
     return "\n".join(["<!-- badges -->", *lines, "<!-- /badges -->"])
+
+
+def clone(repository: str) -> str:
+    """Return the block that says where a clone comes from; before there is an address, nothing of it."""
+    if repository == UNSET:
+        return "<!-- clone -->\nIn a clone:\n<!-- /clone -->"
+    url = f"https://github.com/{repository}"
+    without = f'`pip install "shardkit[load] @ git+{url}"`'
+    return f"<!-- clone -->\nIn a clone (`git clone {url}`), or without one ({without}):\n<!-- /clone -->"
 
 
 def stamped(path: Path, repository: str) -> str:
@@ -50,7 +61,7 @@ def stamped(path: Path, repository: str) -> str:
     if path.suffix == ".toml":
         return ADDRESS.sub(rf'\g<1>{repository}"', text)
     if path.suffix == ".md":
-        return BLOCK.sub(badges(repository, NOTEBOOK), text)
+        return CLONE.sub(clone(repository), BLOCK.sub(badges(repository, NOTEBOOK), text))
     notebook = json.loads(text)
     for cell in notebook["cells"]:
         source = "".join(cell["source"])

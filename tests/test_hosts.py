@@ -46,7 +46,7 @@ def test_stamping_another_repository_reaches_every_badge_and_every_install(copy)
         text = (copy / name).read_text()
         assert old.removeprefix("https://github.com/") not in text
         assert "some-one/other.name" in text
-        assert not text.count("The badges work after")
+        assert "puts links" not in text
     readme = (copy / "README.md").read_text()
     for link in (
         "https://colab.research.google.com/github/some-one/other.name/blob/main/notebooks/01_shard_and_compare.ipynb",
@@ -54,6 +54,15 @@ def test_stamping_another_repository_reaches_every_badge_and_every_install(copy)
         "https://mybinder.org/v2/gh/some-one/other.name/HEAD?labpath=notebooks%2F01_shard_and_compare.ipynb",
     ):
         assert f"]({link})" in readme
+    assert "`git clone https://github.com/some-one/other.name`" in readme
+
+
+def test_no_badge_leads_nowhere(copy):
+    stamp(copy, "--repository", "your_name/shardkit")
+    for name in STAMPED:
+        text = (copy / name).read_text()
+        assert "](https://colab." not in text
+        assert "REPOSITORY=owner/name puts links" in text or name == "pyproject.toml"
 
 
 def test_stamping_changes_nothing_but_stamps_and_can_be_undone(copy):
@@ -67,6 +76,7 @@ def test_stamping_changes_nothing_but_stamps_and_can_be_undone(copy):
 
 @pytest.mark.parametrize("name", [name for name in STAMPED if name != "pyproject.toml"])
 def test_a_stamp_that_differs_is_named(copy, name):
+    stamp(copy, "--repository", "some-one/other")
     text = (copy / name).read_text()
     (copy / name).write_text(text.replace("mybinder.org/v2/gh/", "mybinder.org/v2/gh/stranger"))
     done = stamp(copy, "--check")

@@ -125,7 +125,7 @@ def test_a_source(address, source, tmp_path):
     assert Checkpoint.from_dict(json.loads(json.dumps(opened.to_dict()))).place == opened.place
     with pytest.raises(CheckpointError, match="not on this machine: shard it to a folder"):
         load_model(address)
-    with pytest.raises(DestinationError, match="is not a local folder"):
+    with pytest.raises(DestinationError, match="can only be read"):
         shard_checkpoint(source, f"{address}/copy")
     with pytest.raises(CheckpointError, match=r"cannot be read: .*refused"):
         Checkpoint.open("http://127.0.0.1:9")

@@ -18,6 +18,7 @@ from tests.fake_loads import fake_comparison
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+BOUNDS = [*PROJECT["dependencies"], *EXTRAS["load"], *EXTRAS["notebook"], *EXTRAS["cluster"]]
 # What `pip install shardkit` has to run: the command line and all that its engine is made of.
 ROOMS = ("base", "formats", "sources", "checkpoint", "plan", "shard")
 ENGINE = ("__*__.py", "cli/*.py", "demo/*.py", "show/progress.py", *(f"{room}/*.py" for room in ROOMS))
@@ -57,20 +58,20 @@ def imported(*patterns):
 
 
 def test_base_dependencies_are_what_the_engine_imports_and_nothing_else():
-    may_be_there = names(EXTRAS["load"])  # transformers is asked where it is installed
+    # Transformers is asked, and a bucket reached, where that is installed.
+    may_be_there = names(EXTRAS["load"]) | names(EXTRAS["cluster"])
     assert imported(*ENGINE) - may_be_there == names(PROJECT["dependencies"])
 
 
 def test_every_package_that_is_imported_is_in_an_extra():
-    given = names(PROJECT["dependencies"]) | names(EXTRAS["notebook"])
+    given = names(PROJECT["dependencies"]) | names(EXTRAS["notebook"]) | names(EXTRAS["cluster"])
     assert imported("**/*.py") <= given
-    # Not imported by name: the kernel that notebooks run in, and what runs them in batches.
-    assert given - imported("**/*.py") == {"ipykernel", "papermill"}
+    # Not imported by name: the kernel that notebooks run in, what runs them in batches, fsspec's way to S3.
+    assert given - imported("**/*.py") == {"ipykernel", "papermill", "s3fs"}
 
 
 def test_nothing_is_pinned_where_a_host_brings_its_own():
-    bounds = [*PROJECT["dependencies"], *EXTRAS["load"], *EXTRAS["notebook"]]
-    for requirement in map(Requirement, bounds):
+    for requirement in map(Requirement, BOUNDS):
         assert re.fullmatch(r"(>=[\d.]+)?", str(requirement.specifier)), requirement
 
 
@@ -79,7 +80,7 @@ def test_versions_for_development_are_within_the_bounds():
     pinned = {
         canonicalize_name(name): version for name, version in re.findall(r"(.+)==(.+)", "\n".join(lines))
     }
-    for requirement in map(Requirement, [*PROJECT["dependencies"], *EXTRAS["load"], *EXTRAS["notebook"]]):
+    for requirement in map(Requirement, BOUNDS):
         if requirement.name != PROJECT["name"]:
             assert pinned[canonicalize_name(requirement.name)] in requirement.specifier
 

@@ -44,7 +44,7 @@ class Checkpoint(Record):
     Attributes
     ----------
     source
-        What was opened: an absolute path, or ``hf://org/name@commit`` for a model of the Hub.
+        What was opened: an absolute path, an address, or ``hf://org/name@commit`` for a model of the Hub.
     place
         Where its files are: a folder here, or a commit on the Hub.
     format
@@ -117,6 +117,8 @@ class Checkpoint(Record):
             A folder, a weights file, an index file, or a snapshot folder of the Hub's cache; or a model on
             the Hub, of which only headers and small files are read: "org/name", "org/name@revision",
             "hf://org/name". A local folder of the same name comes first, and so does the Hub cache.
+            Or an address that fsspec reaches ("s3://bucket/name"); credentials and endpoint are those of its
+            own configuration and environment (AWS_PROFILE, AWS_ENDPOINT_URL).
             Or a `Checkpoint`, a `ShardPlan` (its source), a `ShardReport` (its destination).
         revision
             Branch, tag or commit on the Hub (default: its main branch), pinned to its current commit.
@@ -142,7 +144,7 @@ class Checkpoint(Record):
         >>> checkpoint.parameters, checkpoint.dtypes
         (2524032, {'BF16': 5048064})
         """
-        if isinstance(source, cls) and source.place.folder is None:  # a commit, which does not change
+        if isinstance(source, cls) and source.place.is_fixed:
             if not download:
                 return source
             token = token or getattr(source.place, "token", None)
@@ -326,13 +328,13 @@ class Checkpoint(Record):
 
     @property
     def folder(self) -> str:
-        """The folder that holds its files: a path, or ``hf://org/name@commit`` where they are on the Hub."""
+        """The folder that holds its files: a path, an address, or ``hf://org/name@commit`` of the Hub."""
         return self.place.name
 
     def has_changed(self) -> bool:
         """Whether a file of weights is gone, or no longer the one that was opened."""
         try:
-            return _states(self.place, self.files) != self.seen
+            return _states(self.place.now(), self.files) != self.seen
         except CheckpointError:
             return True
 

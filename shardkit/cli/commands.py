@@ -40,8 +40,9 @@ from shardkit.cli.terminal import LimitedRuns, next_step, progress_bar, say, sho
 from shardkit.formats.tensor import Dtype, LoadDtype
 from shardkit.measure.samples import AUTO
 from shardkit.measure.spec import CACHES
+from shardkit.shard.bucket_store import discard_in_bucket
 from shardkit.shard.destination import default_destination, free_bytes, leftovers, remove_leftovers
-from shardkit.sources.resolve import is_on_hub
+from shardkit.sources.resolve import is_address, is_on_hub
 
 
 def _load_options(trust_remote_code: bool) -> dict[str, Any] | None:
@@ -127,7 +128,7 @@ def plan(source: str, dtype: Dtype | None, as_json: bool, **layout: Any) -> None
     switch("--free-source", "Free the source's disk space meanwhile: its weights are gone in the end."),
     PUBLIC,
     JSON,
-    destination="A new or empty folder, or hf://owner/name (default: SOURCE-sharded, beside it).",
+    destination="A new or empty folder, s3://bucket/name, or hf://owner/name (default: SOURCE-sharded).",
     is_required=False,
     examples="""shard mistral-demo
         shard mistral-demo sharded --max-shard-size 100MB --dtype fp16
@@ -159,7 +160,7 @@ def shard(
             common |= {"overwrite": overwrite, "resume": resume, "stream": stream, "free_source": free_source}
             report = shardkit.shard_checkpoint(source, destination, **common)
     following = next_step("compare", source, destination, dtype=common["dtype"])
-    if report.freed:
+    if report.freed or is_address(destination):
         following = next_step("inspect", destination)
     show(report, as_json=as_json, following=following)
 
@@ -201,8 +202,9 @@ def verify(source: str, destination: str, workers: int | None, as_json: bool) ->
 @command(destination="The destination of the interrupted run.", examples="clean mistral-demo-sharded")
 def clean(destination: str) -> None:
     """Remove what interrupted runs left next to a destination; the destination itself is kept."""
-    removed = remove_leftovers(destination)
-    if not removed and not os.path.exists(os.path.expanduser(destination)):
+    is_here = not is_address(destination)
+    removed = remove_leftovers(destination) if is_here else discard_in_bucket(destination)
+    if not removed and is_here and not os.path.exists(os.path.expanduser(destination)):
         raise DestinationError(f"{destination} does not exist, and no interrupted run left anything there")
     print(
         "\n".join(f"removed {printable(str(path))}" for path in removed)

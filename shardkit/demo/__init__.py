@@ -50,7 +50,7 @@ _INITIALIZER_RANGE = 0.02
 class DemoFiles(FileSet):
     """A file for each tensor, drawn as it is read, and the files of a folder beside them."""
 
-    folder = None
+    folder, is_fixed = None, True
 
     def __init__(self, shape: DemoShape, made_by: dict[str, Any], beside: Path) -> None:
         self.name, self._seed, self._beside = f"demo of {made_by}", made_by["seed"], beside

@@ -25,7 +25,7 @@ from shardkit.base.errors import DestinationError, SourceError
 from shardkit.base.record import listed
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.names import is_index, is_weights
-from shardkit.sources.resolve import is_on_hub
+from shardkit.sources.resolve import is_address, is_on_hub
 
 _LOCK_SECONDS = 2.0
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -173,7 +173,7 @@ def clear_after_end(target: Path) -> None:
 
 def leftovers(destination: str | os.PathLike[str]) -> list[Path]:
     """Return what interrupted runs have left beside a destination; nothing while one is running."""
-    if is_on_hub(destination):
+    if is_on_hub(destination) or is_address(destination):
         return []
     target = resolve(destination)
     found = _all_beside(target)

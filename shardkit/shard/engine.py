@@ -1,7 +1,7 @@
 """Carry out a plan: make each shard, put it where it goes, then publish all of it in one step.
 
-A destination is absent or complete, be it a folder or a repository on the Hub; what an interrupted run has
-finished is used by the next one of the same source and plan.
+A destination is absent or complete, be it a folder, a bucket or a repository on the Hub; what an interrupted
+run has finished is used by the next one of the same source and plan.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from shardkit.base.machine import Watch, seen
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import DtypeLike
 from shardkit.plan.plan import Shard, Strategy
+from shardkit.shard.bucket_store import BucketStore
 from shardkit.shard.copy import Outcome, run_task, shard_tasks
-from shardkit.shard.destination import check_free, refuse_leftover, refuse_only_copy, resolve
+from shardkit.shard.destination import check_free, resolve
 from shardkit.shard.folder_store import FolderStore
 from shardkit.shard.freeing import FreeingStore, open_to_free
-from shardkit.shard.opening import is_streamed, open_there, planned
+from shardkit.shard.opening import is_streamed, open_there, planned, refuse_early
 from shardkit.shard.report import ShardReport
 from shardkit.shard.side_files import write_side_files
 from shardkit.shard.store import Job, Store
+from shardkit.sources.resolve import is_address
 
 
 @resumable()
@@ -56,10 +58,11 @@ def shard_checkpoint(
     Parameters
     ----------
     source
-        A folder, a weights file, a model on the Hub ("org/name", "org/name@revision"), or a `Checkpoint`. A
-        `ShardPlan` is carried out.
+        A folder, a weights file, a model on the Hub ("org/name", "org/name@revision"), an address that fsspec
+        reaches ("s3://bucket/name"), or a `Checkpoint`. A `ShardPlan` is carried out.
     destination
-        A folder that does not exist, or is empty.
+        A folder that does not exist, or is empty; or an address that fsspec reaches ("s3://bucket/name"), to
+        which shards go by way of the current folder, at most `workers` + 1 at a time.
     max_shard_size, strategy, dtype, files
         As in `plan_shards`.
     workers
@@ -67,7 +70,7 @@ def shard_checkpoint(
     executor
         A `concurrent.futures` executor to use instead of threads.
     overwrite
-        Replace an existing checkpoint, once the new one is complete.
+        Replace an existing checkpoint, once the new one is complete; not in a bucket.
     resume
         Use the shards that an earlier, interrupted run of the same job has finished.
     verify
@@ -118,16 +121,18 @@ def shard_checkpoint(
     watch, crew = Watch(), Crew(worker_count(workers, executor), executor, progress)
     layout = {"max_shard_size": max_shard_size, "strategy": strategy, "dtype": dtype, "files": files}
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
-    refuse_leftover(source, resolve(destination))
-    if not free_source:
-        refuse_only_copy(resolve(destination))
+    is_here = not is_address(destination)
+    refuse_early(source, destination, free_source)
     checkpoint = open_to_free(source, destination, opened) if free_source else opened()
     plan = planned(source, checkpoint, **layout)
     if checkpoint.place.folder is None and not is_streamed(checkpoint, plan, destination, stream):
-        check_free(resolve(destination), overwrite)  # rather now than after a long download
+        if is_here:
+            check_free(resolve(destination), overwrite)  # rather now than after a long download
         checkpoint = opened(download=True)
         plan = planned(source, checkpoint, **layout)
     job = Job(checkpoint, plan, verify, allow_overflow, crew, free_source)
+    if not is_here:
+        return reshard(BucketStore(job, os.fspath(destination), resume, Path()), watch)
     kind = FreeingStore if free_source else FolderStore
     return reshard(kind(job, destination, overwrite, resume), watch)
 
@@ -158,7 +163,8 @@ def shard_on_hub(
     Parameters
     ----------
     source_id
-        "org/name" or "org/name@revision"; a `Checkpoint` of it; or a `ShardPlan`, which is carried out.
+        "org/name", "org/name@revision", or an address that fsspec reaches ("s3://bucket/name"); a
+        `Checkpoint` of it; or a `ShardPlan`, which is carried out.
     target_id
         ``owner/name``; created if it does not exist. Its head changes once, when everything is there.
     max_shard_size, strategy, dtype, files

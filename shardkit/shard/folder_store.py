@@ -20,8 +20,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import xxhash
-
 from shardkit.base import pages
 from shardkit.base.errors import (
     CheckpointError,
@@ -32,7 +30,6 @@ from shardkit.base.errors import (
 )
 from shardkit.base.record import listed, plural
 from shardkit.base.sizes import format_size
-from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.plan.plan import Shard
 from shardkit.shard.copy import Lost, Outcome, Received
 from shardkit.shard.destination import (
@@ -57,7 +54,6 @@ from shardkit.shard.verify import altered, verify_written
 from shardkit.sources.local import file_state
 from shardkit.sources.resolve import is_on_hub
 
-_CHANGED = "changed while being copied; nothing was published"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _USUAL_BLOCK = 4096
 
@@ -69,10 +65,10 @@ class FolderStore(Store):
 
     def __init__(self, job: Job, destination: str | os.PathLike[str], overwrite: bool, resume: bool) -> None:
         self.destination = resolve(destination)
-        super().__init__(job, beside(self.destination, "staging"))
+        super().__init__(job)
+        self.folder = beside(self.destination, "staging")
         self._overwrite, self._resume = overwrite, resume
         self._journal, self._writing = beside(self.destination, "journal"), Lock()
-        self._fingerprint = _fingerprint(job)
         self._syncing = ThreadPoolExecutor(2, thread_name_prefix="shardkit-sync")
         self._synced: list[Future[None]] = []
         self._stats: dict[str, tuple[int, ...] | None] = {}
@@ -165,7 +161,7 @@ class FolderStore(Store):
         else:
             discard_unfinished(self.destination)
             self.folder.mkdir()
-            self._write_journal(json.dumps({"fingerprint": self._fingerprint}))
+            self._write_journal(json.dumps({"fingerprint": self.fingerprint}))
         for file in self.finished:
             self._wrote(file)
 
@@ -255,8 +251,7 @@ class FolderStore(Store):
         return blocks * block - sum(map(_held, self.folder.rglob("*"))), free_bytes(disk)
 
     def _check_unchanged(self) -> None:
-        if _fingerprint(self.job) != self._fingerprint:
-            raise CheckpointError(_CHANGED, file=self.job.checkpoint.source)
+        self.check_source()
         for file, seen in self._stats.items():
             if seen is None or _state_of(self.folder / file) != seen:
                 raise CheckpointError(
@@ -275,7 +270,7 @@ class FolderStore(Store):
             for line in self._journal.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError):  # torn by a kill, or garbled
                     entries.append(json.loads(line))
-        if entries[:1] != [{"fingerprint": self._fingerprint}]:
+        if entries[:1] != [{"fingerprint": self.fingerprint}]:
             refuse_only_copy(self.destination)
             if entries:
                 what = plural(max(0, len(entries) - 1), "finished shard")
@@ -291,23 +286,6 @@ class FolderStore(Store):
                 if path.is_file() and not path.is_symlink() and path.stat().st_size == size:
                     kept[entry["shard"]] = Outcome(lost, received)
         return kept
-
-
-def _fingerprint(job: Job) -> str:
-    return xxhash.xxh3_128_hexdigest(job.told(_seen(job.checkpoint, job.free_source)))
-
-
-def _seen(checkpoint: Checkpoint, is_freed: bool) -> list[Any]:
-    """Return what would change with the source; of weights that are freed meanwhile, what they were."""
-    found = {
-        file: checkpoint.seen[file] if is_freed else checkpoint.place.state(file) for file in checkpoint.files
-    }
-    found |= {file: checkpoint.place.state(file) for file in checkpoint.side_files}
-    for file, state in found.items():
-        is_same = checkpoint.side_files.get(file, state[0]) == state[0]
-        if checkpoint.seen.get(file, state) != state or not is_same:
-            raise CheckpointError(_CHANGED, file=checkpoint.path(file))
-    return [(file, *state[:2]) for file, state in found.items()]
 
 
 def _state_of(path: Path) -> tuple[int, ...] | None:

@@ -5,13 +5,26 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from shardkit.base.errors import CheckpointError, DownloadNeededError, PlanError
+from shardkit.base.errors import CheckpointError, DestinationError, DownloadNeededError, PlanError
 from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.plan.plan import USUAL, ShardPlan, plan_shards
-from shardkit.sources.resolve import hub_name, is_on_hub
+from shardkit.shard.destination import refuse_leftover, refuse_only_copy, resolve
+from shardkit.sources.resolve import hub_name, is_address, is_on_hub
 
 _USUAL = {**dict(zip(("max_shard_size", "strategy"), USUAL, strict=True)), "dtype": None, "files": None}
+
+
+def refuse_early(
+    source: str | os.PathLike[str], destination: str | os.PathLike[str], free_source: bool
+) -> None:
+    """Refuse what is wrong whatever the source contains."""
+    if not is_address(destination):
+        refuse_leftover(source, target := resolve(destination))
+        if not free_source:
+            refuse_only_copy(target)
+    elif free_source:
+        raise DestinationError(f"{destination} is not a folder on this machine: leave out free_source")
 
 
 def planned(source: str | os.PathLike[str], checkpoint: Checkpoint, **requested: Any) -> ShardPlan:
@@ -28,7 +41,7 @@ def planned(source: str | os.PathLike[str], checkpoint: Checkpoint, **requested:
 def is_streamed(
     checkpoint: Checkpoint, plan: ShardPlan, destination: str | os.PathLike[str], stream: bool | None
 ) -> bool:
-    """Whether a model that is not here is streamed: as requested, or where disks have no room for both."""
+    """Whether a model that is not here is streamed: as requested, or unless disks are to hold both."""
     if not is_on_hub(checkpoint.place.name):
         if stream is False:
             raise CheckpointError("cannot be downloaded, only streamed", file=checkpoint.source)
@@ -36,7 +49,10 @@ def is_streamed(
     from shardkit.sources.hub_cache import must_stream
 
     nbytes = plan.disk_bytes
-    if stream or (stream is None and must_stream(checkpoint.place, needed_files, nbytes, destination)):
+    wanted = stream
+    if wanted is None:
+        wanted = is_address(destination) or must_stream(checkpoint.place, needed_files, nbytes, destination)
+    if wanted:
         try:
             checkpoint.check_streamable()
             return True
@@ -51,7 +67,7 @@ def open_there(source_id: str | os.PathLike[str], revision: str | None, token: s
     name = os.fspath(source_id)
     if os.path.exists(name):
         raise CheckpointError("is a local path: shard it to a folder, then push that", file=name)
-    source = hub_name(name)
+    source = name if is_address(name) else hub_name(name)
     opened = source_id if isinstance(source_id, Checkpoint) else source
     checkpoint = Checkpoint.open(opened, revision=revision, token=token)
     try:

@@ -1,4 +1,4 @@
-"""Where shards go: the questions that the engine asks of a folder here, or of a repository on the Hub."""
+"""Where shards go: the questions that the engine asks of a folder here, the Hub or a bucket."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from shardkit.base.errors import CastError
+import xxhash
+
+from shardkit.base.errors import CastError, CheckpointError
 from shardkit.base.jobs import Crew
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.plan.plan import Shard, ShardPlan
 from shardkit.shard.copy import Lost, Outcome
 from shardkit.shard.report import Verification
+
+_CHANGED = "changed while being copied; nothing was published"
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,27 @@ class Job:
         """Whether finished shards are compared with their digests, not with a source that may be gone."""
         return self.is_received or self.free_source
 
-    def told(self, *source: Any) -> bytes:
-        """Return what tells this job from another, to be digested: its source, as given, and its plan."""
-        shards = self.plan.shards
+    def fingerprint(self) -> str:
+        """Return the digest of what tells this job from another: its plan, and the states of its source now.
+
+        Of weights that are freed meanwhile, those that they had.
+
+        Raises
+        ------
+        CheckpointError
+            If a file of the source is no longer the one that was opened.
+        """
+        checkpoint, shards = self.checkpoint, self.plan.shards
+        files, seen = checkpoint.place.now(), checkpoint.seen
+        found = {file: seen[file] if self.free_source else files.state(file) for file in checkpoint.files}
+        found |= {file: files.state(file) for file in checkpoint.side_files}
+        for file, state in found.items():
+            is_same = checkpoint.side_files.get(file, state[0]) == state[0]
+            if seen.get(file, state) != state or not is_same:
+                raise CheckpointError(_CHANGED, file=checkpoint.path(file))
+        states = [(file, *state[:2]) for file, state in found.items()]
         planned = [(s.file, [(t.source.name, t.dtype, t.begin) for t in s.tensors]) for s in shards]
-        return json.dumps([*source, self.plan.metadata, planned]).encode()
+        return xxhash.xxh3_128_hexdigest(json.dumps([states, self.plan.metadata, planned]).encode())
 
     def lost(self, outcomes: Iterable[Outcome]) -> tuple[Lost, ...]:
         """Add up what casts lost, by tensor: a tensor may have been cast by several tasks."""
@@ -79,18 +98,24 @@ class Job:
 class Store(ABC):
     """Where a job's shards go: they are made in `folder`, on this machine, and `put` from there.
 
-    `finished` is what is done, by shard: what an earlier run finished, once the store is open, and what was
-    `put`. `freed` are files of the source that were removed, with their sizes in bytes. `notes` are for a
-    person; `stage` is what its `Progress` is called.
+    `fingerprint` is the job's as it began. `finished` is what is done, by shard: what an earlier run
+    finished, once the store is open, and what was `put`. `freed` are files of the source that were removed,
+    with their sizes in bytes. `notes` are for a person; `stage` is what its `Progress` is called.
     """
 
     stage: str
+    folder: Path
 
-    def __init__(self, job: Job, folder: Path) -> None:
-        self.job, self.folder = job, folder
+    def __init__(self, job: Job) -> None:
+        self.job, self.fingerprint = job, job.fingerprint()
         self.finished: dict[str, Outcome] = {}
         self.freed: dict[str, int] = {}
         self.notes: list[str] = []
+
+    def check_source(self) -> None:
+        """Refuse to publish what was read of files that have changed since."""
+        if self.job.fingerprint() != self.fingerprint:
+            raise CheckpointError(_CHANGED, file=self.job.checkpoint.source)
 
     @abstractmethod
     def open(self) -> AbstractContextManager[None]:

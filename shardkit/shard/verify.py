@@ -20,7 +20,7 @@ from pathlib import Path
 import xxhash
 
 from shardkit.base import pages
-from shardkit.base.errors import VerificationError
+from shardkit.base.errors import CheckpointError, VerificationError
 from shardkit.base.jobs import Crew, ProgressCallback, ProgressCount, run_all, worker_count
 from shardkit.base.record import listed
 from shardkit.checkpoint.belonging import is_needed, named_files
@@ -52,8 +52,8 @@ def verify_checkpoint(
     Parameters
     ----------
     source, destination
-        Folders, files, models on the Hub (streamed completely) or open checkpoints. Their order matters only
-        after a cast, which is computed from `source`.
+        Folders, files, addresses or models on the Hub (streamed completely), or open checkpoints. Their
+        order matters only after a cast, which is computed from `source`.
     workers, executor
         Threads to read with (default: up to four), or an executor of your own, all of whose workers are used.
     progress
@@ -133,6 +133,9 @@ def compare_tensors(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verific
         for tensor, copy in comparable
     ]
     found = digest_pairs(ranges, crew, "verify")
+    for side in (ours, theirs):
+        if side.seen and side.place.folder is None and side.has_changed():
+            raise CheckpointError("changed while being verified: verify again", file=side.source)
     digests = dict(zip((tensor.name for tensor, _ in comparable), found, strict=True))
     differ = {
         name: f"bytes: digest {a[:12]} in the source, {b[:12]} in {theirs.tensors[name].file}"

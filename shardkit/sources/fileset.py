@@ -1,4 +1,4 @@
-"""The files of one checkpoint, wherever they are: a folder here, or a commit on the Hub."""
+"""The files of one checkpoint, wherever they are: a folder here, a commit on the Hub, a bucket."""
 
 from __future__ import annotations
 
@@ -36,10 +36,13 @@ class FileSet(ABC):
         What it is called: shown to people, never parsed.
     folder
         The folder on this machine that they lie in; None where they lie elsewhere.
+    is_fixed
+        Whether they stay as they are for good: those of a commit.
     """
 
     name: str
     folder: Path | None
+    is_fixed = False
 
     @abstractmethod
     def names(self) -> Iterable[str]:
@@ -62,6 +65,10 @@ class FileSet(ABC):
     @abstractmethod
     def state(self, name: str) -> State:
         """Return what tells one state of a file from another."""
+
+    def now(self) -> FileSet:
+        """Return the same files in the states that they are in now: another, where states are kept."""
+        return self
 
     @abstractmethod
     def read(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:

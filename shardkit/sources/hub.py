@@ -54,6 +54,8 @@ class RemoteFile:
 class Repository(FileSet):
     """One commit of a model repository, called ``hf://org/name@commit``; its token is in no text of it."""
 
+    is_fixed = True
+
     def __init__(self, repo_id: str, sha: str, token: str | None, files: Mapping[str, RemoteFile]) -> None:
         self.repo_id, self.sha, self.token, self.listing = repo_id, sha, token, files
         self.name, self.folder = f"hf://{repo_id}@{sha}", None

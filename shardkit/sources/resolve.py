@@ -1,4 +1,4 @@
-"""What a source means: the one place where text becomes files, here or on the Hub."""
+"""What a source means: the one place where text becomes files, here, on the Hub or in a bucket."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from shardkit.sources.fileset import FileSet
 from shardkit.sources.local import LocalFiles
 
 _SCHEME = "hf://"
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_OF_HUB = re.compile(r"hf:/|https?://(www\.)?(huggingface\.co|hf\.co)/", re.IGNORECASE)  # or a page there
 _COMMIT = re.compile(r"hf://((?:[\w.-]+/)?[\w.-]+)@([0-9a-f]{40})")
 
 Needed: TypeAlias = Callable[[FileSet], list[str]]
@@ -38,7 +40,7 @@ def resolve(
     token: str | None = None,
     download: bool = False,
 ) -> Found:
-    """Return what a source means: a folder or file here comes first, then a model on the Hub."""
+    """Return what a source means: a folder or file here comes first, then an address, then the Hub."""
     text = os.fspath(source)
     path = Path(os.path.abspath(os.path.expanduser(text)))
     if revision is not None and os.path.exists(path):
@@ -72,13 +74,20 @@ def _near(text: str) -> str:
 
 
 def _finder(text: str) -> Callable[..., Found]:
-    return next((find for scheme, find in SOURCES.items() if text.lower().startswith(scheme)), _on_the_hub)
+    usual = _in_a_bucket if is_address(text) else _on_the_hub
+    return next((find for scheme, find in SOURCES.items() if text.lower().startswith(scheme)), usual)
 
 
 def _on_the_hub(text: str, needed_files: Needed, **how: Any) -> Found:
     from shardkit.sources.hub_cache import find_model  # whose client takes half a second to import
 
     return find_model(text, needed_files, **how)
+
+
+def _in_a_bucket(text: str, needed_files: Needed, **how: Any) -> Found:
+    from shardkit.sources.bucket import find_in_bucket  # which makes a `Found` of this module
+
+    return find_in_bucket(text, needed_files, **how)
 
 
 # By what the name of a source begins with: what finds its files, as `resolve` does.
@@ -102,6 +111,12 @@ def is_on_hub(name: str | os.PathLike[str]) -> bool:
     return os.fspath(name)[:4].lower() == "hf:/"
 
 
+def is_address(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is an address that is not the Hub's: of a bucket, or whatever else fsspec reaches."""
+    text = os.fspath(name)
+    return _ADDRESS.match(text) is not None and _OF_HUB.match(text) is None
+
+
 def hub_name(repo_id: str) -> str:
     """Return what a repository of the Hub is called where folders have names, too."""
     return f"{_SCHEME}{repo_id.removeprefix(_SCHEME)}"
@@ -115,7 +130,7 @@ def commit_of(name: str) -> tuple[str, str] | None:
 def reopen(name: str) -> FileSet:
     """Return the files that a saved result names: those of a folder here, of a commit, of another source."""
     if (commit := commit_of(name)) is None:
-        is_elsewhere = name.lower().startswith(tuple(SOURCES))
+        is_elsewhere = is_on_hub(name) or is_address(name)
         return _finder(name)(name, lambda _: []).files if is_elsewhere else LocalFiles(name)
     from shardkit.sources.hub import reopened
 

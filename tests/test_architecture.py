@@ -13,6 +13,7 @@ import pytest
 
 import shardkit
 from shardkit.cli import arguments, commands
+from shardkit.cli.terminal import in_the_terminal
 
 assert commands  # which declares them
 
@@ -81,6 +82,14 @@ def test_a_word_stands_only_where_it_belongs(words: str, places: tuple[str, ...]
     found -= {"measure/limit.py", "measure/article_stack.py"}  # they call systemd-run and pip
     found -= {"base/machine.py"}  # which calls nvidia-smi
     assert {name for name in found if not name.startswith(places)} == set()
+
+
+def test_a_terminal_is_advised_in_its_own_words() -> None:
+    elsewhere = ("cli/", "app/", "shard/model_card.py")
+    paths = [path for path in FILES if not name_of(path).startswith(elsewhere)]
+    found = [in_the_terminal(text) for path in paths for text in texts(path)]
+    pythons = r"\b[a-z_]+=(True|False)\b|(leave out|lower|raise) (\w*_|dtype|files)"
+    assert [text for text in found if re.search(pythons, text)] == []
 
 
 def test_no_two_files_of_different_rooms_have_one_name() -> None:

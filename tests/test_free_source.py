@@ -4,12 +4,14 @@ import mmap
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shardkit import Checkpoint, Progress, shard_checkpoint, verify_checkpoint
@@ -24,7 +26,7 @@ from shardkit.errors import (
     VerificationError,
 )
 from shardkit.load.seen import ModelKeys
-from shardkit.shard import freeing, verify
+from shardkit.shard import freeable, verify
 from shardkit.shard.destination import beside, remove_leftovers
 from shardkit.shard.report import ShardReport
 from tests.torture.bench import Skip, digests, mounted
@@ -180,6 +182,53 @@ def test_nothing_discards_shards_that_are_the_only_copy(
         UNSAFE[what](interrupted, out, model)
 
 
+BESIDE: dict[str, Callable[[Path], object]] = {
+    "touched": lambda source: os.utime(source / "config.json"),
+    "edited": lambda source: (source / "README.md").write_text("# Better words"),
+    "added": lambda source: (source / "notes.txt").write_text("mine"),
+    "removed": lambda source: (source / "generation_config.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("how", BESIDE)
+def test_files_beside_the_weights_may_change_before_the_run_is_repeated(
+    how: str, source: Path, out: Path, model: Path
+) -> None:
+    interrupt(source, out)
+    BESIDE[how](source)
+    report = free(source, out)
+    assert report.reused
+    assert verify_checkpoint(model, out).tensors
+    assert others(out) == others(source)
+    gone = "removed from the source since it was first opened, so not copied: generation_config.json"
+    assert (gone in str(report)) == (how == "removed")
+
+
+@pytest.mark.parametrize("how", ["a second name", "mapped", "immutable"])
+def test_a_run_is_not_repeated_while_others_have_the_files(how: str, interrupted: Path, out: Path) -> None:
+    weights, other = interrupted / "model-00001-of-00002.safetensors", interrupted.parent / "other"
+    if how == "a second name":
+        os.link(weights, other)
+    held = _map(weights) if how == "mapped" else None
+    words = {"a second name": "has 2 names", "mapped": "open in a program", "immutable": "may be immutable"}
+    refused = pytest.raises(CheckpointError, match=f"{words[how]}.*so it is not freed; repeat this once")
+    with immutable(weights) if how == "immutable" else nullcontext(), refused:
+        free(interrupted, out)
+    other.unlink(missing_ok=True)
+    del held
+
+
+@contextmanager
+def immutable(path: Path) -> Iterator[None]:
+    """Let nobody write a file, root included."""
+    if subprocess.run(["chattr", "+i", path], capture_output=True, check=False).returncode:
+        pytest.skip("no file can be made immutable here")
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", path], check=True)
+
+
 @pytest.mark.parametrize("damage", ["shard", "journal", "source"])
 def test_damage_that_cannot_be_made_good_is_said_and_nothing_is_discarded(
     damage: str, interrupted: Path, out: Path
@@ -257,8 +306,15 @@ def _twice(source: Path) -> None:
     save_file({"a": torch.zeros(4)}, source / "model-00002-of-00002.safetensors")
 
 
-def _map(source: Path) -> mmap.mmap:
-    with (source / "model.safetensors").open("rb") as file:
+def _differing(source: Path) -> None:
+    for number, said in ((1, {"step": "1", "file": "1"}), (2, {"step": "2", "file": "2"})):
+        path = source / f"model-0000{number}-of-00002.safetensors"
+        save_file({f"t{number}": torch.ones(1000)}, path, {"format": "pt", **said})
+    (source / "model.safetensors").unlink()
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -268,7 +324,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "torch's": (_torch, "saved by torch"),
     "a tensor in two files": (_twice, "contains tensors that a load takes from another file: a"),
     "a loaded model": (lambda s: load_file(s / "model.safetensors"), "open in a program"),
-    "mapped": (_map, "open in a program"),
+    "mapped": (lambda s: _map(s / "model.safetensors"), "open in a program"),
+    "differing metadata": (_differing, r"differ in metadata that no shard would have \(step\), so"),
 }
 
 
@@ -292,9 +349,30 @@ def test_files_that_are_not_only_a_source_are_refused(why: str, tmp_path: Path, 
 def test_options_that_would_lose_something_are_refused(
     options: dict[str, object], model: Path, source: Path, out: Path
 ) -> None:
-    with pytest.raises(ShardkitError, match="leave out free_source"):
+    given = "=".join(map(str, *options.items()))
+    with pytest.raises(ShardkitError, match=f"{given} and free_source=True .* leave out free_source"):
         free(source, out, **options)
     assert digests(source) == digests(model)
+
+
+def test_a_source_on_a_disk_is_not_freed_into_memory(model: Path, source: Path, tmp_path: Path) -> None:
+    try:
+        refused = pytest.raises(DestinationError, match=r"is in memory \(tmpfs\), which a restart clears")
+        with mounted(tmp_path / "memory", "-t", "tmpfs", "none") as memory, refused:
+            free(source, memory / "out")
+    except Skip as reason:
+        pytest.skip(str(reason))
+    assert digests(source) == digests(model)
+
+
+def test_what_a_file_says_of_the_model_is_in_every_shard_of_a_freed_source(tmp_path: Path, out: Path) -> None:
+    said = {"format": "pt", "author": "me", "sha256": "of a file that is gone"}
+    save_file({f"t{n}": torch.ones(1000) for n in range(4)}, tmp_path / "weights.safetensors", said)
+    report = free(tmp_path / "weights.safetensors", out, max_shard_size=9000)
+    for file in report.files:
+        with safe_open(out / file, "pt") as shard:
+            assert shard.metadata() == {"format": "pt", "author": "me"}
+    assert "metadata that describes individual files of the source is not copied: sha256" in str(report)
 
 
 def test_single_file_by_its_name_is_freed_and_what_lies_beside_it_is_not(tmp_path: Path, out: Path) -> None:
@@ -310,7 +388,7 @@ def test_single_file_by_its_name_is_freed_and_what_lies_beside_it_is_not(tmp_pat
 def test_a_source_is_freed_by_one_run_at_a_time(
     source: Path, out: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(freeing, "_is_in_use", lambda _: False)  # where no leases are granted
+    monkeypatch.setattr(freeable, "_is_in_use", lambda _: False)  # where no leases are granted
     refused: list[str] = []
 
     def second(_: Progress) -> None:

@@ -1214,19 +1214,20 @@ def rewrite_source(source: Path) -> None:
     (other / "model.safetensors").rename(source / "model.safetensors")
 
 
-def touch_config(source: Path) -> None:
-    (source / "config.json").write_text('{"architectures": ["Other"]}')
-
-
-@pytest.mark.parametrize("change", [rewrite_source, touch_config])
-def test_changed_source_starts_anew_and_says_so(
-    change: Callable[[Path], None], source: Path, out: Path
-) -> None:
+def test_changed_weights_start_anew_and_say_so(source: Path, out: Path) -> None:
     interrupt(source, out)
-    change(source)
+    rewrite_source(source)
     report, _ = copied(source, out)
     assert report.reused == ()
     assert "starting over" in str(report)
+
+
+def test_changed_config_is_copied_beside_the_shards_that_are_finished(source: Path, out: Path) -> None:
+    finished = interrupt(source, out)
+    (source / "config.json").write_text('{"architectures": ["Other"]}')
+    report, _ = copied(source, out)
+    assert sorted(report.reused) == finished
+    assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
 def test_nothing_is_said_of_beginning_anew_where_nothing_was_left(source: Path, out: Path) -> None:

@@ -16,6 +16,7 @@ TRUSTS = "Run custom code from the checkpoint, which I trust"
 # Messages name what to write in Python or a shell; the app has controls for it.
 _IN_THE_APP = {
     "replace it with overwrite=True": 'check "Replace an existing checkpoint"',
+    "overwrite=True and free_source=True exclude each other": "an existing checkpoint is not replaced by it",
     "leave out free_source": f'uncheck "{FREE}" (step 3)',
     ", with free_source=True, to resume": f', with "{FREE}" checked, to resume',
     "leave out dtype": 'set "Dtype of shards" to "as stored" (step 2)',

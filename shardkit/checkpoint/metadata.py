@@ -17,6 +17,11 @@ _OF_A_FILE = re.compile(
 )
 
 
+def is_of_a_file(key: str) -> bool:
+    """Whether an entry describes one file, by its name alone."""
+    return _OF_A_FILE.match(key) is not None
+
+
 def of_checkpoint(
     files: Sequence[Mapping[str, str]], tensors: Container[str]
 ) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -29,6 +34,6 @@ def of_checkpoint(
     kept = {
         key: value
         for key, value in entries.items()
-        if value in tensors or (all(file.get(key) == value for file in said) and not _OF_A_FILE.match(key))
+        if value in tensors or (all(file.get(key) == value for file in said) and not is_of_a_file(key))
     }
     return kept, tuple(key for key in entries if key not in kept)

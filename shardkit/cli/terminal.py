@@ -28,7 +28,15 @@ _IN_THE_TERMINAL = {
     "same_model=False": "--no-same-model",
     "stream=True": "--stream",
     "free_source=True": "--free-source",
+    "leave out free_source": "leave out --free-source",
+    "verify=False": "--no-verify",
+    "download=True": "--download",
+    "leave out dtype": "leave out --dtype",
+    "files divides": "--files divides",
+    "max_shard_size and strategy": "--max-shard-size and --strategy",
     "lower max_shard_size": "lower --max-shard-size",
+    "raise max_memory": "raise --max-memory",
+    "raise max_shard_size": "raise --max-shard-size",
 }
 _RED, _YELLOW, _GREEN, _BOLD = "31", "33", "32", "1"
 _RATIO = r"(?<!between )(?<!and )\b[\d.]+(?:x| %)"

@@ -235,10 +235,8 @@ class ShardPlan(Record):
         if len(self.shards) == 1 and self.max_shard_size == parse_size(USUAL[0]):
             notes.append(f"one file, as all of it is under {USUAL[0]}: for more files, lower max_shard_size")
         if self.oversized:
-            notes.append(
-                f"{plural(len(self.oversized), 'tensor')} larger than {format_size(self.max_shard_size)}, "
-                f"each in a file of its own: {listed(self.oversized)}"
-            )
+            larger = f"{plural(len(self.oversized), 'tensor')} larger than {format_size(self.max_shard_size)}"
+            notes.append(f"{larger}, each in a file of its own: {listed(self.oversized)}")
         for dtype in dict.fromkeys(self.kept.values()):
             kept = [name for name, stored in self.kept.items() if stored == dtype]
             notes.append(

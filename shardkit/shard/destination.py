@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import filelock
 
@@ -205,19 +206,27 @@ def discard_unfinished(target: Path) -> None:
     beside(target, "journal").unlink(missing_ok=True)
 
 
-def holds_only_copy(target: Path) -> bool:
-    """Whether an interrupted run, which was freeing its source, has left tensors that are nowhere else."""
-    return os.path.lexists(beside(target, "source")) and os.path.lexists(beside(target, "staging"))
+def only_copy_of(target: Path) -> dict[str, Any] | None:
+    """Return the record of a source that an interrupted run was freeing, and has left tensors of; or None."""
+    record, staging = beside(target, "source"), beside(target, "staging")
+    if os.path.lexists(record) and os.path.lexists(staging):
+        return dict(json.loads(record.read_text(encoding="utf-8")))
+    return None
 
 
-def refuse_only_copy(target: Path) -> None:
-    """Refuse to do without what `holds_only_copy` finds."""
-    if holds_only_copy(target):
-        source = json.loads(beside(target, "source").read_text(encoding="utf-8"))["source"]
-        raise DestinationError(
-            f"{beside(target, 'staging')} has the only copy of tensors of {source}: a run was interrupted "
-            "that was freeing it; repeat it as it was, with free_source=True, to resume"
-        )
+def refuse_only_copy(target: Path, resumed: str | os.PathLike[str] = "") -> None:
+    """Refuse to do without what an interrupted run has left of the source that it was freeing.
+
+    The run of the source that is `resumed` may do with it what it has to.
+    """
+    record = only_copy_of(target)
+    if record is None or (resumed and os.path.abspath(os.path.expanduser(resumed)) == record["source"]):
+        return
+    raise DestinationError(
+        f"{beside(target, 'staging')} has the only copy of tensors of {record['source']}: a run was "
+        f"interrupted that was freeing it; repeat it as it was ({record['planned']}), with free_source=True, "
+        "to resume"
+    )
 
 
 def discard(path: Path, target: Path) -> Path | None:

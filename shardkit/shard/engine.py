@@ -24,7 +24,8 @@ from shardkit.shard.bucket_store import BucketStore
 from shardkit.shard.copy import Outcome, run_task, shard_tasks
 from shardkit.shard.destination import check_free, resolve
 from shardkit.shard.folder_store import FolderStore
-from shardkit.shard.freeing import FreeingStore, open_to_free
+from shardkit.shard.freeable import open_to_free
+from shardkit.shard.freeing import FreeingStore
 from shardkit.shard.opening import is_streamed, open_there, planned, refuse_early
 from shardkit.shard.report import ShardReport
 from shardkit.shard.side_files import write_side_files
@@ -123,7 +124,7 @@ def shard_checkpoint(
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
     is_here = not is_address(destination)
     refuse_early(source, destination, free_source)
-    checkpoint = open_to_free(source, destination, opened) if free_source else opened()
+    checkpoint = open_to_free(source, resolve(destination), opened) if free_source else opened()
     plan = planned(source, checkpoint, **layout)
     if checkpoint.place.folder is None and not is_streamed(checkpoint, plan, destination, stream):
         if is_here:

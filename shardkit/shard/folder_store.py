@@ -39,8 +39,8 @@ from shardkit.shard.destination import (
     discard,
     discard_unfinished,
     free_bytes,
-    holds_only_copy,
     locked,
+    only_copy_of,
     put_in_place,
     refuse_only_copy,
     remove,
@@ -215,7 +215,7 @@ class FolderStore(Store):
                     discard_unfinished(self.destination)
             elif self.folder.is_dir():  # or it is in place already
                 kept = f"{plural(len(self.finished), 'finished shard')} kept in {self.folder}"
-                is_only_copy = holds_only_copy(self.destination)
+                is_only_copy = only_copy_of(self.destination) is not None
                 or_clean = f", or `shardkit clean {self.destination}` to remove them" * (not is_only_copy)
                 failure.add_note(f"{kept}: run again to resume{or_clean}")
             if failure is error:

@@ -12,34 +12,22 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from shardkit.base import pages
-from shardkit.base.errors import CheckpointError, DestinationError, PlanError, VerificationError
+from shardkit.base.errors import CheckpointError, PlanError, ShardkitError, VerificationError
 from shardkit.base.jobs import ProgressCount, run_all
-from shardkit.base.record import listed, plural
+from shardkit.base.record import plural
 from shardkit.base.sizes import format_size
-from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import find_weights
-from shardkit.checkpoint.scan import format_of
 from shardkit.formats.names import is_index
 from shardkit.plan.plan import Shard
 from shardkit.shard.copy import Outcome, run_task, shard_tasks
-from shardkit.shard.destination import (
-    beside,
-    check_free,
-    clear_after_end,
-    holds_only_copy,
-    refuse_only_copy,
-    resolve,
-    sync,
-)
+from shardkit.shard.destination import beside, sync
 from shardkit.shard.folder_store import FolderStore
+from shardkit.shard.freeable import lock
 from shardkit.shard.side_files import write_side_files
 from shardkit.shard.store import Job
 from shardkit.shard.verify import prove, verify_headers
@@ -48,108 +36,13 @@ from shardkit.sources.fileset import State
 _CHANGED = "changed since it was opened to be freed; the rest of it was not touched"
 
 
-def open_to_free(
-    source: str | os.PathLike[str], destination: str | os.PathLike[str], opened: Callable[[], Checkpoint]
-) -> Checkpoint:
-    """Return a source that may be freed; one that an interrupted run has begun to free, as it was before.
-
-    Raises
-    ------
-    CheckpointError
-        If freeing it could lose something: see `_refuse`.
-    DestinationError
-        If there is a destination already, or what lies beside it has the only copy of another source.
-    """
-    target = resolve(destination)
-    if not holds_only_copy(target):
-        try:
-            check_free(target, overwrite=False)  # or, after the end, it would be said that the source is gone
-        except DestinationError:
-            clear_after_end(target)
-            raise
-        checkpoint = opened()
-        if os.path.isfile(source) and not is_index(Path(source).name) and len(checkpoint.files) > 1:
-            several = f"is one of {plural(len(checkpoint.files), 'file')} that would be freed"
-            raise CheckpointError(f"{several}; name the folder", file=os.fspath(source))
-        return _refuse(checkpoint)
-    record = json.loads(beside(target, "source").read_text(encoding="utf-8"))
-    checkpoint = Checkpoint.from_dict(record)
-    if os.path.abspath(os.path.expanduser(source)) != checkpoint.source:
-        refuse_only_copy(target)
-    checkpoint.seen.update({file: tuple(state) for file, state in record["seen"].items()})
-    return checkpoint
-
-
-def _refuse(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint, unless its files hold more than its tensors, or are not its alone."""
-    if checkpoint.place.folder is None:
-        raise CheckpointError(
-            "is not on this machine: stream it, which stores nothing", file=checkpoint.source
-        )
-    folder, scan = os.path.realpath(checkpoint.place.folder), format_of(checkpoint.files[0]).scan
-    for file in checkpoint.files:
-        path = checkpoint.path(file)
-        others = [name for name, t in checkpoint.tensors.items() if t.file != file]
-        twice = scan(checkpoint.place, [file]).tensors.keys() & set(others)
-        why = ""
-        if checkpoint.format != "safetensors":
-            why = "was saved by torch and may hold more than tensors"
-        elif (real := os.path.realpath(path)) != os.path.join(folder, file):
-            why = f"is a link to {real}, which may be in use under other names (as the Hub's cache is)"
-        elif (names := os.stat(path).st_nlink) > 1:
-            why = f"has {names} names (hard links), all of which would lose it"
-        elif not (os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)):
-            why = "cannot be removed: the folder is read-only"
-        elif twice:
-            why = f"contains tensors that a load takes from another file: {listed(twice)}"
-        elif _is_in_use(path):
-            why = "is open in a program that would crash, perhaps as a loaded model"
-        if why:
-            raise CheckpointError(f"{why}, so it is not freed; leave out free_source", file=path)
-    return checkpoint
-
-
-def _is_in_use(path: str) -> bool:
-    """Whether somebody has a file open or mapped, as Linux shows whoever asks for a lease."""
-    with suppress(ImportError, AttributeError, OSError):  # other systems refuse the cut, or keep the bytes
-        with tempfile.TemporaryFile(dir=os.path.dirname(path)) as own:
-            _lease(own.fileno())  # which fails where a network disk grants none at all
-        with open(path, "r+b") as file:
-            try:
-                _lease(file.fileno())
-            except BlockingIOError:
-                return True
-    return False
-
-
-def _lease(handle: int) -> None:
-    """Take a lease of a file, which ends as it is closed."""
-    import fcntl
-
-    fcntl.fcntl(handle, fcntl.F_SETSIG, signal.SIGURG)  # ignored; the usual signal would end this process
-    fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-
-
-def _lock(file: IO[bytes], path: str) -> None:
-    """Lock a file until it is closed; on Windows, being open keeps others from cutting it."""
-    with suppress(ImportError):
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError("is being freed by another run", file=path) from None
-        except OSError as error:
-            why = f"cannot be locked ({error.strerror}), so it is not freed; leave out free_source"
-            raise CheckpointError(why, file=path) from error
-
-
 class FreeingStore(FolderStore):
     """A folder that becomes `destination` while its source is freed; as `FolderStore`."""
 
     def __init__(self, job: Job, destination: str | os.PathLike[str], overwrite: bool, resume: bool) -> None:
         if overwrite or not job.verify:
-            raise PlanError("overwrite=True and verify=False do not allow it: leave out free_source")
+            given = "overwrite=True" if overwrite else "verify=False"
+            raise PlanError(f"{given} and free_source=True exclude each other: leave out free_source")
         super().__init__(job, destination, overwrite, resume)
         self._record = beside(self.destination, "source")
         self._states: dict[str, State | None] = {}
@@ -169,7 +62,7 @@ class FreeingStore(FolderStore):
         with ExitStack() as held:
             for path in map(self.job.checkpoint.path, self.job.checkpoint.files):
                 with suppress(FileNotFoundError):
-                    _lock(held.enter_context(open(path, "r+b")), path)
+                    lock(held.enter_context(open(path, "r+b")), path)
             yield
 
     def ordered(self, todo: Sequence[Shard]) -> list[Shard]:
@@ -234,11 +127,17 @@ class FreeingStore(FolderStore):
         """Record what the source is, for good before a byte of it is freed."""
         if not self._record.exists():
             checkpoint, draft = self.job.checkpoint, self.folder / self._record.name
-            exact = {"config": checkpoint.config, "seen": checkpoint.seen}
+            exact = {"config": checkpoint.config, "seen": checkpoint.seen, "planned": self._planned()}
             draft.write_text(json.dumps(checkpoint.to_dict() | exact), encoding="utf-8")
             sync(draft)
             draft.rename(self._record)
             sync(self._record.parent)
+
+    def _planned(self) -> str:
+        """Say, to whoever repeats the run, what it is to repeat."""
+        plan = self.job.plan
+        files = f"{plural(len(plan.shards), 'file')} of at most {plan.max_shard_size:,} bytes"
+        return f"{files}, strategy {plan.strategy}, {plan.dtype or 'as stored'}"
 
     def _cut(self) -> None:
         checkpoint = self.job.checkpoint
@@ -302,6 +201,12 @@ class FreeingStore(FolderStore):
             rises.append(made - kept + sum(self._needed(done).values()))
             done.add(shard.file)
         return needed - made + max(rises), free
+
+    def _explained(self, error: OSError) -> ShardkitError:
+        """Return what a failed system call means; those that name a file of weights would have freed it."""
+        if error.filename in map(self.job.checkpoint.path, self.job.checkpoint.files):
+            return CheckpointError(f"cannot be freed: {error.strerror}", file=error.filename)
+        return super()._explained(error)
 
     def _put_in_place(self) -> None:
         """Remove the weights of the source and their index, of which no byte is needed, then publish."""

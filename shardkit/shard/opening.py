@@ -21,8 +21,7 @@ def refuse_early(
     """Refuse what is wrong whatever the source contains."""
     if not is_address(destination):
         refuse_leftover(source, target := resolve(destination))
-        if not free_source:
-            refuse_only_copy(target)
+        refuse_only_copy(target, resumed=source if free_source else "")
     elif free_source:
         raise DestinationError(f"{destination} is not a folder on this machine: leave out free_source")
 

@@ -20,6 +20,7 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.plan.plan import Shard, ShardPlan
 from shardkit.shard.copy import Lost, Outcome
 from shardkit.shard.report import Verification
+from shardkit.sources.fileset import State
 
 _CHANGED = "changed while being copied; nothing was published"
 
@@ -46,26 +47,39 @@ class Job:
         return self.is_received or self.free_source
 
     def fingerprint(self) -> str:
-        """Return the digest of what tells this job from another: its plan, and the states of its source now.
+        """Return the digest of what tells this job from another: its plan, and weights as they are now.
 
-        Of weights that are freed meanwhile, those that they had.
+        Other files are copied from scratch by every run. Weights that are freed count as what they were.
 
         Raises
         ------
         CheckpointError
-            If a file of the source is no longer the one that was opened.
+            If a file of weights is no longer the one that was opened.
         """
-        checkpoint, shards = self.checkpoint, self.plan.shards
+        checkpoint, shards, states = self.checkpoint, self.plan.shards, []
         files, seen = checkpoint.place.now(), checkpoint.seen
-        found = {file: seen[file] if self.free_source else files.state(file) for file in checkpoint.files}
-        found |= {file: files.state(file) for file in checkpoint.side_files}
-        for file, state in found.items():
-            is_same = checkpoint.side_files.get(file, state[0]) == state[0]
-            if seen.get(file, state) != state or not is_same:
+        for file in checkpoint.files:
+            state = seen[file] if self.free_source else files.state(file)
+            if seen.get(file, state) != state:
                 raise CheckpointError(_CHANGED, file=checkpoint.path(file))
-        states = [(file, *state[:2]) for file, state in found.items()]
+            states.append((file, *state[:2]))
         planned = [(s.file, [(t.source.name, t.dtype, t.begin) for t in s.tensors]) for s in shards]
         return xxhash.xxh3_128_hexdigest(json.dumps([states, self.plan.metadata, planned]).encode())
+
+    def beside(self) -> dict[str, State]:
+        """Return what would change with the files that are copied as they are.
+
+        Raises
+        ------
+        CheckpointError
+            If one is no longer as long as it was.
+        """
+        checkpoint, files = self.checkpoint, self.checkpoint.place.now()
+        found = {file: files.state(file) for file in checkpoint.side_files}
+        for file, state in found.items():
+            if state[0] != checkpoint.side_files[file]:
+                raise CheckpointError(_CHANGED, file=checkpoint.path(file))
+        return found
 
     def lost(self, outcomes: Iterable[Outcome]) -> tuple[Lost, ...]:
         """Add up what casts lost, by tensor: a tensor may have been cast by several tasks."""
@@ -107,14 +121,14 @@ class Store(ABC):
     folder: Path
 
     def __init__(self, job: Job) -> None:
-        self.job, self.fingerprint = job, job.fingerprint()
+        self.job, self.fingerprint, self._copied = job, job.fingerprint(), job.beside()
         self.finished: dict[str, Outcome] = {}
         self.freed: dict[str, int] = {}
         self.notes: list[str] = []
 
     def check_source(self) -> None:
         """Refuse to publish what was read of files that have changed since."""
-        if self.job.fingerprint() != self.fingerprint:
+        if self.job.beside() != self._copied or self.job.fingerprint() != self.fingerprint:
             raise CheckpointError(_CHANGED, file=self.job.checkpoint.source)
 
     @abstractmethod

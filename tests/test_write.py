@@ -31,6 +31,7 @@ from shardkit import Checkpoint, Progress, plan_shards, shard_checkpoint, verify
 from shardkit.base import jobs as run
 from shardkit.base import machine, pages
 from shardkit.base.sizes import format_size
+from shardkit.demo import make_demo_checkpoint
 from shardkit.errors import (
     Cancelled,
     CastError,
@@ -305,6 +306,50 @@ def test_every_way_to_copy_gives_the_same_bytes(
     monkeypatch.setattr(transfer, "os", types.SimpleNamespace(**system))
     shard(source, out.with_name("other"), workers=2)
     assert contents(out.with_name("other")) == contents(out)
+
+
+def test_where_both_files_begin_blocks_copies_begin_there(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = os.copy_file_range, list[tuple[int, int, int]]()
+
+    def copy(source: int, target: int, nbytes: int, begin: int, at: int) -> int:
+        calls.append((begin, at, nbytes))
+        return real(source, target, nbytes, begin, at)
+
+    save_file(
+        {f"t{n}": torch.full((5000,), n) for n in range(4)}, source / "model.safetensors", {"format": "pt"}
+    )
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    monkeypatch.setattr(transfer, "TASK_BYTES", 50_000)
+    shard(source, out, files=1, workers=1, max_shard_size="2GB")
+    assert (out / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    of_tensors = [call for call in calls if call[0]]
+    assert sum(nbytes for _, _, nbytes in of_tensors) == 160_000
+    assert all(begin == at for begin, at, _ in of_tensors)
+    assert all(begin % 4096 == 0 or (begin + nbytes) % 4096 == 0 for begin, _, nbytes in of_tensors)
+
+
+def test_shard_that_equals_a_file_of_the_source_takes_no_room_where_blocks_are_shared(tmp_path: Path) -> None:
+    if not shutil.which("mkfs.btrfs"):
+        pytest.skip("no filesystem that shares blocks can be made here")
+    with (tmp_path / "image").open("wb") as image:
+        image.truncate(512 << 20)
+    subprocess.run(["mkfs.btrfs", image.name], check=True, capture_output=True)
+
+    def free() -> int:
+        os.sync()
+        return shutil.disk_usage(disk).free
+
+    try:
+        with mounted(tmp_path / "disk", "-t", "btrfs", "-o", "loop", image.name) as disk:
+            make_demo_checkpoint(disk / "model", size="30MB", shards=2)
+            before = free()
+            assert shard_checkpoint(disk / "model", disk / "out", files=2).verification
+            assert before - free() < 1_000_000
+            assert contents(disk / "out").keys() == contents(disk / "model").keys()
+    except Skip as reason:
+        pytest.skip(str(reason))
 
 
 @settings(max_examples=20)

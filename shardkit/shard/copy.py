@@ -27,6 +27,7 @@ from shardkit.sources.fileset import FileSet
 from shardkit.sources.local import LocalFiles
 
 _CAST_BYTES = 1 << 19  # with its result and what is counted, what a core has close at hand
+_BLOCK_BYTES = 4096
 TASK_BYTES = 16 << 20  # small enough to stop within a second, whatever the disk
 
 # What a kernel or filesystem says when it cannot copy this way; the next way is tried then.
@@ -299,7 +300,10 @@ def _copy_by(copy: Callable[[int, int, Range], int], source: int, target: int, p
 
 
 def _copy_file_range(source: int, target: int, part: Range) -> int:
-    return os.copy_file_range(source, target, part.nbytes, part.offset, part.target_offset)
+    """Copy up to where both files begin a block, if they ever do: from there on, some disks share blocks."""
+    head = -part.offset % _BLOCK_BYTES if (part.offset - part.target_offset) % _BLOCK_BYTES == 0 else 0
+    nbytes = min(head, part.nbytes) or part.nbytes
+    return os.copy_file_range(source, target, nbytes, part.offset, part.target_offset)
 
 
 def _sendfile(source: int, target: int, part: Range) -> int:

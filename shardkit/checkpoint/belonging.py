@@ -22,7 +22,7 @@ from shardkit.checkpoint.layout import (
     read_json,
     shard_set,
 )
-from shardkit.formats.names import is_weights
+from shardkit.formats.names import is_of_rank, is_weights
 from shardkit.sources.fileset import FileSet
 
 OTHER_FORMAT = "the same weights in another format"
@@ -110,7 +110,9 @@ def _rule(others: Iterable[str], weights: set[str], stems: set[str]) -> Callable
             return OTHER_RUNTIME
         if shard_set(file) in sets:
             return UNREAD
-        if file in original or (not folders and same.fullmatch(name) and family(name) in stems):
+        if is_of_rank(name) or file in original:
+            return OTHER_FORMAT
+        if not folders and same.fullmatch(name) and family(name) in stems:
             return OTHER_FORMAT
         return None
 

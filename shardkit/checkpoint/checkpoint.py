@@ -31,7 +31,7 @@ from shardkit.checkpoint.layout import (
 from shardkit.checkpoint.loaded import LOAD_BITS, StoredTensor, load_dtype
 from shardkit.checkpoint.metadata import of_checkpoint
 from shardkit.checkpoint.scan import confirm_offsets, format_of
-from shardkit.formats.strided import MAX_RECEIVED_SPAN
+from shardkit.formats.strided import MAX_RECEIVED_SPAN, Layout
 from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, LoadDtypeLike, TensorInfo
 from shardkit.sources.fileset import FileSet, State
 from shardkit.sources.resolve import resolve
@@ -353,7 +353,7 @@ class Checkpoint(Record):
             If the items of one lie too far apart in its file: it is not contiguous, and large.
         """
         for tensor in self.tensors.values():
-            span = tensor.layout.span if tensor.layout else 0
+            span = tensor.layout.span if isinstance(tensor.layout, Layout) else 0
             if span > MAX_RECEIVED_SPAN:
                 raise DownloadNeededError(
                     f"is not contiguous and spans {format_size(span)} of its file, too much to stream: "

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from shardkit.base.errors import CheckpointError, reading
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint.config import parts_of
-from shardkit.formats.names import is_index, is_weights
+from shardkit.formats.names import is_index, is_of_rank, is_weights
 from shardkit.formats.safetensors import JsonBounds, reading_json
 from shardkit.formats.tensor import TensorInfo
 from shardkit.sources.fileset import FileSet, is_inside
@@ -59,6 +59,10 @@ def _stem(name: str) -> tuple[str, str]:
 
 
 _GGUF = "GGUF is not read: open the .safetensors files that it was made from"
+_DISTCP = (
+    ".distcp is not read: save with torch's HuggingFaceStorageWriter, or convert it by `python -m "
+    "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER pytorch_model.bin`"
+)
 
 
 def family(name: str) -> str:
@@ -131,6 +135,8 @@ def find_weights(files: FileSet, config: Mapping[str, Any] | None, chosen: str |
         raise CheckpointError(_GGUF, file=files.where(chosen))
     if is_index(chosen):
         return _by_index(files, chosen)
+    if is_of_rank(chosen):
+        return Weights(chosen, tuple(_of_ranks(files)), {})
     if (shard := _SHARD.fullmatch(chosen)) is None or int(shard[3]) < 2:
         return Weights(chosen, (chosen,), {})
     for index in sorted(name for name in files.names() if "/" not in name and is_index(name)):
@@ -150,7 +156,11 @@ def _choose(files: FileSet, config: Mapping[str, Any] | None) -> str:
             for candidate in (name, f"{name}.index.json"):
                 if files.is_file(candidate):
                     return candidate
-    return _choose_only_candidate(files)
+    return next(iter(_of_ranks(files)), None) or _choose_only_candidate(files)
+
+
+def _of_ranks(files: FileSet) -> list[str]:
+    return sorted(filter(is_of_rank, files.names()))
 
 
 def _choose_only_candidate(files: FileSet) -> str:
@@ -180,6 +190,8 @@ def _choose_only_candidate(files: FileSet) -> str:
     hint = f"; its folders {folders} do: give the path of one" if inside else ""
     if any(name.endswith(".gguf") for name in names):
         hint = f"; {_GGUF}"
+    elif any(name.endswith(".distcp") for name in names):
+        hint = f"; {_DISTCP}"
     raise CheckpointError(f"contains no weights (no .safetensors, no .bin){hint}", file=files.name)
 
 
@@ -242,7 +254,7 @@ def index_notes(weights: Weights, tensors: Mapping[str, TensorInfo]) -> tuple[st
 def naming_notes(chosen: str, stem: str) -> tuple[str, ...]:
     """Return a note where files made from `chosen` get another name, for which somebody might look."""
     name = "".join(_stem(chosen))
-    if name in (stem, "pytorch_model"):
+    if name in (stem, "pytorch_model") or is_of_rank(chosen):
         return ()
     return (f"shards of {name} are named {stem}, the name that from_pretrained looks for",)
 

@@ -8,7 +8,10 @@ from functools import partial
 from typing import NamedTuple
 
 from shardkit.base.errors import CheckpointError
-from shardkit.formats.safetensors import read_header
+from shardkit.base.record import plural
+from shardkit.checkpoint.assembly import assembled, is_in_pieces
+from shardkit.formats.pieces import Pieces
+from shardkit.formats.safetensors import Header, read_header
 from shardkit.formats.tensor import TensorInfo, collector_paused
 from shardkit.formats.torch_file import TorchFile, read_torch_file
 from shardkit.sources.fileset import FileSet
@@ -48,11 +51,22 @@ def _scan_safetensors(files: FileSet, names: Sequence[str]) -> Scan:
     metadata, notes = [], list[str]()
     with collector_paused():
         headers = files.each(lambda name: read_header(files.ranged(name)), names)
+        if any(map(is_in_pieces, headers.values())):
+            return _put_together(files, headers)
         for name, (entries, found, start) in headers.items():
             metadata.append(found)
             for tensor, dtype, shape, begin, end in entries:
                 _add(tensors, TensorInfo(tensor, dtype, shape, name, start + begin, end - begin), notes)
     return Scan(tensors, tuple(metadata), tuple(notes))
+
+
+def _put_together(files: FileSet, headers: Mapping[str, Header]) -> Scan:
+    """List the tensors of files that have pieces of them."""
+    tensors = assembled(files, headers)
+    cut = sum(isinstance(tensor.layout, Pieces) for tensor in tensors.values())
+    many = f"{plural(cut, 'tensor')} in pieces, which {plural(len(headers), 'file')} of ranks contain"
+    metadata = tuple(header.metadata for header in headers.values())
+    return Scan(tensors, metadata, (f"{many}: put together",) * bool(cut))
 
 
 def _add(tensors: dict[str, TensorInfo], tensor: TensorInfo, notes: list[str]) -> None:

@@ -48,7 +48,7 @@ class JsonBounds(NamedTuple):
 
 
 # Eleven brackets and commas for a tensor of five dimensions, four colons for each tensor.
-_HEADER_BOUNDS = JsonBounds(structure=1_200_000, colons=600_000, unquoted=4_000_000)
+HEADER_BOUNDS = JsonBounds(structure=1_200_000, colons=600_000, unquoted=4_000_000)
 
 
 class Entry(NamedTuple):
@@ -108,7 +108,7 @@ def refuse_lfs_pointer(beginning: bytes, file: str) -> None:
 
 def _parse(raw: bytes, data_bytes: int, file: str) -> Header:
     """Validate a raw JSON header against the `data_bytes` that follow it in the file."""
-    with reading_json(raw, file, _HEADER_BOUNDS):
+    with reading_json(raw, file, HEADER_BOUNDS):
         document = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_unique_keys,
@@ -190,9 +190,9 @@ def _entry(name: str, value: Any) -> Entry:
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(dtype, str):
         raise ValueError(f"dtype is {_clip(dtype)}, not a string")
-    if not _is_counts(shape):
+    if not is_counts(shape):
         raise ValueError(f"shape is {_clip(shape)}, not a list of non-negative integers")
-    if not _is_counts(offsets) or len(offsets) != 2:
+    if not is_counts(offsets) or len(offsets) != 2:
         raise ValueError(f"data_offsets is {_clip(offsets)}, not two non-negative integers")
     begin, end = offsets
     expected = tensor_bytes(dtype, shape)
@@ -215,7 +215,8 @@ def check_name(name: str, file: str) -> None:
         raise CheckpointError("the name is reserved by the format", file=file, tensor=name)
 
 
-def _is_counts(value: Any) -> TypeGuard[list[int]]:
+def is_counts(value: Any) -> TypeGuard[list[int]]:
+    """Whether a value of JSON is a list of integers, none below zero."""
     if not isinstance(value, list):
         return False
     for item in value:  # noqa: SIM110  a generator would take twice as long, for each tensor of each file

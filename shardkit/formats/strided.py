@@ -6,6 +6,7 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from shardkit.base.errors import CheckpointError, reading
@@ -70,29 +71,33 @@ def gather(data: Any, offset: int, layout: Layout, begin: int, nbytes: int) -> I
     first, end = begin // size, -(-(begin + nbytes) // size)
     most, position = max(1, PIECE_BYTES // size), first * size
     buffers = np.empty((2, min(most, end - first)), f"<u{size}")
-    for piece in _pieces(tensor, first, end, most):
-        items = _gathered(piece, buffers)
+    for block in blocks(layout.shape, first, end, most):
+        items = _gathered(np.asarray(tensor[block]), buffers)  # of no dimensions, it is a number
         written = items.view("u1").data.toreadonly()
         yield written[max(0, begin - position) : begin + nbytes - position]
         position += len(written)
 
 
-def _pieces(tensor: NDArray[Any], first: int, end: int, most: int) -> Iterator[NDArray[Any]]:
-    """Cut items `first` to `end`, in row-major order, into views of at most `most` items each."""
-    if tensor.ndim == 0:
-        yield tensor
+def blocks(shape: Sequence[int], first: int, end: int, most: int) -> Iterator[tuple[slice, ...]]:
+    """Cut items `first` to `end` of a tensor, in row-major order, into blocks of at most `most` items each.
+
+    A block is cut in one dimension, complete in those after it, and one item long in those before it.
+    """
+    if not shape:
+        yield ()
         return
-    row = tensor.size // len(tensor)
+    row = prod(shape[1:])
     at = first
     while at < end:
         number, inside = divmod(at, row)
         rows = min(most, end - at) // row
         if inside or not rows:  # part of a row, or one that is too long
             stop = min(end, (number + 1) * row)
-            yield from _pieces(tensor[number, ...], inside, stop - number * row, most)
+            for rest in blocks(shape[1:], inside, stop - number * row, most):
+                yield slice(number, number + 1), *rest
         else:
             stop = at + rows * row
-            yield tensor[number : number + rows]
+            yield slice(number, number + rows), *(slice(0, length) for length in shape[1:])
         at = stop
 
 

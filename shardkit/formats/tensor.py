@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from shardkit.base.errors import PlanError, misspelled
 from shardkit.base.sizes import format_size
+from shardkit.formats.pieces import Pieces
 from shardkit.formats.strided import Layout
 
 DTYPE_NAMES = {
@@ -80,13 +81,13 @@ class TensorInfo:
     name, dtype, shape
         As in the file; dtype in safetensors' words ("BF16").
     file
-        Name of its file, relative to the checkpoint's folder.
+        Name of its file, relative to the checkpoint's folder; of a tensor in pieces, that of the first.
     offset
         Its first byte in that file.
     nbytes
         Size in bytes.
     layout
-        How its items lie in that file; None where they lie as they are written.
+        How its items lie in that file, or in those of its pieces; None where they lie as they are written.
     """
 
     name: str
@@ -95,7 +96,7 @@ class TensorInfo:
     file: str
     offset: int
     nbytes: int
-    layout: Layout | None = None
+    layout: Layout | Pieces | None = None
 
     @property
     def elements(self) -> int:

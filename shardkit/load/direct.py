@@ -8,7 +8,7 @@ from collections.abc import Callable
 from shardkit.base.disk import CHUNK_BYTES, PAGE, DiskFile, pages_of
 from shardkit.base.errors import CheckpointError, reading
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.formats.strided import read_strided
+from shardkit.formats.strided import Layout, read_strided
 from shardkit.formats.tensor import TensorInfo
 from shardkit.sources.fileset import State
 from shardkit.sources.local import file_state
@@ -56,6 +56,7 @@ class WeightFiles:
             first = tensor.offset + begin
             self._files[tensor.file].read_pages(tensor, first, nbytes, buffer, lambda _: True)
             return buffer, first % PAGE
+        assert isinstance(tensor.layout, Layout)  # noqa: S101 - pieces of ranks are not loaded
         pieces = read_strided(self._files[tensor.file].path, tensor.offset, tensor.layout, begin, nbytes)
         return bytearray().join(map(bytes, pieces)), 0
 

@@ -21,6 +21,7 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.config import architecture
 from shardkit.checkpoint.estimate import Estimate
 from shardkit.checkpoint.layout import find_weights, read_config
+from shardkit.formats.names import is_of_rank
 from shardkit.formats.tensor import CAST_DTYPES, LoadDtypeLike, dtype_name
 from shardkit.load.into_memory import WeightsInMemory
 from shardkit.load.prefetch import Prefetch
@@ -176,6 +177,11 @@ def loaded_files(source: str | os.PathLike[str], **where: Any) -> tuple[str, lis
             "has no config.json next to it, so it cannot be loaded as a model", file=found.source
         )
     weights = find_weights(found.files, config)
+    if is_of_rank(weights.chosen):
+        raise CheckpointError(
+            "contains pieces of tensors, which transformers does not load: shard it, and load that",
+            file=found.source,
+        )
     if found.chosen not in (None, weights.chosen):
         raise CheckpointError(
             f"transformers loads {weights.chosen} from this folder, not this file", file=found.source

@@ -57,6 +57,11 @@ def model_keys(job: dict[str, Any]) -> dict[str, Any]:
         if "allocate memory" in str(error):
             return {"why": f"not enough memory here to map the copy: {_one_line(error)}"}
         copy, differences = source, [f"{stack} loads the source but not the copy: {_one_line(error)}"]
+    if job["source"].get("must_fit"):  # of a file of pieces that is missing, nothing else may say so
+        wrong = sorted(source["mismatched"])
+        differences += [
+            f"{key} has another shape than config.json gives: is a file missing?" for key in wrong
+        ]
     found = {"model": name, "stack": stack, "keys": len(source["keys"]), "differences": differences}
     return {**found, "missing": sorted(source["missing"] & copy["missing"])}
 

@@ -16,6 +16,7 @@ from typing import Any
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint import asking
 from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.formats.names import is_of_rank
 from shardkit.formats.tensor import DTYPE_NAMES, stored_dtype
 from shardkit.load.look import config_differences
 
@@ -80,6 +81,7 @@ def _side(checkpoint: Checkpoint) -> dict[str, Any]:
         "folder": checkpoint.folder if is_folder else None,
         "config": checkpoint.config,
         "tensors": tensors,
+        "must_fit": any(map(is_of_rank, checkpoint.files)),
         "dtype": dtype,
     }
 

@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
 
 from shardkit.base.errors import CheckpointError, reading
+from shardkit.formats.pieces import Pieces
 from shardkit.formats.safetensors import DTYPE_BITS
-from shardkit.formats.strided import Layout, gather, read_strided
+from shardkit.formats.strided import MAX_RECEIVED_SPAN, PIECE_BYTES, Layout, gather, read_strided
 from shardkit.formats.tensor import TensorInfo
 from shardkit.plan.plan import Shard
 from shardkit.sources.fileset import FileSet
@@ -49,7 +51,7 @@ class Range:
     tensor: str  # the first, where a range covers several
     dtype: str
     target: str  # the dtype to cast to; the same where bytes are only copied
-    layout: Layout | None = None  # how items lie, where they have to be gathered
+    layout: Layout | Pieces | None = None  # how items lie, where they have to be gathered
     begin: int = 0  # its first byte in the tensor as it is written
 
     @property
@@ -158,12 +160,26 @@ def _shard_ranges(shard: Shard, files: FileSet) -> list[Range]:
     """Return what makes up a shard's data, neighbours in both files joined into one range."""
     ranges: list[Range] = []
     for planned in (planned for planned in shard.tensors if planned.nbytes):
-        new = tensor_range(files, planned.source, planned.dtype, shard.header_bytes + planned.begin)
-        if ranges and _are_neighbours(ranges[-1], new):
-            first = ranges.pop()
-            new = _part(first, 0, first.nbytes + new.nbytes)
-        ranges.append(new)
+        whole = tensor_range(files, planned.source, planned.dtype, shard.header_bytes + planned.begin)
+        for new in _stacked(whole):
+            if ranges and _are_neighbours(ranges[-1], new):
+                first = ranges.pop()
+                new = _part(first, 0, first.nbytes + new.nbytes)
+            ranges.append(new)
     return ranges
+
+
+def _stacked(whole: Range) -> Iterator[Range]:
+    """Yield a tensor; piece by piece, which need no gathering, if they lie in it one after the other."""
+    if not (isinstance(whole.layout, Pieces) and whole.layout.is_stacked):
+        yield whole
+        return
+    start = 0
+    for piece in whole.layout.pieces:
+        nbytes = prod(piece.shape) * whole.layout.itemsize
+        part = _part(whole, start, nbytes)
+        yield replace(part, file=piece.file, offset=piece.offset, layout=None, begin=0)
+        start += nbytes
 
 
 def cut(whole: Range) -> Iterator[Range]:
@@ -218,6 +234,9 @@ def read_chunks(part: Range) -> Iterator[memoryview]:
     try:
         if part.layout is None:
             yield from part.files.pieces(part.file, part.offset, part.nbytes)
+        elif isinstance(part.layout, Pieces):
+            most = MAX_RECEIVED_SPAN if part.is_received else PIECE_BYTES
+            yield from part.layout.read(part.files.read_bytes, part.begin, part.nbytes, most)
         elif not part.is_received:
             yield from read_strided(part.where, part.offset, part.layout, part.begin, part.nbytes)
         else:

@@ -16,6 +16,7 @@ from .load.load_model import load_model as load_model
 from .measure.article_stack import article_stack as article_stack
 from .measure.launch import measure_load as measure_load
 from .measure.measurement import LoadMeasurement as LoadMeasurement
+from .measure.parallel import measure_parallel as measure_parallel
 from .plan.plan import Shard as Shard
 from .plan.plan import ShardPlan as ShardPlan
 from .plan.plan import plan_shards as plan_shards

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from shardkit.base.errors import CheckpointError
 from shardkit.base.record import plural
 from shardkit.checkpoint.assembly import assembled, is_in_pieces
+from shardkit.formats.columns import IN_BLOCKS, as_matrix
 from shardkit.formats.pieces import Pieces
 from shardkit.formats.safetensors import Header, read_header
 from shardkit.formats.tensor import TensorInfo, collector_paused
@@ -56,7 +57,10 @@ def _scan_safetensors(files: FileSet, names: Sequence[str]) -> Scan:
         for name, (entries, found, start) in headers.items():
             metadata.append(found)
             for tensor, dtype, shape, begin, end in entries:
-                _add(tensors, TensorInfo(tensor, dtype, shape, name, start + begin, end - begin), notes)
+                stored = TensorInfo(tensor, dtype, shape, name, start + begin, end - begin)
+                _add(tensors, as_matrix(stored, found), notes)
+    if any(tensor.layout for tensor in tensors.values()):
+        notes.append(IN_BLOCKS)
     return Scan(tensors, tuple(metadata), tuple(notes))
 
 

@@ -210,7 +210,13 @@ FILES = argument(
     type=at_least_one,
     metavar="N",
 )
-LAYOUT = (MAX_SHARD_SIZE, STRATEGY, FILES)
+RANKS = argument(
+    "--ranks",
+    "For so many processes of tensor parallelism: each reads only its part; plain from_pretrained cannot.",
+    type=at_least_one,
+    metavar="N",
+)
+LAYOUT = (MAX_SHARD_SIZE, STRATEGY, FILES, RANKS)
 _DTYPES = "float16, bfloat16 or float32; also fp16, half, bf16, fp32."
 DTYPE = argument(
     "--dtype", f"Cast floating-point tensors: {_DTYPES}", type=_valued(dtype_name), metavar="DTYPE"

@@ -150,8 +150,9 @@ def shard(
     with progress_bar() as bar:
         common["progress"] = bar
         if is_on_hub(destination):
-            if overwrite or not resume or stream is not None or free_source:
-                only = "--overwrite, --no-resume, --stream, --download, --free-source"
+            ranks = common.pop("ranks")
+            if overwrite or not resume or stream is not None or free_source or ranks:
+                only = "--overwrite, --no-resume, --stream, --download, --free-source, --ranks"
                 wrong_usage("shard", f"{only} only apply to folders")
             report = shardkit.shard_on_hub(source, destination[5:], private=not public, **common)
         else:

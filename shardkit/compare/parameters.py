@@ -49,6 +49,7 @@ RULES: dict[str, Rule] = {
     "host": one_of(*memory_limits()),
     "prompt": _is_text,
     "tokens": whole_number(1),
+    "ranks": whole_number(1),
     "precision": must(lambda value: type(value) is int and 0 < value < 100, "a whole number of percent"),
     "repeats": whole_number(1, AUTO),
     "cache": one_of(*CACHES),

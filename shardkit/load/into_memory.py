@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +23,7 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.safetensors import DTYPE_BITS
 from shardkit.formats.tensor import TensorInfo
 from shardkit.load.direct import WeightFiles
+from shardkit.load.opened import sliced_by
 from shardkit.load.recipes import torch_dtype
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 _THREADS = 4
 _Block: TypeAlias = tuple[TensorInfo, ...]  # neighbors in a file
-# What opens files for transformers is replaced for all threads, so one load at a time may do that.
-_REPLACING = threading.RLock()
 
 
 class WeightsInMemory:
@@ -70,22 +69,16 @@ class WeightsInMemory:
         CheckpointError
             If one could not be read.
         """
-        from transformers import modeling_utils
-
-        with _REPLACING:
-            opens = modeling_utils.safe_open  # which it calls for every file; then it slices tensor by tensor
-
-            def open_here(file: str, *how: Any, **named: Any) -> _Opened:
-                return _Opened(self, self._names.get(os.path.realpath(file)), opens(file, *how, **named))
-
-            modeling_utils.safe_open = open_here
-            try:
+        try:
+            with sliced_by(self._slice, lambda _: None):
                 yield
-            finally:
-                modeling_utils.safe_open = opens
-                self.stop()
-                if self._error:  # of which transformers keeps the text alone
-                    raise self._error from None
+        finally:
+            self.stop()
+            if self._error:  # of which transformers keeps the text alone
+                raise self._error from None
+
+    def _slice(self, path: str, name: str, opens: Callable[[], Any]) -> _Slice:
+        return _Slice(self, self._names.get(path), name, opens())
 
     def stop(self) -> None:
         """End reading, and give up what nobody uses."""
@@ -116,26 +109,6 @@ class WeightsInMemory:
         buffer = memoryview(own_memory(pages_of(nbytes, first.offset)))
         self._files.read(replace(first, nbytes=nbytes), buffer, lambda _: not self._is_stopped)
         return buffer
-
-
-class _Opened:
-    """An open file of safetensors, some of whose tensors are read here."""
-
-    def __init__(self, weights: WeightsInMemory, file: str | None, opened: Any) -> None:
-        self._weights, self._file, self._opened = weights, file, opened
-
-    def __enter__(self) -> _Opened:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._opened.__exit__(*error)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._opened, name)
-
-    def get_slice(self, name: str) -> _Slice:
-        """Return a tensor that is not there before it is indexed."""
-        return _Slice(self._weights, self._file, name, self._opened.get_slice(name))
 
 
 class _Slice:

@@ -21,10 +21,12 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.config import architecture
 from shardkit.checkpoint.estimate import Estimate
 from shardkit.checkpoint.layout import find_weights, read_config
+from shardkit.checkpoint.ranks import check_ranks, is_for_ranks, is_shared, tensor_parallel_size
 from shardkit.formats.names import is_of_rank
 from shardkit.formats.tensor import CAST_DTYPES, LoadDtypeLike, dtype_name
 from shardkit.load.into_memory import WeightsInMemory
 from shardkit.load.prefetch import Prefetch
+from shardkit.load.ranges import reading_ranges
 from shardkit.load.within import check_complete, load_streaming
 from shardkit.sources.resolve import resolve
 
@@ -67,7 +69,8 @@ def load_model(
         Passed to `from_pretrained`. Shards in this dtype are mapped, not copied, so the source must stay
         where it is as long as the model is used; not those that were read from a slow mount.
     prefetch
-        Whether to prefetch the files; without `max_memory`.
+        Whether to prefetch the files; without `max_memory`, and unless several processes share the model,
+        each of which reads what it needs of safetensors, and no more, into memory.
     max_memory
         The most memory that the process may need on this model's account, all else in it included: "2GB", or
         bytes. None, or enough for all of the model: it is loaded as transformers does. A dict is passed on to
@@ -76,7 +79,7 @@ def load_model(
         The longest sequence and the most sequences at a time, whose KV cache and activations are part of
         `max_memory`. A model that streams refuses more.
     **from_pretrained_options
-        Passed on: ``device_map``, ``attn_implementation``, ...
+        Passed on: ``device_map``, ``attn_implementation``, ``distributed_config={"tp_size": 2}``, ...
 
     Returns
     -------
@@ -92,7 +95,7 @@ def load_model(
     PlanError
         If `dtype` is text, but not a dtype, or a count is not a whole number above zero; or `max_memory` is
         too small: names the smallest that is not. Or if options ask for another device, or other weights than
-        the folder's, with `max_memory`.
+        the folder's, with `max_memory`; or if the processes of tensor parallelism cannot share the heads.
     SizeError
         If `max_memory` is not a size.
     MissingPackageError
@@ -119,19 +122,21 @@ def load_model(
         where = {name: options.pop(name) for name in ("revision", "token") if name in options}
     folder, files = loaded_files(source, **where)
     checkpoint = Checkpoint.open(folder)
+    check_ranks(checkpoint.config, tensor_parallel_size(options))
+    by_ranges = is_for_ranks(checkpoint) or is_shared(checkpoint, options)
     if budget is not None:
         model = load_streaming(checkpoint, dtype, asked.within(budget), options)
         if model is not None:
             return model
     early = _read_early(checkpoint, files, dtype, options)
-    with early if prefetch else nullcontext() as given:
+    with early if prefetch and not by_ranges else nullcontext() as given:
         import transformers
 
         names = loader_names(checkpoint.config, bool(options.get("trust_remote_code")))
         loader = next(found for name in names if (found := getattr(transformers, name, None)))
         name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
         load = partial(loader.from_pretrained, folder, **{name: dtype}, **options)
-        with given.in_transformers() if given else nullcontext():
+        with reading_ranges(checkpoint) if by_ranges else given.in_transformers() if given else nullcontext():
             if budget is None:
                 return load()
             model, found = load(output_loading_info=True, ignore_mismatched_sizes=True)
@@ -213,6 +218,7 @@ def read_into_memory(
         not any(map(is_slow_to_map, checkpoint.folders))
         or checkpoint.format != "safetensors"
         or is_adapter(checkpoint.stem, checkpoint.config, checkpoint.tensors)
+        or is_for_ranks(checkpoint)
         or any(name in options for name in FILE_OPTIONS)
         or int(metadata.version("transformers").split(".")[0]) < 5
         or prefetch_bytes(checkpoint, dtype, memory_limit) < checkpoint.total_bytes

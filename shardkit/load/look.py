@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,10 @@ _MAY_DIFFER |= {"transformers_weights"}
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """Answer the "question" of a job, "keys" or "kept"; or say "why" it cannot be asked."""
+    """Answer the "question" of a job, "keys", "kept" or "columns"; or say "why" it cannot be asked."""
+    answers = {"keys": model_keys, "kept": kept_tensors, "columns": cut_by_columns}
     try:
-        return {"keys": model_keys, "kept": kept_tensors}[job["question"]](job)
+        return answers[job["question"]](job)
     except Exception as error:  # ImportError, or whatever a class raises that makes no sense of its config
         return {"why": _one_line(error)}
 
@@ -142,30 +144,51 @@ def kept_tensors(job: dict[str, Any]) -> dict[str, Any]:
     Does, without data, as transformers 5 does in `convert_and_load_state_dict_in_model`.
     """
     import torch
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        build_glob_alternation,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import build_glob_alternation
 
     names, wanted = job["names"], getattr(torch, job["dtype"])
-    model = _empty_model(job["config"], wanted, max(_MODULES_AT_LEAST, _MODULES_PER_TENSOR * len(names)))
+    model = _empty_model(job["config"], wanted, _most_modules(names))
     plan, state = model._get_dtype_plan(wanted), model.state_dict()
     pattern = build_glob_alternation(list(plan))[0] if plan else re.compile(r"(?!)")
-    mapping = get_model_conversion_mapping(model)
+    others = {name for name, value in state.items() if value.dtype != wanted or pattern.search(name)}
+    key_of = _naming(model)
+    return {"kept": [name for name in names if others and key_of(name) in others]}
+
+
+def cut_by_columns(job: dict[str, Any]) -> dict[str, Any]:
+    """Return which of the "names" of matrices tensor parallelism divides by columns: "columns"."""
+    import torch
+    from transformers.distributed.parallel_utils import _get_parameter_plan
+
+    names = job["names"]
+    model = _empty_model(job["config"], torch.float32, _most_modules(names))
+    if not model.tp_plan:
+        return {"why": f"{type(model).__name__} has none"}
+    key_of = _naming(model)
+    styles = {name: _get_parameter_plan(key_of(name), model.tp_plan) or "" for name in names}
+    return {"columns": [name for name, style in styles.items() if style.startswith("rowwise")]}
+
+
+def _naming(model: Any) -> Callable[[str], str]:
+    """Return what says which parameter of a model a tensor of its files becomes, or a part of."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping, state, prefix = get_model_conversion_mapping(model), model.state_dict(), model.base_model_prefix
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    others = {name for name, value in state.items() if value.dtype != wanted or pattern.search(name)}
 
     def key_of(name: str) -> str:
-        key: str = rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0]
+        key: str = rename_source_key(name, renamings, converters, prefix, state)[0]
         if key not in state and name in state:
-            key = rename_source_key(name, [], [], model.base_model_prefix, state)[0]
+            key = rename_source_key(name, [], [], prefix, state)[0]
         return key
 
-    return {"kept": [name for name in names if others and key_of(name) in others]}
+    return key_of
+
+
+def _most_modules(names: list[str]) -> int:
+    return max(_MODULES_AT_LEAST, _MODULES_PER_TENSOR * len(names))
 
 
 def _empty_model(config: dict[str, Any], dtype: torch.dtype, most_modules: int) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint import asking
 from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.ranks import is_for_ranks
 from shardkit.formats.names import is_of_rank
 from shardkit.formats.tensor import DTYPE_NAMES, stored_dtype
 from shardkit.load.look import config_differences
@@ -75,6 +76,7 @@ def _side(checkpoint: Checkpoint) -> dict[str, Any]:
     Asked for the dtype that most weights have, transformers converts none of those, and reads none.
     """
     is_folder = checkpoint.place.folder is not None and not os.path.isfile(checkpoint.source)
+    is_folder = is_folder and not is_for_ranks(checkpoint)
     dtype = stored_dtype(checkpoint.dtypes)
     tensors = {name: (DTYPE_NAMES[t.dtype], t.shape) for name, t in checkpoint.tensors.items()}
     return {

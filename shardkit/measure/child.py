@@ -60,7 +60,11 @@ class ChildEnd:
 
 
 def run_child(
-    command: Sequence[str], job: Mapping[str, Any], spec: LoadSpec, stop: Callable[[], bool] | None
+    command: Sequence[str],
+    job: Mapping[str, Any],
+    spec: LoadSpec,
+    stop: Callable[[], bool] | None,
+    environment: Mapping[str, str] | None = None,
 ) -> ChildEnd:
     """Start `command`, give it `job` and the path of a results file, sample it until it ends.
 
@@ -80,7 +84,7 @@ def run_child(
         (folder / "job").write_text(json.dumps({**job, "results": str(folder / "results")}))
         started_at = time.monotonic()
         try:
-            child = _start([*command, str(folder / "job")], limit, printed)
+            child = _start([*command, str(folder / "job")], limit, printed, environment or {})
         except (OSError, ValueError) as error:
             return ChildEnd(started_at, time.monotonic(), None, output=str(error))
         fine, portable = StatusSampler(child.pid), PortableSampler(child)
@@ -108,13 +112,15 @@ def run_child(
         )
 
 
-def _start(command: Sequence[str], limit: Limited, printed: FileIO) -> subprocess.Popen[bytes]:
+def _start(
+    command: Sequence[str], limit: Limited, printed: FileIO, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(  # noqa: S603 - the interpreter is the caller's choice
         limit.command(command),
         stdin=subprocess.DEVNULL,  # a library that asks a question gets no answer
         stdout=printed,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **_ENVIRONMENT},
+        env={**os.environ, **_ENVIRONMENT, **environment},
         start_new_session=True,  # a group of its own, so that all of it can be killed
     )
 

@@ -6,14 +6,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from shardkit.base.errors import CheckpointError
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import read_config
+from shardkit.checkpoint.ranks import is_for_ranks
 from shardkit.formats.tensor import LoadDtypeLike
 from shardkit.load.load_model import (
     FILE_OPTIONS,
@@ -25,7 +27,8 @@ from shardkit.load.load_model import (
 from shardkit.measure import page_cache
 from shardkit.measure.child import ChildEnd, run_child
 from shardkit.measure.environment import describe_machine
-from shardkit.measure.measurement import LOAD, LoadMeasurement, MemoryCurve, Outcome, Phase, SamplerCost
+from shardkit.measure.measurement import LOAD, LoadMeasurement, Outcome, Phase
+from shardkit.measure.readings import curve_of, sampler_cost
 from shardkit.measure.sampler import Reading
 from shardkit.measure.spec import Cache, LoadSpec
 from shardkit.sources.local import LocalFiles
@@ -33,12 +36,12 @@ from shardkit.sources.local import LocalFiles
 WORKER = Path(__file__).with_name("worker.py")
 _PREFETCH = Path(__file__).parents[1] / "load" / "prefetch.py"
 _PACKAGE = Path(__file__).parents[1]
-_CURVE_POINTS = 500
 # transformers names what its own function would be given.
 UNTRUSTED = (
     'it needs custom code, which runs only if you trust it: allow it with options={"trust_remote_code": True}'
 )
 _KILLED = (-9, 128 + 9)  # by SIGKILL; as a wrapper's shell says it
+Children: TypeAlias = Callable[[Sequence[str], Mapping[str, Any]], list[ChildEnd]]
 _SIGNALS = {int(number): number.name for number in signal.Signals}
 _NOT_STARTED = (126, 127)  # as a shell says it
 
@@ -139,8 +142,17 @@ def run_load(
     source: str | os.PathLike[str], spec: LoadSpec, *, stop: Callable[[], bool] | None = None
 ) -> LoadMeasurement:
     """Load a checkpoint as `measure_load` does, its arguments checked before."""
-    given = spec.options
+    return run_in(source, spec, lambda command, job: [run_child(command, job, spec, stop)])[0]
+
+
+def run_in(
+    source: str | os.PathLike[str], spec: LoadSpec, run: Children, by_shardkit: bool = False
+) -> list[LoadMeasurement]:
+    """Load a checkpoint in the processes that `run` starts, given a command and its job, and waits for."""
     folder, files = loaded_files(source)
+    given, by_shardkit = spec.options, by_shardkit or spec.max_memory is not None
+    with suppress(CheckpointError):  # the load itself says what is wrong
+        by_shardkit = by_shardkit or is_for_ranks(Checkpoint.open(folder))
     ahead = _ahead(Checkpoint.open(folder), files, spec) if spec.prefetch else None
     job = {
         "folder": folder,
@@ -154,15 +166,19 @@ def run_load(
         "loaders": loader_names(read_config(LocalFiles(folder)), bool(given.get("trust_remote_code"))),
         "prefetch": ahead,
         "max_memory": spec.max_memory_bytes,
+        "by_shardkit": by_shardkit,
         "package": str(_PACKAGE),
     }
     command = [os.path.expanduser(spec.python or sys.executable), str(WORKER)]
     state = page_cache.prepare(files, spec.cache)
-    end = run_child(command, job, spec, stop)
-    state = page_cache.conclude(state, files, None if spec.prefetch else _read_since_load(end))
+    ends = run(command, job)
+    reads = [_read_since_load(end) for end in ends]
+    is_known = not spec.prefetch and None not in reads
+    state = page_cache.conclude(state, files, sum(filter(None, reads)) if is_known else None)
     if chosen := [name for name in FILE_OPTIONS if name in given]:
         state = page_cache.doubt(state, f"with {', '.join(chosen)} other files may have been loaded")
-    return replace(_measurement(folder, spec, state, end), into_memory=bool(ahead and ahead["into_memory"]))
+    into_memory = bool(ahead and ahead["into_memory"])
+    return [replace(_measurement(folder, spec, state, end), into_memory=into_memory) for end in ends]
 
 
 def _ahead(checkpoint: Checkpoint, files: list[str], spec: LoadSpec) -> dict[str, Any]:
@@ -216,8 +232,8 @@ def _measurement(folder: str, spec: LoadSpec, cache: page_cache.CacheState, end:
         model_class=last.get("model", {}).get("name"),
         token_ids=tuple(last.get("tokens", {}).get("ids", ())),
         first_tokens=last.get("first", {}).get("tokens", 1),
-        curve=_curve(end),
-        sampler=_sampler_cost(end, load["at"]),
+        curve=curve_of(end),
+        sampler=sampler_cost(end, load["at"]),
         environment=describe_machine(folder, limit, **last.get("stack", {})),
         output="" if outcome == "ok" else end.output,
         notes=_notes(end, peaks["peak_is_kernels"]),
@@ -321,27 +337,3 @@ def _split_peaks(
 
 def _largest(numbers: Iterable[int | None]) -> int | None:
     return max((number for number in numbers if number is not None), default=None)
-
-
-def _sampler_cost(end: ChildEnd, load_at: float) -> SamplerCost:
-    times = [reading.at for reading in end.readings]
-    looks = [*times, max(end.sampled_until, *times)] if times else []
-    gaps = [later - earlier for earlier, later in pairwise(looks) if later > load_at]
-    share = end.sampler_cpu_seconds / (end.ended_at - end.started_at)
-    return SamplerCost(len(times), max(gaps, default=None), share)
-
-
-def _curve(end: ChildEnd) -> MemoryCurve:
-    fine = [(r.at, r.anonymous_bytes, r.file_bytes) for r in end.readings]
-    return MemoryCurve(
-        *_columns(fine, 3, end.started_at), *_columns(end.portable_readings, 2, end.started_at)
-    )
-
-
-def _columns(readings: Sequence[tuple[float, ...]], count: int, started_at: float) -> list[tuple[Any, ...]]:
-    """Return times and sizes, thinned to at most 500 points: each has the peaks of those it stands for."""
-    step = -(-len(readings) // _CURVE_POINTS) or 1
-    groups = (readings[first : first + step] for first in range(0, len(readings), step))
-    points = [tuple(map(max, zip(*group, strict=True))) for group in groups]
-    times, *sizes = zip(*points, strict=True) if points else [()] * count
-    return [tuple(round(at - started_at, 4) for at in times), *sizes]

@@ -203,6 +203,13 @@ class LoadMeasurement(Record):
         return phase.process_cpu_seconds if phase else None
 
     @property
+    def read_bytes(self) -> int | None:
+        """Bytes that came from the disk for the load and all tokens; None if unknown."""
+        counts = [p.read_bytes for p in self.phases if p.name in (LOAD, FIRST_TOKEN, FURTHER_TOKENS)]
+        known = [count for count in counts if count is not None]
+        return sum(known) if known and len(known) == len(counts) else None
+
+    @property
     def seconds_per_token(self) -> float | None:
         """Wall time of a token after the first."""
         return self._per_token("wall_seconds")

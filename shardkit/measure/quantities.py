@@ -96,6 +96,7 @@ _TABLE = (
     Quantity("seconds_per_token", "time per token", **_WALL, **_EXTRA),
     Quantity("read_bytes_per_token", "read per token", "bytes", **_EXTRA),
     Quantity("peak_file_bytes", "peak file-backed", **_PEAK),
+    Quantity("read_bytes", "read from disk", "bytes"),
 )
 QUANTITIES = {quantity.name: quantity for quantity in _TABLE}
 

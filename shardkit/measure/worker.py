@@ -156,7 +156,7 @@ class Load:
         """Return what loads in place of `from_pretrained`, if anything does."""
         if self.job["loader"]:
             return runpy.run_path(self.job["loader"])["load"]
-        if self.job["max_memory"]:
+        if self.job["by_shardkit"]:
             return _shardkit(self.job, "load.load_model").load_model
         return None
 
@@ -225,9 +225,9 @@ class Load:
         if self.job["dtype"] is not None:
             name = "dtype" if int(self.transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
             options[name] = getattr(self.torch, self.job["dtype"], self.job["dtype"])
-        if self.job["device"] != "cpu":
+        if self.job["device"] != "cpu" and "distributed_config" not in options:
             options["device_map"] = self.job["device"]
-        if self.job["max_memory"]:
+        if self.job["by_shardkit"]:
             context = -(-(ids.shape[1] + self.job["generate"]) // 64) * 64
             options |= {"max_memory": self.job["max_memory"], "context_tokens": context, "prefetch": False}
         return options

@@ -20,6 +20,8 @@ from shardkit.checkpoint.adapter import estimate_with_base
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.estimate import Estimate
 from shardkit.checkpoint.loaded import StoredTensor, load_dtype
+from shardkit.checkpoint.ranks import for_ranks
+from shardkit.formats.columns import COLUMN_BLOCKS, IN_BLOCKS
 from shardkit.formats.safetensors import (
     FORMAT_METADATA,
     MAX_HEADER_BYTES,
@@ -32,51 +34,19 @@ from shardkit.formats.tensor import (
     FLOAT_DTYPES,
     DtypeLike,
     LoadDtypeLike,
-    TensorInfo,
     collector_paused,
     parse_dtype,
 )
 from shardkit.plan.castable import kept_by_cast
-from shardkit.plan.packing import Item, layout, pack_in_files, packing
+from shardkit.plan.packing import Item, pack_in_files, packing
 from shardkit.plan.packing import Strategy as Strategy
+from shardkit.plan.shards import PlannedTensor as PlannedTensor
+from shardkit.plan.shards import Shard as Shard
+from shardkit.plan.shards import shards_of
 from shardkit.sources.resolve import is_on_hub
 
 USUAL: tuple[int | str, Strategy] = "2GB", "size"
 _SHOWN_SHARDS = 12
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """A tensor of the source, and what becomes of it in a shard, where `begin` is in its data section."""
-
-    source: TensorInfo
-    dtype: str
-    begin: int
-    nbytes: int
-
-    @property
-    def is_cast(self) -> bool:
-        """Whether its bytes change."""
-        return self.dtype != self.source.dtype
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file to write: its tensors in order of their offsets, and its exact size."""
-
-    file: str
-    tensors: tuple[PlannedTensor, ...] = field(repr=False)
-    header_bytes: int
-
-    @property
-    def data_bytes(self) -> int:
-        """Bytes of its tensors."""
-        return self.tensors[-1].begin + self.tensors[-1].nbytes if self.tensors else 0
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the file: header and tensors."""
-        return self.header_bytes + self.data_bytes
 
 
 @dataclass(frozen=True)
@@ -248,6 +218,8 @@ class ShardPlan(Record):
             notes.append(f"metadata that describes individual files of the source is not copied: {left}")
         if self.stem == "adapter_model" and len(self.shards) > 1:
             notes.append("peft loads an adapter from one file only: raise max_shard_size until it fits")
+        if COLUMN_BLOCKS in self.metadata:
+            notes.append(IN_BLOCKS)
         return tuple(notes)
 
 
@@ -258,6 +230,7 @@ def plan_shards(
     strategy: Strategy = "size",
     dtype: DtypeLike | None = None,
     files: int | None = None,
+    ranks: int | None = None,
 ) -> ShardPlan:
     """Plan how to shard a checkpoint; `files=1` merges it into one file.
 
@@ -278,6 +251,9 @@ def plan_shards(
         except those that transformers would load in another (see `ShardPlan.kept`).
     files
         Instead of size and strategy: so many files of nearly equal size, tensors in the order of the source.
+    ranks
+        For so many processes of tensor parallelism: what each of them needs of a matrix lies together, so
+        that it reads nothing else. `load_model` reads such files, plain `from_pretrained` refuses them.
 
     Returns
     -------
@@ -290,7 +266,9 @@ def plan_shards(
         If `max_shard_size` is not a size.
     PlanError
         If the strategy or dtype is unknown, or a cast of quantized weights is requested; if there are fewer
-        tensors than `files`, or a size or strategy is given with it.
+        tensors than `files`, or a size or strategy is given with it; if `ranks` do not divide the heads.
+    CheckpointError
+        If `ranks` are requested of a model for which transformers has no plan.
 
     Examples
     --------
@@ -300,6 +278,7 @@ def plan_shards(
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint)
+    checkpoint = checkpoint if ranks is None else for_ranks(checkpoint, ranks)
     limit = parse_size(max_shard_size)
     pack = packing(strategy).pack
     if files is not None and (max_shard_size, strategy) != USUAL:
@@ -311,7 +290,7 @@ def plan_shards(
     with collector_paused():
         items = [Item.of(t, None if t.name in kept else target) for t in checkpoint.tensors.values()]
         packed = pack(items, limit, empty) if files is None else pack_in_files(items, files)
-        shards = _shards(packed, checkpoint.stem, empty)
+        shards = shards_of(packed, checkpoint.stem, empty)
     if files is not None:
         limit = max(shard.nbytes for shard in shards)
     _check_headers(checkpoint, shards)
@@ -337,13 +316,3 @@ def _check_headers(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
             f"{checkpoint.source}: {plural(len(shards), 'file')} for this many tensors need a header of "
             f"{longest:,} bytes, but readers accept {MAX_HEADER_BYTES:,}: lower max_shard_size"
         )
-
-
-def _shards(packed: Sequence[Sequence[Item]], stem: str, empty: int) -> tuple[Shard, ...]:
-    shards = []
-    for number, items in enumerate(packed, start=1):
-        place = f"-{number:05d}-of-{len(packed):05d}" if len(packed) > 1 else ""
-        placed, header = layout(items, empty)
-        tensors = tuple(PlannedTensor(item.tensor, item.dtype, begin, item.nbytes) for item, begin in placed)
-        shards.append(Shard(f"{stem}{place}.safetensors", tensors, header))
-    return tuple(shards)

@@ -42,6 +42,7 @@ def shard_checkpoint(
     strategy: Strategy = "size",
     dtype: DtypeLike | None = None,
     files: int | None = None,
+    ranks: int | None = None,
     workers: int | None = None,
     executor: Executor | None = None,
     overwrite: bool = False,
@@ -64,7 +65,7 @@ def shard_checkpoint(
     destination
         A folder that does not exist, or is empty; or an address that fsspec reaches ("s3://bucket/name"), to
         which shards go by way of the current folder, at most `workers` + 1 at a time.
-    max_shard_size, strategy, dtype, files
+    max_shard_size, strategy, dtype, files, ranks
         As in `plan_shards`.
     workers
         How many files are written at once (default: up to four, or as many as the executor has workers).
@@ -121,6 +122,7 @@ def shard_checkpoint(
     """
     watch, crew = Watch(), Crew(worker_count(workers, executor), executor, progress)
     layout = {"max_shard_size": max_shard_size, "strategy": strategy, "dtype": dtype, "files": files}
+    layout |= {"ranks": ranks}
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
     is_here = not is_address(destination)
     refuse_early(source, destination, free_source)
@@ -218,6 +220,7 @@ def shard_on_hub(
     checkpoint = open_there(source_id, revision, token)
     check_loadable(checkpoint)
     layout = {"max_shard_size": max_shard_size, "strategy": strategy, "dtype": dtype, "files": files}
+    layout |= {"ranks": None}
     plan = planned(source_id, checkpoint, **layout)
     job = Job(checkpoint, plan, verify, allow_overflow, crew)
     return reshard(HubStore(job, target_id, token, private, Path(work_folder or ".")), watch)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from shardkit.base.errors import CheckpointError, DestinationError, DownloadNeededError, PlanError
 from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.ranks import for_ranks
+from shardkit.formats.columns import COLUMN_BLOCKS
 from shardkit.plan.plan import USUAL, ShardPlan, plan_shards
 from shardkit.shard.destination import refuse_leftover, refuse_only_copy, resolve
 from shardkit.sources.resolve import hub_name, is_address, is_on_hub
 
-_USUAL = {**dict(zip(("max_shard_size", "strategy"), USUAL, strict=True)), "dtype": None, "files": None}
+_USUAL = {
+    **dict(zip(("max_shard_size", "strategy"), USUAL, strict=True)),
+    "dtype": None,
+    "files": None,
+    "ranks": None,
+}
 
 
 def refuse_early(
@@ -32,6 +40,8 @@ def planned(source: str | os.PathLike[str], checkpoint: Checkpoint, **requested:
         return plan_shards(checkpoint, **requested)
     if requested != _USUAL:
         raise PlanError(f"{', '.join(_USUAL)} are those of the plan: leave them out")
+    if ranks := source.metadata.get(COLUMN_BLOCKS):
+        checkpoint = for_ranks(checkpoint, int(ranks))
     if {t.source.name: t.source for shard in source.shards for t in shard.tensors} != checkpoint.tensors:
         raise PlanError(f"{checkpoint.source} has changed since it was planned: plan it again")
     return source
@@ -53,7 +63,8 @@ def is_streamed(
         wanted = is_address(destination) or must_stream(checkpoint.place, needed_files, nbytes, destination)
     if wanted:
         try:
-            checkpoint.check_streamable()
+            tensors = {t.source.name: t.source for shard in plan.shards for t in shard.tensors}
+            replace(checkpoint, tensors=tensors).check_streamable()
             return True
         except DownloadNeededError:
             if stream:

@@ -16,6 +16,7 @@ from shardkit.base.record import listed, plural
 from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import CONFIG_FILES
+from shardkit.checkpoint.ranks import is_for_ranks
 from shardkit.shard.hub_target import GIT_BYTES, Target, described, is_same
 from shardkit.shard.model_card import CARD, model_card, own_readme
 from shardkit.shard.report import ShardReport
@@ -132,6 +133,11 @@ def _open(folder: str) -> Checkpoint:
     if checkpoint.format == "pickle":
         raise CheckpointError(
             "contains pickles: shard it first to convert them to safetensors", file=checkpoint.source
+        )
+    if is_for_ranks(checkpoint):
+        raise CheckpointError(
+            "has matrices in blocks of columns, which from_pretrained does not load: shard it first",
+            file=checkpoint.source,
         )
     check_loadable(checkpoint)
     weights = needed_files(checkpoint.place)[0]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DRAWN = ("time_to_first_token_seconds", "seconds_per_token", "read_bytes_per_token")
+_OF_RANKS = ("peak_anonymous_bytes", "read_bytes", "time_to_first_token_seconds", "seconds_per_token")
 _PEAK = QUANTITIES["peak_anonymous_bytes"]
 _ALIKE = 1.05  # what differs by less is not called less
 _ROOM = 1.3  # for the figures, to the right of bars and lines
@@ -50,6 +51,22 @@ def plot_ways(
         _plot_quantity(ax, runs, name)
     axes[0].set_yticks(range(len(runs)), short_names(runs))
     axes[0].set_ylim(len(runs) - 0.5 + _LABELS, -0.6)
+    figure: Figure = axes[0].figure
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def plot_ranks(runs: _Runs, path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draw what processes that share a model hold, read and take, each next to a process that has it alone.
+
+    Takes loads by name and, as `plot_ways`, a path; the titles say what was found.
+    """
+    axes = new_axes(2, 2, (11, 6.6), sharey=True).flatten()
+    for ax, name in zip(axes, _OF_RANKS, strict=True):
+        _plot_quantity(ax, runs, name)
+    axes[0].set_yticks(range(len(runs)), short_names(runs))
+    axes[0].set_ylim(len(runs) - 0.5, -0.6)
     figure: Figure = axes[0].figure
     if path is not None:
         figure.savefig(path, dpi=150)

@@ -1,0 +1,169 @@
+"""One model run by several processes, each of which is measured as any load is.
+
+They are started as torchrun starts its own, and find each other on this machine; what divides the model among
+them is transformers: gloo connects processors, nccl GPUs, of which each process has one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib import metadata
+from threading import Event
+from typing import Any, Literal
+
+from shardkit.base.errors import Cancelled, MeasurementError, PlanError
+from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.ranks import check_ranks
+from shardkit.formats.tensor import LoadDtypeLike
+from shardkit.measure.child import ChildEnd, run_child
+from shardkit.measure.launch import run_in
+from shardkit.measure.measurement import LoadMeasurement
+from shardkit.measure.spec import Cache, LoadSpec, check, one_of, whole_number
+
+By = Literal["tensor", "layer"]
+_LEAST = 5, 23
+_SIZES: dict[By, str] = {"tensor": "tp_size", "layer": "pp_size"}
+
+
+def measure_parallel(
+    source: str | os.PathLike[str],
+    ranks: int = 2,
+    *,
+    by: By = "tensor",
+    mapped: bool = False,
+    dtype: LoadDtypeLike | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    cache: Cache = "cold",
+    generate: int = 1,
+    prompt: str | None = None,
+    timeout: float | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[LoadMeasurement, ...]:
+    """Load a model in several processes at once, have them generate together, and measure each.
+
+    Parameters
+    ----------
+    source, dtype, cache, generate, prompt, timeout, stop
+        As for `measure_load`; the source may be written for `ranks` (see `plan_shards`).
+    ranks
+        How many processes.
+    by
+        What is divided: "tensor", every matrix (each process computes a part of every layer, by the plan that
+        transformers has for the model); or "layer", the model (each has some layers).
+    mapped
+        Load with plain `from_pretrained`, which maps the files; not with `load_model`, which reads of them
+        what each process needs.
+    device
+        "cuda": a GPU for each process.
+
+    Returns
+    -------
+    A measurement for each process, by rank; all of them are "ok".
+
+    Raises
+    ------
+    PlanError
+        If so many processes cannot share the model: "tensor" divides its heads, "layer" its layers.
+    MeasurementError
+        If an argument is invalid; or if a process failed: says which and why, and the others are stopped.
+    Cancelled, CheckpointError, MissingPackageError
+        As `measure_load`.
+
+    Examples
+    --------
+    >>> [run.ok for run in measure_parallel("mistral-demo", 2, by="layer")]
+    [True, True]
+    """
+    check({"ranks": ranks, "by": by}, {"ranks": whole_number(1), "by": one_of(*_SIZES)})
+    checkpoint = Checkpoint.open(source, download=True)
+    _check(checkpoint.config or {}, ranks, by)
+    options = {"distributed_config": {_SIZES[by]: ranks}}
+    spec = LoadSpec(dtype, device, cache, generate, timeout=timeout, options=options, prompt=prompt)
+    _check_transformers()
+    failed: list[int] = []
+    with socket.socket() as meeting:
+        # Bound but not listening: nobody else is given the port, and the first rank may listen there.
+        meeting.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        meeting.bind(("127.0.0.1", 0))
+        places = [_place(rank, ranks, meeting.getsockname()[1], device) for rank in range(ranks)]
+        together = partial(_run_together, spec=spec, places=places, stop=stop, failed=failed)
+        runs = run_in(source, spec, together, by_shardkit=not mapped)
+    if failed:
+        raise MeasurementError(f"rank {failed[0]} of {ranks} {runs[0].end}; the other processes were stopped")
+    return tuple(runs)
+
+
+def _check_transformers() -> None:
+    """Refuse a version that would ignore what it does not know, and load all of the model everywhere."""
+    version = metadata.version("transformers")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < _LEAST:
+        least = ".".join(map(str, _LEAST))
+        raise MeasurementError(
+            f"only transformers {least} or newer divides a model so: {version} is installed"
+        )
+
+
+def _check(config: Mapping[str, Any], ranks: int, by: By) -> None:
+    if by == "tensor":
+        check_ranks(config, ranks)
+        return
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and ranks > layers:
+        raise PlanError(f"{ranks} processes cannot share the {layers} layers of this model: one each at most")
+
+
+def _place(rank: int, ranks: int, port: int, device: str) -> dict[str, str]:
+    """Return a rank's environment, as torchrun sets it; a GPU is the only one that its process sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(ranks)))
+    gpu = visible.split(",")[rank : rank + 1] if device == "cuda" else []
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    place = {
+        "RANK": rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    place |= {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": "".join(gpu)}
+    return {name: str(value) for name, value in place.items()}
+
+
+def _run_together(
+    command: Sequence[str],
+    job: Mapping[str, Any],
+    *,
+    spec: LoadSpec,
+    places: Sequence[Mapping[str, str]],
+    stop: Callable[[], bool] | None,
+    failed: list[int],
+) -> list[ChildEnd]:
+    """Run a process for each place; return how they ended, or how the one did whose failure ended all."""
+    is_over, ends = Event(), dict[int, ChildEnd]()
+
+    def run(rank: int) -> None:
+        try:
+            ends[rank] = run_child(
+                command, job, spec, lambda: is_over.is_set() or (stop is not None and stop()), places[rank]
+            )
+        except Cancelled:
+            if not is_over.is_set():
+                raise
+            return
+        if not ends[rank].events["done"]:
+            is_over.set()
+
+    with ThreadPoolExecutor(len(places)) as pool:
+        try:
+            deque(pool.map(run, range(len(places))), maxlen=0)
+        finally:
+            is_over.set()
+    wrong = [rank for rank, end in ends.items() if not end.events["done"]]
+    # One that was killed is the cause of errors in those that it left; of errors, the first is.
+    failed += sorted(wrong, key=lambda rank: (ends[rank].return_code or 0) >= 0)
+    return [ends[rank] for rank in failed or range(len(places))]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from shardkit import Checkpoint, load_model, shard_checkpoint, verify_checkpoint
-from shardkit.errors import CheckpointError, PlanError, VerificationError
+from shardkit.errors import CheckpointError, VerificationError
 from tests.support import FreshFolder, Tensor, Tensors, read_checkpoint, read_file, safetensors_bytes
 
 # One of two ranks, which saves tensors cut in all ways, and what they are when complete.
@@ -219,7 +219,7 @@ def test_a_file_of_a_rank_that_is_missing_shows_where_a_config_says_how_large_te
 def test_pieces_are_neither_loaded_nor_freed(ranks_of_demo: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="pieces of tensors, which transformers does not load"):
         load_model(ranks_of_demo)
-    with pytest.raises(PlanError, match="put together from pieces are not freed: leave out free_source"):
+    with pytest.raises(CheckpointError, match="put together, not freed; leave out free_source"):
         shard_checkpoint(ranks_of_demo, tmp_path / "out", free_source=True)
 
 

@@ -21,6 +21,7 @@ from shardkit.checkpoint.layout import read_config
 from shardkit.checkpoint.metadata import is_of_a_file
 from shardkit.checkpoint.scan import format_of
 from shardkit.formats.names import is_index
+from shardkit.formats.pieces import Pieces
 from shardkit.shard.destination import check_free, clear_after_end, only_copy_of
 
 
@@ -68,6 +69,9 @@ def _first(source: str | os.PathLike[str], target: Path, opened: Callable[[], Ch
             f"{target} is in memory ({kind}), which a restart clears, so a source on a disk is not freed for "
             "it; choose a folder on a disk, or leave out free_source"
         )
+    if any(isinstance(tensor.layout, Pieces) for tensor in checkpoint.tensors.values()):
+        why = "has pieces of tensors, which are put together, not freed; leave out free_source"
+        raise CheckpointError(why, file=checkpoint.source)
     if checkpoint.format != "safetensors":
         why = "was saved by torch and may hold more than tensors, so it is not freed; leave out free_source"
         raise CheckpointError(why, file=checkpoint.path(checkpoint.files[0]))

@@ -23,7 +23,6 @@ from shardkit.base.record import plural
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.layout import find_weights
 from shardkit.formats.names import is_index
-from shardkit.formats.pieces import Pieces
 from shardkit.plan.plan import Shard
 from shardkit.shard.copy import Outcome, run_task, shard_tasks
 from shardkit.shard.destination import beside, sync
@@ -44,8 +43,6 @@ class FreeingStore(FolderStore):
         if overwrite or not job.verify:
             given = "overwrite=True" if overwrite else "verify=False"
             raise PlanError(f"{given} and free_source=True exclude each other: leave out free_source")
-        if any(isinstance(tensor.layout, Pieces) for tensor in job.checkpoint.tensors.values()):
-            raise PlanError("tensors that are put together from pieces are not freed: leave out free_source")
         super().__init__(job, destination, overwrite, resume)
         self._record = beside(self.destination, "source")
         self._states: dict[str, State | None] = {}

@@ -19,7 +19,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 import shardkit
 from shardkit.base.errors import Cancelled, CheckpointError, DestinationError
-from shardkit.shard import hub_store, relay
+from shardkit.shard import sending, verify
 from shardkit.shard.engine import shard_on_hub
 from shardkit.shard.push import push_checkpoint
 from tests.loopback_hub import LoopbackHub
@@ -768,8 +768,8 @@ def test_refused_overflow_keeps_the_shards_that_were_sent(hub: LoopbackHub, tmp_
 def test_disk_that_fails_keeps_the_shards_that_were_sent(
     where: str, hub: LoopbackHub, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = relay if where == "altered" else hub_store
-    real, calls = getattr(module, where), iter(range(4))
+    room = verify if where == "altered" else sending
+    real, calls = getattr(room, where), iter(range(4))
 
     def fail(*args: object) -> object:
         if next(calls, None) is None:
@@ -780,7 +780,7 @@ def test_disk_that_fails_keeps_the_shards_that_were_sent(
 
     options = {"max_shard_size": "300KB", "workers": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(module, where, fail)
+        patch.setattr(room, where, fail)
         with pytest.raises((shardkit.errors.VerificationError, DestinationError)):
             shard_on_hub(SOURCE, REPO, **options)
     assert len(shard_on_hub(SOURCE, REPO, **options).reused) >= 3

@@ -84,6 +84,10 @@ class DestinationError(ShardkitError):
     """The destination exists, overlaps the source, or cannot be written."""
 
 
+class InUseError(DestinationError):
+    """Another run is writing the destination."""
+
+
 class SpaceError(DestinationError):
     """The disk cannot hold the result."""
 

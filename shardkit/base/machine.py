@@ -200,6 +200,11 @@ def seen(function: Callable[[TaskT], ResultT], task: TaskT) -> tuple[ResultT, st
     return function(task), _who(), _kernel_counts("VmHWM")
 
 
+def is_here(who: str) -> bool:
+    """Whether a process, as `seen` reports it, is on this machine."""
+    return who.rpartition(":")[0] == platform.node()
+
+
 def _who() -> str:
     return f"{platform.node()}:{os.getpid()}"
 

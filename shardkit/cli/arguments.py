@@ -13,6 +13,7 @@ from textwrap import dedent
 from typing import Any, NoReturn
 
 import shardkit
+from shardkit.base.cluster import DASK, check_address
 from shardkit.base.errors import ShardkitError, meant, misspelled
 from shardkit.base.sizes import parse_size
 from shardkit.checkpoint.budget import MOST
@@ -21,6 +22,7 @@ from shardkit.formats.tensor import dtype_name
 from shardkit.measure.samples import AUTO, MOST_PAIRS
 from shardkit.measure.spec import RULES
 from shardkit.plan.packing import STRATEGIES, packing
+from shardkit.shard.in_parts import FINISH, check_part
 
 Argument = tuple[str, dict[str, Any]]
 
@@ -174,6 +176,16 @@ def rate(text: str) -> str:
 
 
 @_valued
+def part(text: str) -> tuple[int, int]:
+    """Return the number of a part, and of how many."""
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal()):
+        raise ShardkitError(f"{text!r} is not I/N, such as 3/8")
+    check_part((int(number), int(of)))
+    return int(number), int(of)
+
+
+@_valued
 def device(text: str) -> str:
     """Return a device to load to."""
     RULES["device"](text)
@@ -250,6 +262,27 @@ REPEATS = (
     ),
 )
 WORKERS = argument("--workers", "Number of threads (default: up to 4).", type=at_least_one, metavar="N")
+EXECUTOR = argument(
+    "--executor",
+    f"Dask's scheduler, whose workers do the work: {DASK}HOST:PORT.",
+    type=_valued(lambda text: text if check_address(text) else None),
+    metavar="ADDRESS",
+)
+PARTS = (
+    argument(
+        "--part",
+        "Make one part of the files, as a task of a job array; the last to finish publishes all.",
+        type=part,
+        metavar="I/N",
+    ),
+    switch(
+        "--finish",
+        "Publish the parts, all of which are made.",
+        action="store_const",
+        const=FINISH,
+        dest="part",
+    ),
+)
 PUBLIC = switch("--public", "The Hub repository is public, or is created as public.")
 JSON = switch("--json", "Print one JSON object and nothing else.", dest="as_json")
 TRUST_REMOTE_CODE = switch(

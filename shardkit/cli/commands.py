@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import shardkit
+from shardkit.base.cluster import executor_at
 from shardkit.base.errors import DestinationError, ShardkitError
 from shardkit.base.extras import require
 from shardkit.base.record import Summary, listed, printable
@@ -16,10 +17,12 @@ from shardkit.base.sizes import format_size
 from shardkit.cli.arguments import (
     A_SOURCE,
     DTYPE,
+    EXECUTOR,
     JSON,
     LAYOUT,
     LOAD_DTYPE,
     MAX_MEMORY,
+    PARTS,
     PUBLIC,
     REPEATS,
     SOURCE,
@@ -42,7 +45,10 @@ from shardkit.measure.samples import AUTO
 from shardkit.measure.spec import CACHES
 from shardkit.shard.bucket_store import discard_in_bucket
 from shardkit.shard.destination import default_destination, free_bytes, leftovers, remove_leftovers
+from shardkit.shard.in_parts import Part, is_part
 from shardkit.sources.resolve import is_address, is_on_hub
+
+_ONLY_FOLDERS = "--overwrite, --no-resume, --stream, --download, --free-source, --ranks, --part, --finish"
 
 
 def _load_options(trust_remote_code: bool) -> dict[str, Any] | None:
@@ -113,6 +119,8 @@ def plan(source: str, dtype: Dtype | None, as_json: bool, **layout: Any) -> None
     *LAYOUT,
     DTYPE,
     WORKERS,
+    EXECUTOR,
+    *PARTS,
     switch("--overwrite", "Replace an existing checkpoint, once the new one is complete."),
     without("resume", "Start over instead of resuming."),
     without("verify", "Skip the verification at the end."),
@@ -132,7 +140,8 @@ def plan(source: str, dtype: Dtype | None, as_json: bool, **layout: Any) -> None
     is_required=False,
     examples="""shard mistral-demo
         shard mistral-demo sharded --max-shard-size 100MB --dtype fp16
-        shard org/name hf://me/name""",
+        shard org/name hf://me/name --executor dask://localhost:8786
+        shard mistral-demo sharded --max-shard-size 100MB --part 3/8""",
 )
 def shard(
     source: str,
@@ -141,28 +150,28 @@ def shard(
     resume: bool,
     stream: bool | None,
     free_source: bool,
+    part: Part | None,
     public: bool,
+    executor: str | None,
     as_json: bool,
     **common: Any,
 ) -> None:
     """Rewrite a checkpoint as shards, without loading it, and verify them."""
     destination = destination or default_destination(source)
-    with progress_bar() as bar:
-        common["progress"] = bar
+    with executor_at(executor) as workers, progress_bar() as bar:
+        common |= {"progress": bar, "executor": workers}
         if is_on_hub(destination):
-            ranks = common.pop("ranks")
-            if overwrite or not resume or stream is not None or free_source or ranks:
-                only = "--overwrite, --no-resume, --stream, --download, --free-source, --ranks"
-                wrong_usage("shard", f"{only} only apply to folders")
+            if any((overwrite, not resume, stream is not None, free_source, part, common.pop("ranks"))):
+                wrong_usage("shard", f"{_ONLY_FOLDERS} only apply to folders")
             report = shardkit.shard_on_hub(source, destination[5:], private=not public, **common)
         else:
             if public:
                 wrong_usage("shard", "--public only applies to hf:// destinations")
             common |= {"overwrite": overwrite, "resume": resume, "stream": stream, "free_source": free_source}
-            report = shardkit.shard_checkpoint(source, destination, **common)
+            report = shardkit.shard_checkpoint(source, destination, part=part, **common)
     following = next_step("compare", source, destination, dtype=common["dtype"])
-    if report.freed or is_address(destination):
-        following = next_step("inspect", destination)
+    if report.freed or is_address(destination) or is_part(report.destination):
+        following = "" if is_part(report.destination) else next_step("inspect", destination)
     show(report, as_json=as_json, following=following)
 
 
@@ -182,14 +191,15 @@ def push(folder: str, repo_id: str, public: bool) -> None:
 @command(
     SOURCE,
     WORKERS,
+    EXECUTOR,
     JSON,
     destination="What is compared with it, likewise.",
     examples="verify mistral-demo mistral-demo-sharded",
 )
-def verify(source: str, destination: str, workers: int | None, as_json: bool) -> None:
+def verify(source: str, destination: str, workers: int | None, executor: str | None, as_json: bool) -> None:
     """Compare the tensors of two checkpoints, however they are sharded; after a cast, source first."""
-    with progress_bar() as bar:
-        found = shardkit.verify_checkpoint(source, destination, workers=workers, progress=bar)
+    with executor_at(executor) as crew, progress_bar() as bar:
+        found = shardkit.verify_checkpoint(source, destination, workers=workers, executor=crew, progress=bar)
     show(found, as_json=as_json)
     if not found.equal:
         what_next = (

@@ -21,7 +21,8 @@ from shardkit.base.jobs import run_all
 from shardkit.base.record import listed, plural
 from shardkit.plan.plan import Shard
 from shardkit.shard.copy import Lost, Outcome, Range, file_range
-from shardkit.shard.relay import RelayStore
+from shardkit.shard.mark import Mark
+from shardkit.shard.relay import RelayStore, checked
 from shardkit.shard.report import Verification
 from shardkit.shard.store import Job
 from shardkit.shard.verify import digest_range
@@ -140,6 +141,8 @@ class BucketStore(RelayStore):
     def open(self) -> Iterator[None]:
         """Hold a work folder, and see what an earlier run has sent; as `Store.open`."""
         with self.work_space():
+            if self.job.crew.executor:
+                self.mark = Mark.made(self.folder, self.job.checkpoint.place, self.job.checkpoint.files)
             self._there, self._beside = _places(self.address)
             self._shards = self._there if self.job.plan.index_file else self._beside
             self._take_over()
@@ -200,7 +203,7 @@ class BucketStore(RelayStore):
         """Check a shard, send it, read it back, note it, drop it."""
         file, path = shard.file, self.folder / shard.file
         self.job.refuse_overflow([outcome])
-        self.digests[file] = self.checked(shard, outcome)
+        self.note(file, checked(self.job, shard, outcome, self.folder))
         self._whole[file] = self._send(self._shards, file)
         said = {"state": self._shards.look(file), "whole": self._whole[file], "digests": self.digests[file]}
         self._note(_note_of(file), {**said, "lost": outcome.lost})

@@ -1,8 +1,9 @@
 """Moving bytes: from file to file in the kernel, through a cast, gathered, or from the Hub.
 
 A `Task` is plain data and `run_task` a plain function, so any executor can carry them out, in threads,
-processes or on other machines that see the same disk. A task holds one chunk in memory, however large its
-tensors are.
+processes or on other machines that see the same disk: each task finds out whether its worker does, and syncs
+what it has written, which this machine could not. It may be carried out twice, as where a worker dies: it
+writes the same again. A task holds one chunk in memory, however large its tensors are.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -25,6 +26,7 @@ from shardkit.formats.safetensors import DTYPE_BITS
 from shardkit.formats.strided import MAX_RECEIVED_SPAN, PIECE_BYTES, Layout, gather, read_strided
 from shardkit.formats.tensor import TensorInfo
 from shardkit.plan.plan import Shard
+from shardkit.shard.mark import Mark
 from shardkit.sources.fileset import FileSet
 from shardkit.sources.local import LocalFiles
 
@@ -76,6 +78,7 @@ class Task:
 
     path: str
     ranges: tuple[Range, ...]
+    mark: Mark | None = None  # where a worker elsewhere may carry it out
 
     @property
     def nbytes(self) -> int:
@@ -110,9 +113,10 @@ class Outcome(NamedTuple):
 
     lost: tuple[Lost, ...] = ()
     received: tuple[Received, ...] = ()
+    sent: Any = None  # what a store's own tasks have to say to it
 
     def __add__(self, other: Outcome) -> Outcome:  # type: ignore[override]
-        return Outcome(self.lost + other.lost, self.received + other.received)
+        return Outcome(self.lost + other.lost, self.received + other.received, self.sent or other.sent)
 
 
 def tensor_range(files: FileSet, tensor: TensorInfo, target: str, target_offset: int = 0) -> Range:
@@ -141,19 +145,19 @@ def _part(whole: Range, start: int, nbytes: int) -> Range:
     )
 
 
-def shard_tasks(shard: Shard, files: FileSet, path: str) -> list[Task]:
+def shard_tasks(shard: Shard, files: FileSet, path: str, mark: Mark | None = None) -> list[Task]:
     """Cut a shard, to be written at `path`, into tasks of about `TASK_BYTES`."""
     tasks: list[Task] = []
     pending: list[Range] = []
     room = TASK_BYTES
     for part in chain.from_iterable(map(cut, _shard_ranges(shard, files))):
         if pending and part.nbytes > room:
-            tasks.append(Task(path, tuple(pending)))
+            tasks.append(Task(path, tuple(pending), mark))
             pending, room = [], TASK_BYTES
         pending.append(part)
         room -= part.nbytes
     # A shard of empty tensors has a task as well, so that it finishes as the others do.
-    return [*tasks, Task(path, tuple(pending))] if pending or not tasks else tasks
+    return [*tasks, Task(path, tuple(pending), mark)] if pending or not tasks else tasks
 
 
 def _shard_ranges(shard: Shard, files: FileSet) -> list[Range]:
@@ -200,17 +204,30 @@ def run_task(task: Task) -> Outcome:
     ------
     CheckpointError
         If a source file ends before its header says, or the Hub refuses, fails or sends something else.
+    DestinationError
+        If a worker elsewhere does not see the same disk.
     OSError
         If the disk is full or fails.
     """
-    outcome = Outcome()
-    target = os.open(task.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))  # or Windows changes ends of lines
+    outcome, mark = Outcome(), task.mark
     try:
+        target = os.open(
+            task.path, os.O_WRONLY | getattr(os, "O_BINARY", 0)
+        )  # or Windows changes ends of lines
+    except FileNotFoundError as error:
+        if mark is None:
+            raise
+        raise mark.unseen(task.path) from error
+    try:
+        if mark:
+            mark.check()  # after that: now it is known to be open in a folder of this run, and no other's
         for part in task.ranges:
             if part.is_received or part.is_cast or part.layout:
                 outcome += _write_chunks(part, target)
             else:
                 _copy_range(part, target)
+        if mark and mark.is_elsewhere:
+            os.fsync(target)  # where the run is, the system knows nothing of what is written here
         _start_writeback(target, task)
     finally:
         os.close(target)
@@ -220,7 +237,8 @@ def run_task(task: Task) -> Outcome:
 def _start_writeback(target: int, task: Task) -> None:
     """Let the disk begin at once, so that the sync at the end finds little left to do.
 
-    Linux answers POSIX_FADV_DONTNEED on dirty pages by writing them; none is dropped before that.
+    Linux answers POSIX_FADV_DONTNEED on dirty pages by writing them; none is dropped before that. What is
+    synced is dropped, so that it is read from the disk where it is read again.
     """
     if hasattr(os, "posix_fadvise") and task.ranges:
         first, last = task.ranges[0], task.ranges[-1]

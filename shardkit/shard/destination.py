@@ -2,8 +2,9 @@
 
 Beside a destination `out` lie `.out.shardkit-staging` and `.out.shardkit-journal` while it is written,
 `.out.shardkit-lock` while somebody writes it, `.out.shardkit-source` while its source is being freed,
-`.out.shardkit-trash` while something is removed, and, where
-two folders cannot be swapped in one step, `.out.shardkit-old` for an instant.
+`.out.shardkit-trash` while something is removed, and, where two folders cannot be swapped in one step,
+`.out.shardkit-old` for an instant. `.out.shardkit-part-3-of-8` is a part of it that is finished; while it is
+written, it is a destination itself.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from shardkit.base.errors import DestinationError, SourceError
+from shardkit.base.errors import DestinationError, InUseError, SourceError
 from shardkit.base.record import listed
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.names import is_index, is_weights
@@ -149,7 +151,7 @@ def locked(target: Path) -> Iterator[None]:
         holder = ""
         with suppress(OSError):
             holder = f" ({' '.join(path.read_text(encoding='utf-8').split())})"
-        raise DestinationError(f"{target} is being written by another run{holder}") from None
+        raise InUseError(f"{target} is being written by another run{holder}") from None
     # Without flock the file's being there is the lock, and what is in it tells whether it is stale.
     is_soft = isinstance(lock, filelock.SoftFileLock)
     try:
@@ -178,9 +180,9 @@ def leftovers(destination: str | os.PathLike[str]) -> list[Path]:
         return []
     target = resolve(destination)
     found = _all_beside(target)
-    if beside(target, "lock") in found:
+    for lock in (path for path in found if path.name.endswith("-lock")):
         try:
-            filelock.FileLock(beside(target, "lock"), timeout=0).acquire().lock.release()
+            filelock.FileLock(lock, timeout=0).acquire().lock.release()
         except (OSError, filelock.Timeout):
             return []
     return found
@@ -192,7 +194,12 @@ def remove_leftovers(destination: str | os.PathLike[str]) -> list[Path]:
     found = _all_beside(target)
     is_aside = not os.path.lexists(target)
     if found:
-        with locked(target):
+        with ExitStack() as held:
+            for one in (target, *parts(target)):
+                held.enter_context(locked(one))
+            for part in parts(target):
+                discard_unfinished(part)
+                discard(part, part)
             discard_unfinished(target)
         if left := _all_beside(target):
             raise DestinationError(f"{target} cannot be removed: {listed(map(str, left))}")
@@ -316,5 +323,20 @@ def _exchange(new: Path, old: Path) -> None:
     aside.rename(new)
 
 
+def parts(target: Path) -> dict[Path, tuple[int, int]]:
+    """Return the parts of a destination, finished or not: number and how many, by where they go."""
+    name = re.compile(rf"\.{{1,2}}{re.escape(target.name)}\.shardkit-part-(\d+)-of-(\d+)(\.shardkit-.*)?")
+    beside_it = os.listdir(target.parent) if target.parent.is_dir() else ()
+    numbers = {(int(at[1]), int(at[2])) for at in map(name.fullmatch, beside_it) if at}
+    return {part_folder(target, *number): number for number in sorted(numbers)}
+
+
+def part_folder(target: Path, number: int, of: int) -> Path:
+    """Return where a part of a destination goes."""
+    return beside(target, f"part-{number}-of-{of}")
+
+
 def _all_beside(target: Path) -> list[Path]:
-    return [path for role in _ROLES if os.path.lexists(path := beside(target, role))]
+    made = parts(target)
+    found = [beside(one, role) for one in (target, *made) for role in _ROLES]
+    return list(filter(os.path.lexists, (*found, *made)))

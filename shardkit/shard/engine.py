@@ -10,22 +10,25 @@ import os
 from collections import deque
 from concurrent.futures import Executor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
 
-from shardkit.base.errors import Cancelled
+from shardkit.base.errors import Cancelled, DestinationError, InUseError
 from shardkit.base.jobs import Crew, ProgressCallback, ProgressCount, resumable, run_all, worker_count
 from shardkit.base.machine import Watch, seen
+from shardkit.base.record import listed, plural
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import DtypeLike
 from shardkit.plan.plan import Shard, Strategy
 from shardkit.shard.bucket_store import BucketStore
-from shardkit.shard.copy import Outcome, run_task, shard_tasks
+from shardkit.shard.copy import Outcome, Task, run_task, shard_tasks
 from shardkit.shard.destination import check_free, resolve
 from shardkit.shard.folder_store import FolderStore
 from shardkit.shard.freeable import open_to_free
 from shardkit.shard.freeing import FreeingStore
+from shardkit.shard.in_parts import FINISH, JoinedStore, Part, PartStore, missing_parts
 from shardkit.shard.opening import is_streamed, open_there, planned, refuse_early
 from shardkit.shard.report import ShardReport
 from shardkit.shard.side_files import write_side_files
@@ -51,6 +54,7 @@ def shard_checkpoint(
     allow_overflow: bool = False,
     stream: bool | None = None,
     free_source: bool = False,
+    part: Part | None = None,
     revision: str | None = None,
     token: str | None = None,
     progress: ProgressCallback | None = None,
@@ -70,7 +74,8 @@ def shard_checkpoint(
     workers
         How many files are written at once (default: up to four, or as many as the executor has workers).
     executor
-        A `concurrent.futures` executor to use instead of threads.
+        A `concurrent.futures` executor to use instead of threads: its workers may be on other machines that
+        see source and destination under the same paths, such as those of Dask's `Client.get_executor()`.
     overwrite
         Replace an existing checkpoint, once the new one is complete; not in a bucket.
     resume
@@ -90,6 +95,10 @@ def shard_checkpoint(
         their index, just before the destination appears. Its other files stay. It cannot be undone; an
         interrupted run can only be resumed, with the same arguments. Files that others may use, or that hold
         more than the tensors, are refused: links, the Hub's cache, files that torch saved.
+    part
+        Make one part of the job, as (3, 8): every eighth shard from the third on, verified. Processes on any
+        machines that see the same disk can make the others, all with the same arguments; the last to finish
+        publishes the destination, and reports on all of it, or "finish" does. A model on the Hub is streamed.
     revision, token
         For the Hub, as in `Checkpoint.open`.
     progress
@@ -125,10 +134,11 @@ def shard_checkpoint(
     layout |= {"ranks": ranks}
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
     is_here = not is_address(destination)
-    refuse_early(source, destination, free_source)
+    refuse_early(source, destination, free_source, part)
     checkpoint = open_to_free(source, resolve(destination), opened) if free_source else opened()
     plan = planned(source, checkpoint, **layout)
-    if checkpoint.place.folder is None and not is_streamed(checkpoint, plan, destination, stream):
+    wants_stream = True if part and stream is None else stream
+    if checkpoint.place.folder is None and not is_streamed(checkpoint, plan, destination, wants_stream):
         if is_here:
             check_free(resolve(destination), overwrite)  # rather now than after a long download
         checkpoint = opened(download=True)
@@ -136,6 +146,8 @@ def shard_checkpoint(
     job = Job(checkpoint, plan, verify, allow_overflow, crew, free_source)
     if not is_here:
         return reshard(BucketStore(job, os.fspath(destination), resume, Path()), watch)
+    if part:
+        return _in_parts(job, resolve(destination), part, overwrite, resume, watch)
     kind = FreeingStore if free_source else FolderStore
     return reshard(kind(job, destination, overwrite, resume), watch)
 
@@ -152,6 +164,7 @@ def shard_on_hub(
     revision: str | None = None,
     private: bool = True,
     workers: int | None = None,
+    executor: Executor | None = None,
     token: str | None = None,
     verify: bool = True,
     allow_overflow: bool = False,
@@ -177,7 +190,11 @@ def shard_on_hub(
     private
         Visibility of a new repository. An existing public one is refused, unless this is False.
     workers
-        Number of threads that make or upload shards, plus one (default: up to four).
+        Number of threads that make or upload shards, plus one (default: up to four, or as many as the
+        executor has workers).
+    executor
+        A `concurrent.futures` executor to use instead of threads: its workers stream, check and upload a
+        shard each. They need no shared disk, and each uses the token that it finds where it runs.
     token
         A token that can read the source and write the target (default: from the environment or the client).
     verify
@@ -187,8 +204,8 @@ def shard_on_hub(
     progress
         Called with a `Progress` (stage "stream", bytes received and sent); returning False stops.
     work_folder
-        Where shards are stored while they are made (default: the current folder). Always cleaned up; after a
-        kill, by the next run.
+        Where shards are stored while they are made (default: the current folder); of workers, on each one's
+        machine. Always cleaned up; after a kill, by the next run.
 
     Returns
     -------
@@ -216,7 +233,7 @@ def shard_on_hub(
     from shardkit.shard.hub_store import HubStore
     from shardkit.shard.push import check_loadable
 
-    watch, crew = Watch(), Crew(worker_count(workers), progress=progress)
+    watch, crew = Watch(), Crew(worker_count(workers, executor), executor, progress)
     checkpoint = open_there(source_id, revision, token)
     check_loadable(checkpoint)
     layout = {"max_shard_size": max_shard_size, "strategy": strategy, "dtype": dtype, "files": files}
@@ -224,6 +241,24 @@ def shard_on_hub(
     plan = planned(source_id, checkpoint, **layout)
     job = Job(checkpoint, plan, verify, allow_overflow, crew)
     return reshard(HubStore(job, target_id, token, private, Path(work_folder or ".")), watch)
+
+
+def _in_parts(job: Job, target: Path, part: Part, overwrite: bool, resume: bool, watch: Watch) -> ShardReport:
+    """Make a part of a job, and publish all parts where none is missing."""
+    report = None
+    if part != FINISH:
+        report = reshard(PartStore(job, target, part, overwrite, resume), watch)
+    try:
+        if not (missing := missing_parts(job, target)):
+            return reshard(JoinedStore(job, target, overwrite), watch)
+        note = f"not finished: {plural(len(missing), 'part')} ({listed(map(str, missing))}); run them"
+        if report is None:
+            raise DestinationError(f"{target}: {note}")
+    except (DestinationError, FileNotFoundError) as error:
+        if report is None or (os.path.isdir(report.destination) and not isinstance(error, InUseError)):
+            raise
+        note = "another part publishes it"
+    return replace(report, notes=(*report.notes, f"{target}: {note}; the last to finish publishes it"))
 
 
 def reshard(store: Store, watch: Watch) -> ShardReport:
@@ -289,11 +324,11 @@ def _make_all(store: Store, watch: Watch) -> ProgressCount:
 def _make(
     store: Store, shard: Shard, width: int, count: ProgressCount, stop: Event, watch: Watch
 ) -> tuple[Outcome, int]:
-    """Make one shard in the store's folder; return also how many source bytes are still to be counted."""
-    job, path = store.job, store.begin(shard)
+    """Make one shard; return also how many source bytes are still to be counted."""
+    job, errand = store.job, store.errand(shard)
     outcome, uncounted = Outcome(), 0
-    tasks = shard_tasks(shard, job.checkpoint.place, str(path))
-    with run_all(partial(seen, run_task), tasks, width, job.crew.executor) as results:
+    run, tasks = (errand[0], [errand[1]]) if errand else (run_task, _tasks(store, shard))
+    with run_all(partial(seen, run), tasks, width, job.crew.executor, stop) as results:
         for task, (part, who, peak) in results:
             watch.add(who, peak)
             if stop.is_set():
@@ -302,3 +337,8 @@ def _make(
             count.add(uncounted)
             uncounted = task.nbytes
     return outcome, uncounted
+
+
+def _tasks(store: Store, shard: Shard) -> list[Task]:
+    """Begin a shard in the store's folder; return what is left to do."""
+    return shard_tasks(shard, store.job.checkpoint.place, str(store.begin(shard)), store.mark)

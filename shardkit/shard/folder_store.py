@@ -47,6 +47,7 @@ from shardkit.shard.destination import (
     resolve,
     sync,
 )
+from shardkit.shard.mark import Mark
 from shardkit.shard.report import Verification, read_from
 from shardkit.shard.side_files import altered_files
 from shardkit.shard.store import Job, Store
@@ -89,10 +90,15 @@ class FolderStore(Store):
                 with self._keeping():
                     self._check_finished()
                     self._check_space()
+                    if self.job.crew.executor:
+                        self.mark = Mark.made(
+                            self.folder, self.job.checkpoint.place, self.job.checkpoint.files
+                        )
                     yield
         except OSError as error:
             raise self._explained(error) from error
         finally:
+            self._unmark()
             # Without waiting for a slow disk.
             self._syncing.shutdown(wait=False, cancel_futures=True)
 
@@ -114,6 +120,7 @@ class FolderStore(Store):
 
     def publish(self, files: Sequence[str]) -> tuple[str, Verification | None]:
         """Verify, sync what is left and rename the folder to the destination."""
+        self._unmark()
         for file in files:
             self._wrote(file)
         found = self._verify() if self.job.verify else None
@@ -136,6 +143,10 @@ class FolderStore(Store):
             where = "the Hub" if is_on_hub(place) else place
             self.notes.append(f"streamed from {where}: the source was not downloaded")
         return str(self.destination), found
+
+    def _unmark(self) -> None:
+        if self.mark:
+            Path(self.mark.path).unlink(missing_ok=True)
 
     def _put_in_place(self) -> None:
         put_in_place(self.folder, self.destination, self._overwrite)
@@ -174,7 +185,7 @@ class FolderStore(Store):
         for file in altered(self.job, self.finished, self.folder):
             del self.finished[file]
 
-    def _verify(self) -> Verification:
+    def _verify(self) -> Verification | None:
         shards = [self.folder / shard.file for shard in self.job.plan.shards]
         in_memory = pages.drop(shards)
         if wrong := altered_files(self.job, self.folder):
@@ -186,6 +197,7 @@ class FolderStore(Store):
             cause = "; the source or the disk has changed" if found.mismatches or found.missing else ""
             raise VerificationError(f"{self.destination}: not published: {found.why_unequal}{cause}")
         where = str(self.destination)
+        in_memory = None if self.job.crew.elsewhere else in_memory  # which each machine has of its own
         return replace(found, destination=where, files=len(shards), files_in_memory=in_memory)
 
     def _check_space(self) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,11 +22,12 @@ from shardkit.base.errors import CastError, DestinationError, VerificationError
 from shardkit.base.jobs import run_all
 from shardkit.base.record import plural
 from shardkit.plan.plan import Shard
-from shardkit.shard.copy import Lost, Outcome
+from shardkit.shard.copy import Outcome
 from shardkit.shard.hub_target import Target, described, is_same
 from shardkit.shard.model_card import CARD, model_card, own_readme, shown_card
 from shardkit.shard.relay import RelayStore
 from shardkit.shard.report import Verification
+from shardkit.shard.sending import OTHER_DISK, Errand, Sending, Sent, make_and_send, send
 from shardkit.shard.store import Job
 from shardkit.sources.hub import RemoteFile
 from shardkit.sources.hub_client import quiet
@@ -36,28 +37,10 @@ _DRAFT = re.compile(r"shardkit-[0-9a-f]{16}")
 _NOTES = ".shardkit"  # a folder of the draft branch: what is known of each shard there
 
 
-@dataclass(frozen=True)
-class _Sent:
-    """A shard that the draft branch has: its content, what casts lost in it, its tensors' digests."""
-
-    content: RemoteFile
-    lost: tuple[Lost, ...]
-    digests: Mapping[str, str]
-
-    @classmethod
-    def of(cls, note: bytes) -> _Sent | None:
-        """Read what was committed beside it; None where that is not one of ours."""
-        with suppress(ValueError, KeyError, TypeError):
-            said: dict[str, Any] = json.loads(note)
-            lost = tuple(Lost(**loss) for loss in said["lost"])
-            return cls(RemoteFile(**said["content"]), lost, dict(said["digests"]))
-        return None
-
-
 class HubStore(RelayStore):
     """A repository of the Hub, by way of a draft branch of it; as `Store`."""
 
-    other_disk = "use a work_folder on another disk"
+    other_disk = OTHER_DISK
 
     def __init__(self, job: Job, target_id: str, token: str | None, private: bool, base: Path) -> None:
         self._target, self._private = Target(target_id, token), private
@@ -69,7 +52,7 @@ class HubStore(RelayStore):
                 f"{self._target.folder}: source and target are the same; choose another repository"
             )
         self._committing = Lock()
-        self._sent: dict[str, _Sent] = {}
+        self._sent: dict[str, Sent] = {}
         self._readme = own_readme(job.checkpoint)
 
     @contextmanager
@@ -90,11 +73,11 @@ class HubStore(RelayStore):
         candidates = [s for s in shards if s.file in listing and _note_of(s.file) in listing]
         with run_all(lambda s: draft.read_bytes(_note_of(s.file)), candidates) as notes:
             for shard, note in notes:
-                sent = _Sent.of(note)
+                sent = Sent.of(note)
                 if sent and self._is_usable(shard, sent, listing[shard.file]):
                     self._keep(shard.file, sent)
 
-    def _is_usable(self, shard: Shard, sent: _Sent, there: RemoteFile) -> bool:
+    def _is_usable(self, shard: Shard, sent: Sent, there: RemoteFile) -> bool:
         self.job.refuse_overflow([Outcome(sent.lost)])
         is_checked = len(sent.digests) == len(shard.tensors) or not self.job.verify
         return is_checked and sent.content.size == shard.nbytes and is_same(there, sent.content)
@@ -115,22 +98,31 @@ class HubStore(RelayStore):
                     self._target.drop(self._draft)
             raise
 
+    def at_once(self, todo: Sequence[Shard]) -> int:
+        """Return how many shards may be under way; as `RelayStore.at_once` where they are made here."""
+        return self.job.crew.workers + 1 if self.job.crew.executor else super().at_once(todo)
+
+    def errand(self, shard: Shard) -> tuple[Callable[[Any], Outcome], Any] | None:
+        """Return what an executor's worker has to do; as `Store.errand`."""
+        if not self.job.crew.executor:
+            return None
+        return make_and_send, Errand(self.job.of([shard]), self._target.repo_id, self._draft, self._base)
+
     def put(self, shard: Shard, outcome: Outcome) -> None:
-        """Check a shard, send it, note it on the draft, drop it."""
-        path, file = self.folder / shard.file, shard.file
-        self.job.refuse_overflow([outcome])
-        digests = self.checked(shard, outcome)
-        sent = _Sent(described(path), outcome.lost, digests)
-        shown = self._target.upload(file, path, sent.content, self._draft)
+        """Check a shard, send it, note it on the draft, drop it; what a worker has sent is only noted."""
+        file, branch = shard.file, self._draft
+        done: Sending = outcome.sent or send(self.job, shard, outcome, self.folder, self._target, branch)
+        sent = done.sent
         note = CommitOperationAdd(_note_of(file), json.dumps(asdict(sent)).encode())
         with self._committing:
             self._draft_head = self._target.commit(
-                [shown, note], {file: sent.content}, f"Draft of {file}", self._draft_head, self._draft
+                [done.shown, note], {file: sent.content}, f"Draft of {file}", self._draft_head, branch
             )
             self._keep(file, sent)
-        path.unlink()
+            self.note(file, done.checked)
+        (self.folder / file).unlink(missing_ok=True)
 
-    def _keep(self, file: str, sent: _Sent) -> None:
+    def _keep(self, file: str, sent: Sent) -> None:
         self._sent[file], self.digests[file], self.finished[file] = sent, sent.digests, Outcome(sent.lost)
 
     def publish(self, files: Sequence[str]) -> tuple[str, Verification | None]:

@@ -13,6 +13,7 @@ from shardkit.checkpoint.ranks import for_ranks
 from shardkit.formats.columns import COLUMN_BLOCKS
 from shardkit.plan.plan import USUAL, ShardPlan, plan_shards
 from shardkit.shard.destination import refuse_leftover, refuse_only_copy, resolve
+from shardkit.shard.in_parts import Part, check_part
 from shardkit.sources.resolve import hub_name, is_address, is_on_hub
 
 _USUAL = {
@@ -24,14 +25,20 @@ _USUAL = {
 
 
 def refuse_early(
-    source: str | os.PathLike[str], destination: str | os.PathLike[str], free_source: bool
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    free_source: bool,
+    part: Part | None = None,
 ) -> None:
     """Refuse what is wrong whatever the source contains."""
+    if part:
+        check_part(part, free_source=free_source)
     if not is_address(destination):
         refuse_leftover(source, target := resolve(destination))
         refuse_only_copy(target, resumed=source if free_source else "")
-    elif free_source:
-        raise DestinationError(f"{destination} is not a folder on this machine: leave out free_source")
+    elif free_source or part:
+        given = "free_source" if free_source else "part"
+        raise DestinationError(f"{destination} is not a folder on this machine: leave out {given}")
 
 
 def planned(source: str | os.PathLike[str], checkpoint: Checkpoint, **requested: Any) -> ShardPlan:

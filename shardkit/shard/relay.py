@@ -7,20 +7,80 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from shardkit.base import pages
-from shardkit.base.errors import DestinationError, SpaceError, VerificationError
-from shardkit.base.jobs import Crew
+from shardkit.base.errors import DestinationError, SpaceError
 from shardkit.base.sizes import format_size
 from shardkit.load.seen import ModelKeys
 from shardkit.plan.plan import Shard
 from shardkit.shard.copy import Outcome
-from shardkit.shard.destination import beside, free_bytes, locked, remove_leftovers, sync
+from shardkit.shard.destination import beside, free_bytes, leftovers, locked, remove_leftovers, sync
 from shardkit.shard.report import Verification
 from shardkit.shard.store import Job, Store
-from shardkit.shard.verify import altered, digest_range, shard_range
+from shardkit.shard.verify import read_back
+
+
+@contextmanager
+def work_space(base: Path, name: str) -> Iterator[Path]:
+    """Hold a folder of one's own, gone on every way out; remove what killed runs have left."""
+    folder = beside(base / name, "staging")
+    base.mkdir(parents=True, exist_ok=True)
+    for left in base.glob(".shardkit-*.shardkit-*"):
+        with suppress(DestinationError):
+            if leftovers(owner := base / left.name[1:].partition(".")[0]):  # of nobody who is alive
+                remove_leftovers(owner)
+    with locked(base / name):
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def disk(folder: Path, other_disk: str) -> Iterator[None]:
+    """Say of what fails on a work folder's disk where it was, and how to use another."""
+    try:
+        yield
+    except ConnectionError:  # of no disk
+        raise
+    except OSError as error:
+        kind = SpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else DestinationError
+        raise kind(f"{folder}: {error.strerror or error}; run again to resume, or {other_disk}") from error
+
+
+def room(base: Path, nbytes: int, other_disk: str) -> int:
+    """Return how many bytes are free on the disk of a work folder; refuse one without room for a shard."""
+    if (free := free_bytes(base)) < nbytes:
+        raise SpaceError(
+            f"{base}: a shard needs up to {nbytes:,} bytes ({format_size(nbytes)}), but its disk has only "
+            f"{free:,} ({format_size(free)}) free: lower max_shard_size, or {other_disk}"
+        )
+    return free
+
+
+class Checked(NamedTuple):
+    """What reading a shard back has found: its tensors' digests, and how long it took.
+
+    `in_memory` has, for each file that was read, whether it was in memory, as `pages.drop` says.
+    """
+
+    digests: Mapping[str, str] = {}
+    seconds: float = 0.0
+    in_memory: tuple[int | None, ...] = ()
+
+
+def checked(job: Job, shard: Shard, outcome: Outcome, folder: Path) -> Checked:
+    """Read a shard back and compare it with what it was made of, unless nobody wants that."""
+    if not job.verify:
+        return Checked()
+    start, path = time.perf_counter(), folder / shard.file
+    sync(path)
+    in_memory = (pages.drop([path]),)
+    digests = read_back(job, shard, outcome, folder)
+    return Checked(digests, time.perf_counter() - start, in_memory)
 
 
 class RelayStore(Store):
@@ -43,62 +103,24 @@ class RelayStore(Store):
 
     @contextmanager
     def work_space(self) -> Iterator[None]:
-        """Hold the work folder, gone on every way out; remove what killed runs have left."""
-        with self._disk():
-            self._base.mkdir(parents=True, exist_ok=True)
-            for left in self._base.glob(".shardkit-*.shardkit-*"):
-                with suppress(DestinationError):  # it is held by a run that is alive
-                    remove_leftovers(self._base / left.name[1:].partition(".")[0])
-            with locked(self._base / self.name):
-                self.folder.mkdir()
-                try:
-                    yield
-                finally:
-                    shutil.rmtree(self.folder, ignore_errors=True)
-
-    @contextmanager
-    def _disk(self) -> Iterator[None]:
-        """Say of what fails on the disk where it was, and what to do."""
-        try:
+        """Hold the work folder."""
+        with disk(self._base, self.other_disk), work_space(self._base, self.name):
             yield
-        except ConnectionError:  # of no disk
-            raise
-        except OSError as error:
-            kind = SpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else DestinationError
-            raise kind(
-                f"{self._base}: {error.strerror or error}; run again to resume, or {self.other_disk}"
-            ) from error
 
     def at_once(self, todo: Sequence[Shard]) -> int:
         """Return one more than there are workers, which make shards or send them, or what the disk holds."""
         largest = max(shard.nbytes for shard in todo)
-        free = free_bytes(self.folder)
-        if free < largest:
-            raise SpaceError(
-                f"{self._base}: a shard needs up to {largest:,} bytes ({format_size(largest)}), but its "
-                f"disk has only {free:,} ({format_size(free)}) free: lower max_shard_size, or "
-                f"{self.other_disk}"
-            )
-        return min(self.job.crew.workers + 1, free // largest)
+        return min(self.job.crew.workers + 1, room(self._base, largest, self.other_disk) // largest)
 
     def sends(self, shard: Shard) -> int:
         """Return the bytes of the file."""
         return shard.nbytes
 
-    def checked(self, shard: Shard, outcome: Outcome) -> dict[str, str]:
-        """Read a shard back and compare it with what was received; return its tensors' digests."""
-        if not self.job.verify:
-            return {}
-        start, path = time.perf_counter(), self.folder / shard.file
-        sync(path)
-        self._in_memory.append(pages.drop([path]))
-        if altered(replace(self.job, crew=Crew(1)), {shard.file: outcome}, self.folder):
-            raise VerificationError(
-                f"{path}: differs from what was received: the disk may be failing; nothing was sent"
-            )
-        digests = {t.source.name: digest_range(shard_range(self.folder, shard, t)) for t in shard.tensors}
-        self._checking_seconds += time.perf_counter() - start
-        return digests
+    def note(self, file: str, found: Checked) -> None:
+        """Take over what reading a shard back has found."""
+        self.digests[file] = found.digests
+        self._checking_seconds += found.seconds
+        self._in_memory += found.in_memory
 
     def all_digests(self) -> dict[str, str]:
         """Return the digests of all tensors; none where some were not verified."""

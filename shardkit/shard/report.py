@@ -55,7 +55,7 @@ class Verification(Record):
         that the destination lacks, or has with another content.
     files, files_in_memory
         How many files were read on this machine, and how many of them were in memory, so that what the disk
-        holds was not proven; None where the system does not show that.
+        holds was not proven; None where the system does not show that, or other machines have read them.
     """
 
     source: str

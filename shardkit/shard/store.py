@@ -6,10 +6,11 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -19,6 +20,7 @@ from shardkit.base.record import listed, plural
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.plan.plan import Shard, ShardPlan
 from shardkit.shard.copy import Lost, Outcome
+from shardkit.shard.mark import Mark
 from shardkit.shard.report import Verification
 from shardkit.sources.fileset import State
 
@@ -81,6 +83,21 @@ class Job:
                 raise CheckpointError(_CHANGED, file=checkpoint.path(file))
         return found
 
+    def of(self, shards: Sequence[Shard]) -> Job:
+        """Return the part of a job that makes some of its shards alone; any process can have it."""
+        tensors = {t.source.name: t.source for shard in shards for t in shard.tensors}
+        checkpoint = replace(self.checkpoint, tensors=tensors, side_files={})
+        checkpoint.seen.update(self.checkpoint.seen)
+        plan = replace(self.plan, shards=tuple(shards), side_bytes=0)
+        return replace(self, checkpoint=checkpoint, plan=plan, crew=Crew(1))
+
+    def begin(self, shard: Shard, folder: Path) -> Path:
+        """Make the file of a shard: its header, and room for its tensors, of which the disk has none yet."""
+        path = folder / shard.file
+        path.write_bytes(self.plan.header(shard))
+        os.truncate(path, shard.nbytes)
+        return path
+
     def lost(self, outcomes: Iterable[Outcome]) -> tuple[Lost, ...]:
         """Add up what casts lost, by tensor: a tensor may have been cast by several tasks."""
         overflowed: Counter[str] = Counter()
@@ -113,7 +130,8 @@ class Store(ABC):
     """Where a job's shards go: they are made in `folder`, on this machine, and `put` from there.
 
     `fingerprint` is the job's as it began. `finished` is what is done, by shard: what an earlier run
-    finished, once the store is open, and what was `put`. `freed` are files of the source that were removed,
+    finished, once the store is open, and what was `put`. `mark` is what workers elsewhere have to see.
+    `freed` are files of the source that were removed,
     with their sizes in bytes. `notes` are for a person; `stage` is what its `Progress` is called.
     """
 
@@ -125,6 +143,7 @@ class Store(ABC):
         self.finished: dict[str, Outcome] = {}
         self.freed: dict[str, int] = {}
         self.notes: list[str] = []
+        self.mark: Mark | None = None
 
     def check_source(self) -> None:
         """Refuse to publish what was read of files that have changed since."""
@@ -152,11 +171,13 @@ class Store(ABC):
         return 0
 
     def begin(self, shard: Shard) -> Path:
-        """Make the file of a shard: its header, and room for its tensors, of which the disk has none yet."""
-        path = self.folder / shard.file
-        path.write_bytes(self.job.plan.header(shard))
-        os.truncate(path, shard.nbytes)
-        return path
+        """Make the file of a shard, as `Job.begin`."""
+        return self.job.begin(shard, self.folder)
+
+    def errand(self, shard: Shard) -> tuple[Callable[[Any], Outcome], Any] | None:
+        """Return what a worker calls to make a shard, and with what; None where it is made in `folder`."""
+        del shard
+        return None
 
     @abstractmethod
     def put(self, shard: Shard, outcome: Outcome) -> None:

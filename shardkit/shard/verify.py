@@ -22,6 +22,7 @@ import xxhash
 from shardkit.base import pages
 from shardkit.base.errors import CheckpointError, VerificationError
 from shardkit.base.jobs import Crew, ProgressCallback, ProgressCount, run_all, worker_count
+from shardkit.base.machine import is_here, seen
 from shardkit.base.record import listed
 from shardkit.checkpoint.belonging import is_needed, named_files
 from shardkit.checkpoint.checkpoint import Checkpoint
@@ -143,7 +144,7 @@ def compare_tensors(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verific
         if a != b
     }
     finding = _verification(ours, theirs, differ, {name: copy for name, (_, copy) in digests.items()}, start)
-    return replace(finding, files=len(here), files_in_memory=in_memory)
+    return replace(finding, files=len(here), files_in_memory=None if crew.elsewhere else in_memory)
 
 
 def _verification(
@@ -236,6 +237,25 @@ def prove(job: Job, shard: Shard, folder: Path) -> tuple[Received, ...]:
     )
 
 
+def read_back(job: Job, shard: Shard, outcome: Outcome, folder: Path) -> dict[str, str]:
+    """Compare a shard in `folder` with the source, or with what was received of it; return all digests.
+
+    Raises
+    ------
+    VerificationError
+        If a tensor, or the header, is not what it has to be.
+    """
+    names = [tensor.source.name for tensor in shard.tensors]
+    if not job.is_received:
+        return dict(zip(names, (part.digest for part in prove(job, shard, folder)), strict=True))
+    if altered(replace(job, crew=Crew(1)), {shard.file: outcome}, folder):
+        raise VerificationError(
+            f"{folder / shard.file}: differs from what was received: the disk may be failing"
+        )
+    ranges = (shard_range(folder, shard, tensor) for tensor in shard.tensors)
+    return dict(zip(names, map(digest_range, ranges), strict=True))
+
+
 def altered(
     job: Job, outcomes: Mapping[str, Outcome], folder: Path, stage: str = "check"
 ) -> dict[str, list[str]]:
@@ -295,8 +315,9 @@ def digest_pairs(pairs: Sequence[tuple[Range, Range | str]], crew: Crew, stage: 
 def _digests(ranges: Sequence[Range], crew: Crew, stage: str) -> dict[Range, str]:
     count = ProgressCount(crew.progress if ranges else None, stage, sum(part.nbytes for part in ranges))
     digests: dict[Range, str] = {}
-    with run_all(digest_ranges, _batches(ranges), crew.workers, crew.executor) as results:
-        for batch, found in results:
+    with run_all(partial(seen, digest_ranges), _batches(ranges), crew.workers, crew.executor) as results:
+        for batch, (found, who, _) in results:
+            crew.elsewhere.update({who} if not is_here(who) else ())
             digests.update(zip(batch, found, strict=True))
             count.add(sum(part.nbytes for part in batch))
     return digests

@@ -2,6 +2,7 @@
 
 from tests.torture import (
     budgets,
+    clusters,
     comparisons,
     estimates,
     flips,
@@ -23,7 +24,7 @@ KINDS = {
     "places": places.ODD, "fallbacks": places.FALLBACKS,
     "hub-trips": hubs.TRIPS, "hub-kills": hubs.KILLED,
     "cancels": places.CANCELS, "interrupts": places.INTERRUPTS,
-    "budgets": budgets.BUDGETS, "estimates": estimates.ESTIMATES,
+    "budgets": budgets.BUDGETS, "estimates": estimates.ESTIMATES, "cluster-kills": clusters.KILLED,
     "same-twice": comparisons.SAME, "same-twice-auto": comparisons.SAME_UNTIL,
     "slowdowns": comparisons.SLOWED, "slowdowns-auto": comparisons.SLOWED_UNTIL,
 }  # fmt: skip

@@ -22,7 +22,7 @@ BOUNDS = [*PROJECT["dependencies"], *EXTRAS["load"], *EXTRAS["notebook"], *EXTRA
 # What `pip install shardkit` has to run: the command line and all that its engine is made of.
 ROOMS = ("base", "formats", "sources", "checkpoint", "plan", "shard")
 ENGINE = ("__*__.py", "cli/*.py", "demo/*.py", "show/progress.py", *(f"{room}/*.py" for room in ROOMS))
-OF_A_HOST = {"kaggle_secrets", "IPython"}  # imported where a notebook has them
+OF_A_HOST = {"kaggle_secrets", "kagglehub", "google", "IPython"}  # imported where a notebook has them
 
 
 def names(requirements):

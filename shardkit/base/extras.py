@@ -9,7 +9,7 @@ from typing import Literal
 from shardkit.base.errors import MissingPackageError
 
 
-def require(extra: Literal["load", "notebook", "cluster"], work: str, *packages: str) -> None:
+def require(extra: Literal["cluster", "kaggle", "load", "notebook"], work: str, *packages: str) -> None:
     """Refuse work ("loading a model") that needs packages which are not all installed; none is imported."""
     missing = [name for name in packages if sys.modules.get(name) is None and find_spec(name) is None]
     if missing:

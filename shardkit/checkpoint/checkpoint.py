@@ -117,8 +117,9 @@ class Checkpoint(Record):
             A folder, a weights file, an index file, or a snapshot folder of the Hub's cache; or a model on
             the Hub, of which only headers and small files are read: "org/name", "org/name@revision",
             "hf://org/name". A local folder of the same name comes first, and so does the Hub cache.
-            Or an address that fsspec reaches ("s3://bucket/name"); credentials and endpoint are those of its
-            own configuration and environment (AWS_PROFILE, AWS_ENDPOINT_URL).
+            Or an address that fsspec reaches ("s3://bucket/name"), with its own configuration of credentials
+            and endpoints; or a model on Kaggle, attached or downloaded completely by kagglehub:
+            "kaggle://owner/model/framework/variation", with "/version" or of the latest.
             Or a `Checkpoint`, a `ShardPlan` (its source), a `ShardReport` (its destination).
         revision
             Branch, tag or commit on the Hub (default: its main branch), pinned to its current commit.

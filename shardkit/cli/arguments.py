@@ -204,7 +204,10 @@ def file(*endings: str) -> Callable[[str], Path]:
     return path
 
 
-A_SOURCE = "A folder, a weights file, s3://bucket/name, or a model on the Hub: org/name, org/name@revision."
+A_SOURCE = (
+    "A folder, a weights file, s3://bucket/name, or a model on the Hub: org/name, org/name@revision; or on "
+    "Kaggle: kaggle://owner/model/framework/variation."
+)
 SOURCE = argument("source", A_SOURCE)
 MAX_SHARD_SIZE = argument(
     "--max-shard-size", "Maximum size of a file: 500MB, 2G, 1.5GiB.", default="2GB", metavar="SIZE", type=size

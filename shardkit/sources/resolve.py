@@ -90,20 +90,27 @@ def _in_a_bucket(text: str, needed_files: Needed, **how: Any) -> Found:
     return find_in_bucket(text, needed_files, **how)
 
 
+def _on_kaggle(text: str, needed_files: Needed, **how: Any) -> Found:
+    from shardkit.sources.kaggle import find_model
+
+    return find_model(text, needed_files, **how)
+
+
 # By what the name of a source begins with: what finds its files, as `resolve` does.
-SOURCES: dict[str, Callable[..., Found]] = {_SCHEME: _on_the_hub}
+SOURCES: dict[str, Callable[..., Found]] = {_SCHEME: _on_the_hub, "kaggle://": _on_kaggle}
 
 
 def known_sources() -> list[str]:
-    """Return checkpoints that need no download: folders and weight files here, ids in the Hub's cache."""
+    """Return checkpoints that need no download: what is here, attached on Kaggle, or in the Hub's cache."""
     from shardkit.sources.hub_cache import cached_models
+    from shardkit.sources.kaggle import attached_models
 
     here = []
     for path in sorted(Path().glob("[!.]*")):
         with suppress(OSError):  # a folder that may not be read
             files = path.iterdir() if path.is_dir() else [path]
             here += [path.name] * any(is_weights(file.name) for file in files)
-    return [*here, *cached_models()]
+    return [*here, *attached_models(), *cached_models()]
 
 
 def is_on_hub(name: str | os.PathLike[str]) -> bool:

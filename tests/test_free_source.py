@@ -1,5 +1,6 @@
 """A source that is freed while it is sharded: no tensor is lost, and the disk needs no room for both."""
 
+import errno
 import mmap
 import os
 import re
@@ -178,7 +179,9 @@ UNSAFE: dict[str, Callable[[Path, Path, Path], object]] = {
 def test_nothing_discards_shards_that_are_the_only_copy(
     what: str, interrupted: Path, out: Path, model: Path
 ) -> None:
-    with pytest.raises(DestinationError, match=f"only copy of tensors of {interrupted}"):
+    planned = r"\(\d+ files of at most 500,000 bytes, strategy size, as stored\)"
+    said = f"only copy of tensors of {interrupted}.*repeat it as it was {planned}"
+    with pytest.raises(DestinationError, match=said):
         UNSAFE[what](interrupted, out, model)
 
 
@@ -202,6 +205,24 @@ def test_files_beside_the_weights_may_change_before_the_run_is_repeated(
     assert others(out) == others(source)
     gone = "removed from the source since it was first opened, so not copied: generation_config.json"
     assert (gone in str(report)) == (how == "removed")
+
+
+def test_file_that_cannot_be_cut_is_named_and_the_run_resumes(
+    model: Path, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.truncate
+
+    def truncate(path: Path, size: int) -> None:
+        if str(path).startswith(str(source)):
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        real(path, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "truncate", truncate)
+        with pytest.raises(CheckpointError, match=r"00002-of-00002\.safetensors cannot be freed: Oper"):
+            free(source, out)
+    assert digests(source) == digests(model)
+    assert free(source, out).reused
 
 
 @pytest.mark.parametrize("how", ["a second name", "mapped", "immutable"])

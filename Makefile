@@ -2,6 +2,7 @@
 # make test   lint, type-check, and test: the notebooks' own outputs against a fresh run, too
 # make test-light  the engine in a fresh environment, on what `pip install shardkit` alone brings
 # make test-colab  the notebooks under the versions that Colab brings
+# make wheelhouse  what a Kaggle notebook without internet installs, to be attached to it as a data set
 # make badges REPOSITORY=owner/name  stamp the repository's address into README and notebooks
 # make torture  kills, full disks, hostile files, races: at length, in one table
 # make bench  speed and memory against peers, as ratios in one run
@@ -20,7 +21,7 @@ PYTEST := -m pytest --numprocesses auto --dist worksteal
 # Hundreds of processes start here; none need compile what another has compiled.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-light test-colab environments bench torture notebooks badges lint clean
+.PHONY: demo test test-light test-colab environments bench torture notebooks wheelhouse badges lint clean
 .DELETE_ON_ERROR:
 
 $(MARK): requirements.txt pyproject.toml
@@ -74,8 +75,8 @@ test-light:
 
 # The notebook's own first cell installs the package here, as it does on Colab; all else runs what it installed
 # (before that, conftest.py would find neither it nor what it needs).
-# Not notebook 02: the Hub that it starts where no model is given is in a clone, not in what is installed. Nor all of
-# notebook 04, which would install a second stack of 2024, beside the torch of this environment.
+# Not what notebook 02 stores, which is of the local Hub of a clone. Nor all of notebook 04, which would install a second
+# stack of 2024, beside the torch of this environment.
 test-colab: $(COLAB_MARK)
 	SHARDKIT_INSTALL=1 $(COLAB)/bin/python -m pytest --noconftest tests/test_hosts.py -k install_cell
 	$(COLAB)/bin/python $(PYTEST) tests/test_notebooks.py -k "not from_hub_to_hub and not what_helps_shows and (not whole_job or files_by_size)"
@@ -94,9 +95,19 @@ torture: $(MARK)
 notebooks: $(MARK)
 	$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
 
+# For the Python of Kaggle's notebooks, which bring torch and all that shows a notebook; upload the folder as a data set.
+wheelhouse: KAGGLE_PYTHON ?= 3.12
+wheelhouse:
+	rm -rf build wheelhouse
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir wheelhouse .
+	rm -rf build
+	$(PYTHON) -m pip download --quiet --dest wheelhouse --only-binary :all: --python-version $(KAGGLE_PYTHON) \
+	  --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 wheelhouse/shardkit-*.whl memory_profiler
+	du -sh wheelhouse
+
 # Without REPOSITORY: what pyproject.toml says.
 badges:
 	$(PYTHON) notebooks/badges.py $(if $(REPOSITORY),--repository "$(REPOSITORY)")
 
 clean:
-	rm -rf $(OUTPUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(OUTPUT) build dist wheelhouse .pytest_cache .mypy_cache .ruff_cache .hypothesis

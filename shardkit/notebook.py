@@ -30,6 +30,7 @@ from shardkit.measure.launch import measure_load
 from shardkit.measure.quantities import QUANTITIES
 from shardkit.measure.samples import Sample, Samples, Variant
 from shardkit.show.plots import HIGHEST, LOWEST
+from shardkit.sources.resolve import is_on_hub
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,6 +57,11 @@ print(json.dumps([time.perf_counter() - start, int(peak.split()[1]) * 1024 / 1e6
 # token, which does not shrink with a model: RUNTIME_BYTES, and pages of their files, which limits count.
 _ARTICLE_BYTES, _LEAST_LIMIT = 14_483_464_192, RUNTIME_BYTES + 49_000_000
 _ProgressCallback = Callable[[int, int, str], object]
+_DRIVE = "/content/drive"
+_CACHED = (
+    "Google Drive: what is written there also fills Colab's disk, until it is uploaded in the background; "
+    "loads from it are slow; before the session ends, run google.colab.drive.flush_and_unmount()"
+)
 _INJECTED = "# Parameters"  # how papermill begins the cell that it writes
 
 
@@ -82,6 +88,29 @@ def _assigned(cell: str, kind: type[ast.Assign | ast.AnnAssign]) -> list[str]:
         targets = (node.targets[0] if isinstance(node, ast.Assign) else node.target for node in found)
         return [target.id for target in targets if isinstance(target, ast.Name)]
     return []
+
+
+def made_folder(name: str) -> Path:
+    """Return a folder to write to, made; where it lies in Google Drive, Colab mounts that first."""
+    if "google.colab" in sys.modules and Path(_DRIVE) in Path(name).parents and not Path(_DRIVE).is_mount():
+        from google.colab import drive  # type: ignore[import-not-found]
+
+        drive.mount(_DRIVE)
+        print(_CACHED)
+    folder = Path(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def hub_user(checkpoint: Checkpoint) -> str | None:
+    """Return whose token there is for the Hub that a checkpoint is of; None where either is missing."""
+    from huggingface_hub import HfApi
+
+    from shardkit.sources.hub_client import ask, find_token
+
+    if not is_on_hub(checkpoint.source) or (token := find_token()) is None:
+        return None
+    return str(ask(lambda: HfApi(token=token).whoami()["name"], "the Hub"))
 
 
 def measure_sharding(

@@ -101,12 +101,13 @@ def test_all_notebooks_begin_with_the_same_install_cell():
     assert len({first_code(path) for path in NOTEBOOKS}) == 1
 
 
-def run_install_cell(*flags, path=()):
+def run_install_cell(*flags, path=(), attached="/kaggle/input"):
     """Run it where the kernel's own command says what it would do; return what it says."""
     code = (
         TransformerManager()
         .transform_cell(first_code(NOTEBOOKS[0]))
         .replace("get_ipython().run_line_magic", "print")
+        .replace("/kaggle/input", str(attached))
     )
     command = [sys.executable, *flags, "-c", f"import sys; sys.path[:0] = {[*map(str, path)]}\n{code}"]
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
@@ -121,6 +122,15 @@ def test_install_cell_minds_no_folder_of_that_name(tmp_path):
     # -I -S: nothing is on the path but Python's own library, and what is put there.
     said = run_install_cell("-I", "-S", path=[tmp_path])
     assert re.fullmatch(r'pip install --quiet "shardkit\[notebook\] @ https://\S+/archive/HEAD\.zip"\n', said)
+
+
+@pytest.mark.parametrize("folder", ["wheels", "datasets/me/wheels"])
+def test_install_cell_takes_what_is_attached_on_kaggle(folder, tmp_path):
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "shardkit-0.1.0-py3-none-any.whl").touch()
+    said = run_install_cell("-I", "-S", attached=tmp_path)
+    offline = "pip install --quiet --no-index --find-links {wheels[0].parent}"
+    assert said == f'{offline} "shardkit[notebook]"\n'
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -18,13 +19,16 @@ from nbclient import NotebookClient
 from papermill import inspect_notebook
 
 import shardkit
-from shardkit import Checkpoint, Comparison
+from shardkit import Checkpoint, Comparison, verify_checkpoint
 from shardkit.checkpoint.hosts import memory_limits
+from shardkit.compare.parameters import check_values
 from shardkit.measure.samples import SHARDED, Sample
 from shardkit.notebook import (
     ParameterError,
     check_parameters,
+    hub_user,
     load_within,
+    made_folder,
     mean_figures,
     measure_sharding,
     read_results,
@@ -207,6 +211,44 @@ def test_without_a_stack_of_2024_what_helps_is_shown_for_today(quick_kernels, tm
     assert [path.name for path in sorted((tmp_path / "made/factors").glob("*.json"))] == ["today.json"]
 
 
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Variables of an environment in which shardkit is installed from a wheel, and is of no clone."""
+    folder = tmp_path_factory.mktemp("installed")
+    where = [sys.executable, "-P", "-c", "import shardkit; print(shardkit.__file__)"]
+    found = subprocess.run(where, cwd=folder, capture_output=True, text=True, check=True).stdout
+    if "site-packages" in found:
+        return {}
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "demo-output", "tests")
+    tree, site = shutil.copytree(ROOT, folder / "tree", ignore=left_out), folder / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--no-index", "--target", site, tree], check=True, cwd=folder)
+    return {"PYTHONPATH": str(site)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("notebook", [STORY, HUB, FIT, FACTORS], ids=lambda path: path.stem)
+def test_every_notebook_runs_with_its_defaults_outside_a_clone(notebook, installed, quick_kernels, tmp_path):
+    """Notebook 02 loads; of the others, how their loads go is seen above."""
+    offline = {"PATH": "", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+    home = {"HF_HOME": str(tmp_path), "HF_TOKEN": ""}
+    quick = {} if notebook == HUB else quick_kernels
+    done = papermill(notebook, tmp_path, {**installed, **offline, **home, **quick})
+    assert done.returncode == 0, done.stderr
+    shown = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    text = json.dumps(shown)
+    if notebook == STORY:
+        done = papermill(REPORT, tmp_path, {**installed, **home})
+        assert done.returncode == 0, done.stderr
+    if notebook == HUB:
+        assert "no model on the Hub, or no token for it: the shards go to a folder" in text
+        assert "not pushed: that takes a token with write access" in text
+        assert verify_checkpoint(tmp_path / "demo-output/hub/demo", tmp_path / "demo-output/hub/shards").equal
+    if notebook == FACTORS:
+        assert "not shown: the local Hub is in a clone of shardkit" in text
+
+
 @pytest.mark.slow
 def test_less_memory_is_shown_as_far_as_can_be_where_none_can_be_limited(
     quick_kernels_without_limits, tmp_path
@@ -386,12 +428,40 @@ def test_a_name_that_another_cell_assigned_is_no_parameter():
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_parameter_has_a_type_and_a_help_text(notebook):
+def test_every_parameter_has_a_type_a_help_text_and_a_field_in_colabs_form(notebook):
     parameters = inspect_notebook(notebook)
     assert parameters
-    for parameter in parameters.values():
-        assert parameter["inferred_type_name"] in ("str", "int", "bool")
-        assert len(parameter["help"]) > 10
+    fields = {"str": ("string",), "int": ("integer", "raw"), "bool": ("boolean",)}
+    for name, parameter in parameters.items():
+        form = re.fullmatch(r'@param (?:(\[.*\])|\{type:"(\w+)"\}) # \S.+', parameter["help"])
+        assert form, name
+        default = json.loads(parameter["default"].lower() if form[2] == "boolean" else parameter["default"])
+        if form[1]:
+            assert default in json.loads(form[1])
+            for choice in json.loads(form[1]):
+                check_values({name: choice})
+        else:
+            assert form[2] in fields[parameter["inferred_type_name"]]
+
+
+def test_a_folder_in_google_drive_is_mounted_and_its_cache_is_warned_of(tmp_path, monkeypatch, capsys):
+    mounted = []
+    colab = SimpleNamespace(drive=SimpleNamespace(mount=mounted.append))
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setattr("shardkit.notebook._DRIVE", str(tmp_path / "drive"))
+    assert made_folder(str(tmp_path / "elsewhere")).is_dir()
+    assert (mounted, capsys.readouterr().out) == ([], "")
+    assert made_folder(str(tmp_path / "drive/MyDrive/x")).is_dir()
+    assert mounted == [str(tmp_path / "drive")]
+    assert re.search(r"fills Colab's disk, until it is uploaded.*flush_and_unmount", capsys.readouterr().out)
+
+
+def test_who_may_write_to_the_hub_is_known_where_there_is_a_token(hub, demo, monkeypatch):
+    hub.add_model("org/model", demo)
+    assert hub_user(Checkpoint.open("org/model")) == "me"
+    assert hub_user(Checkpoint.open(demo)) is None
+    monkeypatch.delenv("HF_TOKEN")
+    assert hub_user(Checkpoint.open("org/model")) is None
 
 
 class Kernel:

@@ -543,3 +543,73 @@ def test_stored_notebook_can_be_read_without_running(notebook):
     for foreign in ("widget-state", "widget-view", "/home/", "/tmp/", "/root/"):
         assert foreign not in text
     assert all(len(cell.source.splitlines()) <= 12 for cell in code)
+
+
+def sweep(folder, environment, *words):
+    command = [sys.executable, ROOT / "notebooks/sweep.py", folder / "runs", *words]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.slow
+def test_sweep_measures_its_grid_in_parts_and_merges_it(quick_kernels, tmp_path):
+    grid = ("demo_size=5MB", "max_shard_size=1MB", "dtype=float16,bfloat16", "repeats=1")
+    first = sweep(tmp_path, quick_kernels, *grid, "--part", "2/2")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == "bfloat16: done\n"
+    last = sweep(tmp_path, quick_kernels, *grid)
+    assert last.returncode == 0, last.stderr
+    assert set(last.stdout.splitlines()[:2]) == {"float16: done", "bfloat16: done"}
+    figures = pd.read_csv(tmp_path / "runs/figures.csv")
+    assert set(figures["dtype"]) == {"float16", "bfloat16"}
+    assert len(set(figures["result"])) == 4  # two results of each notebook
+    assert not [
+        path
+        for run in ("float16", "bfloat16")
+        for path in (tmp_path / "runs" / run).iterdir()
+        if path.is_dir()
+    ]
+
+
+def test_sweep_starts_again_what_had_no_kernel_and_reports_what_failed(tmp_path, monkeypatch):
+    sys.path.insert(0, str(ROOT / "notebooks"))
+    import sweep as module
+
+    endings = iter(
+        ["RuntimeError: Kernel died before replying to kernel_info", "", "ParameterError: no such model"]
+    )
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        Path(command[5]).write_text("{}")
+        error = next(endings)
+        return subprocess.CompletedProcess(command, bool(error), "", error)
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    good, bad = module.grid(tmp_path, ["model=a,b", "repeats=1"])
+    assert module.measure(good) == ""
+    assert len(calls) == 2
+    assert module.measure(bad) == "ParameterError: no such model"
+    assert module.measure(good) == ""  # it is finished
+    assert len(calls) == 3
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.ipynb")) == [
+        "a/notebook.ipynb",
+        "b/failed.ipynb",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["demo_size"], "no grid of distinct values"),
+        (["model=a/b,a-b"], "no grid of distinct values"),
+        (["model=a", "--part", "3/2"], "there is no part 3 of 2"),
+    ],
+)
+def test_wrong_grid_is_refused(words, line, tmp_path):
+    done = sweep(tmp_path, {}, *words)
+    assert done.returncode == 2
+    assert line in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []

@@ -93,7 +93,7 @@ def _assigned(cell: str, kind: type[ast.Assign | ast.AnnAssign]) -> list[str]:
 def made_folder(name: str) -> Path:
     """Return a folder to write to, made; where it lies in Google Drive, Colab mounts that first."""
     if "google.colab" in sys.modules and Path(_DRIVE) in Path(name).parents and not Path(_DRIVE).is_mount():
-        from google.colab import drive  # type: ignore[import-not-found]
+        from google.colab import drive
 
         drive.mount(_DRIVE)
         print(_CACHED)

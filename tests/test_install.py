@@ -66,8 +66,9 @@ def test_base_dependencies_are_what_the_engine_imports_and_nothing_else():
 def test_every_package_that_is_imported_is_in_an_extra():
     given = names(PROJECT["dependencies"]) | names(EXTRAS["notebook"]) | names(EXTRAS["cluster"])
     assert imported("**/*.py") <= given
-    # Not imported by name: the kernel that notebooks run in, what runs them in batches, fsspec's way to S3.
-    assert given - imported("**/*.py") == {"ipykernel", "papermill", "s3fs"}
+    # Not imported by name: the kernel of notebooks, what runs them in batches, fsspec's way to S3, and dask,
+    # of which distributed is the part that is.
+    assert given - imported("**/*.py") == {"dask", "ipykernel", "papermill", "s3fs"}
 
 
 def test_nothing_is_pinned_where_a_host_brings_its_own():

@@ -87,6 +87,7 @@ bench: $(MARK)
 	$(BIN)/python -m tests.benchmarks.bench_hub
 	$(BIN)/python -m tests.benchmarks.bench_blocks
 	$(BIN)/python -m tests.benchmarks.bench_slow
+	$(BIN)/python -m tests.benchmarks.bench_cluster
 
 torture: $(MARK)
 	$(BIN)/python -m tests.torture

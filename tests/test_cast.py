@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from shardkit import shard_checkpoint
 from shardkit.errors import CastError, PlanError
 from shardkit.formats.cast import Caster
-from shardkit.shard import copy as transfer
+from shardkit.shard import tasks
 from shardkit.sources import local
 from tests.support import FreshFolder
 
@@ -142,7 +142,7 @@ def test_chunks_and_tasks_leave_no_seam(
     tensors = {f"t{i}": patterns(TORCH[dtype], seed + i, count=size) for i, size in enumerate(sizes)}
     with pytest.MonkeyPatch.context() as patch, fresh_folder() as folder:
         patch.setattr(local, "CHUNK_BYTES", chunk)
-        patch.setattr(transfer, "TASK_BYTES", task)
+        patch.setattr(tasks, "TASK_BYTES", task)
         source = made(folder / "source", tensors)
         report = shard_checkpoint(source, folder / "out", dtype=target, allow_overflow=True)
         found = load_file(folder / "out" / "model.safetensors")
@@ -240,7 +240,7 @@ def test_values_that_become_zero_are_counted_but_no_error(tmp_path: Path) -> Non
 def test_overflow_in_two_tasks_of_one_tensor_is_added_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "TASK_BYTES", 64)
+    monkeypatch.setattr(tasks, "TASK_BYTES", 64)
     source = made(tmp_path / "source", {"w": torch.full((100,), 1e30)})
     report = shard_checkpoint(source, tmp_path / "out", dtype="float16", allow_overflow=True)
     assert [(loss.tensor, loss.overflowed) for loss in report.lost] == [("w", 100)]

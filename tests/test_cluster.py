@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,11 +21,13 @@ from distributed import Client, LocalCluster
 
 import shardkit
 from shardkit import Progress, shard_checkpoint, shard_on_hub, verify_checkpoint
-from shardkit.base.jobs import run_all
+from shardkit.base.jobs import Crew, run_all
+from shardkit.cli import arguments
 from shardkit.errors import Cancelled, DestinationError, PlanError, ShardkitError, VerificationError
-from shardkit.shard import copy, destination, in_parts
+from shardkit.shard import copy, destination, in_parts, tasks
 from shardkit.shard.mark import Mark
 from shardkit.sources.local import LocalFiles
+from tests.benchmarks import cluster_table
 from tests.loopback_hub import LoopbackHub
 from tests.support import disk_watched
 from tests.torture.bench import Skip, beside, digests, mounted
@@ -149,10 +152,10 @@ def test_late_task_of_a_run_that_ended_writes_nothing(source: Path, tmp_path: Pa
     mark = Mark.made(tmp_path, LocalFiles(source), ["config.json"])
     made = tmp_path / "model.safetensors"
     made.write_bytes(bytes(100))
-    part = copy.tensor_range(
+    part = tasks.tensor_range(
         LocalFiles(source), shardkit.TensorInfo("t", "U8", (50,), "config.json", 0, 50), "U8"
     )
-    task = copy.Task(str(made), (part,), mark)
+    task = tasks.Task(str(made), (part,), mark)
     copy.run_task(task)
     assert made.read_bytes()[:50] == (source / "config.json").read_bytes()[:50]
     made.write_bytes(bytes(100))
@@ -328,6 +331,20 @@ def test_twenty_thousand_tasks_are_handed_out_in_less_than_twenty_seconds() -> N
         with run_all(abs, range(20_000), executor=executor) as results:
             assert sum(result for _, result in results) == sum(range(20_000))
     assert time.perf_counter() - begun < 20
+
+
+@pytest.mark.parametrize(
+    ("total", "workers", "size"),
+    [(14 * 10**9, 64, 16 << 20), (14 * 10**11, 64, 256 << 20), (14 * 10**11, 1024, 42_724_609)],
+)
+def test_many_tasks_are_fewer_and_larger_on_a_cluster(total: int, workers: int, size: int) -> None:
+    assert tasks.task_bytes(total, Crew(workers)) == tasks.TASK_BYTES
+    with ThreadPoolExecutor(1) as executor:
+        assert tasks.task_bytes(total, Crew(workers, executor)) == size
+    whole = tasks.file_range(Path("file"), 10**9)
+    parts = [part.nbytes for part in tasks.cut(whole, size)]
+    assert sum(parts) == 10**9
+    assert max(parts) == size // tasks.TASK_BYTES * tasks.TASK_BYTES
 
 
 def shardkit_command(*words: object) -> "subprocess.CompletedProcess[str]":
@@ -518,3 +535,39 @@ def test_number_of_a_part_is_checked(source: Path, out: Path) -> None:
         with pytest.raises(PlanError, match="there is no part"):
             one_part(source, out, 0, part=wrong)
     assert not out.parent.exists() or list(out.parent.iterdir()) == []
+
+
+PAGE = Path(__file__).parents[1] / "docs/cluster.md"
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+def test_page_has_the_table_that_its_constants_give() -> None:
+    assert f"<!-- table -->\n{cluster_table.table()}\n<!-- /table -->" in PAGE.read_text()
+
+
+@pytest.mark.slow
+def test_what_the_page_shows_for_a_laptop_and_a_job_array_runs(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(source)
+    here = {"capture_output": True, "text": True, "cwd": tmp_path}
+    (tmp_path / "laptop.py").write_text(snippets("python")[0])
+    done = subprocess.run([sys.executable, "laptop.py"], **here)
+    assert done.returncode == 0, done.stderr
+    assert "equal" in done.stdout
+    laptop = digests((tmp_path / "sharded").rename(tmp_path / "by-dask"))
+    (script,) = snippets("bash")
+    script = script.replace("shardkit shard", f"{shlex.join(COMMAND)} shard --files 8")
+    for number in range(1, 9):
+        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(number)}
+        done = subprocess.run(["bash", "-c", script], env=environment, **here)
+        assert done.returncode == 0, done.stderr
+    assert verify_checkpoint(tmp_path / "by-dask", tmp_path / "sharded").equal
+    assert len(laptop) < len(digests(tmp_path / "sharded"))  # as many files as parts
+    assert beside(tmp_path / "sharded") == ["by-dask", "laptop.py", "model"]
+
+
+def test_every_command_of_the_page_is_known() -> None:
+    for line in (line for text in snippets("console") for line in text.splitlines() if "$ shardkit" in line):
+        assert arguments.parse(shlex.split(line.removeprefix("$ shardkit ")))

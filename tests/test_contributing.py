@@ -21,7 +21,8 @@ from shardkit.errors import CheckpointError, DestinationError
 from shardkit.measure.measurement import LoadMeasurement
 from shardkit.measure.quantities import QUANTITIES, Quantity
 from shardkit.plan.packing import STRATEGIES
-from shardkit.shard.copy import read_chunks, tensor_range
+from shardkit.shard.copy import read_chunks
+from shardkit.shard.tasks import tensor_range
 from shardkit.sources.resolve import SOURCES
 from tests.fake_loads import fake_comparison
 

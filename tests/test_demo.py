@@ -22,7 +22,7 @@ from shardkit.base.errors import CheckpointError, DestinationError, PlanError, S
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.demo import DemoShape, demo_shape, make_demo_checkpoint
 from shardkit.plan.plan import plan_shards
-from shardkit.shard import copy as transfer
+from shardkit.shard import tasks
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 TRUE_SHAPE = DemoShape(hidden=4096, intermediate=14336, layers=32, vocab=32000)
@@ -234,7 +234,7 @@ def test_same_arguments_give_the_same_bytes_whatever_the_threads_and_tasks(small
     expected = folder_data(small.folder)
     for threads, task in ((1, 333_333), (5, 1 << 20)):
         monkeypatch.setattr(os, "cpu_count", lambda threads=threads: threads)
-        monkeypatch.setattr(transfer, "TASK_BYTES", task)
+        monkeypatch.setattr(tasks, "TASK_BYTES", task)
         again = make_demo_checkpoint(tmp_path / str(threads), size="5MB")
         assert folder_data(again.folder) == expected
 

@@ -689,7 +689,7 @@ class TestStreaming:
         out, staging = tmp_path / "out", tmp_path / ".out.shardkit-staging"
         kill = "lambda p: os.kill(os.getpid(), 9) if p.done_bytes > 2_100_000 else None"
         code = (
-            "import os, shardkit; from shardkit.shard import copy; copy.TASK_BYTES = 100_000;"
+            "import os, shardkit; from shardkit.shard import tasks; tasks.TASK_BYTES = 100_000;"
             f"shardkit.shard_checkpoint({ID!r}, {str(out)!r}, max_shard_size='600KB', "
             f"stream=True, workers=4, progress={kill})"
         )

@@ -26,7 +26,7 @@ from shardkit import Checkpoint, shard_checkpoint, verify_checkpoint
 from shardkit.errors import CheckpointError
 from shardkit.formats import strided
 from shardkit.formats.tensor import DTYPE_NAMES
-from shardkit.shard import copy as transfer
+from shardkit.shard import tasks
 
 ZIP, LEGACY = True, False
 FORMATS = pytest.mark.parametrize("zipped", [ZIP, LEGACY], ids=["zip", "legacy"])
@@ -201,7 +201,7 @@ def test_tensor_that_is_not_contiguous_is_gathered_in_pieces_of_any_size(
     piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(strided, "PIECE_BYTES", piece_bytes)
-    monkeypatch.setattr(transfer, "TASK_BYTES", 80)
+    monkeypatch.setattr(tasks, "TASK_BYTES", 80)
     state = views()
     source = save(state, tmp_path / "source" / "pytorch_model.bin")
     found = sharded(source, tmp_path / "out", max_shard_size=8000)

@@ -42,9 +42,10 @@ from shardkit.errors import (
     VerificationError,
 )
 from shardkit.shard import copy as transfer
-from shardkit.shard import destination, folder_store, opening, side_files, verify
+from shardkit.shard import destination, folder_store, opening, side_files, tasks, verify
 from shardkit.shard import engine as write
 from shardkit.shard.report import ShardReport
+from shardkit.shard.tasks import Outcome, Task
 from shardkit.sources import local
 from shardkit.sources.hub_client import UnreachableError
 from tests.support import (
@@ -321,7 +322,7 @@ def test_where_both_files_begin_blocks_copies_begin_there(
         {f"t{n}": torch.full((5000,), n) for n in range(4)}, source / "model.safetensors", {"format": "pt"}
     )
     monkeypatch.setattr(os, "copy_file_range", copy)
-    monkeypatch.setattr(transfer, "TASK_BYTES", 50_000)
+    monkeypatch.setattr(tasks, "TASK_BYTES", 50_000)
     shard(source, out, files=1, workers=1, max_shard_size="2GB")
     assert (out / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     of_tensors = [call for call in calls if call[0]]
@@ -361,7 +362,7 @@ def test_cuts_between_chunks_and_tasks_lose_nothing(
 ) -> None:
     with fresh_folder() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "CHUNK_BYTES", chunk)
-        patch.setattr(transfer, "TASK_BYTES", task)
+        patch.setattr(tasks, "TASK_BYTES", task)
         if not kernel:
             patch.setattr(os, "copy_file_range", fails_with(errno.ENOSYS))
             patch.setattr(os, "sendfile", fails_with(errno.ENOSYS))
@@ -953,7 +954,7 @@ def test_file_that_is_not_copied_as_it_is_is_not_published(
 ) -> None:
     real = side_files.run_task
 
-    def run(task: transfer.Task) -> transfer.Outcome:
+    def run(task: Task) -> Outcome:
         outcome = real(task)
         if task.path.endswith(os.path.join("1_Pooling", "config.json")):
             flip(Path(task.path), -1)
@@ -1335,7 +1336,7 @@ def assert_reused(source: Path, out: Path, shards: int) -> None:
 def test_no_error_of_a_task_discards_what_is_finished(
     error: BaseException, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(task: transfer.Task) -> transfer.Outcome:
+    def run(task: Task) -> Outcome:
         if Path(task.path).name > "model-00004":
             raise error
         return transfer.run_task(task)

@@ -23,7 +23,7 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.tensor import DtypeLike
 from shardkit.plan.plan import Shard, Strategy
 from shardkit.shard.bucket_store import BucketStore
-from shardkit.shard.copy import Outcome, Task, run_task, shard_tasks
+from shardkit.shard.copy import run_task
 from shardkit.shard.destination import check_free, resolve
 from shardkit.shard.folder_store import FolderStore
 from shardkit.shard.freeable import open_to_free
@@ -33,6 +33,7 @@ from shardkit.shard.opening import is_streamed, open_there, planned, refuse_earl
 from shardkit.shard.report import ShardReport
 from shardkit.shard.side_files import write_side_files
 from shardkit.shard.store import Job, Store
+from shardkit.shard.tasks import Outcome, Task, shard_tasks, task_bytes
 from shardkit.sources.resolve import is_address
 
 
@@ -341,4 +342,6 @@ def _make(
 
 def _tasks(store: Store, shard: Shard) -> list[Task]:
     """Begin a shard in the store's folder; return what is left to do."""
-    return shard_tasks(shard, store.job.checkpoint.place, str(store.begin(shard)), store.mark)
+    job = store.job
+    nbytes = task_bytes(job.plan.total_bytes, job.crew)
+    return shard_tasks(shard, job.checkpoint.place, str(store.begin(shard)), store.mark, nbytes)

@@ -31,7 +31,6 @@ from shardkit.base.errors import (
 from shardkit.base.record import listed, plural
 from shardkit.base.sizes import format_size
 from shardkit.plan.plan import Shard
-from shardkit.shard.copy import Lost, Outcome, Received
 from shardkit.shard.destination import (
     beside,
     check_destination,
@@ -51,6 +50,7 @@ from shardkit.shard.mark import Mark
 from shardkit.shard.report import Verification, read_from
 from shardkit.shard.side_files import altered_files
 from shardkit.shard.store import Job, Store
+from shardkit.shard.tasks import Lost, Outcome, Received
 from shardkit.shard.verify import altered, verify_written
 from shardkit.sources.local import file_state
 from shardkit.sources.resolve import is_on_hub

@@ -24,12 +24,13 @@ from shardkit.base.sizes import format_size
 from shardkit.checkpoint.layout import find_weights
 from shardkit.formats.names import is_index
 from shardkit.plan.plan import Shard
-from shardkit.shard.copy import Outcome, run_task, shard_tasks
+from shardkit.shard.copy import run_task
 from shardkit.shard.destination import beside, sync
 from shardkit.shard.folder_store import FolderStore
 from shardkit.shard.freeable import lock
 from shardkit.shard.side_files import write_side_files
 from shardkit.shard.store import Job
+from shardkit.shard.tasks import Outcome, shard_tasks
 from shardkit.shard.verify import prove, verify_headers
 from shardkit.sources.fileset import State
 

@@ -22,13 +22,13 @@ from shardkit.base.errors import CastError, DestinationError, VerificationError
 from shardkit.base.jobs import run_all
 from shardkit.base.record import plural
 from shardkit.plan.plan import Shard
-from shardkit.shard.copy import Outcome
 from shardkit.shard.hub_target import Target, described, is_same
 from shardkit.shard.model_card import CARD, model_card, own_readme, shown_card
 from shardkit.shard.relay import RelayStore
 from shardkit.shard.report import Verification
 from shardkit.shard.sending import OTHER_DISK, Errand, Sending, Sent, make_and_send, send
 from shardkit.shard.store import Job
+from shardkit.shard.tasks import Outcome
 from shardkit.sources.hub import RemoteFile
 from shardkit.sources.hub_client import quiet
 from shardkit.sources.resolve import is_on_hub

@@ -23,7 +23,6 @@ from shardkit.base.jobs import ProgressCount, run_all
 from shardkit.base.record import listed, plural
 from shardkit.load.seen import ModelKeys
 from shardkit.plan.plan import Shard
-from shardkit.shard.copy import Lost, Outcome
 from shardkit.shard.destination import (
     check_destination,
     discard,
@@ -35,6 +34,7 @@ from shardkit.shard.folder_store import FolderStore
 from shardkit.shard.report import Verification
 from shardkit.shard.side_files import altered_files
 from shardkit.shard.store import Job
+from shardkit.shard.tasks import Lost, Outcome
 from shardkit.shard.verify import read_back, verify_headers
 
 FINISH: Literal["finish"] = "finish"

@@ -15,10 +15,10 @@ from shardkit.base.errors import DestinationError, SpaceError
 from shardkit.base.sizes import format_size
 from shardkit.load.seen import ModelKeys
 from shardkit.plan.plan import Shard
-from shardkit.shard.copy import Outcome
 from shardkit.shard.destination import beside, free_bytes, leftovers, locked, remove_leftovers, sync
 from shardkit.shard.report import Verification
 from shardkit.shard.store import Job, Store
+from shardkit.shard.tasks import Outcome
 from shardkit.shard.verify import read_back
 
 

@@ -9,7 +9,7 @@ from shardkit.base.record import Record, Summary, Table, listed, plural, shown_p
 from shardkit.base.sizes import format_size
 from shardkit.formats.names import is_weights
 from shardkit.load.seen import ModelKeys
-from shardkit.shard.copy import Lost
+from shardkit.shard.tasks import Lost
 
 _SHOWN_LOSSES = 3
 _SHOWN_MISMATCHES = 20

@@ -15,10 +15,11 @@ from huggingface_hub import CommitOperationAdd
 from shardkit.base.cluster import is_cancelled
 from shardkit.base.errors import Cancelled
 from shardkit.plan.plan import Shard
-from shardkit.shard.copy import Lost, Outcome, run_task, shard_tasks
+from shardkit.shard.copy import run_task
 from shardkit.shard.hub_target import Target, described
 from shardkit.shard.relay import Checked, checked, disk, room, work_space
 from shardkit.shard.store import Job
+from shardkit.shard.tasks import Lost, Outcome, shard_tasks
 from shardkit.sources.hub import RemoteFile
 from shardkit.sources.hub_client import quiet
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shardkit.checkpoint.config import adapted_config, config_dtype
-from shardkit.shard.copy import Task, cut, file_range, run_task
+from shardkit.shard.copy import run_task
 from shardkit.shard.store import Job
+from shardkit.shard.tasks import Task, cut, file_range
 from shardkit.shard.verify import is_same_file
 
 

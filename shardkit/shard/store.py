@@ -19,9 +19,9 @@ from shardkit.base.jobs import Crew
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.plan.plan import Shard, ShardPlan
-from shardkit.shard.copy import Lost, Outcome
 from shardkit.shard.mark import Mark
 from shardkit.shard.report import Verification
+from shardkit.shard.tasks import Lost, Outcome
 from shardkit.sources.fileset import State
 
 _CHANGED = "changed while being copied; nothing was published"

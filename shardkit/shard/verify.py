@@ -31,9 +31,10 @@ from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, Tens
 from shardkit.load.look import config_differences
 from shardkit.load.seen import model_keys
 from shardkit.plan.plan import PlannedTensor, Shard
-from shardkit.shard.copy import Outcome, Range, Received, cast_chunks, file_range, tensor_range
+from shardkit.shard.copy import cast_chunks
 from shardkit.shard.report import Mismatch, Verification
 from shardkit.shard.store import Job
+from shardkit.shard.tasks import Outcome, Range, Received, file_range, task_bytes, tensor_range
 from shardkit.sources.local import LocalFiles
 
 _BATCH_BYTES = 32 << 20
@@ -295,12 +296,12 @@ def shard_range(folder: Path, shard: Shard, tensor: PlannedTensor) -> Range:
     return file_range(folder / shard.file, tensor.nbytes, shard.header_bytes + tensor.begin)
 
 
-def _batches(ranges: Sequence[Range]) -> Iterator[Sequence[Range]]:
+def _batches(ranges: Sequence[Range], nbytes: int) -> Iterator[Sequence[Range]]:
     """Yield what is read by one task: small tensors together, large ones alone."""
     first = size = 0
     for end, part in enumerate(ranges, start=1):
         size += part.nbytes
-        if size >= _BATCH_BYTES or end - first >= _BATCH_TENSORS or end == len(ranges):
+        if size >= nbytes or end - first >= _BATCH_TENSORS or end == len(ranges):
             yield ranges[first:end]
             first, size = end, 0
 
@@ -313,9 +314,11 @@ def digest_pairs(pairs: Sequence[tuple[Range, Range | str]], crew: Crew, stage: 
 
 
 def _digests(ranges: Sequence[Range], crew: Crew, stage: str) -> dict[Range, str]:
-    count = ProgressCount(crew.progress if ranges else None, stage, sum(part.nbytes for part in ranges))
+    total = sum(part.nbytes for part in ranges)
+    count = ProgressCount(crew.progress if ranges else None, stage, total)
+    batches = _batches(ranges, max(_BATCH_BYTES, task_bytes(total, crew)))
     digests: dict[Range, str] = {}
-    with run_all(partial(seen, digest_ranges), _batches(ranges), crew.workers, crew.executor) as results:
+    with run_all(partial(seen, digest_ranges), batches, crew.workers, crew.executor) as results:
         for batch, (found, who, _) in results:
             crew.elsewhere.update({who} if not is_here(who) else ())
             digests.update(zip(batch, found, strict=True))

@@ -95,7 +95,8 @@ def shard_checkpoint(
         shards have that are on the disk and verified is cut off its files, whose last rest is removed, with
         their index, just before the destination appears. Its other files stay. It cannot be undone; an
         interrupted run can only be resumed, with the same arguments. Files that others may use, or that hold
-        more than the tensors, are refused: links, the Hub's cache, files that torch saved.
+        more than the tensors, are refused: links, the Hub's cache, files that torch saved; and so is a
+        destination in memory for a source on a disk.
     part
         Make one part of the job, as (3, 8): every eighth shard from the third on, verified. Processes on any
         machines that see the same disk can make the others, all with the same arguments; the last to finish

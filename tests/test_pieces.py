@@ -200,6 +200,9 @@ def test_a_model_comes_out_as_it_was_before_ranks_cut_it(
     report = shard_checkpoint(ranks_of_demo, tmp_path / "out", max_shard_size="5MB", dtype="float16")
     assert verify_checkpoint(demo, tmp_path / "out").equal
     assert "MistralForCausalLM gets the same" in str(report)
+    opened = Checkpoint.open(ranks_of_demo)
+    assert "from pieces in 2 files; no file says how many ranks wrote them" in opened.notes[0]
+    assert Checkpoint.from_dict(json.loads(json.dumps(opened.to_dict()))) == opened
     there = fsspec.filesystem("memory")
     there.put(f"{ranks_of_demo}/", "/ranks/", recursive=True)
     shard_checkpoint("memory://ranks", tmp_path / "streamed", max_shard_size="5MB", dtype="float16")

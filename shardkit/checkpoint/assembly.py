@@ -27,11 +27,6 @@ from shardkit.sources.fileset import FileSet
 _OFFSETS = "DCP_SHARDING_INFO"
 
 
-def is_in_pieces(header: Header) -> bool:
-    """Whether a file says where its pieces begin."""
-    return _OFFSETS in header.metadata
-
-
 def assembled(files: FileSet, headers: Mapping[str, Header]) -> dict[str, TensorInfo]:
     """Return the tensors that the pieces of all files make up.
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from shardkit.base.errors import CheckpointError
 from shardkit.base.record import plural
-from shardkit.checkpoint.assembly import assembled, is_in_pieces
+from shardkit.checkpoint.assembly import assembled
 from shardkit.formats.columns import IN_BLOCKS, as_matrix
+from shardkit.formats.names import is_of_rank
 from shardkit.formats.pieces import Pieces
 from shardkit.formats.safetensors import Header, read_header
 from shardkit.formats.tensor import TensorInfo, collector_paused
@@ -52,7 +53,7 @@ def _scan_safetensors(files: FileSet, names: Sequence[str]) -> Scan:
     metadata, notes = [], list[str]()
     with collector_paused():
         headers = files.each(lambda name: read_header(files.ranged(name)), names)
-        if any(map(is_in_pieces, headers.values())):
+        if any(map(is_of_rank, names)):
             return _put_together(files, headers)
         for name, (entries, found, start) in headers.items():
             metadata.append(found)
@@ -68,9 +69,9 @@ def _put_together(files: FileSet, headers: Mapping[str, Header]) -> Scan:
     """List the tensors of files that have pieces of them."""
     tensors = assembled(files, headers)
     cut = sum(isinstance(tensor.layout, Pieces) for tensor in tensors.values())
-    many = f"{plural(cut, 'tensor')} in pieces, which {plural(len(headers), 'file')} of ranks contain"
+    many = f"{plural(cut, 'tensor')} put together from pieces in {plural(len(headers), 'file')}"
     metadata = tuple(header.metadata for header in headers.values())
-    return Scan(tensors, metadata, (f"{many}: put together",) * bool(cut))
+    return Scan(tensors, metadata, (f"{many}; no file says how many ranks wrote them",) * bool(cut))
 
 
 def _add(tensors: dict[str, TensorInfo], tensor: TensorInfo, notes: list[str]) -> None:

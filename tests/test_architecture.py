@@ -19,7 +19,11 @@ assert commands  # which declares them
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "shardkit").rglob("*.py"))
-PROSE = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))]
+PROSE = [
+    *(ROOT / "README.md", ROOT / "CHANGELOG.md"),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "notebooks").glob("*.ipynb")),
+]
 BANNED = re.compile(
     r"\b(arms?|(not )?told|taken up again|(begun )?anew|asked for ((a|the) )?dtype|went along|to mail"
     r"|memory that must exist|is heard|let it be|(un|de)?quantised|licence|(un)?initialised|undecided"

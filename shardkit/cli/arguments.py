@@ -280,7 +280,7 @@ PARTS = (
     ),
     switch(
         "--finish",
-        "Publish the parts, all of which are made.",
+        "Publish the parts, once all are made.",
         action="store_const",
         const=FINISH,
         dest="part",

@@ -43,6 +43,7 @@ STORY = ROOT / "notebooks/01_shard_and_compare.ipynb"
 HUB = ROOT / "notebooks/02_hub.ipynb"
 FIT = ROOT / "notebooks/03_fit_in_less_ram.ipynb"
 FACTORS = ROOT / "notebooks/04_what_actually_helps.ipynb"
+PARALLEL = ROOT / "notebooks/05_parallel_inference.ipynb"
 REPORT = ROOT / "notebooks/batch_report.ipynb"
 
 
@@ -192,6 +193,21 @@ def test_fresh_run_of_what_helps_shows_what_is_stored(notebook_folder):
     today = Comparison.load(made / "today.json")
     assert len(today.names) == 6
     assert not today.failures
+
+
+@pytest.mark.begun_first
+def test_a_model_in_several_processes_is_measured_as_parameters_say(notebook_folder):
+    given = {"demo_size": "200MB", "tokens": 3, "output_folder": "demo-output"}
+    done = papermill(PARALLEL, notebook_folder, **given)
+    assert done.returncode == 0, done.stderr
+    found = pd.read_csv(notebook_folder / "demo-output/parallel/ranks.csv", index_col=0)
+    ways = ("by tensor, mapped", "by tensor", "for ranks", "by layer")
+    assert list(found.index) == ["one process", *(f"{way} {rank}" for way in ways for rank in (0, 1))]
+    assert found.notna().all(axis=None)
+    assert (notebook_folder / "demo-output/parallel/ranks.png").read_bytes().startswith(b"\x89PNG")
+    shown = json.dumps(nbformat.read(notebook_folder / "out.ipynb", as_version=4))
+    assert "9 processes gave the same text" in shown
+    assert "9 processes cannot share the 8 attention heads" in shown
 
 
 @pytest.mark.slow

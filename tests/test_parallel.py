@@ -166,7 +166,7 @@ def own(run):
 
 @pytest.mark.begun_first
 def test_each_process_reads_and_holds_its_part(shape):
-    how = {"dtype": "float32", "generate": 3}
+    how = {"dtype": "float32", "generate": 3, "prompt": "The quick brown fox"}
     one = measure_load(shape / "plain", **how)
     ordinary = measure_parallel(shape / "plain", 2, **how)
     mapped = measure_parallel(shape / "plain", 2, mapped=True, **how)

@@ -24,11 +24,18 @@ from shardkit.formats.tensor import LoadDtypeLike
 from shardkit.measure.child import ChildEnd, run_child
 from shardkit.measure.launch import run_in
 from shardkit.measure.measurement import LoadMeasurement
-from shardkit.measure.spec import Cache, LoadSpec, check, one_of, whole_number
+from shardkit.measure.spec import Cache, LoadSpec, Rule, check, one_of, optional, whole_number
 
 By = Literal["tensor", "layer"]
-_LEAST = 5, 23
 _SIZES: dict[By, str] = {"tensor": "tp_size", "layer": "pp_size"}
+_LEAST = 5, 23
+_RULES: dict[str, Rule] = {
+    "ranks": whole_number(1),
+    "by": one_of(*_SIZES),
+    "threads": optional(whole_number(1)),
+}
+# The model's own `generate` counts positions; a process that lacks the first layer would count none.
+_POSITIONS = {"use_cache": True}
 
 
 def measure_parallel(
@@ -41,6 +48,7 @@ def measure_parallel(
     device: Literal["cpu", "cuda"] = "cpu",
     cache: Cache = "cold",
     generate: int = 1,
+    threads: int | None = None,
     prompt: str | None = None,
     timeout: float | None = None,
     stop: Callable[[], bool] | None = None,
@@ -53,6 +61,8 @@ def measure_parallel(
         As for `measure_load`; the source may be written for `ranks` (see `plan_shards`).
     ranks
         How many processes.
+    threads
+        With how many each computes on the CPU (default: an equal share of the cores).
     by
         What is divided: "tensor", every matrix (each process computes a part of every layer, by the plan that
         transformers has for the model); or "layer", the model (each has some layers).
@@ -80,18 +90,21 @@ def measure_parallel(
     >>> [run.ok for run in measure_parallel("mistral-demo", 2, by="layer")]
     [True, True]
     """
-    check({"ranks": ranks, "by": by}, {"ranks": whole_number(1), "by": one_of(*_SIZES)})
+    check({"ranks": ranks, "by": by, "threads": threads}, _RULES)
     checkpoint = Checkpoint.open(source, download=True)
     _check(checkpoint.config or {}, ranks, by)
     options = {"distributed_config": {_SIZES[by]: ranks}}
-    spec = LoadSpec(dtype, device, cache, generate, timeout=timeout, options=options, prompt=prompt)
+    spec = LoadSpec(
+        dtype, device, cache, generate, timeout=timeout, options=options, prompt=prompt, generation=_POSITIONS
+    )
     _check_transformers()
     failed: list[int] = []
     with socket.socket() as meeting:
         # Bound but not listening: nobody else is given the port, and the first rank may listen there.
         meeting.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         meeting.bind(("127.0.0.1", 0))
-        places = [_place(rank, ranks, meeting.getsockname()[1], device) for rank in range(ranks)]
+        share = threads or max(1, (os.cpu_count() or 1) // ranks)
+        places = [_place(rank, ranks, meeting.getsockname()[1], device, share) for rank in range(ranks)]
         together = partial(_run_together, spec=spec, places=places, stop=stop, failed=failed)
         runs = run_in(source, spec, together, by_shardkit=not mapped)
     if failed:
@@ -118,11 +131,10 @@ def _check(config: Mapping[str, Any], ranks: int, by: By) -> None:
         raise PlanError(f"{ranks} processes cannot share the {layers} layers of this model: one each at most")
 
 
-def _place(rank: int, ranks: int, port: int, device: str) -> dict[str, str]:
+def _place(rank: int, ranks: int, port: int, device: str, threads: int) -> dict[str, str]:
     """Return a rank's environment, as torchrun sets it; a GPU is the only one that its process sees."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(ranks)))
     gpu = visible.split(",")[rank : rank + 1] if device == "cuda" else []
-    threads = max(1, (os.cpu_count() or 1) // ranks)
     place = {
         "RANK": rank,
         "WORLD_SIZE": ranks,

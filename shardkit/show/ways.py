@@ -23,6 +23,7 @@ _ROOM = 1.3  # for the figures, to the right of bars and lines
 _LABELS = 1.3  # bars' height, below them, for the names of lines
 
 _Runs = Mapping[str, LoadMeasurement]
+_Finding = Callable[[str, Mapping[str, float]], str]
 
 
 def plot_ways(
@@ -48,7 +49,7 @@ def plot_ways(
     axes = new_axes(2, 2, (11, 6.6), sharey=True).flatten()
     _plot_memory(axes[0], runs, smallest, limits)
     for ax, name in zip(axes[1:], _DRAWN, strict=True):
-        _plot_quantity(ax, runs, name)
+        _plot_quantity(ax, runs, name, _finding)
     axes[0].set_yticks(range(len(runs)), short_names(runs))
     axes[0].set_ylim(len(runs) - 0.5 + _LABELS, -0.6)
     figure: Figure = axes[0].figure
@@ -58,13 +59,13 @@ def plot_ways(
 
 
 def plot_ranks(runs: _Runs, path: str | os.PathLike[str] | None = None) -> Figure:
-    """Draw what processes that share a model hold, read and take, each next to a process that has it alone.
+    """Draw what processes that share a model hold, read and take; the first run is one that has it alone.
 
     Takes loads by name and, as `plot_ways`, a path; the titles say what was found.
     """
     axes = new_axes(2, 2, (11, 6.6), sharey=True).flatten()
     for ax, name in zip(axes, _OF_RANKS, strict=True):
-        _plot_quantity(ax, runs, name)
+        _plot_quantity(ax, runs, name, _share)
     axes[0].set_yticks(range(len(runs)), short_names(runs))
     axes[0].set_ylim(len(runs) - 0.5, -0.6)
     figure: Figure = axes[0].figure
@@ -87,12 +88,12 @@ def _plot_memory(ax: Axes, runs: _Runs, smallest: Mapping[str, int], limits: Map
     _title(ax, f"{what}, ways of {len(runs)} that fit: {', '.join(counts)}", "GB", runs)
 
 
-def _plot_quantity(ax: Axes, runs: _Runs, name: str) -> None:
+def _plot_quantity(ax: Axes, runs: _Runs, name: str, finding: _Finding) -> None:
     quantity = QUANTITIES[name]
     values = _known(runs, quantity.of)
     one, unit = scale(quantity.unit, values.values())
     _bars(ax, runs, values, quantity.format, one)
-    _title(ax, _finding(quantity.label.capitalize(), values), unit, runs)
+    _title(ax, finding(quantity.label.capitalize(), values), unit, runs)
     if not values:
         say_empty(ax)
 
@@ -104,6 +105,13 @@ def _finding(label: str, values: Mapping[str, float]) -> str:
     least, most = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
     ratio = values[most] / values[least]
     return f"{label}: no difference" if ratio < _ALIKE else f"{label}: {least} {ratio:.2g}x less than {most}"
+
+
+def _share(label: str, values: Mapping[str, float]) -> str:
+    """Return a title: what the others have of what the first has."""
+    (name, first), *others = values.items() if values else [("", 0.0)]
+    shares = [value / first for _, value in others] if first else []
+    return f"{label}: {min(shares):.2g} to {max(shares):.2g} times that of {name}" if shares else label
 
 
 def _known(runs: _Runs, of: Callable[[LoadMeasurement], float | None]) -> dict[str, float]:

@@ -76,10 +76,10 @@ test-light:
 # The notebook's own first cell installs the package here, as it does on Colab; all else runs what it installed
 # (before that, conftest.py would find neither it nor what it needs).
 # Not what notebook 02 stores, which is of the local Hub of a clone. Nor all of notebook 04, which would install a second
-# stack of 2024, beside the torch of this environment.
+# stack of 2024, beside the torch of this environment. Nor notebook 05, which needs a newer transformers, and says so.
 test-colab: $(COLAB_MARK)
 	SHARDKIT_INSTALL=1 $(COLAB)/bin/python -m pytest --noconftest tests/test_hosts.py -k install_cell
-	$(COLAB)/bin/python $(PYTEST) tests/test_notebooks.py -k "not from_hub_to_hub and not what_helps_shows and (not whole_job or files_by_size)"
+	$(COLAB)/bin/python $(PYTEST) tests/test_notebooks.py -k "not from_hub_to_hub and not what_helps_shows and not several_processes and (not whole_job or files_by_size)"
 
 bench: $(MARK)
 	$(BIN)/python -m tests.benchmarks.bench_shard

@@ -45,10 +45,8 @@ def test_the_whole_job_from_demo_to_verified_shards(tmp_path):
     assert "MistralForCausalLM" in run("inspect", source).stdout
     planned = run("plan", source, "--max-shard-size", "3MB", "--dtype", "float16").stdout
     assert "enough" in planned
-    assert (
-        "271 MB of anonymous memory (cannot be evicted) for the shards as float16, 281 MB for the checkpoint "
-        "as it is now"
-    ) in planned
+    shards = "271 MB of anonymous memory (cannot be evicted) for the shards"
+    assert f"{shards}, 281 MB for the source, both loaded in float16" in planned
     job = ("shard", source, target, "--max-shard-size", "3MB", "--dtype", "fp16")
     done = run(*job, shardkit=ASKING)
     assert done.returncode == 0, done.stderr
@@ -151,6 +149,10 @@ def test_a_difference_is_exit_status_one_and_names_the_tensor(demo, tmp_path):
     assert "lm_head.weight" in done.stdout
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stderr.endswith("do not use it: shard the source again, with --overwrite\n")
+    other = make_demo_checkpoint(tmp_path / "other", size="30MB").source
+    done = run("verify", demo, other)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"{other} may be of another model; overwrite nothing before that is clear\n")
 
 
 WRONG = {

@@ -204,10 +204,10 @@ class Compare(Step):
 
     def _draw(self, comparison: Comparison, *downloads: str) -> None:
         self.comparison = comparison
-        self.stopped = "Results so far are kept below. Compare starts over."
         if not comparison.failures and not any(map(comparison.ratios_of, comparison.names)):
             self._tiles.value = page.hint("Figures appear after the first pair.")
             return
+        self.stopped = "Results so far are kept below. Compare starts over."
         self._tiles.value = in_the_app(page.tiles(comparison), escaped)
         self._details.value = page.details(
             "Details",

@@ -175,7 +175,8 @@ def _told(report: ShardReport) -> str:
     path = shown_path(report.destination)
     words = f"{plural(len(report.files), 'file')} in {path}, in {format_seconds(report.seconds)}"
     if proof is not None:
-        words += f"; verified: all {plural(proof.tensors, 'tensor')} equal"
+        to_what = " to the cast of the source" * bool(proof.cast)
+        words += f"; verified: all {plural(proof.tensors, 'tensor')} equal{to_what}"
     if report.reused:
         words += f"; {plural(len(report.reused), 'file')} of the interrupted run checked and kept"
     load = f"AutoModelForCausalLM.from_pretrained({path!r}, dtype={report.dtype or 'auto'!r})"

@@ -40,7 +40,7 @@ from shardkit.cli.arguments import (
     wrong_usage,
 )
 from shardkit.cli.terminal import LimitedRuns, next_step, progress_bar, say, show, show_run
-from shardkit.formats.tensor import Dtype, LoadDtype
+from shardkit.formats.tensor import CAST_DTYPES, Dtype, LoadDtype
 from shardkit.measure.samples import AUTO
 from shardkit.measure.spec import CACHES
 from shardkit.shard.bucket_store import discard_in_bucket
@@ -77,7 +77,7 @@ def inspect(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) -
         )
     checkpoint = shardkit.Checkpoint.open(source)
     estimate = checkpoint.estimate(dtype, **asked)
-    following = next_step("plan", source)
+    following = next_step("plan", source, dtype=dtype if dtype in CAST_DTYPES else None)
     fields = {"estimate": estimate.to_dict(), "leftovers": left}
     show(checkpoint, estimate, as_json=as_json, following=following, **fields)
 
@@ -100,10 +100,8 @@ def plan(source: str, dtype: Dtype | None, as_json: bool, **layout: Any) -> None
     room = room if free < sys.maxsize else "free space on the disk of this folder is unknown"
     now = checkpoint.estimate(dtype)
     then = made.estimate(now.dtype, config=checkpoint.config, side_files=checkpoint.side_files)
-    needs = (
-        f"{then.needed} of anonymous memory (cannot be evicted) for the shards as {now.dtype or 'stored'}, "
-        f"{now.needed} for the checkpoint as it is now"
-    )
+    shards = f"{then.needed} of anonymous memory (cannot be evicted) for the shards"
+    needs = f"{shards}, {now.needed} for the source, both loaded in {now.dtype or 'their dtypes'}"
     show(
         made,
         Summary("On this machine", (("disk", room), ("to load", needs))),
@@ -202,11 +200,13 @@ def verify(source: str, destination: str, workers: int | None, executor: str | N
         found = shardkit.verify_checkpoint(source, destination, workers=workers, executor=crew, progress=bar)
     show(found, as_json=as_json)
     if not found.equal:
-        what_next = (
-            "do not use it: shard the source again, with --overwrite"
-            if not found.is_perhaps_swapped
-            else f"if {destination} is what was cast, give it first; overwrite nothing before that is clear"
-        )
+        what_next = "do not use it: shard the source again, with --overwrite"
+        if found.is_perhaps_another or found.is_perhaps_swapped:
+            swapped = f"if {destination} is what was cast, give it first"
+            another = f"{destination} may be of another model"
+            what_next = (
+                f"{another if found.is_perhaps_another else swapped}; overwrite nothing before that is clear"
+            )
         raise ShardkitError(f"{destination} does not match {source}: {found.why_unequal}; {what_next}")
 
 

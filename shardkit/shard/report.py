@@ -97,6 +97,11 @@ class Verification(Record):
         return bool(self.cast) and len(self.mismatches) > self.cast // 2
 
     @property
+    def is_perhaps_another(self) -> bool:
+        """Whether a tensor has another shape, as no copy gives it: it may be a copy of another model."""
+        return any(mismatch.reason.startswith("shape") for mismatch in self.mismatches)
+
+    @property
     def _files_apart(self) -> tuple[str, ...]:
         return self.missing_files + self.changed_files
 

@@ -194,7 +194,7 @@ def look(app: App, folder: Path, name: str) -> None:
             "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})",
             f"JupyterLab {theme}",
         )
-        for width in (1280, 800):
+        for width in (1280, 800, 480):
             app.page.set_viewport_size({"width": width, "height": 3600})
             app.page.wait_for_timeout(500)
             app.is_tidy()

@@ -656,11 +656,12 @@ def test_command_line_generates_within_a_budget(larger: Path, monkeypatch: Any) 
     assert 0 < len(found["token_ids"]) <= 4
     assert found["peak_bytes"] <= found["max_memory_bytes"] == 420_000_000
     assert found["streamed_bytes"] > 0
-    # Beforehand, from headers alone; the rest of the process is what a bare one takes.
+    # Beforehand, from headers alone; the rest of the process is what a bare one takes, but for packages that
+    # transformers imports where they happen to be installed.
     monkeypatch.setattr(budget, "HEADROOM_BYTES", HEADROOM_BYTES)
     plan = Checkpoint.open(larger).estimate(max_memory="420MB", context_tokens=64).within.plan
-    assert plan.resident_bytes == pytest.approx(found["resident_bytes"], abs=8_000_000)
-    assert plan.streamed_bytes == pytest.approx(found["read_bytes_per_token"], abs=8_000_000)
+    assert plan.resident_bytes == pytest.approx(found["resident_bytes"], abs=20_000_000)
+    assert plan.streamed_bytes == pytest.approx(found["read_bytes_per_token"], abs=20_000_000)
     shown = command(*words)
     assert shown.stdout == found["text"] + "\n"
     assert "peak memory" in shown.stderr

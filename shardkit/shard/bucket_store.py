@@ -20,7 +20,6 @@ from shardkit.base.errors import CheckpointError, DestinationError, Verification
 from shardkit.base.jobs import run_all
 from shardkit.base.record import listed, plural
 from shardkit.plan.plan import Shard
-from shardkit.shard.mark import Mark
 from shardkit.shard.relay import RelayStore, checked
 from shardkit.shard.report import Verification
 from shardkit.shard.store import Job
@@ -141,8 +140,7 @@ class BucketStore(RelayStore):
     def open(self) -> Iterator[None]:
         """Hold a work folder, and see what an earlier run has sent; as `Store.open`."""
         with self.work_space():
-            if self.job.crew.executor:
-                self.mark = Mark.made(self.folder, self.job.checkpoint.place, self.job.checkpoint.files)
+            self.make_mark()
             self._there, self._beside = _places(self.address)
             self._shards = self._there if self.job.plan.index_file else self._beside
             self._take_over()

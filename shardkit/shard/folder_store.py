@@ -46,7 +46,6 @@ from shardkit.shard.destination import (
     resolve,
     sync,
 )
-from shardkit.shard.mark import Mark
 from shardkit.shard.report import Verification, read_from
 from shardkit.shard.side_files import altered_files
 from shardkit.shard.store import Job, Store
@@ -90,10 +89,7 @@ class FolderStore(Store):
                 with self._keeping():
                     self._check_finished()
                     self._check_space()
-                    if self.job.crew.executor:
-                        self.mark = Mark.made(
-                            self.folder, self.job.checkpoint.place, self.job.checkpoint.files
-                        )
+                    self.make_mark()
                     yield
         except OSError as error:
             raise self._explained(error) from error

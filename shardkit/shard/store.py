@@ -145,6 +145,11 @@ class Store(ABC):
         self.notes: list[str] = []
         self.mark: Mark | None = None
 
+    def make_mark(self) -> None:
+        """Make what workers have to see, in `folder`, where an executor has them: they may be elsewhere."""
+        if self.job.crew.executor:
+            self.mark = Mark.made(self.folder, self.job.checkpoint.place, self.job.checkpoint.files)
+
     def check_source(self) -> None:
         """Refuse to publish what was read of files that have changed since."""
         if self.job.beside() != self._copied or self.job.fingerprint() != self.fingerprint:

@@ -110,7 +110,7 @@ def smallest(folder: Path, **options: Any) -> int:
     """The smallest budget, as the error for a smaller one names it."""
     with pytest.raises(PlanError, match="is too small") as caught:
         load_model(folder, max_memory=1, **{"context_tokens": CONTEXT, **options})
-    return int(re.search(r"at least ([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
+    return int(re.search(r"at least [\d,]+ MB \(([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
 
 
 def bounded(folder: Path, *, more: int = 0, **options: Any) -> Any:
@@ -670,9 +670,7 @@ def test_command_line_generates_within_a_budget(larger: Path, monkeypatch: Any) 
 def test_command_line_names_the_smallest_budget_in_one_line(larger: Path) -> None:
     done = command("generate", larger, "--prompt", "x", "--max-memory", "1MB")
     assert (done.returncode, done.stdout) == (1, "")
-    told = (
-        r"is too small: .* needs at least [\d,]+ bytes.*; without max_memory it loads in about 27\d MB, .*\n"
-    )
+    told = r"is too small: .* needs at least [\d,]+ MB .*; without max_memory it loads in about 27\d MB, .*\n"
     assert re.fullmatch(f"shardkit: .*{told}", done.stderr)
 
 

@@ -478,10 +478,3 @@ def test_folder_of_a_bare_header_is_an_empty_checkpoint(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(put(tmp_path, {"model.safetensors": file_bytes({})}))
     assert (checkpoint.tensors, checkpoint.total_bytes, checkpoint.largest) == ({}, 0, None)
     assert "0 in 0 tensors" in str(checkpoint)
-
-
-@pytest.mark.parametrize("name", ["", "model-Q4_K_M.gguf"])
-def test_gguf_is_refused_by_name(name, tmp_path):
-    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(CheckpointError, match=r"GGUF is not read: open the \.safetensors files"):
-        Checkpoint.open(tmp_path / name)

@@ -74,9 +74,6 @@ class Choose(Step):
     def run(self) -> None:
         """Open the checkpoint; a demo is made first."""
         self._asked = source = self.source.value.strip()  # it may change meanwhile
-        self.checkpoint = None
-        self._fits.value = ""
-        self.opened()
         if not source:
             raise ShardkitError("nothing is selected: enter a folder, a file or a Hub id, or try a demo")
         if size := _DEMOS.get(source):
@@ -88,6 +85,11 @@ class Choose(Step):
         self.opened()
         self.say(page.done(f"{source} is open."))
 
+    def in_words(self, error: Exception) -> str:
+        """Return what the page says of an error: what was open before a typing error stays open."""
+        words = super().in_words(error)
+        return words + page.status(f"{self.checkpoint.source} stays open.") if self.checkpoint else words
+
     def tell(self, loads: Loads | None) -> None:
         """Show what to do, where each way to load fits, and what the checkpoint contains."""
         if self.checkpoint is not None:
@@ -97,12 +99,12 @@ class Choose(Step):
     @property
     def is_open(self) -> bool:
         """Whether what the text says was opened."""
-        return self.is_done and self._asked == self.source.value.strip()
+        return self.is_done and self.error is None and self._asked == self.source.value.strip()
 
     @property
     def is_done(self) -> bool:
         """Whether a checkpoint is open."""
-        return bool(self.checkpoint) and self.error is None
+        return self.checkpoint is not None
 
     @property
     def default_destination(self) -> str:

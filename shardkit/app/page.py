@@ -159,9 +159,10 @@ def _tile(quantity: Quantity, ratio: Ratio) -> str:
     words, _, more = str(ratio).partition(" (")
     rest = f"<small>({escaped(more)}</small>" if more else ""
     kind = {"less": "fits", "more": "tight"}.get(str(ratio.conclusion), "")
+    figures = f"<b>{escaped(after)}</b>" if kind else f"<div>{escaped(after)}</div>"  # large if they differ
     return (
         f'<div class="sk-tile"><span>{escaped(_PLAIN.get(quantity.name, quantity.label))}</span>'
-        f"<b>{escaped(after)}</b>{_MARKS.get(kind, '')} {escaped(words)}{rest}</div>"
+        f"{figures}{_MARKS.get(kind, '')} {escaped(words)}{rest}</div>"
     )
 
 

@@ -13,6 +13,9 @@ from shardkit.checkpoint.bounded import BoundedEstimate
 from shardkit.checkpoint.budget import Sequences
 from shardkit.checkpoint.estimate import Estimate, estimate_adapter, estimate_load
 from shardkit.checkpoint.loaded import StoredTensor
+from shardkit.checkpoint.quantized import quantization
+from shardkit.checkpoint.scan import GGUF
+from shardkit.checkpoint.unpacked import estimate_gguf
 
 if TYPE_CHECKING:
     from shardkit.checkpoint.checkpoint import Checkpoint
@@ -35,8 +38,10 @@ def estimate_with_base(
     config: Mapping[str, Any] | None,
     **asked: Any,
 ) -> Estimate:
-    """Estimate a load; that of a peft adapter with its base model, where that is on this machine."""
+    """Estimate a load; of a peft adapter with its base model, where that is here; of GGUF, unpacked."""
     tensors = tuple(tensors)
+    if quantization(config) == GGUF:
+        return estimate_gguf(source, tensors, dtype, config=config or {}, **asked)
     if not is_adapter(stem, config, (tensor.name for tensor in tensors)):
         return estimate_load(source, tensors, dtype, config=config, **asked)
     named = (config or {}).get("base_model_name_or_path")

@@ -190,8 +190,10 @@ def plan_memory(
         )
         raise PlanError(
             f"max_memory of {format_size(work.max_memory)} is too small: {source} needs at least "
-            f"{smallest:,} bytes; Python and its libraries, KV cache and activations (context of "
-            f"{work.tokens}) take {format_size(sum(needs))}{plain if plain_bytes < smallest else ''}"
+            f"{-(-smallest // 10**6):,} MB ({smallest:,} bytes); Python and its libraries, KV cache and "
+            f"activations (context of {work.tokens}) take {format_size(sum(needs))}"
+            + plain
+            * (plain_bytes < smallest)
         )
     read = sum(unit.read_bytes for unit, stays in zip(units, chosen.stays, strict=True) if not stays)
     working = chosen.buffer_bytes + _step(units)

@@ -48,7 +48,7 @@ class Checkpoint(Record):
     place
         Where its files are: a folder here, or a commit on the Hub.
     format
-        "safetensors" or "pickle".
+        "safetensors", "pickle" or "gguf".
     stem
         What files written from it are called: "model" for ``model-00001-of-00008.safetensors``.
     files
@@ -172,7 +172,7 @@ class Checkpoint(Record):
             files=weights.files,
             tensors=scan.tensors,
             metadata=metadata,
-            config=config,
+            config=scan.config or config,
             side_files=beside.side_files,
             left_out=beside.left_out,
             aliases=dict(scan.aliases),
@@ -387,7 +387,7 @@ class Checkpoint(Record):
         dtypes = Table(
             ("dtype", "bytes", "share"),
             tuple(
-                (DTYPE_NAMES[dtype], format_size(size), f"{size / max(self.total_bytes, 1):.1%}")
+                (DTYPE_NAMES.get(dtype, dtype), format_size(size), f"{size / max(self.total_bytes, 1):.1%}")
                 for dtype, size in self.dtypes.items()
             ),
         )

@@ -33,7 +33,7 @@ _MAX_JSON_BYTES = 100_000_000
 _JSON_BOUNDS = JsonBounds(structure=8_000_000, colons=4_000_000, unquoted=_MAX_JSON_BYTES)
 _MAX_JSON_DEPTH = 100
 _MAX_MISSING = 100_000  # shards to look for that are not there: a name may claim any number
-_SHARD = re.compile(r"(.+?)[-_.](\d+)[-_]of[-_](\d+)(\.[^.]+)?\.(safetensors|bin)")
+_SHARD = re.compile(r"(.+?)[-_.](\d+)[-_]of[-_](\d+)(\.[^.]+)?\.(safetensors|bin|gguf)")
 _VARIANT = re.compile(r"\.(?:(?:fp|bf|int|nf)\d+|\d+bit)")
 
 
@@ -58,7 +58,6 @@ def _stem(name: str) -> tuple[str, str]:
     return (shard[1], shard[4] or "") if shard else (bare.rpartition(".")[0], "")
 
 
-_GGUF = "GGUF is not read: open the .safetensors files that it was made from"
 _DISTCP = (
     ".distcp is not read: save with torch's HuggingFaceStorageWriter, or convert it by `python -m "
     "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER pytorch_model.bin`"
@@ -131,8 +130,6 @@ def find_weights(files: FileSet, config: Mapping[str, Any] | None, chosen: str |
     """Return the weights that a load of `files` reads; or those that `chosen`, a file or an index, is of."""
     if chosen is None:
         chosen = _choose(files, config)
-    if chosen.endswith(".gguf"):
-        raise CheckpointError(_GGUF, file=files.where(chosen))
     if is_index(chosen):
         return _by_index(files, chosen)
     if is_of_rank(chosen):
@@ -176,7 +173,7 @@ def _choose_only_candidate(files: FileSet) -> str:
             file=files.name,
         )
     names = [name for name in everything if "/" not in name]
-    for pattern in (r".*\.safetensors\.index(\.[^.]+)?\.json", r".*\.safetensors", r".*\.bin"):
+    for pattern in (r".*\.safetensors\.index(\.[^.]+)?\.json", r".*\.safetensors", r".*\.bin", r".*\.gguf"):
         matching = [name for name in reversed(names) if re.fullmatch(pattern, name)]
         # Shards of one count together, by their first.
         if found := sorted({shard_set(name) or name: name for name in matching}.values()):
@@ -184,13 +181,12 @@ def _choose_only_candidate(files: FileSet) -> str:
             if len(canonical or found) == 1:
                 return (canonical or found)[0]
             raise CheckpointError(
-                f"contains several checkpoints ({listed(found)}): give the path of one",
+                f"contains several checkpoints ({listed(found)}): give the path of one"
+                + ", or the URL of its page on the Hub" * found[0].endswith(".gguf"),
                 file=files.name,
             )
     hint = f"; its folders {folders} do: give the path of one" if inside else ""
-    if any(name.endswith(".gguf") for name in names):
-        hint = f"; {_GGUF}"
-    elif any(name.endswith(".distcp") for name in names):
+    if any(name.endswith(".distcp") for name in names):
         hint = f"; {_DISTCP}"
     raise CheckpointError(f"contains no weights (no .safetensors, no .bin){hint}", file=files.name)
 
@@ -254,7 +250,7 @@ def index_notes(weights: Weights, tensors: Mapping[str, TensorInfo]) -> tuple[st
 def naming_notes(chosen: str, stem: str) -> tuple[str, ...]:
     """Return a note where files made from `chosen` get another name, for which somebody might look."""
     name = "".join(_stem(chosen))
-    if name in (stem, "pytorch_model") or is_of_rank(chosen):
+    if name in (stem, "pytorch_model") or is_of_rank(chosen) or chosen.endswith(".gguf"):
         return ()
     return (f"shards of {name} are named {stem}, the name that from_pretrained looks for",)
 

@@ -10,6 +10,7 @@ from shardkit.base.disk import pages_of
 from shardkit.checkpoint.budget import UnitSize, step_bytes, together, viewed
 from shardkit.checkpoint.kept import family, listed_patterns
 from shardkit.checkpoint.parts import EMBEDDING, HEAD, is_single_expert, part_of
+from shardkit.formats.gguf import BLOCK_BITS
 from shardkit.formats.safetensors import DTYPE_BITS
 from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, parse_dtype
 
@@ -22,6 +23,7 @@ _TRANSPOSED = {"qwen3_vl_moe": {"gate_up_proj": 1, "down_proj": 2}}
 _REWRITTEN = {"rwkv": re.compile(r"attention\.output\.weight|feed_forward\.value\.weight")}
 # Masks that older files of GPT-2, GPT-Neo, GPT-J and GPT-NeoX hold, and that no load reads any more.
 _MASK = re.compile(r"\.(attn|attention)\.bias$")
+_BITS = BLOCK_BITS | DTYPE_BITS
 # Of what a model can be loaded in.
 LOAD_BITS = {DTYPE_NAMES[dtype]: DTYPE_BITS[dtype] for dtype in FLOAT_DTYPES}
 
@@ -57,7 +59,7 @@ class StoredTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return self.elements * DTYPE_BITS[self.dtype] // 8
+        return int(self.elements * _BITS[self.dtype]) // 8
 
     @property
     def is_matrix(self) -> bool:

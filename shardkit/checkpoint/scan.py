@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shardkit.base.errors import CheckpointError
 from shardkit.base.record import plural
 from shardkit.checkpoint.assembly import assembled
 from shardkit.formats.columns import IN_BLOCKS, as_matrix
+from shardkit.formats.gguf import read_gguf
 from shardkit.formats.names import is_of_rank
 from shardkit.formats.pieces import Pieces
 from shardkit.formats.safetensors import Header, read_header
@@ -20,13 +21,17 @@ from shardkit.sources.fileset import FileSet
 
 
 class Scan(NamedTuple):
-    """What weight files hold together: `metadata` of each file, the rest as of `Checkpoint`."""
+    """What weight files hold together: `metadata` of each file, the rest as of `Checkpoint`.
+
+    `config` is what the files themselves say of the model; None where they say nothing.
+    """
 
     tensors: dict[str, TensorInfo]
     metadata: tuple[dict[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     aliases: Mapping[str, str] = {}
     legacy: tuple[str, ...] = ()
+    config: dict[str, Any] | None = None
 
 
 def _scan_torch(files: FileSet, names: Sequence[str]) -> Scan:
@@ -74,6 +79,17 @@ def _put_together(files: FileSet, headers: Mapping[str, Header]) -> Scan:
     return Scan(tensors, metadata, (f"{many}; no file says how many ranks wrote them",) * bool(cut))
 
 
+def _scan_gguf(files: FileSet, names: Sequence[str]) -> Scan:
+    """List the tensors of GGUF files; the first says what model they are."""
+    tensors: dict[str, TensorInfo] = {}
+    notes = [f"GGUF: {NO_GGUF}"]
+    found = files.each(lambda name: read_gguf(files.ranged(name), name), names)
+    for read in found.values():
+        for tensor in read.tensors:
+            _add(tensors, tensor, notes)
+    return Scan(tensors, (), tuple(notes), config=found[names[0]].config)
+
+
 def _add(tensors: dict[str, TensorInfo], tensor: TensorInfo, notes: list[str]) -> None:
     """Add a tensor; of two of one name, transformers uses the last that it reads."""
     if (other := tensors.pop(tensor.name, None)) is not None:
@@ -95,8 +111,13 @@ class Format(NamedTuple):
     scan: Callable[[FileSet, Sequence[str]], Scan]
 
 
+GGUF = "gguf"
+NO_GGUF = "what a load takes can be estimated; shard and load the safetensors that it was made from"
 # By the ending of a file's name; a file that was given by name and has another is torch's.
-FORMATS = {".safetensors": Format("safetensors", _scan_safetensors)}
+FORMATS = {
+    ".safetensors": Format("safetensors", _scan_safetensors),
+    ".gguf": Format(GGUF, _scan_gguf),
+}
 FORMATS |= dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), Format("pickle", _scan_torch))
 
 

@@ -14,6 +14,7 @@ from shardkit.base.errors import DestinationError, ShardkitError
 from shardkit.base.extras import require
 from shardkit.base.record import Summary, listed, printable
 from shardkit.base.sizes import format_size
+from shardkit.checkpoint.scan import GGUF
 from shardkit.cli.arguments import (
     A_SOURCE,
     DTYPE,
@@ -71,15 +72,13 @@ def inspect(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) -
     """Show what a checkpoint contains and how much memory loading it takes, from its headers."""
     left = list(map(str, leftovers(source)))
     if left:
-        say(
-            f"an interrupted run left {listed(left)}: run the same `shardkit shard` again to "
-            f"resume, or `shardkit clean {source}` to remove it"
-        )
+        say(f"a run left {listed(left)}: repeat it to resume, or remove that: `shardkit clean {source}`")
     checkpoint = shardkit.Checkpoint.open(source)
     estimate = checkpoint.estimate(dtype, **asked)
     following = next_step("plan", source, dtype=dtype if dtype in CAST_DTYPES else None)
-    fields = {"estimate": estimate.to_dict(), "leftovers": left}
-    show(checkpoint, estimate, as_json=as_json, following=following, **fields)
+    following *= checkpoint.format != GGUF
+    more = {"estimate": estimate.to_dict(), "leftovers": left}
+    show(checkpoint, estimate, as_json=as_json, following=following, **more)
 
 
 @command(

@@ -79,7 +79,7 @@ class TensorInfo:
     Attributes
     ----------
     name, dtype, shape
-        As in the file; dtype in safetensors' words ("BF16").
+        As in the file; dtype in safetensors' words ("BF16"), or, of blocks, GGUF's ("Q4_K").
     file
         Name of its file, relative to the checkpoint's folder; of a tensor in pieces, that of the first.
     offset
@@ -105,4 +105,4 @@ class TensorInfo:
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape)) or "scalar"
-        return f"{self.name} ({shape} {DTYPE_NAMES[self.dtype]}, {format_size(self.nbytes)})"
+        return f"{self.name} ({shape} {DTYPE_NAMES.get(self.dtype, self.dtype)}, {format_size(self.nbytes)})"

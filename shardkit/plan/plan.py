@@ -21,6 +21,7 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.estimate import Estimate
 from shardkit.checkpoint.loaded import StoredTensor, load_dtype
 from shardkit.checkpoint.ranks import for_ranks
+from shardkit.checkpoint.scan import GGUF, NO_GGUF
 from shardkit.formats.columns import COLUMN_BLOCKS, IN_BLOCKS
 from shardkit.formats.safetensors import (
     FORMAT_METADATA,
@@ -266,7 +267,8 @@ def plan_shards(
         If `max_shard_size` is not a size.
     PlanError
         If the strategy or dtype is unknown, or a cast of quantized weights is requested; if there are fewer
-        tensors than `files`, or a size or strategy is given with it; if `ranks` do not divide the heads.
+        tensors than `files`, or a size or strategy is given with it; if `ranks` do not divide the heads; of
+        GGUF.
     CheckpointError
         If `ranks` are requested of a model for which transformers has no plan.
 
@@ -278,6 +280,8 @@ def plan_shards(
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint)
+    if checkpoint.format == GGUF:
+        raise PlanError(f"{checkpoint.source} is GGUF: {NO_GGUF}")
     checkpoint = checkpoint if ranks is None else for_ranks(checkpoint, ranks)
     limit = parse_size(max_shard_size)
     pack = packing(strategy).pack

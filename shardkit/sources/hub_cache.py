@@ -33,16 +33,17 @@ _SHA = re.compile(r"[0-9a-f]{40}")
 # The address of a model's page, or of a folder or file in it, as people copy it from a browser.
 _PAGE = re.compile(
     rf"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/({_NAME}/{_NAME})"
-    r"(?:/(?:tree|blob|resolve|commit)/([^/?#]+)(?:/[^?#]*)?)?/?(?:[?#].*)?",
+    r"(?:/(?:tree|blob|resolve|commit)/([^/?#]+)(?:/([^?#]*))?)?/?(?:[?#].*)?",
     re.ASCII,
 )
 
 
 class HubId(NamedTuple):
-    """A model on the Hub, at a branch, a tag or a commit."""
+    """A model on the Hub, at a branch, a tag or a commit; of several GGUF files, the one that is meant."""
 
     repo_id: str
     revision: str
+    gguf: str = ""
 
     def __str__(self) -> str:
         return f"hf://{self.repo_id}@{self.revision}"
@@ -51,7 +52,7 @@ class HubId(NamedTuple):
 def parse_id(text: str, revision: str | None = None) -> HubId:
     """Return what an id means: ``org/name``, ``org/name@revision``, ``hf://org/name``, a page's address."""
     found = _ID.fullmatch(text) or _PAGE.fullmatch(text)
-    repo_id, named = found.groups() if found else ("", None)
+    repo_id, named, *file = found.groups() if found else ("", None)
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
@@ -64,7 +65,7 @@ def parse_id(text: str, revision: str | None = None) -> HubId:
     wanted = (named or constants.DEFAULT_REVISION) if revision is None else revision
     if {"", ".", ".."} & set(wanted.split("/")):  # it is a path in the client's cache
         raise CheckpointError(f"{wanted[:200]!r} is not a revision: use a branch, a tag or a commit")
-    return HubId(repo_id, wanted)
+    return HubId(repo_id, wanted, next((name for name in file if name and name.endswith(".gguf")), ""))
 
 
 def find_model(
@@ -89,6 +90,8 @@ def find_model(
         raise UnreachableError(
             f"{text!r} is not a local folder or file, and {reason}: try again once the Hub can be reached"
         ) from None
+    if wanted.gguf:  # of which headers are read, and no more
+        return Found(repository, f"{repository.name}/{wanted.gguf}", chosen=wanted.gguf)
     snapshot, needed = _snapshot(wanted.repo_id, repository.sha), needed_files(repository)
     is_whole = all(map(snapshot.is_file, needed)) and not _doubt(wanted.repo_id, repository.sha).exists()
     if not is_whole and not download:

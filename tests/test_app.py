@@ -295,14 +295,28 @@ class TestChoose:
         assert instant_loads
         assert app.report
         assert "ABBA" in words(app)
-        control(app, "Checkpoint").value = "no/such/folder"
+        shardkit.make_demo_checkpoint("other", size="5MB")
+        control(app, "Checkpoint").value = "other"
         assert app.wait(PATIENCE)
-        assert (app.checkpoint, app.plan, app.report, app.comparison) == (None,) * 4
-        assert not any(left in html(app) for left in ("ABBA", "download=", "sk-done"))
+        assert (app.report, app.comparison) == (None, None)
+        assert not any(left in html(app) for left in ("ABBA", "download="))
         assert not any(step._bar.value or step._bar.bar_style for step in (app._shard, app._compare))
         assert not works(button(app, "Compare"))
         button(app, "Compare").click()
-        assert "nothing to compare" in alerts(app)[1]
+        assert "shard first" in alerts(app)[0]
+
+    def test_typing_error_keeps_what_is_open_and_what_was_found(self, demo, instant_loads):
+        app = opened(demo, repeats=1)
+        app.run_all()
+        kept = app.checkpoint, app.plan, app.report, app.comparison
+        control(app, "Checkpoint").value = "no/such/folder"
+        assert app.wait(PATIENCE)
+        assert instant_loads
+        assert (app.checkpoint, app.plan, app.report, app.comparison) == kept
+        assert f"{demo} stays open." in words(app)
+        assert "ABBA" in words(app)
+        with pytest.raises(ShardkitError, match="no/such/folder"):
+            app.run_all()
         control(app, "Checkpoint").value = demo
         assert app.wait(PATIENCE)
         assert not alerts(app)
@@ -681,7 +695,7 @@ class TestCompare:
         tiles, folded = app._compare._tiles.value, app._compare._details.value
         assert re.findall(r'"sk-tile"><span>(.*?)</span>', tiles) == ["Memory", "Load time", "First token"]
         assert "original to sharded" in tiles
-        assert "<b>700 MB</b>" in tiles
+        assert "<div>700 MB</div>" in tiles  # large only where they differ
         assert "no difference" in tiles
         assert folded.startswith("<details")
         assert all(part in folded for part in ("ABBA", "<img", "download="))

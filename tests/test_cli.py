@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,6 +255,17 @@ def test_shards_go_beside_their_source_by_themselves(demo, tmp_path):
         assert (options["cwd"] / made / "model.safetensors").is_file()
     for on_hub in ("org/name@refs/pr/1", "https://huggingface.co/org/name/tree/main"):
         assert default_destination(on_hub) == "name-sharded"
+
+
+def test_shards_are_not_named_after_a_version_nor_put_where_nothing_can_be_written(tmp_path, monkeypatch):
+    for version in ("", "/2", "/2/"):
+        assert default_destination(f"kaggle://owner/model/transformers/7b{version}") == "7b-sharded"
+    attached = tmp_path / "input" / "7b" / "2"
+    attached.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert default_destination(str(attached)) == "input/7b/7b-sharded"
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != attached.parent)
+    assert default_destination(str(attached)) == "7b-sharded"
 
 
 def test_help_of_every_command_has_examples_that_are_understood():

@@ -17,7 +17,7 @@ import shutil
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ def resolve(destination: str | os.PathLike[str]) -> Path:
 def default_destination(source: str, *, here: bool = False) -> str:
     """Return where the shards of a source go if nobody says: NAME-sharded, beside it.
 
-    In this folder if it is elsewhere, as on the Hub, or if `here` is set and this folder does not lie in it.
+    In this folder if it is elsewhere, as on the Hub, or on a disk that cannot be written, as what Kaggle
+    attaches; or if `here` is set. Not if this folder lies in the source. A number is a version, not a name.
     """
     path = Path(os.path.abspath(os.path.expanduser(source)))
     if not path.exists():
@@ -59,10 +60,16 @@ def default_destination(source: str, *, here: bool = False) -> str:
         name = source
         with suppress(SourceError):  # it is of a place that is neither
             name = parse_id(source).repo_id
-        return f"{os.path.basename(name.rstrip('/'))}-sharded"
+        return f"{_last_name(name.split('/'))}-sharded"
     path = path.parent if is_index(path.name) else path
-    made = path.parent / f"{path.stem if path.is_file() else path.name}-sharded"
-    return made.name if here and not _is_within(Path(), path) else os.path.relpath(made)
+    here = (here or not os.access(path.parent, os.W_OK)) and not _is_within(Path(), path)
+    made = path.parent / f"{path.stem if path.is_file() else _last_name(path.parts)}-sharded"
+    return made.name if here else os.path.relpath(made)
+
+
+def _last_name(parts: Sequence[str]) -> str:
+    """Return the last part of a path that is a name, not a number, if there is one."""
+    return next((part for part in reversed(parts) if part and not part.isdigit()), parts[-1])
 
 
 def beside(target: Path, role: str) -> Path:

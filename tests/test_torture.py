@@ -14,7 +14,7 @@ from tests.torture.bench import Bench, Fault, Finding, Kind, Outcome, Place
 from tests.torture.kinds import KINDS
 
 # What they try depends on an idle machine; test_compare.py tries it with loads of a known length.
-TIMED = ("same-twice", "same-twice-auto", "slowdowns", "slowdowns-auto")
+TIMED = ("quantized", "same-twice", "same-twice-auto", "slowdowns", "slowdowns-auto")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, mounts and Linux's own calls")
 

@@ -6,7 +6,7 @@ any other is converted into memory of its own, and so are experts that the model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from shardkit.checkpoint.loaded import (
     units_of_names,
     weight_bytes,
 )
-from shardkit.checkpoint.quantized import UNPACKED, Packing, method_of, quantized, unpacked
+from shardkit.checkpoint.quantized import HELD, Packing, method_of, packing_of, quantized, unpacked
 
 # Anonymous memory of a process that has imported torch and transformers, loaded a small model in a dtype that
 # needs no cast, and given a token: measured with transformers 5.23 and the CPU build of torch 2.13 on Linux.
@@ -213,7 +213,7 @@ def estimate_load(
     """
     config, stored = config or {}, tuple(tensors)
     method = method_of(config, stored)
-    packing = UNPACKED.get(method or "")
+    packing = packing_of(config, method)
     loaded = [unpacked(tensor, packing) for tensor in loaded_tensors(stored, dtype, config)]
     weights, units = weight_bytes(loaded, config, held_whole), units_of_names(loaded)
     buffers, side = _buffer_bytes(config), sum((side_files or {}).values())
@@ -254,12 +254,17 @@ def estimate_load(
 
 
 def _as_quantized(
-    made: Estimate, method: str, packing: Packing | None, stored: Iterable[StoredTensor]
+    made: Estimate, method: str, packing: Packing | None, stored: Sequence[StoredTensor]
 ) -> Estimate:
     """Return the estimate of quantized weights: as transformers unpacks them, or as they are stored."""
     if packing:
-        words = "unpacked into bfloat16, as transformers 5 does without a GPU that runs it"
+        words = f"unpacked into bfloat16, as transformers 5 does without a GPU that runs it{packing.beyond}"
         made = replace(made, copied_bytes=made.copied_bytes + packing.spare_bytes(stored))
+    elif held := HELD.get(method):
+        words = "as stored, which its library computes with"
+        packed = sum(tensor.nbytes for tensor in stored if held.packs(tensor))
+        copied, mapped = made.copied_bytes + held.spare_bytes(stored), made.mapped_bytes - packed
+        made = replace(made, copied_bytes=copied, mapped_bytes=max(0, mapped))
     else:
         words = "as stored and copied: less where a library maps them, more where it unpacks them"
         made = replace(made, copied_bytes=made.copied_bytes + made.mapped_bytes, mapped_bytes=0)

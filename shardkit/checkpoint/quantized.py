@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shardkit.checkpoint.config import parts_of
@@ -24,14 +24,16 @@ class Packing(NamedTuple):
     """How a method packs weights, and what unpacking takes.
 
     Dtypes and names of packed tensors; weights in a byte; the compute capability of GPUs that need not unpack
-    them; and bytes beside each of the largest tensor's while it is unpacked, as measured.
+    them, None if all have to; bytes beside each of the largest tensor's while it is unpacked, and in words by
+    how much peaks were seen to exceed that, as measured.
     """
 
     dtypes: re.Pattern[str]
     names: re.Pattern[str]
     per_byte: int
-    capability: float
+    capability: float | None
     scratch: int
+    beyond: str = ""
 
     def packs(self, tensor: Tensor) -> bool:
         """Whether a tensor holds packed weights."""
@@ -48,10 +50,24 @@ _SETTINGS = re.compile(r"(?!.*vector).*quant(ization|ize)?_config|quantization|c
 _BITSANDBYTES = re.compile(r"\.quant_(map$|state\.)")
 _WEIGHT = re.compile(r"q?weight|weight_(packed|q)|W_q|codes|dense_weights|trellis|Qidxs")
 _SCALE = re.compile(r"(?<!logit_)(?<!layer_)scale|absmax|^s$|codebooks")
-# Methods whose weights transformers 5.23 turns into bfloat16 where its kernels do not run, as on processors;
-UNPACKED = {
+# Methods whose weights transformers 5.23 turns into bfloat16 where its kernels do not run, as on processors.
+_UNPACKED = {
     "fp8": Packing(re.compile(r"F8_"), re.compile(""), 1, 8.9, 0),
     "mxfp4": Packing(re.compile("U8"), re.compile(r"_blocks$"), 2, 7.5, 17),
+    "compressed-tensors": Packing(
+        re.compile("I8|I32|U8|F8_"),
+        re.compile(r"weight(_packed)?$"),
+        1,
+        None,
+        0,
+        "; peaks were up to 40 % above",
+    ),
+}
+# Methods whose library computes with weights as they are stored, and what of those it copies: all in 4 bits
+# (bitsandbytes 0.50), nothing (torchao 0.18).
+HELD = {
+    "bitsandbytes": Packing(re.compile("U8"), re.compile(r"weight$"), 2, None, 12),
+    "torchao": Packing(re.compile("(?!)"), re.compile(""), 1, None, 0),
 }
 # What ordinary modules keep as integers: position_ids, relative_position_index, masks ("bias" in GPT-2).
 _BUFFER = re.compile(r"(^|_)(ids?|idx|index|mask|bias|tracked|positions?|map|table|shape)$|scale")
@@ -63,6 +79,20 @@ def method_of(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> str | Non
     """Return how weights are quantized, as the config says, or a dtype that stands for it; None if not."""
     found = (DTYPE_NAMES[tensor.dtype] for tensor in tensors if tensor.dtype in QUANTIZED_DTYPES)
     return quantization(config) or next(found, None)
+
+
+def packing_of(config: Mapping[str, Any], method: str | None) -> Packing | None:
+    """Return how a method packs weights that a processor has to unpack; None of others."""
+    if (packing := _UNPACKED.get(method or "")) is None or method != "compressed-tensors":
+        return packing
+    return packing._replace(per_byte=8 // min(_bits(config), default=8))
+
+
+def _bits(value: Any) -> Iterator[int]:
+    """Yield the bits of a weight that a config states, of each group of them."""
+    for key, part in value.items() if isinstance(value, dict) else ():
+        bits = part.get("num_bits") if key == "weights" and isinstance(part, dict) else None
+        yield from (bits,) if type(bits) is int and 0 < bits <= 8 else _bits(part)
 
 
 def unpacked(tensor: LoadedTensor, packing: Packing | None) -> LoadedTensor:

@@ -28,7 +28,7 @@ from shardkit.base.jobs import run_all
 from shardkit.demo import make_demo_checkpoint
 from shardkit.formats.cast import Caster
 from shardkit.plan.plan import plan_shards
-from shardkit.shard import engine, folder_store
+from shardkit.shard import engine, folder_store, tasks
 from shardkit.shard.report import ShardReport
 from shardkit.shard.tasks import Outcome, shard_tasks
 from shardkit.shard.verify import verify_checkpoint
@@ -121,7 +121,7 @@ def handed_out(scratch: Path) -> list[Figure]:
     source.mkdir()
     sparse_checkpoint(source, files=200, tensors=100_000, nbytes=13 * 10**11)
     plan = plan_shards(source)
-    tasks = sum(len(shard_tasks(shard, LocalFiles(source), "")) for shard in plan.shards)
+    many = sum(len(shard_tasks(shard, LocalFiles(source), "")) for shard in plan.shards)
     with (
         ThreadPoolExecutor(WIDE) as executor,
         patch.object(tasks, "_LARGEST_TASK", 0),  # as many as one machine would make of it
@@ -129,7 +129,7 @@ def handed_out(scratch: Path) -> list[Figure]:
         patch.object(folder_store, "free_bytes", lambda _: sys.maxsize),
     ):
         report = engine.shard_checkpoint(plan, scratch / "made", executor=executor, verify=False)
-    return [(f"1.3 TB: tasks handed out, of {tasks:,}", tasks / report.copy_seconds, 1000, "/s")]
+    return [(f"1.3 TB: tasks handed out, of {many:,}", many / report.copy_seconds, 1000, "/s")]
 
 
 def by_dask(rounds: int = 2000) -> list[Figure]:

@@ -12,6 +12,7 @@ from tests.torture import (
     mutations,
     pickles,
     places,
+    quantized,
     races,
     space,
 )
@@ -24,7 +25,8 @@ KINDS = {
     "places": places.ODD, "fallbacks": places.FALLBACKS,
     "hub-trips": hubs.TRIPS, "hub-kills": hubs.KILLED,
     "cancels": places.CANCELS, "interrupts": places.INTERRUPTS,
-    "budgets": budgets.BUDGETS, "estimates": estimates.ESTIMATES, "cluster-kills": clusters.KILLED,
+    "budgets": budgets.BUDGETS, "estimates": estimates.ESTIMATES, "quantized": quantized.QUANTIZED,
+    "cluster-kills": clusters.KILLED,
     "same-twice": comparisons.SAME, "same-twice-auto": comparisons.SAME_UNTIL,
     "slowdowns": comparisons.SLOWED, "slowdowns-auto": comparisons.SLOWED_UNTIL,
 }  # fmt: skip

@@ -13,7 +13,7 @@ from shardkit.shard.tasks import task_bytes
 
 # Bytes that one worker deals with in a second of its core, and tasks that Dask's scheduler does, as
 # `python -m tests.benchmarks.bench_cluster` measured them on 2 cores.
-CAST, VERIFY, STREAM, TASKS = 0.68e9, 0.75e9, 0.17e9, 420
+CAST, VERIFY, STREAM, TASKS = 1.1e9, 1.22e9, 0.265e9, 580
 LINE, DOLLARS = 5e9, 0.05  # bytes a second of a disk or line that all share; for an hour of a core
 SHARD = 2e9  # bytes of a file, from Hub to Hub the work of one worker
 MODELS = {"7B": 14.5e9, "70B": 141e9, "700B": 1400e9}  # bytes in 16 bits
@@ -51,7 +51,7 @@ def row(model: str, nbytes: float, workers: int, *, by_hub: bool) -> str:
     slowed = max(time, wire / LINE)
     cost = workers * slowed / 3600 * DOLLARS
     way = "Hub to Hub" if by_hub else "folder to folder"
-    cells = (model, way, workers, shown(time), shown(slowed), disk, size(wire), f"{cost:.3f}")
+    cells = (model, way, workers, shown(time), shown(slowed), disk, size(wire), f"{cost:.2g}")
     return f"| {' | '.join(map(str, cells))} |"
 
 

@@ -144,11 +144,11 @@ DAMAGED = {
     "of a version to come": (lambda raw: raw[:4] + b"\x09" + raw[5:], "of version 9"),
     "with endless keys": (
         lambda raw: raw[:16] + b"\xff" * 8 + raw[24:],
-        "unknown type|header of more|extend",
+        "claims",
     ),
     "with endless tensors": (
         lambda raw: raw[:8] + b"\xff" * 8 + raw[16:],
-        "dimensions|header of more|extend",
+        "claims",
     ),
     "a pointer of Git LFS": (lambda _: b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
 }

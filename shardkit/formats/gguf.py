@@ -19,7 +19,8 @@ from shardkit.formats.tensor import TensorInfo, collector_paused
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # the first counted in 32 bits
-_MAX_HEADER_BYTES = 100_000_000  # vocabulary and merges of 500,000 tokens have 20 MB
+_MAX_HEADER_BYTES = 50_000_000  # vocabulary and merges of 500,000 tokens have 20 MB
+_MAX_KEYS, _MAX_TENSORS = 10_000, 200_000
 _AT_ONCE = 1 << 20
 _MAX_DIMENSIONS = 8
 _STRING, _ARRAY = 8, 9
@@ -66,6 +67,8 @@ def read_gguf(file: RangedFile, name: str) -> GgufFile:
     if (version := header.number("I")) not in _VERSIONS:
         raise CheckpointError(f"is GGUF of version {version}, not of 2 or 3, or big-endian", file=file.where)
     count, keys = header.number("Q"), header.number("Q")
+    if count > _MAX_TENSORS or keys > _MAX_KEYS:
+        raise CheckpointError(f"claims {count:,} tensors and {keys:,} keys: it is damaged", file=file.where)
     with collector_paused():
         said = {header.text(): header.value() for _ in range(keys)}
         entries = [header.entry() for _ in range(count)]

@@ -183,7 +183,7 @@ def test_falcon_goes_all_the_way(falcon, tmp_path):
     assert not comparison.failures
     with pytest.raises(PlanError, match="is too small") as caught:
         load_model(report, max_memory=1, context_tokens=64)
-    needed = int(re.search(r"at least ([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
+    needed = int(re.search(r"at least [\d,]+ MB \(([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
     within = load_model(report, max_memory=needed + 6_000_000, context_tokens=64)
     assert within.memory_plan.streamed_bytes > 0
     tokens = AutoTokenizer.from_pretrained(falcon.folder)("The quick", return_tensors="pt")

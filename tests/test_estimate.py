@@ -580,7 +580,7 @@ def test_a_budget_gives_beforehand_what_the_load_plans(name, tmp_path):
         checkpoint, asked = Checkpoint.open(folder), {"context_tokens": TOKENS, "dtype": dtype}
         with pytest.raises(PlanError, match="is too small") as caught:
             load_model(folder, max_memory=1, **asked)
-        least = int(re.search(r"at least ([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
+        least = int(re.search(r"at least [\d,]+ MB \(([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
         buffers = checkpoint.estimate().buffer_bytes  # part of the process, which counts nothing here
         for more in (0, 900_000):
             found = checkpoint.estimate(max_memory=least + more + buffers, **asked).within

@@ -72,7 +72,7 @@ def inspect(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) -
     """Show what a checkpoint contains and how much memory loading it takes, from its headers."""
     left = list(map(str, leftovers(source)))
     if left:
-        say(f"a run left {listed(left)}: repeat it to resume, or remove that: `shardkit clean {source}`")
+        say(f"an interrupted run left {listed(left)}: repeat it, or remove that: `shardkit clean {source}`")
     checkpoint = shardkit.Checkpoint.open(source)
     estimate = checkpoint.estimate(dtype, **asked)
     following = next_step("plan", source, dtype=dtype if dtype in CAST_DTYPES else None)

@@ -258,10 +258,10 @@ def _as_quantized(
 ) -> Estimate:
     """Return the estimate of quantized weights: as transformers unpacks them, or as they are stored."""
     if packing:
-        words = f"unpacked into bfloat16, as transformers 5 does without a GPU that runs it{packing.beyond}"
+        words = f"unpacked into bfloat16, as transformers 5 does without a GPU that runs it; {packing.spread}"
         made = replace(made, copied_bytes=made.copied_bytes + packing.spare_bytes(stored))
     elif held := HELD.get(method):
-        words = "as stored, which its library computes with"
+        words = f"as stored, which its library computes with; {held.spread}"
         packed = sum(tensor.nbytes for tensor in stored if held.packs(tensor))
         copied, mapped = made.copied_bytes + held.spare_bytes(stored), made.mapped_bytes - packed
         made = replace(made, copied_bytes=copied, mapped_bytes=max(0, mapped))

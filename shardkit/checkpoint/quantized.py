@@ -24,8 +24,8 @@ class Packing(NamedTuple):
     """How a method packs weights, and what unpacking takes.
 
     Dtypes and names of packed tensors; weights in a byte; the compute capability of GPUs that need not unpack
-    them, None if all have to; bytes beside each of the largest tensor's while it is unpacked, and in words by
-    how much peaks were seen to exceed that, as measured.
+    them, None if all have to; bytes beside each of the largest tensor's while it is unpacked; and between how
+    many percent below and above what is estimated small models' peaks were measured.
     """
 
     dtypes: re.Pattern[str]
@@ -33,11 +33,17 @@ class Packing(NamedTuple):
     per_byte: int
     capability: float | None
     scratch: int
-    beyond: str = ""
+    below: int
+    above: int
 
     def packs(self, tensor: Tensor) -> bool:
         """Whether a tensor holds packed weights."""
         return bool(self.dtypes.match(tensor.dtype) and self.names.search(tensor.name))
+
+    @property
+    def spread(self) -> str:
+        """How far off the estimate may be, in words."""
+        return f"peaks of small models were {self.below} % below to {self.above} % above"
 
     def spare_bytes(self, tensors: Iterable[Tensor]) -> int:
         """Return what a load holds beside unpacked weights: packed ones, and what unpacking takes."""
@@ -52,22 +58,17 @@ _WEIGHT = re.compile(r"q?weight|weight_(packed|q)|W_q|codes|dense_weights|trelli
 _SCALE = re.compile(r"(?<!logit_)(?<!layer_)scale|absmax|^s$|codebooks")
 # Methods whose weights transformers 5.23 turns into bfloat16 where its kernels do not run, as on processors.
 _UNPACKED = {
-    "fp8": Packing(re.compile(r"F8_"), re.compile(""), 1, 8.9, 0),
-    "mxfp4": Packing(re.compile("U8"), re.compile(r"_blocks$"), 2, 7.5, 17),
+    "fp8": Packing(re.compile(r"F8_"), re.compile(""), 1, 8.9, 0, 10, 10),
+    "mxfp4": Packing(re.compile("U8"), re.compile(r"_blocks$"), 2, 7.5, 17, 10, 10),
     "compressed-tensors": Packing(
-        re.compile("I8|I32|U8|F8_"),
-        re.compile(r"weight(_packed)?$"),
-        1,
-        None,
-        0,
-        "; peaks were up to 40 % above",
+        re.compile("I8|I32|U8|F8_"), re.compile(r"weight(_packed)?$"), 1, None, 0, 15, 40
     ),
 }
 # Methods whose library computes with weights as they are stored, and what of those it copies: all in 4 bits
 # (bitsandbytes 0.50), nothing (torchao 0.18).
 HELD = {
-    "bitsandbytes": Packing(re.compile("U8"), re.compile(r"weight$"), 2, None, 12),
-    "torchao": Packing(re.compile("(?!)"), re.compile(""), 1, None, 0),
+    "bitsandbytes": Packing(re.compile("U8"), re.compile(r"weight$"), 2, None, 12, 0, 20),
+    "torchao": Packing(re.compile("(?!)"), re.compile(""), 1, None, 0, 0, 10),
 }
 # What ordinary modules keep as integers: position_ids, relative_position_index, masks ("bias" in GPT-2).
 _BUFFER = re.compile(r"(^|_)(ids?|idx|index|mask|bias|tracked|positions?|map|table|shape)$|scale")

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.quantized import HELD, packing_of
 from shardkit.measure.launch import measure_load
 from shardkit.measure.measurement import LoadMeasurement
 from tests.torture.bench import Fault, Finding, Kind, Most, Place, Seen
@@ -15,8 +16,9 @@ from tests.torture.bench import Fault, Finding, Kind, Most, Place, Seen
 # Not in requirements.txt: wherever they are installed, transformers imports them, and every load takes more.
 _LIBRARIES = ("bitsandbytes==0.50.2", "torchao==0.18.0", "compressed-tensors==0.20.0")
 _BELOW_THEM = ("loguru", "pydantic", "pydantic_core", "annotated_types", "typing_inspection")
-# Of each, the share by which a peak may exceed the estimate; it may be as much smaller as 5 %.
-_BEYOND = {"nf4": 0.05, "int8": 0.05, "torchao": 0.05, "W8A16": 0.4, "W4A16": 0.4}
+# What is made, and the method that a config then names.
+_METHODS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao": "torchao"}
+_METHODS |= dict.fromkeys(("W8A16", "W4A16"), "compressed-tensors")
 _PLAIN = "plain"
 _MAKE = """
 import sys, torch, transformers
@@ -72,7 +74,7 @@ def _measured(shared: Path, name: Path) -> LoadMeasurement:
 
 def _estimated(place: Place) -> Iterator[Finding]:
     """Let a library quantize, and hold a load's peak, less what its import takes, against the estimate."""
-    kind, made = list(_BEYOND)[place.number], place.work / "made"
+    kind, made = list(_METHODS)[place.number], place.work / "made"
     words = [place.shared / "python", "-c", _MAKE, place.shared / _PLAIN, made, kind]
     subprocess.run(words, check=True, capture_output=True)
     plain, found = _measured(place.shared, place.shared / _PLAIN), _measured(place.shared, made)
@@ -86,9 +88,11 @@ def _estimated(place: Place) -> Iterator[Finding]:
     peak = found.peak_anonymous_bytes - imports
     told = f"{kind}: {said / 1e6:.0f} MB estimated, {peak / 1e6:.0f} MB measured"
     yield Most("off", abs(said / peak - 1))
-    yield Seen(told) if -0.05 <= peak / said - 1 <= _BEYOND[kind] else Fault(told)
+    range_ = HELD.get(_METHODS[kind]) or packing_of({}, _METHODS[kind])
+    assert range_ is not None
+    yield Seen(told) if -range_.below <= 100 * (peak / said - 1) <= range_.above else Fault(told)
 
 
 QUANTIZED = Kind(
-    "estimates of quantized weights", _estimated, len(_BEYOND), 0, prepare=_prepare, workers=1, seconds=900
+    "estimates of quantized weights", _estimated, len(_METHODS), 0, prepare=_prepare, workers=1, seconds=900
 )

@@ -6,12 +6,13 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -410,6 +411,36 @@ def test_last_part_publishes_what_one_run_would_have_made(
     assert report.verification.model is not None
     with pytest.raises(DestinationError, match="already exists"):
         one_part(source, out, 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            lambda part: (part / "part.json").write_text('{"job'),
+            r"part\.json is damaged or gone: remove .*-1-of-2",
+        ),
+        (lambda part: (part / "part.json").unlink(), r"part\.json is damaged or gone: remove .*-1-of-2"),
+        (
+            lambda part: next(part.glob("*.safetensors")).open("r+b").write(b"\xff" * 8),
+            r"safetensors was changed after it was verified: remove .*-1-of-2",
+        ),
+    ],
+)
+def test_part_that_is_not_as_it_was_finished_is_not_published(
+    damage: Callable[[Path], object], words: str, source: Path, out: Path, expected: dict[str, str]
+) -> None:
+    one_part(source, out, 1, of=2)
+    (part,) = out.parent.glob(".out.shardkit-part-1-of-2")
+    damage(part)
+    with pytest.raises(DestinationError, match=words):
+        one_part(source, out, 2, of=2)
+    assert not out.exists()
+    shutil.rmtree(part)
+    one_part(source, out, 1, of=2)
+    if not out.exists():  # where the other part was refused before it was made
+        one_part(source, out, 2, of=2)
+    assert digests(out) == expected
 
 
 def test_parts_are_published_on_demand_where_the_last_could_not(

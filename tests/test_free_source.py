@@ -342,7 +342,11 @@ def _map(path: Path) -> mmap.mmap:
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a second name": (lambda s: os.link(s / "model.safetensors", s.parent / "other"), "has 2 names"),
     "a link": (_linked, "is a link to|outside the folder"),
-    "torch's": (_torch, "saved by torch"),
+    "a file beside it that is a link to it": (
+        lambda s: (s / "weights.txt").symlink_to("model.safetensors"),
+        "is what weights.txt is a link to",
+    ),
+    "torch's": (_torch, "is not safetensors"),
     "a tensor in two files": (_twice, "contains tensors that a load takes from another file: a"),
     "a loaded model": (lambda s: load_file(s / "model.safetensors"), "open in a program"),
     "mapped": (lambda s: _map(s / "model.safetensors"), "open in a program"),

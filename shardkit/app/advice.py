@@ -33,6 +33,11 @@ class Loads:
     def advice(self) -> str:
         """What to do, in a sentence or two."""
         stored, shards = self.stored, self.shards
+        if (hosts := (*stored.hosts, *shards.hosts)) and all(host.read_bytes is None for host in hosts):
+            return (
+                f"Too large for the memory here and on the free hosts, sharded or not: {stored.needed}. "
+                "What would help is below; otherwise take a smaller or a quantized model."
+            )
         dtype, must = shards.dtype, f"{shards.dtype}{_WHERE.get(str(shards.dtype), '')}"
         if shards.peak_anonymous_bytes < _CLEARLY * stored.peak_anonymous_bytes:
             return (

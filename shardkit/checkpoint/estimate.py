@@ -168,7 +168,7 @@ class Estimate(Record):
             *(("also", f"{format_size(size)} {what}") for size, what in others if size),
             *mapped,
             *(self.within.facts() if self.within else self._cached()),
-            *explained(self.hosts, self.gpus, self.sizes, (self.sequences or Sequences()).tokens),
+            *explained(self.hosts, self.gpus, self.disks, self.sizes, (self.sequences or Sequences()).tokens),
         )
         answers = tuple(tables(self.hosts, self.gpus, self.disks))
         return Summary("Estimated memory to load", facts, answers, self.notes)

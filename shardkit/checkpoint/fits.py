@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from shardkit.base.machine import Gpus, gpus, usable_memory
-from shardkit.base.record import Table
+from shardkit.base.record import Table, listed
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.hosts import (
     BUDGET,
@@ -111,7 +111,11 @@ class Sizes:
 
 
 def explained(
-    hosts: Sequence[HostFit], on_gpus: Sequence[HostFit], sizes: Sizes | None, tokens: str
+    hosts: Sequence[HostFit],
+    on_gpus: Sequence[HostFit],
+    on_disks: Iterable[DiskFit],
+    sizes: Sizes | None,
+    tokens: str,
 ) -> Iterator[tuple[str, str]]:
     """Yield what the words of the tables mean, of those that are there."""
     ways = [way for host in hosts for way in host.ways] if _is_needed(hosts) else []
@@ -122,6 +126,10 @@ def explained(
     if any(way.name == BUDGET for way in ways):
         share = f"{USABLE_SHARE:.0%}".replace("%", " %")
         yield BUDGET, f"load_model(max_memory=...) with {share} of a host's memory ({tokens})"
+    if ways and all(way.read_bytes is None for way in ways):
+        yield "would help", "a smaller or a quantized model, or more memory than these hosts have"
+    elif too_small := [disk.name for disk in on_disks if disk.verdict == "does not fit"]:
+        yield "no disk for it", f"{listed(too_small)}: whatever their memory, see below"
     if on_gpus and sizes:
         cache = f" and {format_size(sizes.cache_bytes)} of KV cache ({tokens})" * bool(sizes.cache_bytes)
         yield "on GPUs", f"weights{cache} in what CUDA leaves of their memory"

@@ -14,6 +14,7 @@ from shardkit.base.errors import Cancelled, CheckpointError, MeasurementError, S
 from shardkit.base.jobs import Crew, worker_count
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.scan import GGUF, NO_GGUF
 from shardkit.compare.comparison import Comparison
 from shardkit.formats.tensor import LoadDtypeLike
 from shardkit.measure.launch import run_load
@@ -122,7 +123,7 @@ def compare_loads(
     wanted = {ORIGINAL: {"source": original}, SHARDED: {"source": sharded}, **(others or {})}
     specs = {name: _spec(name, common, changes) for name, changes in wanted.items()}
     sources = {name: changes.get("source", sharded) for name, changes in wanted.items()}
-    opened = {name: Checkpoint.open(source, download=True) for name, source in sources.items()}
+    opened = {name: _open(source) for name, source in sources.items()}
     for name in [*opened][1:] if same_model else ():
         _require_same_model(opened[ORIGINAL], opened[name])
     variants = tuple(
@@ -215,6 +216,13 @@ def _run_all(
 def _report(progress: _ProgressCallback | None, done: int, total: int, label: str) -> None:
     if progress is not None and progress(done, total, label) is False:
         raise Cancelled(f"stopped after {done} of {plural(total, 'run')}")
+
+
+def _open(source: str | os.PathLike[str]) -> Checkpoint:
+    checkpoint = Checkpoint.open(source, download=True)
+    if checkpoint.format == GGUF:
+        raise CheckpointError(f"is GGUF: {NO_GGUF}", file=checkpoint.source)
+    return checkpoint
 
 
 def _require_same_model(original: Checkpoint, other: Checkpoint) -> None:

@@ -70,7 +70,7 @@ def read_gguf(file: RangedFile, name: str) -> GgufFile:
     if count > _MAX_TENSORS or keys > _MAX_KEYS:
         raise CheckpointError(f"claims {count:,} tensors and {keys:,} keys: it is damaged", file=file.where)
     with collector_paused():
-        said = {header.text(): header.value() for _ in range(keys)}
+        said = dict(header.pair() for _ in range(keys))
         entries = [header.entry() for _ in range(count)]
     alignment = said.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
@@ -115,6 +115,12 @@ class _Header:
     def text(self) -> str:
         """Return the next string; half a character in it is replaced."""
         return self.take(self.number("Q")).decode("utf-8", "replace")
+
+    def pair(self) -> tuple[str, Any]:
+        """Return the next key and its value; None in place of one that nobody asks for."""
+        key, value = self.text(), self.value()
+        is_wanted = key.startswith("general.a") or key.endswith(tuple(_NAMES))
+        return key, value if is_wanted else None
 
     def value(self) -> Any:
         """Return the next value with its type; of strings, and of many numbers, how many."""

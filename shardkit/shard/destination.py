@@ -48,11 +48,7 @@ def resolve(destination: str | os.PathLike[str]) -> Path:
 
 
 def default_destination(source: str, *, here: bool = False) -> str:
-    """Return where the shards of a source go if nobody says: NAME-sharded, beside it.
-
-    In this folder if it is elsewhere, as on the Hub, or on a disk that cannot be written, as what Kaggle
-    attaches; or if `here` is set. Not if this folder lies in the source. A number is a version, not a name.
-    """
+    """Return where the shards of a source go if nobody says: beside it, or else, or if `here`, here."""
     path = Path(os.path.abspath(os.path.expanduser(source)))
     if not path.exists():
         from shardkit.sources.hub_cache import parse_id  # whose client takes half a second to import
@@ -224,7 +220,11 @@ def only_copy_of(target: Path) -> dict[str, Any] | None:
     """Return the record of a source that an interrupted run was freeing, and has left tensors of; or None."""
     record, staging = beside(target, "source"), beside(target, "staging")
     if os.path.lexists(record) and os.path.lexists(staging):
-        return dict(json.loads(record.read_text(encoding="utf-8")))
+        try:
+            return dict(json.loads(record.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            why = f"{record} is damaged: {staging} may have the only copy of tensors, and stays as it is"
+            raise DestinationError(why) from error
     return None
 
 

@@ -39,8 +39,15 @@ def open_to_free(
     """
     record = only_copy_of(target)
     is_begun, checkpoint = record is not None, _begun(record) if record else _first(source, target, opened)
+    linked = {os.path.realpath(checkpoint.path(name)): name for name in _beside(checkpoint)}
     for file in filter(lambda file: os.path.lexists(checkpoint.path(file)), checkpoint.files):
-        if why := _in_the_way(checkpoint, file) or ("" if is_begun else _held_beside(checkpoint, file)):
+        other = linked.get(os.path.realpath(checkpoint.path(file)))
+        why = f"is what {other} is a link to, which would lose it" if other else ""
+        if (
+            why := why
+            or _in_the_way(checkpoint, file)
+            or ("" if is_begun else _held_beside(checkpoint, file))
+        ):
             then = "repeat this once that has changed" if is_begun else "leave out free_source"
             raise CheckpointError(f"{why}, so it is not freed; {then}", file=checkpoint.path(file))
     if not is_begun and os.path.abspath(os.path.expanduser(source)) != checkpoint.source:
@@ -49,11 +56,22 @@ def open_to_free(
     return checkpoint
 
 
+def _beside(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of all files beside the weights that are links, wherever they lead."""
+    names = checkpoint.place.names()
+    return [name for name in names if os.path.islink(checkpoint.path(name)) and name not in checkpoint.files]
+
+
 def _first(source: str | os.PathLike[str], target: Path, opened: Callable[[], Checkpoint]) -> Checkpoint:
     try:
         check_free(target, overwrite=False)  # or, after the end, it would be said that the source is gone
-    except DestinationError:
+    except DestinationError as error:
         clear_after_end(target)
+        if os.path.isdir(source) and not any(
+            path.suffix == ".safetensors" for path in Path(source).iterdir()
+        ):
+            done = f"{target} is there, and {source} has no weights any more: it was freed, and all is done"
+            raise DestinationError(done) from error
         raise
     checkpoint = opened()
     if checkpoint.place.folder is None:
@@ -73,7 +91,7 @@ def _first(source: str | os.PathLike[str], target: Path, opened: Callable[[], Ch
         why = "has pieces of tensors, which are put together, not freed; leave out free_source"
         raise CheckpointError(why, file=checkpoint.source)
     if checkpoint.format != "safetensors":
-        why = "was saved by torch and may hold more than tensors, so it is not freed; leave out free_source"
+        why = "is not safetensors and may hold more than tensors, so it is not freed; leave out free_source"
         raise CheckpointError(why, file=checkpoint.path(checkpoint.files[0]))
     if differing := [key for key in checkpoint.file_metadata if not is_of_a_file(key)]:
         raise CheckpointError(

@@ -63,22 +63,30 @@ def is_part(destination: str) -> bool:
 
 @dataclass(frozen=True)
 class _Record:
-    """What lies beside the shards of a part: of which job it is, what casts lost, and the proof."""
+    """What lies beside the shards of a part: of which job it is, what casts lost, proof, and their states.
+
+    A state is size and time of the last change, in nanoseconds.
+    """
 
     job: str
     lost: dict[str, list[Lost]]
     verification: Verification | None
+    states: dict[str, list[int]]
 
     @classmethod
     def read(cls, folder: Path) -> _Record:
-        said = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        lost = {file: [Lost(*loss) for loss in losses] for file, losses in said["lost"].items()}
-        proof = said["verification"]
-        return cls(said["job"], lost, proof and Verification.from_dict(proof))
+        try:
+            said = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+            lost = {file: [Lost(*loss) for loss in losses] for file, losses in said["lost"].items()}
+            proof = said["verification"] and Verification.from_dict(said["verification"])
+            return cls(said["job"], lost, proof, said["states"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = f"{folder / _RECORD} is damaged or gone: remove {folder}, and make that part again"
+            raise DestinationError(why) from error
 
     def write(self, folder: Path) -> None:
         proof = self.verification and self.verification.to_dict()
-        said = {"job": self.job, "lost": self.lost, "verification": proof}
+        said = {"job": self.job, "lost": self.lost, "verification": proof, "states": self.states}
         text = json.dumps(said, default=astuple)
         (folder / _RECORD).write_text(text, encoding="utf-8")
 
@@ -114,6 +122,11 @@ def missing_parts(job: Job, target: Path) -> list[int]:
     return sorted({*range(1, next(iter(found))[1] + 1)} - {number for number, _ in found})
 
 
+def _state(path: Path) -> list[int]:
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns]
+
+
 class PartStore(FolderStore):
     """The folder of one part of a job; as `FolderStore`."""
 
@@ -145,7 +158,9 @@ class PartStore(FolderStore):
             return str(self.destination), _Record.read(self.folder).verification
         self.settle()
         proof = self._proof() if self.job.verify else None
-        _Record(self._whole, {f: [*o.lost] for f, o in self.finished.items()}, proof).write(self.folder)
+        states = {file: _state(self.folder / file) for file in self.finished}
+        lost = {file: [*outcome.lost] for file, outcome in self.finished.items()}
+        _Record(self._whole, lost, proof, states).write(self.folder)
         return super().publish([*files, _RECORD])[0], proof
 
     def _verify(self) -> None:
@@ -195,13 +210,18 @@ class JoinedStore(FolderStore):
             self._write_journal(begun.strip())
         self._records = finished_parts(self.job, self.destination)
         lost = {file: losses for record in self._records.values() for file, losses in record.lost.items()}
+        states = {file: state for record in self._records.values() for file, state in record.states.items()}
         sources = {
             file: part_folder(self.destination, *n) for n, r in self._records.items() for file in r.lost
         }
         for shard in self.job.plan.shards:
             if shard.file not in lost:
                 raise DestinationError(f"{self.destination}: not all parts of it are finished")
-            _link(sources[shard.file] / shard.file, self.folder / shard.file, shard.nbytes)
+            if _state(made := sources[shard.file] / shard.file) != states[shard.file]:
+                raise DestinationError(
+                    f"{made} was changed after it was verified: remove {made.parent}, and make it again"
+                )
+            _link(made, self.folder / shard.file, shard.nbytes)
             self.finished[shard.file] = Outcome(tuple(lost[shard.file]))
             self._wrote(shard.file)
 

@@ -109,6 +109,8 @@ def test_result_is_the_same_and_the_source_keeps_all_but_its_weights(
     assert "compared with the source before it was freed" in str(report.verification)
     assert "the source was freed: 2 files" in str(report)
     assert ShardReport.from_dict(report.to_dict()) == report
+    with pytest.raises(DestinationError, match="a run that freed it seems to have finished"):
+        free(source, out, **options)
 
 
 def test_disk_needs_room_for_one_shard_alone(model: Path, tmp_path: Path) -> None:

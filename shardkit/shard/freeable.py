@@ -20,7 +20,7 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import read_config
 from shardkit.checkpoint.metadata import is_of_a_file
 from shardkit.checkpoint.scan import format_of
-from shardkit.formats.names import is_index
+from shardkit.formats.names import is_index, is_weights
 from shardkit.formats.pieces import Pieces
 from shardkit.shard.destination import check_free, clear_after_end, only_copy_of
 
@@ -67,10 +67,10 @@ def _first(source: str | os.PathLike[str], target: Path, opened: Callable[[], Ch
         check_free(target, overwrite=False)  # or, after the end, it would be said that the source is gone
     except DestinationError as error:
         clear_after_end(target)
-        if os.path.isdir(source) and not any(
-            path.suffix == ".safetensors" for path in Path(source).iterdir()
-        ):
-            done = f"{target} is there, and {source} has no weights any more: it was freed, and all is done"
+        if os.path.isdir(source) and not any(is_weights(path.name) for path in Path(source).iterdir()):
+            done = (
+                f"{target} is there, and {source} has no weights: a run that freed it seems to have finished"
+            )
             raise DestinationError(done) from error
         raise
     checkpoint = opened()

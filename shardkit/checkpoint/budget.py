@@ -192,8 +192,7 @@ def plan_memory(
             f"max_memory of {format_size(work.max_memory)} is too small: {source} needs at least "
             f"{-(-smallest // 10**6):,} MB ({smallest:,} bytes); Python and its libraries, KV cache and "
             f"activations (context of {work.tokens}) take {format_size(sum(needs))}"
-            + plain
-            * (plain_bytes < smallest)
+            f"{plain if plain_bytes < smallest else ''}"
         )
     read = sum(unit.read_bytes for unit, stays in zip(units, chosen.stays, strict=True) if not stays)
     working = chosen.buffer_bytes + _step(units)

@@ -113,6 +113,14 @@ class Format(NamedTuple):
 
 GGUF = "gguf"
 NO_GGUF = "what a load takes can be estimated; shard and load the safetensors that it was made from"
+
+
+def refuse_gguf(form: str, source: str) -> None:
+    """Refuse weights of this format where others are needed."""
+    if form == GGUF:
+        raise CheckpointError(f"is GGUF: {NO_GGUF}", file=source)
+
+
 # By the ending of a file's name; a file that was given by name and has another is torch's.
 FORMATS = {
     ".safetensors": Format("safetensors", _scan_safetensors),

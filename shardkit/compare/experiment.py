@@ -14,7 +14,7 @@ from shardkit.base.errors import Cancelled, CheckpointError, MeasurementError, S
 from shardkit.base.jobs import Crew, worker_count
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.checkpoint.scan import GGUF, NO_GGUF
+from shardkit.checkpoint.scan import refuse_gguf
 from shardkit.compare.comparison import Comparison
 from shardkit.formats.tensor import LoadDtypeLike
 from shardkit.measure.launch import run_load
@@ -220,8 +220,7 @@ def _report(progress: _ProgressCallback | None, done: int, total: int, label: st
 
 def _open(source: str | os.PathLike[str]) -> Checkpoint:
     checkpoint = Checkpoint.open(source, download=True)
-    if checkpoint.format == GGUF:
-        raise CheckpointError(f"is GGUF: {NO_GGUF}", file=checkpoint.source)
+    refuse_gguf(checkpoint.format, checkpoint.source)
     return checkpoint
 
 

@@ -19,7 +19,7 @@ from shardkit.base.record import Record, Summary, plural
 from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.budget import too_long
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.checkpoint.scan import GGUF, NO_GGUF
+from shardkit.checkpoint.scan import refuse_gguf
 from shardkit.formats.tensor import LoadDtypeLike
 from shardkit.load.load_model import load_model
 
@@ -113,8 +113,7 @@ def generate_text(
     """
     require("load", "generating text", "torch", "transformers")
     checkpoint = Checkpoint.open(source, download=True)
-    if checkpoint.format == GGUF:
-        raise CheckpointError(f"is GGUF: {NO_GGUF}", file=checkpoint.source)
+    refuse_gguf(checkpoint.format, checkpoint.source)
     tokenizer = _tokenizer(checkpoint)
     tokens = tokenizer(prompt, return_tensors="pt")
     length = tokens["input_ids"].shape[1]

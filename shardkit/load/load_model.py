@@ -22,7 +22,7 @@ from shardkit.checkpoint.config import architecture
 from shardkit.checkpoint.estimate import Estimate
 from shardkit.checkpoint.layout import find_weights, read_config
 from shardkit.checkpoint.ranks import check_ranks, is_for_ranks, is_shared, tensor_parallel_size
-from shardkit.checkpoint.scan import GGUF, NO_GGUF, format_of
+from shardkit.checkpoint.scan import GGUF, format_of, refuse_gguf
 from shardkit.formats.names import is_of_rank
 from shardkit.formats.tensor import CAST_DTYPES, LoadDtypeLike, dtype_name
 from shardkit.load.into_memory import WeightsInMemory
@@ -184,8 +184,7 @@ def loaded_files(source: str | os.PathLike[str], **where: Any) -> tuple[str, lis
             "has no config.json next to it, so it cannot be loaded as a model", file=found.source
         )
     weights = find_weights(found.files, config, found.chosen if is_gguf else None)
-    if format_of(weights.chosen).name == GGUF:
-        raise CheckpointError(f"is GGUF: {NO_GGUF}", file=found.source)
+    refuse_gguf(format_of(weights.chosen).name, found.source)
     if is_of_rank(weights.chosen):
         raise CheckpointError(
             "contains pieces of tensors, which transformers does not load: shard it, and load that",

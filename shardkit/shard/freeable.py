@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -39,15 +39,10 @@ def open_to_free(
     """
     record = only_copy_of(target)
     is_begun, checkpoint = record is not None, _begun(record) if record else _first(source, target, opened)
-    linked = {os.path.realpath(checkpoint.path(name)): name for name in _beside(checkpoint)}
+    links = _links_beside(checkpoint)
     for file in filter(lambda file: os.path.lexists(checkpoint.path(file)), checkpoint.files):
-        other = linked.get(os.path.realpath(checkpoint.path(file)))
-        why = f"is what {other} is a link to, which would lose it" if other else ""
-        if (
-            why := why
-            or _in_the_way(checkpoint, file)
-            or ("" if is_begun else _held_beside(checkpoint, file))
-        ):
+        why = _in_the_way(checkpoint, file, links) or ("" if is_begun else _held_beside(checkpoint, file))
+        if why:
             then = "repeat this once that has changed" if is_begun else "leave out free_source"
             raise CheckpointError(f"{why}, so it is not freed; {then}", file=checkpoint.path(file))
     if not is_begun and os.path.abspath(os.path.expanduser(source)) != checkpoint.source:
@@ -56,10 +51,10 @@ def open_to_free(
     return checkpoint
 
 
-def _beside(checkpoint: Checkpoint) -> list[str]:
-    """Return the names of all files beside the weights that are links, wherever they lead."""
-    names = checkpoint.place.names()
-    return [name for name in names if os.path.islink(checkpoint.path(name)) and name not in checkpoint.files]
+def _links_beside(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the names of links beside the weights, by where they lead."""
+    paths = {name: checkpoint.path(name) for name in checkpoint.place.names() if name not in checkpoint.files}
+    return {os.path.realpath(path): name for name, path in paths.items() if os.path.islink(path)}
 
 
 def _first(source: str | os.PathLike[str], target: Path, opened: Callable[[], Checkpoint]) -> Checkpoint:
@@ -123,11 +118,13 @@ def _held_beside(checkpoint: Checkpoint, file: str) -> str:
     return f"contains tensors that a load takes from another file: {listed(sorted(twice))}" if twice else ""
 
 
-def _in_the_way(checkpoint: Checkpoint, file: str) -> str:
+def _in_the_way(checkpoint: Checkpoint, file: str, links: Mapping[str, str]) -> str:
     """Say why a file cannot be freed, or must not be, because others have it; empty where it can."""
     path, folder = checkpoint.path(file), os.path.realpath(checkpoint.folder)
     if (real := os.path.realpath(path)) != os.path.join(folder, file):
         return f"is a link to {real}, which may be in use under other names (as the Hub's cache is)"
+    if real in links:
+        return f"is what {links[real]} is a link to, which would lose it"
     if (names := os.stat(path).st_nlink) > 1:
         return f"has {names} names (hard links), all of which would lose it"
     try:

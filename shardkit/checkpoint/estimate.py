@@ -54,9 +54,9 @@ _TOKENIZERS = {"tokenizer.json": 10, "tokenizer.model": 60, "vocab.json": 60, "v
 _TOKENIZER_MATTERS = 0.03
 
 # Large buffers that no file holds, from the config's numbers, as transformers 5.23 makes them: of GPT-Neo a
-# mask for each layer, and as seen about three more while they are made; of GPTBigCode one, and one more.
+# mask for each layer, and as seen three to nine more while they are made; of GPTBigCode one, and one more.
 _BUFFERS: dict[str, tuple[tuple[str, ...], Callable[..., int]]] = {
-    "gpt_neo": (("num_layers", "max_position_embeddings"), lambda layers, length: (layers + 3) * length**2),
+    "gpt_neo": (("num_layers", "max_position_embeddings"), lambda layers, length: (layers + 6) * length**2),
     "gpt_bigcode": (("n_positions",), lambda length: 2 * length**2),
     **dict.fromkeys(
         ("gptj", "codegen"),

@@ -47,48 +47,27 @@ class Caster:
         self._result = np.empty(count, _NUMPY[target])
         self._before = np.empty(count, f"u{DTYPE_BITS[dtype] // 8}")
         self._after = np.empty(count, f"u{DTYPE_BITS[target] // 8}")
-        self._is_other = np.empty(count, bool)
 
     def cast(self, data: bytes | memoryview) -> Cast:
         """Cast a chunk."""
         values = np.frombuffer(data, dtype=_NUMPY[self._dtype])
         result = self._result[: values.size]
-        moves_bits = (self._dtype, self._target) == ("BF16", "F16")
-        lost = (moves_bits and self._move_bits(values, result)) or self._round(values, result)
-        return Cast(result.view(np.uint8).data, *lost)
-
-    def _round(self, values: NDArray[Any], result: NDArray[Any]) -> tuple[int, int]:
-        """Cast by rounding, and return how many values overflowed and flushed."""
         with np.errstate(over="ignore", invalid="ignore"):
             narrow = values.astype(np.float32) if self._dtype == "F64" else values
             np.copyto(result, narrow, casting="unsafe")
-        return (0, 0) if (self._dtype, self._target) in _EXACT else self._lost(values, result)
-
-    def _move_bits(self, values: NDArray[Any], result: NDArray[Any]) -> tuple[int, int] | None:
-        """Cast bfloat16 to float16 in half the time, exactly, where values are normal numbers in both.
-
-        There the exponent becomes less by 112 and the mantissa longer by 3 bits. Some 1 weight in 400 is not
-        (zero, tiny, too large) and is rounded. None, and nothing done, where those are many.
-        """
-        bits, moved, scratch = values.view(np.uint16), result.view(np.uint16), self._after[: values.size]
-        np.bitwise_and(bits, 0x7FFF, out=scratch)
-        np.subtract(scratch, 0x3880, out=scratch)  # 2**-14 in bfloat16
-        others = np.flatnonzero(np.greater_equal(scratch, 0x0F00, out=self._is_other[: bits.size]))  # 2**16
-        if others.size > bits.size // 8:
-            return None
-        np.multiply(bits, 8, out=scratch)
-        np.add(scratch, 0x4000, out=scratch)
-        np.bitwise_and(bits, 0x8000, out=moved)
-        np.bitwise_or(moved, scratch, out=moved)
-        rounded = np.empty(others.size, np.float16)
-        lost = self._round(bits[others].view(values.dtype), rounded)
-        moved[others] = rounded.view(np.uint16)
-        return lost
+        lost = (0, 0) if (self._dtype, self._target) in _EXACT else self._lost(values, result)
+        return Cast(result.view(np.uint8).data, *lost)
 
     def _lost(self, values: NDArray[Any], result: NDArray[Any]) -> tuple[int, int]:
-        before, after = _magnitude(values, self._before), _magnitude(result, self._after)
-        flushed = int(np.count_nonzero(before)) - int(np.count_nonzero(after))
-        if after.max(initial=0) < _INFINITY[self._target]:
+        """Return how many values overflowed and flushed; the source is looked at only where some may have."""
+        after = _magnitude(result, self._after)
+        zeros = after.size - int(np.count_nonzero(after))
+        is_infinite = after.max(initial=0) >= _INFINITY[self._target]
+        if not (zeros or is_infinite):
+            return 0, 0
+        before = _magnitude(values, self._before)
+        flushed = zeros - (before.size - int(np.count_nonzero(before)))
+        if not is_infinite:
             return 0, flushed
         infinite = int(np.count_nonzero(after == _INFINITY[self._target]))
         return infinite - int(np.count_nonzero(before == _INFINITY[self._dtype])), flushed

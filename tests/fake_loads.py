@@ -114,9 +114,9 @@ def fake_interpreter(folder: Path, script: str, name: str = "python") -> Path:
 
 
 @contextmanager
-def asked_here(job: dict[str, Any], _: int = 0) -> Iterator[Callable[[], dict[str, Any]]]:
+def asked_here() -> Iterator[Callable[..., Callable[[], dict[str, Any]]]]:
     """Ask transformers in this process what a model gets, which takes no seconds of imports each time."""
-    yield lambda: asking.asked_here(json.loads(json.dumps(job)))
+    yield lambda job, _=0: lambda: asking.asked_here(json.loads(json.dumps(job)))
 
 
 def ask_here() -> None:

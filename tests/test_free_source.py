@@ -26,7 +26,7 @@ from shardkit.errors import (
     SpaceError,
     VerificationError,
 )
-from shardkit.load.seen import ModelKeys
+from shardkit.load.seen import Ask, ModelKeys
 from shardkit.shard import freeable, verify
 from shardkit.shard.destination import beside, remove_leftovers
 from shardkit.shard.report import ShardReport
@@ -286,8 +286,10 @@ def test_copy_that_a_model_cannot_use_is_found_before_anything_is_freed(
     model: Path, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextmanager
-    def differing(*_: Checkpoint) -> Iterator[Callable[[], ModelKeys]]:
-        yield lambda: ModelKeys("Mistral", "a stack", 2, (), ("lm_head is missing in the copy only",))
+    def differing(_: Checkpoint) -> Iterator[Ask]:
+        yield (
+            lambda _: lambda: ModelKeys("Mistral", "a stack", 2, (), ("lm_head is missing in the copy only",))
+        )
 
     monkeypatch.setattr(verify, "model_keys", differing)
     with pytest.raises(VerificationError, match=r"nothing was freed.*lm_head"):

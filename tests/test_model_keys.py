@@ -12,12 +12,13 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from shardkit import Checkpoint, shard_checkpoint, verify_checkpoint
+from shardkit import Checkpoint, Progress, shard_checkpoint, verify_checkpoint
 from shardkit.base.pages import resident_bytes
 from shardkit.checkpoint import asking
-from shardkit.errors import VerificationError
+from shardkit.errors import Cancelled, VerificationError
 from shardkit.load import seen
 from shardkit.load.seen import ModelKeys
+from shardkit.shard import verify
 from tests.loopback_hub import LoopbackHub
 from tests.support import file_bytes
 from tests.test_checkpoint import CONFIG, WEIGHTS, put
@@ -37,8 +38,8 @@ def copy(source: Path, tmp_path: Path) -> Path:
 
 
 def asked(source: Path, copy: Path) -> ModelKeys:
-    with seen.model_keys(Checkpoint.open(source), Checkpoint.open(copy)) as answer:
-        keys: ModelKeys = answer()
+    with seen.model_keys(Checkpoint.open(source)) as ask:
+        keys: ModelKeys = ask(Checkpoint.open(copy))()
     return keys
 
 
@@ -129,6 +130,40 @@ def test_what_could_not_be_asked_is_said_with_the_reason(kind: str, tmp_path: Pa
 def test_absence_of_transformers_is_said(source: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seen, "find_spec", lambda _: None)
     assert asked(source, copy).why_unchecked == "transformers is not installed"
+
+
+@pytest.mark.parametrize(("most", "first"), [(8_000_000_000, "asked"), (0, "copy")])
+def test_process_is_started_before_a_short_copy_and_after_a_long_one(
+    most: int, first: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events, asked_here = [], asking.asked
+
+    def asked() -> Any:
+        events.append("asked")
+        return asked_here()
+
+    monkeypatch.setattr(asking, "asked", asked)
+    monkeypatch.setattr(verify, "_SOON_BYTES", most)
+    shard_checkpoint(source, tmp_path / "out", progress=lambda progress: events.append(progress.stage))
+    assert (events[0], events.count("asked")) == (first, 1)
+    assert events.index("asked") < events.index("verify")
+    events.clear()
+    shard_checkpoint(source, tmp_path / "unverified", verify=False)
+    assert events == []
+
+
+@pytest.mark.asks_a_process
+def test_copy_that_is_stopped_leaves_no_process(source: Path, tmp_path: Path) -> None:
+    before, during = psutil.Process().children(recursive=True), []
+
+    def stop(_: Progress) -> bool:
+        during.extend(child for child in psutil.Process().children() if child not in before)
+        return False
+
+    with pytest.raises(Cancelled):
+        shard_checkpoint(source, tmp_path / "out", progress=stop)
+    assert len(during) == 1
+    assert psutil.Process().children(recursive=True) == before
 
 
 @pytest.mark.asks_a_process

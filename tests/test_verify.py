@@ -1,8 +1,11 @@
 """Verification finds whatever differs, and nothing else; it does not care how the two sides are laid out."""
 
+import errno
 import json
+import random
 import shutil
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,10 @@ from shardkit import (
     shard_checkpoint,
     verify_checkpoint,
 )
-from shardkit.errors import Cancelled
+from shardkit.base import pages
+from shardkit.base.disk import DiskFile
+from shardkit.errors import Cancelled, CheckpointError
+from shardkit.sources.local import LocalFiles, WrittenFiles
 from tests.support import (
     FreshFolder,
     Tensor,
@@ -351,3 +357,63 @@ def test_config_that_chooses_another_dtype_than_that_of_the_cast_is_found(tmp_pa
         assert (
             "a load chooses float32 for the copy, which is stored in float16" in str(found)
         ) != found.equal
+
+
+MIB = 1 << 20
+BYTES = random.Random(0).randbytes(3 * MIB + 1234)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("written") / "file"
+    file.write_bytes(BYTES)
+    return file
+
+
+def joined(pieces: Iterable[memoryview]) -> bytes:
+    return b"".join(map(bytes, pieces))  # each at once: the buffer is used again
+
+
+@settings(max_examples=60)
+@given(begin=st.integers(0, len(BYTES)), end=st.integers(0, len(BYTES)))
+def test_range_past_the_page_cache_is_the_same(begin: int, end: int, written: Path) -> None:
+    files = WrittenFiles(written.parent)
+    pieces = [bytes(piece) for piece in files.read("file", begin, max(0, end - begin))]
+    assert b"".join(pieces) == BYTES[begin:end]
+    assert all(0 < len(piece) <= MIB for piece in pieces)
+
+
+def test_what_is_read_past_the_page_cache_is_not_left_there(written: Path) -> None:
+    if pages.drop([written]) != 0:
+        pytest.skip("this file system keeps its pages, or does not show them")
+    assert (
+        b"".join(map(bytes, WrittenFiles(written.parent).read("file", 5, 3 * MIB))) == BYTES[5 : 3 * MIB + 5]
+    )
+    assert pages.resident_bytes([written]) == 0
+    assert b"".join(map(bytes, LocalFiles(written.parent).read("file", 5, 3 * MIB))) == BYTES[5 : 3 * MIB + 5]
+    assert pages.resident_bytes([written]) == len(BYTES)
+
+
+@pytest.mark.parametrize("works", [0, 1, 2])
+def test_disk_that_refuses_direct_reads_is_read_through_the_page_cache(
+    works: int, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct, asked = DiskFile.read_direct, []
+
+    def refusing(file: DiskFile, buffer: memoryview, offset: int) -> int:
+        asked.append(offset)
+        if len(asked) > works:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return direct(file, buffer, offset)
+
+    monkeypatch.setattr(DiskFile, "read_direct", refusing)
+    assert (
+        b"".join(map(bytes, WrittenFiles(written.parent).read("file", 7, 3 * MIB))) == BYTES[7 : 3 * MIB + 7]
+    )
+    assert len(asked) == works + 1
+
+
+def test_end_of_a_file_before_the_end_of_a_range_is_an_error(written: Path) -> None:
+    pieces = WrittenFiles(written.parent).read("file", 100, len(BYTES))
+    with pytest.raises(CheckpointError, match=f"ends at byte {len(BYTES)}, but its data extends to byte"):
+        print(sum(map(len, pieces)))

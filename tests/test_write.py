@@ -42,7 +42,7 @@ from shardkit.errors import (
     VerificationError,
 )
 from shardkit.shard import copy as transfer
-from shardkit.shard import destination, folder_store, opening, side_files, tasks, verify
+from shardkit.shard import destination, digests, folder_store, opening, side_files, tasks, verify
 from shardkit.shard import engine as write
 from shardkit.shard.report import ShardReport
 from shardkit.shard.tasks import Outcome, Task
@@ -433,7 +433,7 @@ def test_executor_is_used_to_its_full_width(
     known: dict[str, object], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setattr(verify, "_BATCH_TENSORS", 1)
+    monkeypatch.setattr(digests, "_BATCH_TENSORS", 1)
     many = {f"t{i}": Tensor("U8", (100,), bytes([i] * 100)) for i in range(70)}
     source = write_checkpoint(tmp_path / "source", [many])
     with Cluster(64, **known) as copying:

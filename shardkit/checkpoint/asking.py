@@ -12,6 +12,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,11 @@ _ENVIRONMENT = {
 
 
 @contextmanager
-def asked(job: dict[str, Any], mapped_bytes: int = 0) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Hand a job to a process of its own, and give a function that waits for its answer.
+def asked() -> Iterator[Callable[..., Callable[[], dict[str, Any]]]]:
+    """Start a process, which imports transformers, and give a function that hands it a job.
 
-    It may map `mapped_bytes` of files beside the memory that it is allowed. Jobs and answers are those of
-    `shardkit.load.look`.
+    That returns a function that waits for the answer. The process may map `mapped_bytes` of files beside the
+    memory that it is allowed. Jobs and answers are those of `shardkit.load.look`.
     """
     process = subprocess.Popen(  # noqa: S603  our own script
         [sys.executable, "-P", str(_SCRIPT)],
@@ -42,11 +43,10 @@ def asked(job: dict[str, Any], mapped_bytes: int = 0) -> Iterator[Callable[[], d
         # A notebook may have found transformers by a path that it added.
         env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, filter(None, sys.path)))},
     )
-    limited = {**job, "memory_bytes": _MEMORY_BYTES + mapped_bytes}
 
-    def answer() -> dict[str, Any]:
+    def answer(job: dict[str, Any]) -> dict[str, Any]:
         try:
-            said, _ = process.communicate(json.dumps(limited).encode(), timeout=_SECONDS)
+            said, _ = process.communicate(json.dumps(job).encode(), timeout=_SECONDS)
             found: dict[str, Any] = json.loads(said)
         except subprocess.TimeoutExpired:
             return {"why": f"transformers gave no answer within {_SECONDS:.0f} s"}
@@ -54,15 +54,18 @@ def asked(job: dict[str, Any], mapped_bytes: int = 0) -> Iterator[Callable[[], d
             return {"why": f"the process that asks transformers ended with status {process.wait()}"}
         return found
 
-    try:
-        yield answer
-    finally:
-        if process.poll() is None:
-            process.kill()
+    def ask(job: dict[str, Any], mapped_bytes: int = 0) -> Callable[[], dict[str, Any]]:
+        return thread.submit(answer, {**job, "memory_bytes": _MEMORY_BYTES + mapped_bytes}).result
+
+    with ThreadPoolExecutor(1, thread_name_prefix="shardkit-asking") as thread:
+        try:
+            yield ask
+        finally:
+            process.kill()  # which ends the thread's waiting, too
             process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
 
 
 def asked_here(job: dict[str, Any]) -> dict[str, Any]:

@@ -56,8 +56,8 @@ def _asked(config: str, names: tuple[str, ...], dtype: str) -> frozenset[str] | 
     elif find_spec("transformers") is None:
         return None
     else:
-        with asking.asked(job) as answer:
-            found = answer()
+        with asking.asked() as ask:
+            found = ask(job)()
     return frozenset(found["kept"]) if "kept" in found else None
 
 

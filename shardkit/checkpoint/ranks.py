@@ -70,10 +70,8 @@ def for_ranks(checkpoint: Checkpoint, ranks: int) -> Checkpoint:
     """
     check_ranks(checkpoint.config, ranks)
     matrices = [name for name, tensor in checkpoint.tensors.items() if len(tensor.shape) == 2]
-    with asking.asked(
-        {"question": "columns", "config": checkpoint.config or {}, "names": matrices}
-    ) as answer:
-        found = answer()
+    with asking.asked() as ask:
+        found = ask({"question": "columns", "config": checkpoint.config or {}, "names": matrices})()
     if why := found.get("why"):
         raise CheckpointError(
             f"cannot be divided among processes by transformers: {why}", file=checkpoint.source

@@ -10,8 +10,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeAlias
 
 from shardkit.base.record import listed, plural
 from shardkit.checkpoint import asking
@@ -20,6 +21,8 @@ from shardkit.checkpoint.ranks import is_for_ranks
 from shardkit.formats.names import is_of_rank
 from shardkit.formats.tensor import DTYPE_NAMES, stored_dtype
 from shardkit.load.look import config_differences
+
+_NO_CONFIG = "no config.json"
 
 
 @dataclass(frozen=True)
@@ -47,20 +50,30 @@ class ModelKeys:
         return f"{self.model} gets the same {plural(self.keys, 'key')}{neither} ({self.stack})"
 
 
+Ask: TypeAlias = Callable[[Checkpoint], Callable[[], ModelKeys]]
+
+
 @contextmanager
-def model_keys(source: Checkpoint, copy: Checkpoint) -> Iterator[Callable[[], ModelKeys]]:
-    """Begin to ask, and give a function that waits for the answer."""
-    if why := _why_not(source, copy):
-        yield lambda: _unchecked(why, source, copy)
+def model_keys(source: Checkpoint) -> Iterator[Ask]:
+    """Start whom to ask, and give a function that asks about a copy; what it returns waits for the answer."""
+    if why := _why_not(source):
+        yield lambda copy: partial(_unchecked, why, source, copy)
         return
-    job = {"question": "keys", "source": _side(source), "copy": _side(copy)}
-    with asking.asked(job, source.total_bytes + copy.total_bytes) as answer:
-        yield lambda: _model_keys(answer(), source, copy)
+    with asking.asked() as asked:
+
+        def ask(copy: Checkpoint) -> Callable[[], ModelKeys]:
+            if copy.config is None:
+                return partial(_unchecked, _NO_CONFIG, source, copy)
+            job = {"question": "keys", "source": _side(source), "copy": _side(copy)}
+            answer = asked(job, source.total_bytes + copy.total_bytes)
+            return lambda: _model_keys(answer(), source, copy)
+
+        yield ask
 
 
-def _why_not(source: Checkpoint, copy: Checkpoint) -> str:
-    if source.config is None or copy.config is None:
-        return "no config.json"
+def _why_not(source: Checkpoint) -> str:
+    if source.config is None:
+        return _NO_CONFIG
     if source.config_file != "config.json":
         return "an adapter alone is not a model"
     if not source.config.get("architectures"):

@@ -20,11 +20,11 @@ from shardkit.base.errors import CheckpointError, DestinationError, Verification
 from shardkit.base.jobs import run_all
 from shardkit.base.record import listed, plural
 from shardkit.plan.plan import Shard
+from shardkit.shard.digests import digest_range
 from shardkit.shard.relay import RelayStore, checked
 from shardkit.shard.report import Verification
 from shardkit.shard.store import Job
 from shardkit.shard.tasks import Lost, Outcome, Range, file_range
-from shardkit.shard.verify import digest_range
 from shardkit.sources.bucket import BLOCK_BYTES, BucketFiles, reaching
 from shardkit.sources.fileset import State
 

@@ -34,6 +34,7 @@ from shardkit.shard.report import ShardReport
 from shardkit.shard.side_files import write_side_files
 from shardkit.shard.store import Job, Store
 from shardkit.shard.tasks import Outcome, Task, shard_tasks, task_bytes
+from shardkit.shard.verify import head_start
 from shardkit.sources.resolve import is_address
 
 
@@ -150,8 +151,10 @@ def shard_checkpoint(
         return reshard(BucketStore(job, os.fspath(destination), resume, Path()), watch)
     if part:
         return _in_parts(job, resolve(destination), part, overwrite, resume, watch)
-    kind = FreeingStore if free_source else FolderStore
-    return reshard(kind(job, destination, overwrite, resume), watch)
+    if free_source:
+        return reshard(FreeingStore(job, destination, overwrite, resume), watch)
+    with head_start(job) as ask:
+        return reshard(FolderStore(job, destination, overwrite, resume, ask), watch)
 
 
 @resumable()
@@ -343,6 +346,5 @@ def _make(
 
 def _tasks(store: Store, shard: Shard) -> list[Task]:
     """Begin a shard in the store's folder; return what is left to do."""
-    job = store.job
-    nbytes = task_bytes(job.plan.total_bytes, job.crew)
-    return shard_tasks(shard, job.checkpoint.place, str(store.begin(shard)), store.mark, nbytes)
+    place, nbytes = store.job.checkpoint.place, task_bytes(store.job.plan.total_bytes, store.job.crew)
+    return shard_tasks(shard, place, str(store.begin(shard)), store.mark, nbytes)

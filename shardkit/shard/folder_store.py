@@ -30,6 +30,7 @@ from shardkit.base.errors import (
 )
 from shardkit.base.record import listed, plural
 from shardkit.base.sizes import format_size
+from shardkit.load.seen import Ask
 from shardkit.plan.plan import Shard
 from shardkit.shard.destination import (
     beside,
@@ -63,8 +64,15 @@ class FolderStore(Store):
 
     stage = "copy"
 
-    def __init__(self, job: Job, destination: str | os.PathLike[str], overwrite: bool, resume: bool) -> None:
-        self.destination = resolve(destination)
+    def __init__(
+        self,
+        job: Job,
+        destination: str | os.PathLike[str],
+        overwrite: bool,
+        resume: bool,
+        ask: Ask | None = None,
+    ) -> None:
+        self.destination, self._ask = resolve(destination), ask
         super().__init__(job)
         self.folder = beside(self.destination, "staging")
         self._overwrite, self._resume = overwrite, resume
@@ -188,7 +196,7 @@ class FolderStore(Store):
             raise VerificationError(
                 f"{self.destination}: not published: {listed(wrong)} not as in the source"
             )
-        found = verify_written(self.job, self.finished, self.folder)
+        found = verify_written(self.job, self.finished, self.folder, self._ask)
         if not found.equal:
             cause = "; the source or the disk has changed" if found.mismatches or found.missing else ""
             raise VerificationError(f"{self.destination}: not published: {found.why_unequal}{cause}")

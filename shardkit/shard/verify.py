@@ -9,36 +9,33 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain, starmap
 from operator import attrgetter
 from pathlib import Path
 
-import xxhash
-
 from shardkit.base import pages
 from shardkit.base.errors import CheckpointError, VerificationError
-from shardkit.base.jobs import Crew, ProgressCallback, ProgressCount, run_all, worker_count
-from shardkit.base.machine import is_here, seen
+from shardkit.base.jobs import Crew, ProgressCallback, ProgressCount, worker_count
 from shardkit.base.record import listed
 from shardkit.checkpoint.belonging import is_needed, named_files
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import read_json
 from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
 from shardkit.load.look import config_differences
-from shardkit.load.seen import model_keys
+from shardkit.load.seen import Ask, model_keys
 from shardkit.plan.plan import PlannedTensor, Shard
-from shardkit.shard.copy import cast_chunks
+from shardkit.shard.digests import digest_pairs, digest_range, digests_of
 from shardkit.shard.report import Mismatch, Verification
 from shardkit.shard.store import Job
-from shardkit.shard.tasks import Outcome, Range, Received, file_range, task_bytes, tensor_range
-from shardkit.sources.local import LocalFiles
+from shardkit.shard.tasks import Outcome, Range, Received, file_range, tensor_range, written_range
+from shardkit.sources.local import LocalFiles, WrittenFiles
 
-_BATCH_BYTES = 32 << 20
-_BATCH_TENSORS = 512
+_SOON_BYTES = 8_000_000_000  # are copied in about the time that transformers takes to start
 
 
 def verify_checkpoint(
@@ -106,10 +103,15 @@ def is_same_file(first: Path, second: Path, nbytes: int) -> bool:
 
 
 def _judged(
-    ours: Checkpoint, theirs: Checkpoint, crew: Crew, compare: Callable[[], Verification]
+    ours: Checkpoint,
+    theirs: Checkpoint,
+    crew: Crew,
+    compare: Callable[[], Verification],
+    ask: Ask | None = None,
 ) -> Verification:
-    """Ask what a model gets from both sides while tensors are compared; judge which dtype a load chooses."""
-    with model_keys(ours, theirs) as answer:
+    """Compare tensors, ask what a model gets from both sides, and judge which dtype a load chooses."""
+    with ExitStack() as stack:
+        answer = (ask or stack.enter_context(model_keys(ours)))(theirs)
         found = compare()
         ProgressCount(crew.progress, "model", 0)  # which may take longer than all the bytes
         found = replace(found, model=answer())
@@ -182,23 +184,33 @@ def _obstacle(ours: TensorInfo, theirs: TensorInfo) -> str | None:
     return None
 
 
-def verify_written(job: Job, outcomes: Mapping[str, Outcome], folder: Path) -> Verification:
+@contextmanager
+def head_start(job: Job) -> Iterator[Ask | None]:
+    """Start whom to ask what a model gets, while a copy is made that takes about as long as transformers."""
+    takes_seconds = job.plan.total_bytes <= _SOON_BYTES and not job.is_received
+    with model_keys(job.checkpoint) if job.verify and takes_seconds else nullcontext() as ask:
+        yield ask
+
+
+def verify_written(
+    job: Job, outcomes: Mapping[str, Outcome], folder: Path, ask: Ask | None = None
+) -> Verification:
     """Verify what a job has written in `folder`: against the source, or against what was received of it."""
     checkpoint, crew, copy = job.checkpoint, job.crew, _written(job, folder)
     if not job.is_read_once:
-        return _judged(checkpoint, copy, crew, partial(compare_tensors, checkpoint, copy, crew))
+        return _judged(checkpoint, copy, crew, partial(compare_tensors, checkpoint, copy, crew), ask)
 
     def compare() -> Verification:
         start = time.perf_counter()
         wrong = altered(job, outcomes, folder, "verify").values()
         differ = dict.fromkeys(chain(*wrong), "bytes: differ from what was read of the source")
         ranges = {name: tensor_range(copy.place, t, t.dtype) for name, t in copy.tensors.items()}
-        found = _digests(list(ranges.values()), crew, "verify")
+        found = digests_of([list(ranges.values())], crew, "verify")
         digests = {name: found[part] for name, part in ranges.items()}
         result = _verification(checkpoint, copy, differ, digests, start)
         return replace(result, received=job.is_received, freed=job.free_source)
 
-    return _judged(checkpoint, copy, crew, compare)
+    return _judged(checkpoint, copy, crew, compare, ask)
 
 
 def verify_headers(job: Job, folder: Path) -> Verification:
@@ -211,7 +223,9 @@ def _written(job: Job, folder: Path) -> Checkpoint:
     copy, shards = Checkpoint.open(folder), {shard.file for shard in job.plan.shards}
     if set(copy.files) != shards:  # a load would choose weights that came along
         copy = Checkpoint.open(folder / (job.plan.index_file or job.plan.shards[0].file))
-    return copy
+    there = replace(copy, place=WrittenFiles(folder))
+    there.seen.update(copy.seen)
+    return there
 
 
 def prove(job: Job, shard: Shard, folder: Path) -> tuple[Received, ...]:
@@ -276,7 +290,9 @@ def altered(
         if header != job.plan.header(shard) or (job.is_read_once and begins != ends):
             found[shard.file] = [tensor.source.name for tensor in shard.tensors]
         elif job.is_read_once:
-            checks += [(shard, file_range(path, part.nbytes, part.offset), part.digest) for part in received]
+            checks += [
+                (shard, written_range(path, part.nbytes, part.offset), part.digest) for part in received
+            ]
         else:
             checks += [
                 (shard, shard_range(folder, shard, t), tensor_range(job.checkpoint.place, t.source, t.dtype))
@@ -293,47 +309,4 @@ def altered(
 
 def shard_range(folder: Path, shard: Shard, tensor: PlannedTensor) -> Range:
     """Return the bytes of a tensor in its shard file in `folder`."""
-    return file_range(folder / shard.file, tensor.nbytes, shard.header_bytes + tensor.begin)
-
-
-def _batches(ranges: Sequence[Range], nbytes: int) -> Iterator[Sequence[Range]]:
-    """Yield what is read by one task: small tensors together, large ones alone."""
-    first = size = 0
-    for end, part in enumerate(ranges, start=1):
-        size += part.nbytes
-        if size >= nbytes or end - first >= _BATCH_TENSORS or end == len(ranges):
-            yield ranges[first:end]
-            first, size = end, 0
-
-
-def digest_pairs(pairs: Sequence[tuple[Range, Range | str]], crew: Crew, stage: str) -> list[tuple[str, str]]:
-    """Return the digests of ranges of both sides; one that is known stands for itself."""
-    seconds = [second for _, second in pairs if isinstance(second, Range)]
-    digests = _digests([*(first for first, _ in pairs), *seconds], crew, stage)
-    return [(digests[a], digests[b] if isinstance(b, Range) else b) for a, b in pairs]
-
-
-def _digests(ranges: Sequence[Range], crew: Crew, stage: str) -> dict[Range, str]:
-    total = sum(part.nbytes for part in ranges)
-    count = ProgressCount(crew.progress if ranges else None, stage, total)
-    batches = _batches(ranges, max(_BATCH_BYTES, task_bytes(total, crew)))
-    digests: dict[Range, str] = {}
-    with run_all(partial(seen, digest_ranges), batches, crew.workers, crew.executor) as results:
-        for batch, (found, who, _) in results:
-            crew.elsewhere.update({who} if not is_here(who) else ())
-            digests.update(zip(batch, found, strict=True))
-            count.add(sum(part.nbytes for part in batch))
-    return digests
-
-
-def digest_ranges(batch: Sequence[Range]) -> list[str]:
-    """Return the XXH3-128 of each range, after its cast."""
-    return [digest_range(part) for part in batch]
-
-
-def digest_range(part: Range) -> str:
-    """Return the XXH3-128 of a range, after its cast."""
-    digest = xxhash.xxh3_128()
-    for chunk, _, _ in cast_chunks(part):
-        digest.update(chunk)
-    return digest.hexdigest()
+    return written_range(folder / shard.file, tensor.nbytes, shard.header_bytes + tensor.begin)

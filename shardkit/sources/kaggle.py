@@ -12,8 +12,8 @@ from typing import Any
 from shardkit.base.errors import CheckpointError, SourceError
 from shardkit.base.extras import require
 from shardkit.formats.names import is_weights
+from shardkit.sources.fileset import Found, Needed
 from shardkit.sources.local import LocalFiles
-from shardkit.sources.resolve import Found, Needed
 
 _PART = r"(\w[\w.-]*)"
 _HANDLE = re.compile(rf"kaggle://{_PART}/{_PART}/{_PART}/{_PART}(?:/(\d+))?/?", re.ASCII | re.IGNORECASE)

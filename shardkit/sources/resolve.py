@@ -7,29 +7,18 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 from shardkit.base.errors import CheckpointError, SourceError, meant, reading
 from shardkit.base.record import as_text
 from shardkit.formats.names import is_index, is_weights
-from shardkit.sources.fileset import FileSet
+from shardkit.sources.fileset import FileSet, Found, Needed
 from shardkit.sources.local import LocalFiles
 
 _SCHEME = "hf://"
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _OF_HUB = re.compile(r"hf:/|https?://(www\.)?(huggingface\.co|hf\.co)/", re.IGNORECASE)  # or a page there
 _COMMIT = re.compile(r"hf://((?:[\w.-]+/)?[\w.-]+)@([0-9a-f]{40})")
-
-Needed: TypeAlias = Callable[[FileSet], list[str]]
-
-
-class Found(NamedTuple):
-    """The files that a source means, what to call them, and which of them is meant; None where all are."""
-
-    files: FileSet
-    source: str
-    notes: tuple[str, ...] = ()
-    chosen: str | None = None
 
 
 def resolve(
@@ -85,7 +74,7 @@ def _on_the_hub(text: str, needed_files: Needed, **how: Any) -> Found:
 
 
 def _in_a_bucket(text: str, needed_files: Needed, **how: Any) -> Found:
-    from shardkit.sources.bucket import find_in_bucket  # which makes a `Found` of this module
+    from shardkit.sources.bucket import find_in_bucket
 
     return find_in_bucket(text, needed_files, **how)
 

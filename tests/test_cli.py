@@ -20,11 +20,13 @@ from safetensors.torch import save_file
 import shardkit
 from shardkit import Checkpoint, Comparison, cli, plan_shards
 from shardkit.base.sizes import format_size
-from shardkit.cli import arguments
+from shardkit.cli import arguments, commands
+from shardkit.compare import experiment
 from shardkit.demo import make_demo_checkpoint
-from shardkit.errors import ShardkitError
+from shardkit.errors import Interrupted, ShardkitError
 from shardkit.measure.limit import why_unlimited
 from shardkit.shard.destination import default_destination
+from tests.fake_loads import fake_load
 from tests.unasked import COMMAND
 
 SHARDKIT = COMMAND
@@ -404,6 +406,31 @@ def test_module_is_the_command():
 
 
 SAID_EARLY = "shardkit: stopped before anything began\n"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_comparison_that_is_stopped_shows_and_saves_what_was_measured(
+    as_json, demo, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(experiment, "run_load", lambda source, *_, **__: fake_load(source=str(source)))
+    stop_at, result, words = [5], tmp_path / "result.json", ["--json"] * as_json
+
+    def stop(done, *_):
+        if done == stop_at[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "show_run", stop)
+    asked = ["compare", demo, demo, "--repeats", "9", *words, "--output"]
+    with pytest.raises(Interrupted, match=rf"^stopped; .*{result.name} has what was measured$"):
+        cli.run([*asked, str(result)])
+    told = capsys.readouterr().out
+    assert ("! stopped before its end" in told, "2 pairs in ABBA order" in told) == (not as_json,) * 2
+    assert len(Comparison.load(result).samples) == 3
+    stop_at[0] = 2  # of two warm-ups there is nothing to say
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        cli.run([*asked, str(tmp_path / "none.json")])
+    assert not (tmp_path / "none.json").exists()
+    assert capsys.readouterr().out == ""
 
 
 def test_interrupt_while_python_imports_is_one_line(tmp_path):

@@ -234,6 +234,8 @@ def test_weights_and_kv_cache_fit_what_cuda_leaves_of_a_gpu():
     exact, over = (on_gpus(sizes(cache_bytes=t4 - 14 * GB + more))["Colab T4"] for more in (0, 1))
     assert exact == ("fits", "14.8 GB of 14.8 GB, in float16", "")  # a T4 does not compute in bfloat16
     assert over[0] == "does not fit"
+    tight = on_gpus(sizes(loaded_bytes=t4 - 500_000_000))["Colab T4"]
+    assert tight == ("fits", "14.3 GB of 14.8 GB, in float16; 500 MB left for KV cache", "")
     assert on_gpus(sizes())["Colab L4 (paid)"] == ("fits", "14 GB of 22.8 GB, in bfloat16", "")
     # Each block is on one GPU: of two, one may be left with nearly as much as a block takes.
     two = 2 * t4 - GB

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from shardkit import Checkpoint, compare_loads, load_model, plan_shards, shard_checkpoint
+from shardkit import (
+    Checkpoint,
+    compare_loads,
+    load_model,
+    minimum_memory,
+    plan_shards,
+    push_checkpoint,
+    shard_checkpoint,
+)
 from shardkit.errors import CheckpointError, PlanError
 from shardkit.formats.gguf import BLOCK_BITS
 from tests.loopback_hub import LoopbackHub
@@ -129,6 +137,8 @@ def test_estimate_is_what_a_load_takes(kind: Type, dtype: str, tmp_path: Path) -
         lambda path: shard_checkpoint(path, path.parent / "out"),
         lambda path: load_model(path.parent),
         lambda path: compare_loads(path, path.parent),
+        minimum_memory,
+        lambda path: push_checkpoint(path.parent, "me/model"),
     ],
 )
 def test_what_needs_other_weights_refuses_it(use: Callable[[Path], object], llama: Path) -> None:

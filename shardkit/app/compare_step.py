@@ -121,7 +121,7 @@ class Compare(Step):
         """Say as well what would be compared, and how long that takes."""
         super().show(working=working, busy=busy, is_next=is_next)
         self._long.layout.display = "none" if working else None  # the bar has the time left
-        found = self._shard.found
+        found = self._shard.found if self.comparison is None else ""
         self._lies.value = page.warning(f"{found}: this is what would be compared.") if found else ""
         self._say_how_long()
 

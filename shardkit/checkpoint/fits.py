@@ -31,6 +31,7 @@ from shardkit.checkpoint.quantized import Packing
 # Of each GPU, what CUDA and torch's kernels take before any weight: as the documentation of transformers
 # measures it (1,343 MB; https://huggingface.co/docs/transformers/v4.49.0/model_memory_anatomy).
 CUDA_BYTES = 1_343_000_000
+_TIGHT = 0.05  # a share of a GPU that longer prompts may take
 # From which compute capability GPUs calculate in bfloat16: earlier ones emulate it.
 _BFLOAT16 = 8.0
 _HALVED = {"float64": "float32", "float32": "float16"}
@@ -159,6 +160,8 @@ def _fit_gpus(name: str, found: Gpus, sizes: Sizes, memory: int | None) -> HostF
     need = (sizes.packed_bytes if is_packed else sizes.loaded_bytes) + sizes.cache_bytes
     dtype = "float16" if sizes.dtype == "bfloat16" and found.capability < _BFLOAT16 else sizes.dtype
     words = f"{format_size(need)} of {format_size(max(0, usable))}" + f", in {dtype}" * bool(dtype)
+    if 0 <= usable - need < _TIGHT * usable and not sizes.cache_bytes:
+        words += f"; {format_size(usable - need)} left for KV cache"
     total = found.count * found.memory_bytes
     made = HostFit(name, total, "fits", words, needed_bytes=need, usable_bytes=max(0, usable))
     if need <= usable:

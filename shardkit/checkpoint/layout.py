@@ -188,7 +188,7 @@ def _choose_only_candidate(files: FileSet) -> str:
     hint = f"; its folders {folders} do: give the path of one" if inside else ""
     if any(name.endswith(".distcp") for name in names):
         hint = f"; {_DISTCP}"
-    raise CheckpointError(f"contains no weights (no .safetensors, no .bin){hint}", file=files.name)
+    raise CheckpointError(f"contains no weights (no .safetensors, .bin or .gguf){hint}", file=files.name)
 
 
 def _by_number(files: FileSet, chosen: str) -> Weights:

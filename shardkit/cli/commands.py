@@ -40,7 +40,7 @@ from shardkit.cli.arguments import (
     without,
     wrong_usage,
 )
-from shardkit.cli.terminal import LimitedRuns, next_step, progress_bar, say, show, show_run
+from shardkit.cli.terminal import LimitedRuns, in_part, next_step, progress_bar, say, show, show_run
 from shardkit.formats.tensor import CAST_DTYPES, Dtype, LoadDtype
 from shardkit.measure.samples import AUTO
 from shardkit.measure.spec import CACHES
@@ -278,7 +278,7 @@ def compare(
     elif any(budget.values()):
         wrong_usage("compare", "--most and --most-seconds only apply to --repeats auto")
     _require_writable(output, plot)
-    with progress_bar() as bar:
+    with in_part(output, as_json) as keep, progress_bar() as bar:
         found = shardkit.compare_loads(
             original,
             sharded,
@@ -287,6 +287,7 @@ def compare(
             others={"prefetched": {"prefetch": True}} if prefetch else None,
             options=_load_options(trust_remote_code),
             progress=bar if sys.stderr.isatty() else show_run,
+            on_sample=keep,
         )
     show(found, as_json=as_json)
     if output is not None:

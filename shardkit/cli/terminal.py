@@ -9,10 +9,17 @@ import shlex
 import shutil
 import sys
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TextIO
 
-from shardkit.base.record import Record, Summary, printable
+from shardkit.base.errors import Interrupted
+from shardkit.base.record import Record, Summary, printable, shown_path
 from shardkit.base.sizes import format_size
+from shardkit.compare.comparison import Comparison
 from shardkit.compare.fit import LimitedRun, loads_left
 from shardkit.measure.quantities import format_seconds
 from shardkit.show.progress import ProgressBar
@@ -107,6 +114,25 @@ def progress_bar() -> ProgressBar:
     """Return a bar that is there in a terminal only."""
     columns, lines = shutil.get_terminal_size()  # the usual, where a terminal says that it has none
     return ProgressBar(disable=not sys.stderr.isatty(), ncols=min(columns, 100), nrows=lines)
+
+
+@contextmanager
+def in_part(output: Path | None, as_json: bool) -> Iterator[Callable[[Comparison], None]]:
+    """Give a function that keeps what was measured; of a comparison that is stopped, show and save that."""
+    last: deque[Comparison] = deque(maxlen=1)
+    try:
+        yield last.append
+    except KeyboardInterrupt as error:
+        found = next(iter(last), None)
+        if found is None or len(found.samples) < len(found.variants):
+            raise
+        if output is not None:
+            found.save(output)
+        if not as_json:
+            show(replace(found, notes=(*found.notes, "stopped before its end")), as_json=False)
+            sys.stdout.flush()
+        kept = f"; {shown_path(str(output))} has what was measured" * (output is not None)
+        raise Interrupted(f"stopped{kept}") from error
 
 
 def show_run(done: int, total: int, label: str) -> None:

@@ -13,6 +13,7 @@ from shardkit.base.machine import usable_memory
 from shardkit.base.record import Record, Summary, Table, plural, shown_path
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
+from shardkit.checkpoint.scan import refuse_gguf
 from shardkit.formats.tensor import LoadDtypeLike
 from shardkit.measure.launch import run_load
 from shardkit.measure.limit import why_unlimited
@@ -161,9 +162,10 @@ def minimum_memory(
     True
     """
     check({"tolerance": tolerance}, {"tolerance": share(_TOO_FINE, 1)})
-    source = os.fspath(source)
+    source, checkpoint = os.fspath(source), Checkpoint.open(source)
     spec = LoadSpec(dtype, python=python, options=options or {}, loader=loader)
-    predicted = Checkpoint.open(source).estimate(spec.dtype).peak_anonymous_bytes
+    refuse_gguf(checkpoint.format, checkpoint.source)
+    predicted = checkpoint.estimate(spec.dtype).peak_anonymous_bytes
     if why := why_unlimited():
         raise MeasurementError(
             f"no memory limit can be set here: {why}; from the headers, loading {source} takes about "
@@ -187,8 +189,7 @@ def minimum_memory(
     most = 2 * (usable_memory() or _FAR * predicted)
     if (odd := _search(run, runs, predicted, tolerance, most)) is not None:
         raise MeasurementError(
-            f"no smallest memory limit for {source}: with a limit of {format_size(odd.limit_bytes)} "
-            f"the load still ended as {odd.end}"
+            f"no smallest memory limit for {source}: within {format_size(odd.limit_bytes)}, it ended as {odd.end}"
         )
     (load_failed, load), (token_failed, token) = (_bracket(runs, goal) for goal in _GOALS)
     return MemoryFloor(

@@ -17,6 +17,7 @@ from shardkit.checkpoint.belonging import needed_files
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import CONFIG_FILES
 from shardkit.checkpoint.ranks import is_for_ranks
+from shardkit.checkpoint.scan import refuse_gguf
 from shardkit.shard.hub_target import GIT_BYTES, Target, described, is_same
 from shardkit.shard.model_card import CARD, model_card, own_readme
 from shardkit.shard.report import ShardReport
@@ -130,6 +131,7 @@ def _open(folder: str) -> Checkpoint:
     if not os.path.isdir(os.path.expanduser(folder)):
         raise CheckpointError("is not a local folder", file=folder)
     checkpoint = Checkpoint.open(folder)
+    refuse_gguf(checkpoint.format, checkpoint.source)
     if checkpoint.format == "pickle":
         raise CheckpointError(
             "contains pickles: shard it first to convert them to safetensors", file=checkpoint.source

@@ -24,8 +24,9 @@ from shardkit.cli import arguments, commands
 from shardkit.compare import experiment
 from shardkit.demo import make_demo_checkpoint
 from shardkit.errors import Interrupted, ShardkitError
+from shardkit.load import generate as generating
 from shardkit.measure.limit import why_unlimited
-from shardkit.shard.destination import default_destination
+from shardkit.shard.destination import default_destination, leftovers
 from tests.fake_loads import fake_load
 from tests.unasked import COMMAND
 
@@ -150,12 +151,14 @@ def test_a_difference_is_exit_status_one_and_names_the_tensor(demo, tmp_path):
     done = run("verify", demo, target)
     assert done.returncode == 1
     assert "lm_head.weight" in done.stdout
+    assert json.loads(run("verify", demo, target, "--json").stdout)["equal"] is False
+    assert json.loads(run("verify", demo, demo, "--json").stdout)["equal"] is True
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stderr.endswith("do not use it: shard the source again, with --overwrite\n")
     other = make_demo_checkpoint(tmp_path / "other", size="30MB").source
     done = run("verify", demo, other)
     assert done.returncode == 1
-    assert done.stderr.endswith(f"{other} may be of another model; overwrite nothing before that is clear\n")
+    assert done.stderr.endswith(f"{other} may be of another model; find out before you overwrite anything\n")
 
 
 WRONG = {
@@ -431,6 +434,35 @@ def test_comparison_that_is_stopped_shows_and_saves_what_was_measured(
         cli.run([*asked, str(tmp_path / "none.json")])
     assert not (tmp_path / "none.json").exists()
     assert capsys.readouterr().out == ""
+
+
+def test_text_that_is_stopped_keeps_its_last_line(demo, monkeypatch, capsys):
+    def speak(*_, on_text, **__):
+        on_text("once upon")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generating, "generate_text", speak)
+    with pytest.raises(Interrupted, match=r"^stopped$"):
+        cli.run(["generate", demo, "--prompt", "x"])
+    assert capsys.readouterr().out == "once upon\n"
+
+
+def test_page_of_the_hub_is_no_folder_that_a_run_may_have_left():
+    assert leftovers("https://huggingface.co/org/name/tree/main") == []
+    asked = run("inspect", "https://huggingface.co/org/name", env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert asked.stderr.startswith("shardkit: hf://org/name@main is not in the local cache"), asked.stderr
+
+
+def test_empty_name_is_no_source(demo):
+    asked = run("inspect", "", cwd=demo)
+    assert (asked.returncode, asked.stderr.count("\n")) == (2, 1)
+    assert "an empty name is no checkpoint" in asked.stderr
+
+
+def test_budget_leads_to_text(demo):
+    assert run("inspect", demo, "--max-memory", "2GB").stdout.endswith(
+        f"\nnext: shardkit generate {demo} --prompt ... --max-memory 2GB\n"
+    )
 
 
 def test_interrupt_while_python_imports_is_one_line(tmp_path):

@@ -538,6 +538,18 @@ class TestKeeping:
         with pytest.raises(ShardkitError):
             Comparison.load(tmp_path / "result.json")
 
+    @pytest.mark.parametrize("figure", [-1, 1e308, 10**400, "NaN", "Infinity"])
+    @pytest.mark.parametrize("name", ["wall_seconds", "peak_total_bytes"])
+    def test_figures_that_make_no_sense_are_refused(self, tmp_path, name, figure):
+        fake_comparison(repeats=2).save(tmp_path / "result.json")
+        saved, count = re.subn(
+            rf'("{name}": )[\d.]+', rf"\g<1>{figure}", (tmp_path / "result.json").read_text()
+        )
+        assert count > 3
+        (tmp_path / "result.json").write_text(saved)
+        with pytest.raises(ShardkitError, match=r"result\.json: .*(make no sense|not readable)"):
+            Comparison.load(tmp_path / "result.json")
+
     def test_frame_has_a_row_for_each_raw_sample(self):
         comparison = fake_comparison(repeats=4)
         frame = comparison.to_frame()

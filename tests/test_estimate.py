@@ -629,7 +629,7 @@ def test_a_budget_that_is_too_small_names_the_smallest_that_is_not(model):
     small, enough = (model.estimate(max_memory=least - less).within for less in (1, 0))
     assert small.plan is None
     told = str(model.estimate(max_memory=least - 1))
-    assert f"needs at least {-(-least // 10**6):,} MB ({least:,} bytes)" in told
+    assert f"needs at least {-(-(least + 10**6) // 10**6):,} MB ({least:,} bytes)" in told
     assert (
         f"without max_memory it loads in about {format_size(model.estimate().peak_anonymous_bytes)}" in told
     )

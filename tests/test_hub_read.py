@@ -47,7 +47,7 @@ from shardkit.errors import (
 )
 from shardkit.sources import hub as remote
 from shardkit.sources import hub_client as access
-from shardkit.sources.hub_cache import must_stream
+from shardkit.sources.hub_cache import must_stream, parse_id
 from tests.hub_store import Blob
 from tests.loopback_hub import TOKEN, LoopbackHub
 from tests.support import read_checkpoint
@@ -132,6 +132,8 @@ class TestLooking:
         for page in ("", "/", "/tree/main", f"/tree/{sha}", "/blob/main/model.safetensors", "?library=x#top"):
             for host in ("https://huggingface.co", "hf.co", "http://www.huggingface.co"):
                 assert Checkpoint.open(f"{host}/{ID}{page}").source == f"hf://{ID}@{sha}"
+        assert str(parse_id("https://huggingface.co/gpt2/tree/main")) == "hf://gpt2@main"
+        assert str(parse_id("hf.co/gpt2")) == "hf://gpt2@main"
         for other in ("/discussions", "/tree", "/x/y/z"):
             with pytest.raises(CheckpointError, match="not a Hub id"):
                 Checkpoint.open(f"https://huggingface.co/{ID}{other}")
@@ -326,7 +328,7 @@ class TestLooking:
             shard_checkpoint(ID, tmp_path / "out", stream=True)
         assert hub.sent(STORAGE) < 300_000
         with monkeypatch.context() as patched:
-            patched.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+            patched.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(total=10**12, free=1000))
             with pytest.raises(SpaceError, match=r"move the cache \(HF_HOME\)$"):
                 shard_checkpoint(ID, tmp_path / "out")
         shard_checkpoint(ID, tmp_path / "out")
@@ -611,7 +613,9 @@ class TestDownload:
     def test_disk_that_is_too_small_is_told_before_the_download(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1_000_000))
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda _: types.SimpleNamespace(total=10**12, free=1_000_000)
+        )
         with pytest.raises(SpaceError, match=r"4,\d{3},\d{3} bytes .*1,000,000 .*stream=True"):
             Checkpoint.open(ID, download=True)
         assert "model.safetensors" not in in_cache()
@@ -737,7 +741,9 @@ class TestStreaming:
     @pytest.mark.usefixtures("sha")
     def test_disk_decides_where_nobody_does(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         free = {"bytes": 6_000_000}
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free["bytes"]))
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda _: types.SimpleNamespace(total=10**12, free=free["bytes"])
+        )
         shard_checkpoint(ID, tmp_path / "small")
         assert "model.safetensors" not in in_cache()
         free["bytes"] = 20_000_000

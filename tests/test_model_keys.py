@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from shardkit.errors import Cancelled, VerificationError
 from shardkit.load import seen
 from shardkit.load.seen import ModelKeys
 from shardkit.shard import verify
+from tests.fake_loads import gone
 from tests.loopback_hub import LoopbackHub
 from tests.support import file_bytes
 from tests.test_checkpoint import CONFIG, WEIGHTS, put
@@ -150,6 +152,19 @@ def test_process_is_started_before_a_short_copy_and_after_a_long_one(
     events.clear()
     shard_checkpoint(source, tmp_path / "unverified", verify=False)
     assert events == []
+
+
+@pytest.mark.asks_a_process
+def test_process_ends_with_whoever_was_to_ask_it() -> None:
+    words = """
+import os, psutil, signal
+from shardkit.checkpoint.asking import asked
+with asked():
+    print(psutil.Process().children()[0].pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=False)
+    assert gone(int(killed.stdout), 3)
 
 
 @pytest.mark.asks_a_process

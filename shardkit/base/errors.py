@@ -68,7 +68,14 @@ class DownloadNeededError(CheckpointError):
     """A model on the Hub cannot be streamed: a large tensor of it is not contiguous, so download it first."""
 
 
-class SizeError(ShardkitError, ValueError):
+class InOneLine:
+    """An error that a notebook shows in one line: in frames whoever caused it would have to look for it."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
+class SizeError(InOneLine, ShardkitError, ValueError):
     """A size such as ``max_shard_size`` could not be understood."""
 
 
@@ -94,13 +101,6 @@ class SpaceError(DestinationError):
 
 class VerificationError(ShardkitError):
     """The copy does not have the same tensors as its source."""
-
-
-class InOneLine:
-    """An error that a notebook shows in one line: in frames whoever caused it would have to look for it."""
-
-    def _render_traceback_(self) -> list[str]:
-        return [f"{type(self).__name__}: {self}"]
 
 
 class Cancelled(InOneLine, ShardkitError):  # noqa: N818  the user asked for it: no error

@@ -18,6 +18,7 @@ from shardkit.checkpoint.residence import Residence, choose_residence, smallest_
 CONTEXT_TOKENS = 1024  # unless another context is requested
 # For pages of libraries that every pass touches, page tables, and what a first pass allocates once.
 HEADROOM_BYTES = 64_000_000
+_GROWTH_BYTES = 1_000_000  # at most of a process, from one load that is refused to the next
 # What is cast or put together goes through memory of this size.
 STEP_BYTES = 8 << 20
 # Activations of a token in a pass, at most: so many vectors of the hidden size, and of the MLP's.
@@ -190,8 +191,8 @@ def plan_memory(
         )
         raise PlanError(
             f"max_memory of {format_size(work.max_memory)} is too small: {source} needs at least "
-            f"{-(-smallest // 10**6):,} MB ({smallest:,} bytes); Python and its libraries, KV cache and "
-            f"activations (context of {work.tokens}) take {format_size(sum(needs))}"
+            f"{-(-(smallest + _GROWTH_BYTES) // 10**6):,} MB ({smallest:,} bytes); Python and its libraries, "
+            f"KV cache and activations (context of {work.tokens}) take {format_size(sum(needs))}"
             f"{plain if plain_bytes < smallest else ''}"
         )
     read = sum(unit.read_bytes for unit, stays in zip(units, chosen.stays, strict=True) if not stays)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from shardkit.cli.arguments import (
     without,
     wrong_usage,
 )
-from shardkit.cli.terminal import LimitedRuns, in_part, next_step, progress_bar, say, show, show_run
+from shardkit.cli.terminal import LimitedRuns, in_part, next_step, progress_bar, say, show, show_run, typed
 from shardkit.formats.tensor import CAST_DTYPES, Dtype, LoadDtype
 from shardkit.measure.samples import AUTO
 from shardkit.measure.spec import CACHES
@@ -76,6 +75,8 @@ def inspect(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) -
     checkpoint = shardkit.Checkpoint.open(source)
     estimate = checkpoint.estimate(dtype, **asked)
     following = next_step("plan", source, dtype=dtype if dtype in CAST_DTYPES else None)
+    if budget := asked["max_memory"]:
+        following = next_step("generate", source, "--prompt", "...", "--max-memory", budget, dtype=dtype)
     following *= checkpoint.format != GGUF
     more = {"estimate": estimate.to_dict(), "leftovers": left}
     show(checkpoint, estimate, as_json=as_json, following=following, **more)
@@ -197,14 +198,14 @@ def verify(source: str, destination: str, workers: int | None, executor: str | N
     """Compare the tensors of two checkpoints, however they are sharded; after a cast, source first."""
     with executor_at(executor) as crew, progress_bar() as bar:
         found = shardkit.verify_checkpoint(source, destination, workers=workers, executor=crew, progress=bar)
-    show(found, as_json=as_json)
+    show(found, as_json=as_json, equal=found.equal)
     if not found.equal:
         what_next = "do not use it: shard the source again, with --overwrite"
         if found.is_perhaps_another or found.is_perhaps_swapped:
             swapped = f"if {destination} is what was cast, give it first"
             another = f"{destination} may be of another model"
             what_next = (
-                f"{another if found.is_perhaps_another else swapped}; overwrite nothing before that is clear"
+                f"{another if found.is_perhaps_another else swapped}; find out before you overwrite anything"
             )
         raise ShardkitError(f"{destination} does not match {source}: {found.why_unequal}; {what_next}")
 
@@ -329,12 +330,11 @@ def generate(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) 
     """Continue a prompt, token by token, with a model that may be larger than its memory."""
     from shardkit.load.generate import generate_text
 
-    on_text = None if as_json else partial(print, end="", flush=True)
-    found = generate_text(source, dtype=dtype or "auto", on_text=on_text, **asked)
+    with typed(as_json) as on_text:
+        found = generate_text(source, dtype=dtype or "auto", on_text=on_text, **asked)
     if as_json:
         show(found, as_json=True)
     else:
-        print()
         say(found.status)
 
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -133,6 +134,20 @@ def in_part(output: Path | None, as_json: bool) -> Iterator[Callable[[Comparison
             sys.stdout.flush()
         kept = f"; {shown_path(str(output))} has what was measured" * (output is not None)
         raise Interrupted(f"stopped{kept}") from error
+
+
+@contextmanager
+def typed(as_json: bool) -> Iterator[Callable[[str], None] | None]:
+    """Give what prints text piece by piece; what follows begins a line, also where Ctrl-C ends it."""
+    if as_json:
+        yield None
+        return
+    try:
+        yield partial(print, end="", flush=True)
+    except KeyboardInterrupt as error:
+        print(flush=True)
+        raise Interrupted("stopped") from error
+    print()
 
 
 def show_run(done: int, total: int, label: str) -> None:

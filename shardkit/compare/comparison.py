@@ -210,9 +210,13 @@ class Comparison(Samples, Record):
         except (OSError, ValueError, RecursionError) as error:
             raise MeasurementError(f"{os.fspath(path)} cannot be read as a comparison: {error}") from error
         try:
-            return cls.from_dict(data if isinstance(data, dict) else {})
+            found = cls.from_dict(data if isinstance(data, dict) else {})
+            found.summary()
         except ShardkitError as error:
             raise ShardkitError(f"{os.fspath(path)}: {error}") from None
+        except (ArithmeticError, AttributeError, ValueError) as error:
+            raise ShardkitError(f"{os.fspath(path)}: its figures make no sense: {error}") from None
+        return found
 
     def to_html(self) -> str:
         """Return one HTML page with figures, pictures and raw data that needs no other file, to share."""

@@ -189,7 +189,7 @@ def minimum_memory(
     most = 2 * (usable_memory() or _FAR * predicted)
     if (odd := _search(run, runs, predicted, tolerance, most)) is not None:
         raise MeasurementError(
-            f"no smallest memory limit for {source}: within {format_size(odd.limit_bytes)}, it ended as {odd.end}"
+            f"no smallest memory limit for {source}: in {format_size(odd.limit_bytes)} it ended as {odd.end}"
         )
     (load_failed, load), (token_failed, token) = (_bracket(runs, goal) for goal in _GOALS)
     return MemoryFloor(

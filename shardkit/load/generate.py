@@ -140,7 +140,8 @@ def _tokenizer(checkpoint: Checkpoint) -> Any:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"has no tokenizer that can be loaded: {why}", file=checkpoint.source
+            f"has no tokenizer that can be loaded (tokenizer.json, tokenizer.model, ...): {why}",
+            file=checkpoint.source,
         ) from error
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -252,13 +253,24 @@ def _limit_memory(nbytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (nbytes, nbytes))
 
 
+def _read_job(asked: list[str]) -> None:
+    """Read a job; whoever was to ask and was killed leaves an end without one, also during the import."""
+    asked.append(sys.stdin.read())
+    if not asked[0]:
+        os._exit(1)
+
+
 def main() -> None:
     """Read a job from standard input, and write the answer to standard output."""
     out = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no part of it
+    asked: list[str] = []
+    reading = threading.Thread(target=_read_job, args=(asked,), daemon=True)
+    reading.start()
     with suppress(ImportError):  # then the answer is that
         from transformers import PreTrainedModel  # noqa: F401  and torch with it, while bytes are compared
-    job = json.load(sys.stdin)
+    reading.join()
+    job = json.loads(asked[0])
     _limit_memory(job["memory_bytes"])
     found = answer(job)
     with os.fdopen(out, "w", encoding="utf-8") as pipe:

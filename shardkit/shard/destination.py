@@ -28,7 +28,7 @@ from shardkit.base.errors import DestinationError, InUseError, SourceError
 from shardkit.base.record import listed
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.names import is_index, is_weights
-from shardkit.sources.resolve import is_address, is_on_hub
+from shardkit.sources.resolve import is_on_hub
 
 _LOCK_SECONDS = 2.0
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -179,7 +179,7 @@ def clear_after_end(target: Path) -> None:
 
 def leftovers(destination: str | os.PathLike[str]) -> list[Path]:
     """Return what interrupted runs have left beside a destination; nothing while one is running."""
-    if is_on_hub(destination) or is_address(destination):
+    if is_on_hub(destination) or "://" in os.fspath(destination):
         return []
     target = resolve(destination)
     found = _all_beside(target)
@@ -280,9 +280,10 @@ def put_in_place(new: Path, target: Path, overwrite: bool) -> None:
 def free_bytes(path: str | os.PathLike[str]) -> int:
     """Return how many bytes are free on the disk of a path; no end of them where the system does not say."""
     try:
-        return shutil.disk_usage(path).free
+        usage = shutil.disk_usage(path)
     except AttributeError:
         return sys.maxsize
+    return usage.free if usage.total else sys.maxsize
 
 
 def sync(path: Path) -> None:

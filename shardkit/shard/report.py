@@ -230,7 +230,7 @@ class ShardReport(Record):
             ("destination", shown_path(self.destination)),
             ("written", f"{format_size(self.nbytes)} in {plural(len(self.files), 'file')}"),
             ("dtype", f"cast to {self.dtype}" if self.dtype else "as in the source"),
-            ("write time", f"{self.copy_seconds:.2f} s{rate}"),
+            ("write time", f"{self.copy_seconds:.2f} s{rate}; {self.seconds:.2f} s in all"),
             ("memory", self._memory()),
             ("verified", self._verified()),
             ("also copied", self._also_copied()),

@@ -31,7 +31,7 @@ _ID = re.compile(rf"(?:hf://)?({_NAME}/{_NAME}|(?<=hf://){_NAME})(?:@(.+))?", re
 _SHA = re.compile(r"[0-9a-f]{40}")
 # The address of a model's page, or of a folder or file in it, as people copy it from a browser.
 _PAGE = re.compile(
-    rf"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/({_NAME}/{_NAME})"
+    rf"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/({_NAME}/{_NAME}|{_NAME})"
     r"(?:/(?:tree|blob|resolve|commit)/([^/?#]+)(?:/([^?#]*))?)?/?(?:[?#].*)?",
     re.ASCII,
 )

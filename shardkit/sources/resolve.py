@@ -32,7 +32,7 @@ def resolve(
     """Return what a source means: a folder or file here comes first, then an address, then the Hub."""
     text = os.fspath(source)
     if not text:
-        raise SourceError("an empty name is no checkpoint: give the path of one, or the id of a model on the Hub")
+        raise SourceError("an empty name is no checkpoint: give the path of one, or an id on the Hub")
     path = Path(os.path.abspath(os.path.expanduser(text)))
     if revision is not None and os.path.exists(path):
         raise CheckpointError(

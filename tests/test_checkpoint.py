@@ -427,7 +427,7 @@ def test_source_that_is_not_there_is_named(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"not a local folder or file|contains no weights"):
+    with pytest.raises(CheckpointError, match=r"not a local folder or file|an empty name is no checkpoint"):
         Checkpoint.open(source)
 
 

@@ -538,7 +538,7 @@ class TestKeeping:
         with pytest.raises(ShardkitError):
             Comparison.load(tmp_path / "result.json")
 
-    @pytest.mark.parametrize("figure", [-1, 1e308, 10**400, "NaN", "Infinity"])
+    @pytest.mark.parametrize("figure", [-1, 10**400, "NaN", "Infinity"])
     @pytest.mark.parametrize("name", ["wall_seconds", "peak_total_bytes"])
     def test_figures_that_make_no_sense_are_refused(self, tmp_path, name, figure):
         fake_comparison(repeats=2).save(tmp_path / "result.json")

@@ -133,7 +133,7 @@ class TestLooking:
             for host in ("https://huggingface.co", "hf.co", "http://www.huggingface.co"):
                 assert Checkpoint.open(f"{host}/{ID}{page}").source == f"hf://{ID}@{sha}"
         assert str(parse_id("https://huggingface.co/gpt2/tree/main")) == "hf://gpt2@main"
-        assert str(parse_id("hf.co/gpt2")) == "hf://gpt2@main"
+        assert str(parse_id("https://hf.co/gpt2")) == "hf://gpt2@main"
         for other in ("/discussions", "/tree", "/x/y/z"):
             with pytest.raises(CheckpointError, match="not a Hub id"):
                 Checkpoint.open(f"https://huggingface.co/{ID}{other}")

@@ -22,7 +22,7 @@ from tests.support import FreshFolder, Tensor, Tensors, read_checkpoint, read_fi
 
 # One of two ranks, which saves tensors cut in all ways, and what they are when complete.
 RANK = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -53,6 +53,7 @@ checkpoint.save(state | {"scalar": full["scalar"]}, storage_writer=writer)
 if rank == 0:
     save_file(full, f"{folder}/full.safetensors")
 dist.destroy_process_group()
+os._exit(0)  # a thread of torch's may not have ended, and Python's own end would be an abort
 """
 
 

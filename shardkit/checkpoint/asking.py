@@ -44,24 +44,27 @@ def asked() -> Iterator[Callable[..., Callable[[], dict[str, Any]]]]:
         env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, filter(None, sys.path)))},
     )
 
-    def answer(job: dict[str, Any]) -> dict[str, Any]:
-        try:
-            said, _ = process.communicate(json.dumps(job).encode(), timeout=_SECONDS)
-            found: dict[str, Any] = json.loads(said)
-        except subprocess.TimeoutExpired:
-            return {"why": f"transformers gave no answer within {_SECONDS:.0f} s"}
-        except ValueError:
-            return {"why": f"the process that asks transformers ended with status {process.wait()}"}
-        return found
-
     def ask(job: dict[str, Any], mapped_bytes: int = 0) -> Callable[[], dict[str, Any]]:
-        return thread.submit(answer, {**job, "memory_bytes": _MEMORY_BYTES + mapped_bytes}).result
+        limited = {**job, "memory_bytes": _MEMORY_BYTES + mapped_bytes}
+        future = thread.submit(process.communicate, json.dumps(limited).encode())
+
+        def answer() -> dict[str, Any]:
+            try:
+                found: dict[str, Any] = json.loads(future.result(_SECONDS)[0])
+            except TimeoutError:
+                return {"why": f"transformers gave no answer within {_SECONDS:.0f} s"}
+            except ValueError:
+                return {"why": f"the process that asks transformers ended with status {process.wait()}"}
+            return found
+
+        return answer
 
     with ThreadPoolExecutor(1, thread_name_prefix="shardkit-asking") as thread:
         try:
             yield ask
         finally:
-            process.kill()  # which ends the thread's waiting, too
+            if process.poll() is None:
+                process.kill()  # which ends the thread's waiting, too
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:

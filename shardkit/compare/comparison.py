@@ -211,7 +211,7 @@ class Comparison(Samples, Record):
             raise MeasurementError(f"{os.fspath(path)} cannot be read as a comparison: {error}") from error
         try:
             found = cls.from_dict(data if isinstance(data, dict) else {})
-            found.summary()
+            str(found)
         except ShardkitError as error:
             raise ShardkitError(f"{os.fspath(path)}: {error}") from None
         except (ArithmeticError, AttributeError, ValueError) as error:

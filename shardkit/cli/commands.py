@@ -76,7 +76,7 @@ def inspect(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) -
     estimate = checkpoint.estimate(dtype, **asked)
     following = next_step("plan", source, dtype=dtype if dtype in CAST_DTYPES else None)
     if budget := asked["max_memory"]:
-        following = next_step("generate", source, "--prompt", "...", "--max-memory", budget, dtype=dtype)
+        following = next_step("generate", source, prompt="...", max_memory=budget, dtype=dtype)
     following *= checkpoint.format != GGUF
     more = {"estimate": estimate.to_dict(), "leftovers": left}
     show(checkpoint, estimate, as_json=as_json, following=following, **more)

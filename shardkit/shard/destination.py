@@ -28,7 +28,7 @@ from shardkit.base.errors import DestinationError, InUseError, SourceError
 from shardkit.base.record import listed
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.names import is_index, is_weights
-from shardkit.sources.resolve import is_on_hub
+from shardkit.sources.resolve import is_elsewhere
 
 _LOCK_SECONDS = 2.0
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -40,7 +40,7 @@ warnings.filterwarnings("ignore", "flock not supported", UserWarning)  # its oth
 def resolve(destination: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a destination, links followed; refuse one on the Hub."""
     name = os.fspath(destination)
-    if is_on_hub(name) or "://" in name:
+    if is_elsewhere(name):
         raise DestinationError(
             f"{name} is not a local folder: use shard_on_hub, or shard to a folder and push it"
         )
@@ -179,7 +179,7 @@ def clear_after_end(target: Path) -> None:
 
 def leftovers(destination: str | os.PathLike[str]) -> list[Path]:
     """Return what interrupted runs have left beside a destination; nothing while one is running."""
-    if is_on_hub(destination) or "://" in os.fspath(destination):
+    if is_elsewhere(destination):
         return []
     target = resolve(destination)
     found = _all_beside(target)

@@ -21,7 +21,7 @@ from shardkit.formats.tensor import TensorInfo
 from shardkit.plan.plan import Shard
 from shardkit.shard.mark import Mark
 from shardkit.sources.fileset import FileSet
-from shardkit.sources.local import LocalFiles, WrittenFiles
+from shardkit.sources.local import LocalFiles
 
 TASK_BYTES = 16 << 20  # small enough to stop within a second, whatever the disk
 _LARGEST_TASK = 16 * TASK_BYTES
@@ -195,8 +195,3 @@ def cut(whole: Range, nbytes: int = 0) -> Iterator[Range]:
 def file_range(path: Path, nbytes: int, offset: int = 0) -> Range:
     """Return bytes of a file on this machine, to be taken as they are."""
     return Range(LocalFiles(path.parent), path.name, offset, nbytes, 0, "", "U8", "U8")
-
-
-def written_range(path: Path, nbytes: int, offset: int) -> Range:
-    """Return bytes of a file on this machine as its disk has them."""
-    return replace(file_range(path, nbytes, offset), files=WrittenFiles(path.parent))

@@ -32,7 +32,7 @@ from shardkit.plan.plan import PlannedTensor, Shard
 from shardkit.shard.digests import digest_pairs, digest_range, digests_of
 from shardkit.shard.report import Mismatch, Verification
 from shardkit.shard.store import Job
-from shardkit.shard.tasks import Outcome, Range, Received, file_range, tensor_range, written_range
+from shardkit.shard.tasks import Outcome, Range, Received, file_range, tensor_range
 from shardkit.sources.local import LocalFiles, WrittenFiles
 
 _SOON_BYTES = 8_000_000_000  # are copied in about the time that transformers takes to start
@@ -198,7 +198,9 @@ def verify_written(
     """Verify what a job has written in `folder`: against the source, or against what was received of it."""
     checkpoint, crew, copy = job.checkpoint, job.crew, _written(job, folder)
     if not job.is_read_once:
-        return _judged(checkpoint, copy, crew, partial(compare_tensors, checkpoint, copy, crew), ask)
+        there = replace(copy, place=WrittenFiles(folder))
+        there.seen.update(copy.seen)
+        return _judged(checkpoint, copy, crew, partial(compare_tensors, checkpoint, there, crew), ask)
 
     def compare() -> Verification:
         start = time.perf_counter()
@@ -223,9 +225,7 @@ def _written(job: Job, folder: Path) -> Checkpoint:
     copy, shards = Checkpoint.open(folder), {shard.file for shard in job.plan.shards}
     if set(copy.files) != shards:  # a load would choose weights that came along
         copy = Checkpoint.open(folder / (job.plan.index_file or job.plan.shards[0].file))
-    there = replace(copy, place=WrittenFiles(folder))
-    there.seen.update(copy.seen)
-    return there
+    return copy
 
 
 def prove(job: Job, shard: Shard, folder: Path) -> tuple[Received, ...]:
@@ -290,9 +290,7 @@ def altered(
         if header != job.plan.header(shard) or (job.is_read_once and begins != ends):
             found[shard.file] = [tensor.source.name for tensor in shard.tensors]
         elif job.is_read_once:
-            checks += [
-                (shard, written_range(path, part.nbytes, part.offset), part.digest) for part in received
-            ]
+            checks += [(shard, file_range(path, part.nbytes, part.offset), part.digest) for part in received]
         else:
             checks += [
                 (shard, shard_range(folder, shard, t), tensor_range(job.checkpoint.place, t.source, t.dtype))
@@ -309,4 +307,5 @@ def altered(
 
 def shard_range(folder: Path, shard: Shard, tensor: PlannedTensor) -> Range:
     """Return the bytes of a tensor in its shard file in `folder`."""
-    return written_range(folder / shard.file, tensor.nbytes, shard.header_bytes + tensor.begin)
+    part = file_range(folder / shard.file, tensor.nbytes, shard.header_bytes + tensor.begin)
+    return replace(part, files=WrittenFiles(folder))

@@ -109,6 +109,11 @@ def is_on_hub(name: str | os.PathLike[str]) -> bool:
     return os.fspath(name)[:4].lower() == "hf:/"
 
 
+def is_elsewhere(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is of no folder here: of the Hub, of a page there, or an address."""
+    return is_on_hub(name) or "://" in os.fspath(name)
+
+
 def is_address(name: str | os.PathLike[str]) -> bool:
     """Whether a name is an address that is not the Hub's: of a bucket, or whatever else fsspec reaches."""
     text = os.fspath(name)
@@ -128,8 +133,7 @@ def commit_of(name: str) -> tuple[str, str] | None:
 def reopen(name: str) -> FileSet:
     """Return the files that a saved result names: those of a folder here, of a commit, of another source."""
     if (commit := commit_of(name)) is None:
-        is_elsewhere = is_on_hub(name) or is_address(name)
-        return _finder(name)(name, lambda _: []).files if is_elsewhere else LocalFiles(name)
+        return _finder(name)(name, lambda _: []).files if is_elsewhere(name) else LocalFiles(name)
     from shardkit.sources.hub import reopened
 
     return reopened(*commit)

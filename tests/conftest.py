@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -43,6 +44,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest, so that no worker waits for it in the end."""
     items.sort(key=lambda item: "begun_first" not in item.keywords)
+
+
+def pytest_collection_finish() -> None:
+    """Leave torch's hundreds of thousands of objects out of collections of garbage, which loads ask for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -125,17 +125,19 @@ def ask_here() -> None:
     asking.asked = asked_here
 
 
+def no_load(source, spec, **_):
+    """Return a load that never happened, as if it had been asked for."""
+    cache = CacheState(spec.cache, True, "", 500 * MB, 0, 0)
+    return fake_load(source=str(source), dtype=spec.dtype, cache=cache)
+
+
 def load_nothing() -> None:
-    """Let this process compare loads that never happened, each as if it had been asked for."""
+    """Let this process compare loads that never happened."""
     from shardkit.compare import experiment
     from shardkit.measure import launch
 
-    def fake(source, spec, **_):
-        cache = CacheState(spec.cache, True, "", 500 * MB, 0, 0)
-        return fake_load(source=str(source), dtype=spec.dtype, cache=cache)
-
     assert callable(experiment.run_load)
-    experiment.run_load = launch.run_load = fake
+    experiment.run_load = launch.run_load = no_load
 
 
 def happens(condition: Callable[[], bool], seconds: float) -> bool:

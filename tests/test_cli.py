@@ -545,8 +545,8 @@ def test_that_nothing_loads_is_exit_status_one_with_its_reason(demo, tmp_path):
 def test_code_of_the_checkpoint_is_trusted_by_name_alone(demo, monkeypatch, trusted):
     given = []
 
-    def stand_in(*_, options, **__):
-        given.append(options)
+    def stand_in(*_, **asked):
+        given.append(asked.get("options"))
         raise ShardkitError("no load")
 
     words = ["--trust-remote-code"] if trusted else []

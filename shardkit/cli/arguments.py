@@ -1,4 +1,4 @@
-"""How commands are declared: a function's parameters are its arguments; what is no value is wrong usage.
+"""How commands are declared: what is no value is wrong usage, and what is not given, the package decides.
 
 Python's own argparse, because Typer with what it needs would be a fifth of all that is installed.
 """
@@ -72,7 +72,7 @@ def wrong_usage(command: str, message: str) -> NoReturn:
 
 def argument(name: str, said: str, **options: Any) -> Argument:
     """Declare an argument, or an option if its name begins with dashes; its default is shown in its help."""
-    shown = " (default: %(default)s)" if options.get("default") not in (None, argparse.SUPPRESS) else ""
+    shown = " (default: %(default)s)" if "default" in options else ""
     return name, {"help": said.replace("%", "%%") + shown, **options}
 
 
@@ -102,14 +102,14 @@ def command(
             description=said,
             epilog="examples:\n" + "\n".join(f"  shardkit {line.strip()}" for line in examples.splitlines()),
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS,
             allow_abbrev=False,
         )
         for name, options in arguments:
             parser.add_argument(name, **options)
         if destination:
             either = parser.add_mutually_exclusive_group(required=is_required)
-            # Suppressed, or its absence would undo --output.
-            either.add_argument("destination", nargs="?", default=argparse.SUPPRESS, help=destination)
+            either.add_argument("destination", nargs="?", help=destination)
             either.add_argument(
                 "--output", dest="destination", metavar="DESTINATION", help="Another way to give it."
             )
@@ -132,21 +132,34 @@ def _valued(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return value
 
 
+def _checked(check: Callable[[str], object]) -> Callable[[str], str]:
+    """Return what takes text as it was typed, unless a check refuses it."""
+
+    @_valued
+    def value(text: str) -> str:
+        check(text)
+        return text
+
+    return value
+
+
+def _or(word: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return what takes a word as well."""
+
+    def value(text: str) -> Any:
+        try:
+            return text if text == word else convert(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, or {word}") from None
+
+    return value
+
+
 def at_least_one(text: str) -> int:
     """Return a whole number above zero, as `Sequences` takes it."""
     if not text.isdecimal() or len(text) > 10 or not 0 < int(text) <= MOST:
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number above zero, at most {MOST:,}")
     return int(text)
-
-
-def _pairs(text: str) -> int | str:
-    """Return a number of pairs, or the word for as many as decide."""
-    if text == AUTO:
-        return text
-    try:
-        return at_least_one(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, or {AUTO}") from None
 
 
 @_valued
@@ -165,14 +178,8 @@ def size(text: str) -> str:
     return text
 
 
-def rate(text: str) -> str:
-    """Return bytes a second as they were typed, or the word that asks for them to be measured."""
-    if text == "measure":
-        return text
-    try:
-        return str(size(text.removesuffix("/s")))
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}; or measure") from None
+device = _checked(RULES["device"])
+rate = _or("measure", lambda text: size(text.removesuffix("/s")))
 
 
 @_valued
@@ -183,13 +190,6 @@ def part(text: str) -> tuple[int, int]:
         raise ShardkitError(f"{text!r} is not I/N, such as 3/8")
     check_part((int(number), int(of)))
     return int(number), int(of)
-
-
-@_valued
-def device(text: str) -> str:
-    """Return a device to load to."""
-    RULES["device"](text)
-    return text
 
 
 def file(*endings: str) -> Callable[[str], Path]:
@@ -215,7 +215,7 @@ MAX_SHARD_SIZE = argument(
 STRATEGY = argument(
     "--strategy",
     "; ".join(f"{name}: {packing.words}" for name, packing in STRATEGIES.items()) + ".",
-    type=_valued(lambda text: text if packing(text) else None),
+    type=_checked(packing),
     metavar=f"{{{','.join(STRATEGIES)}}}",
     default="size",
 )
@@ -247,7 +247,7 @@ REPEATS = (
     argument(
         "--repeats",
         "Pairs of loads; auto: as many as every verdict needs, up to --most.",
-        type=_pairs,
+        type=_or(AUTO, at_least_one),
         default=5,
         metavar="N|auto",
     ),
@@ -268,7 +268,7 @@ WORKERS = argument("--workers", "Number of threads (default: up to 4).", type=at
 EXECUTOR = argument(
     "--executor",
     f"Dask's scheduler, whose workers do the work: {DASK}HOST:PORT.",
-    type=_valued(lambda text: text if check_address(text) else None),
+    type=_valued(check_address),
     metavar="ADDRESS",
 )
 PARTS = (
@@ -286,8 +286,14 @@ PARTS = (
         dest="part",
     ),
 )
-PUBLIC = switch("--public", "The Hub repository is public, or is created as public.")
+PUBLIC = switch(
+    "--public", "The Hub repository is public, or is created as public.", action="store_false", dest="private"
+)
 JSON = switch("--json", "Print one JSON object and nothing else.", dest="as_json")
 TRUST_REMOTE_CODE = switch(
-    "--trust-remote-code", "Run custom code from the checkpoint; only if you trust it."
+    "--trust-remote-code",
+    "Run custom code from the checkpoint; only if you trust it.",
+    action="store_const",
+    const={"trust_remote_code": True},
+    dest="options",
 )

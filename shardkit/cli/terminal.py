@@ -29,23 +29,14 @@ from shardkit.show.progress import ProgressBar
 _IN_THE_TERMINAL = {
     'options={"trust_remote_code": True}': "--trust-remote-code",
     "load_model(max_memory=...)": "`shardkit generate --max-memory`",
-    "max_memory of": "--max-memory of",
-    "allow_overflow=True": "--allow-overflow",
-    "overwrite=True": "--overwrite",
     "private=False": "--public",
     "same_model=False": "--no-same-model",
-    "stream=True": "--stream",
-    "free_source=True": "--free-source",
-    "leave out free_source": "leave out --free-source",
     "verify=False": "--no-verify",
-    "download=True": "--download",
-    "leave out dtype": "leave out --dtype",
-    "files divides": "--files divides",
-    "max_shard_size and strategy": "--max-shard-size and --strategy",
-    "lower max_shard_size": "lower --max-shard-size",
-    "raise max_memory": "raise --max-memory",
-    "raise max_shard_size": "raise --max-shard-size",
 }
+_ARGUMENT = re.compile(
+    r"(?<![\w/])(\w+(?==True)|max_memory|max_shard_size|free_source|(?<=leave out )(?:dtype|part)"
+    r"|files(?= divides)|(?<=max_shard_size and )strategy)(?![\w/])(?:=True)?"
+)
 _RED, _YELLOW, _GREEN, _BOLD = "31", "33", "32", "1"
 _RATIO = r"(?<!between )(?<!and )\b[\d.]+(?:x| %)"
 _NO = r"NOT EQUAL|NOT enough|DIFFERENT|\bdo(?:es)? not (?:fit|load)|(?<=  )(?:needs \S+ .?B|too slow)"
@@ -108,7 +99,7 @@ def in_the_terminal(text: str) -> str:
     """Return text with what it advises in the words of the command line."""
     for words, here in _IN_THE_TERMINAL.items():
         text = text.replace(words, here)
-    return text
+    return _ARGUMENT.sub(lambda found: f"--{found[1].replace('_', '-')}", text)
 
 
 def progress_bar() -> ProgressBar:
@@ -155,18 +146,17 @@ def show_run(done: int, total: int, label: str) -> None:
     print(f"  {done}/{total} {label}", file=sys.stderr)
 
 
-class LimitedRuns:
-    """Prints each load under a limit, and, once the floor is between two, about how long the others take."""
+def limited_runs() -> Callable[[LimitedRun], None]:
+    """Return what prints each load under a limit, and once there is a bracket, how long others may take."""
+    runs: list[LimitedRun] = []
+    began = time.monotonic()
+    print("  loading without a limit first ...", file=sys.stderr)
 
-    def __init__(self) -> None:
-        self._runs: list[LimitedRun] = []
-        self._began = time.monotonic()
-        print("  loading without a limit first ...", file=sys.stderr)
-
-    def __call__(self, run: LimitedRun) -> None:
-        """Print a run."""
-        self._runs.append(run)
-        each = (time.monotonic() - self._began) / (len(self._runs) + 1)
-        left = loads_left(self._runs)
+    def show_limited(run: LimitedRun) -> None:
+        runs.append(run)
+        each = (time.monotonic() - began) / (len(runs) + 1)
+        left = loads_left(runs)
         words = f", {left} more or so, {format_seconds(each * left)}" if left else ""
         print(f"  {format_size(run.limit_bytes)}: {run.end}{words}", file=sys.stderr)
+
+    return show_limited

@@ -20,7 +20,9 @@ from shardkit.measure.article_stack import remove_article_stack
     is_required=False,
     examples="demo\ndemo tiny --size 20MB\ndemo --architecture falcon",
 )
-def demo(destination: str | None, size: str, architecture: Architecture, as_json: bool) -> None:
+def demo(
+    size: str, architecture: Architecture, destination: str | None = None, as_json: bool = False
+) -> None:
     """Make a small checkpoint with random weights and a tokenizer, to try things out."""
     folder = destination or f"{architecture}-demo"
     was_there = os.path.isdir(folder) and bool(os.listdir(folder))
@@ -38,7 +40,7 @@ def demo(destination: str | None, size: str, architecture: Architecture, as_json
         stack --remove
         compare mistral-demo sharded --dtype fp16 --python "$(shardkit stack)\"""",
 )
-def stack(folder: str | None, remove: bool) -> None:
+def stack(folder: str | None = None, remove: bool = False) -> None:
     """Make an environment with transformers 4.37 of 2024, as the article used, and print its Python.
 
     It is made once, beside the torch that is installed: a minute, and 250 MB.

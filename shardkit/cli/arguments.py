@@ -76,14 +76,14 @@ def argument(name: str, said: str, **options: Any) -> Argument:
     return name, {"help": said.replace("%", "%%") + shown, **options}
 
 
-def switch(name: str, said: str, **options: Any) -> Argument:
-    """Declare an option without a value."""
-    return name, {"help": said, "action": "store_true", **options}
+def switch(name: str, said: str, means: object = True, **options: Any) -> Argument:
+    """Declare an option without a value: what it means where it is given."""
+    return name, {"help": said, "action": "store_const", "const": means, **options}
 
 
 def without(option: str, said: str) -> Argument:
     """Declare an option that only switches something off."""
-    return switch(f"--no-{option}", said, action="store_false", dest=option.replace("-", "_"))
+    return switch(f"--no-{option}", said, False, dest=option.replace("-", "_"))
 
 
 def command(
@@ -155,7 +155,7 @@ def _or(word: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return value
 
 
-def at_least_one(text: str) -> int:
+def _at_least_one(text: str) -> int:
     """Return a whole number above zero, as `Sequences` takes it."""
     if not text.isdecimal() or len(text) > 10 or not 0 < int(text) <= MOST:
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number above zero, at most {MOST:,}")
@@ -171,15 +171,17 @@ def _seconds(text: str) -> float:
 
 
 @_valued
-def size(text: str) -> str:
+def _size(text: str) -> str:
     """Return a size as it was typed; few bytes without a unit are megabytes that lack it."""
     if parse_size(text) < _FEW_BYTES and text.strip().isdecimal():
         raise ShardkitError(f"{text} has no unit: for megabytes, type {text}MB; for bytes, {text}B")
     return text
 
 
+NUMBER: dict[str, Any] = {"type": _at_least_one, "metavar": "N"}
+SIZE: dict[str, Any] = {"type": _size, "metavar": "SIZE"}
 device = _checked(RULES["device"])
-rate = _or("measure", lambda text: size(text.removesuffix("/s")))
+rate = _or("measure", lambda text: _size(text.removesuffix("/s")))
 
 
 @_valued
@@ -210,7 +212,7 @@ A_SOURCE = (
 )
 SOURCE = argument("source", A_SOURCE)
 MAX_SHARD_SIZE = argument(
-    "--max-shard-size", "Maximum size of a file: 500MB, 2G, 1.5GiB.", default="2GB", metavar="SIZE", type=size
+    "--max-shard-size", "Maximum size of a file: 500MB, 2G, 1.5GiB.", default="2GB", **SIZE
 )
 STRATEGY = argument(
     "--strategy",
@@ -220,16 +222,12 @@ STRATEGY = argument(
     default="size",
 )
 FILES = argument(
-    "--files",
-    "Instead of size and strategy: so many files of nearly equal size; 1 merges.",
-    type=at_least_one,
-    metavar="N",
+    "--files", "Instead of size and strategy: so many files of nearly equal size; 1 merges.", **NUMBER
 )
 RANKS = argument(
     "--ranks",
     "For so many processes of tensor parallelism: each reads only its part; plain from_pretrained cannot.",
-    type=at_least_one,
-    metavar="N",
+    **NUMBER,
 )
 LAYOUT = (MAX_SHARD_SIZE, STRATEGY, FILES, RANKS)
 _DTYPES = "float16, bfloat16 or float32; also fp16, half, bf16, fp32."
@@ -242,21 +240,16 @@ LOAD_DTYPE = argument(
     type=_valued(lambda text: text if text == "auto" else dtype_name(text)),
     metavar="DTYPE",
 )
-MAX_MEMORY = argument("--max-memory", "Memory that the process may need: 2GB.", metavar="SIZE", type=size)
+MAX_MEMORY = argument("--max-memory", "Memory that the process may need: 2GB.", **SIZE)
 REPEATS = (
     argument(
         "--repeats",
         "Pairs of loads; auto: as many as every verdict needs, up to --most.",
-        type=_or(AUTO, at_least_one),
+        type=_or(AUTO, _at_least_one),
         default=5,
         metavar="N|auto",
     ),
-    argument(
-        "--most",
-        f"Most pairs with --repeats auto (default: {MOST_PAIRS}).",
-        type=at_least_one,
-        metavar="N",
-    ),
+    argument("--most", f"Most pairs with --repeats auto (default: {MOST_PAIRS}).", **NUMBER),
     argument(
         "--most-seconds",
         "With --repeats auto: begin no pair after so long.",
@@ -264,7 +257,7 @@ REPEATS = (
         metavar="SECONDS",
     ),
 )
-WORKERS = argument("--workers", "Number of threads (default: up to 4).", type=at_least_one, metavar="N")
+WORKERS = argument("--workers", "Number of threads (default: up to 4).", **NUMBER)
 EXECUTOR = argument(
     "--executor",
     f"Dask's scheduler, whose workers do the work: {DASK}HOST:PORT.",
@@ -278,22 +271,13 @@ PARTS = (
         type=part,
         metavar="I/N",
     ),
-    switch(
-        "--finish",
-        "Publish the parts, once all are made.",
-        action="store_const",
-        const=FINISH,
-        dest="part",
-    ),
+    switch("--finish", "Publish the parts, once all are made.", FINISH, dest="part"),
 )
-PUBLIC = switch(
-    "--public", "The Hub repository is public, or is created as public.", action="store_false", dest="private"
-)
+PUBLIC = switch("--public", "The Hub repository is public, or is created as public.", False, dest="private")
 JSON = switch("--json", "Print one JSON object and nothing else.", dest="as_json")
 TRUST_REMOTE_CODE = switch(
     "--trust-remote-code",
     "Run custom code from the checkpoint; only if you trust it.",
-    action="store_const",
-    const={"trust_remote_code": True},
+    {"trust_remote_code": True},
     dest="options",
 )

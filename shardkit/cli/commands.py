@@ -22,19 +22,19 @@ from shardkit.cli.arguments import (
     LAYOUT,
     LOAD_DTYPE,
     MAX_MEMORY,
+    NUMBER,
     PARTS,
     PUBLIC,
     REPEATS,
+    SIZE,
     SOURCE,
     TRUST_REMOTE_CODE,
     WORKERS,
     argument,
-    at_least_one,
     command,
     device,
     file,
     rate,
-    size,
     switch,
     without,
     wrong_usage,
@@ -56,8 +56,8 @@ _ONLY_FOLDERS = "--overwrite, --no-resume, --stream, --download, --free-source, 
     SOURCE,
     LOAD_DTYPE,
     MAX_MEMORY,
-    argument("--context-tokens", "Longest sequence.", type=at_least_one, metavar="N"),
-    argument("--batch-size", "Sequences at a time.", type=at_least_one, default=1, metavar="N"),
+    argument("--context-tokens", "Longest sequence.", **NUMBER),
+    argument("--batch-size", "Sequences at a time.", default=1, **NUMBER),
     argument("--disk-rate", "Bytes a second: 1.2GB; or measure.", type=rate, metavar="RATE"),
     JSON,
     examples="""inspect mistral-demo
@@ -121,12 +121,7 @@ def plan(source: str, dtype: Dtype | None = None, as_json: bool = False, **layou
     without("verify", "Skip the verification at the end."),
     switch("--allow-overflow", "Allow a cast that turns finite values infinite."),
     switch("--stream", "Stream a model from the Hub into shards, without downloading it."),
-    switch(
-        "--download",
-        "Download it first (default: if the disk has room for both).",
-        action="store_false",
-        dest="stream",
-    ),
+    switch("--download", "Download it first (default: if the disk has room for both).", False, dest="stream"),
     switch("--free-source", "Free the source's disk space meanwhile: its weights are gone in the end."),
     PUBLIC,
     JSON,
@@ -220,21 +215,13 @@ def clean(destination: str) -> None:
     *REPEATS,
     argument("--cache", "cold: from the disk; warm: from the page cache.", choices=CACHES, default="cold"),
     argument("--device", "Device to load to: cpu, cuda, cuda:1, auto.", default="cpu", type=device),
-    argument(
-        "--memory-limit",
-        "Memory limit of each load: 12.7GB to simulate Colab's limit.",
-        metavar="SIZE",
-        type=size,
-    ),
-    argument(
-        "--max-memory", "Budget of each load, which streams what does not fit.", metavar="SIZE", type=size
-    ),
-    argument("--generate", "Tokens after each load.", type=at_least_one, default=1, metavar="N"),
+    argument("--memory-limit", "Memory limit of each load: 12.7GB to simulate Colab's limit.", **SIZE),
+    argument("--max-memory", "Budget of each load, which streams what does not fit.", **SIZE),
+    argument("--generate", "Tokens after each load.", default=1, **NUMBER),
     switch(
         "--prefetch",
         "Also load the shards with their files prefetched; times then count from process start.",
-        action="store_const",
-        const={"prefetched": {"prefetch": True}},
+        {"prefetched": {"prefetch": True}},
         dest="others",
     ),
     argument(
@@ -279,13 +266,7 @@ def compare(
         raise ShardkitError(found.verdict)
 
 
-@command(
-    SOURCE,
-    LOAD_DTYPE,
-    TRUST_REMOTE_CODE,
-    JSON,
-    examples="fit mistral-demo-sharded --dtype fp16",
-)
+@command(SOURCE, LOAD_DTYPE, TRUST_REMOTE_CODE, JSON, examples="fit mistral-demo-sharded --dtype fp16")
 def fit(source: str, as_json: bool = False, **asked: Any) -> None:
     """Find the smallest memory limit under which a checkpoint loads, by real loads; takes minutes.
 
@@ -298,7 +279,7 @@ def fit(source: str, as_json: bool = False, **asked: Any) -> None:
     SOURCE,
     argument("--prompt", "Text to continue.", required=True, metavar="TEXT"),
     MAX_MEMORY,
-    argument("--max-new-tokens", "Tokens to add.", type=at_least_one, default=32, metavar="N"),
+    argument("--max-new-tokens", "Tokens to add.", default=32, **NUMBER),
     LOAD_DTYPE,
     JSON,
     examples="generate sharded --prompt 'The quick brown fox' --max-memory 600MB",

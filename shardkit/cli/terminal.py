@@ -69,20 +69,20 @@ def say(message: str) -> None:
     print(f"{head}{name} {printable(in_the_terminal(message))}", file=sys.stderr)
 
 
-def show(*parts: Record | Summary, as_json: bool, following: str = "", **fields: object) -> None:
+def show(
+    record: Record, *more: Record | Summary, as_json: bool, following: str = "", **fields: object
+) -> None:
     """Print records as text, or the first as JSON, with the fields that stand for the others.
 
     A pipe gets all rows of their tables, a terminal what fits on a screen.
     """
-    first = parts[0]
-    if as_json and isinstance(first, Record):
-        print(json.dumps(first.to_dict() | fields))
+    if as_json:
+        print(json.dumps(record.to_dict() | fields))
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    whole = width is None
     summaries = (
-        part if isinstance(part, Summary) else part.complete_summary() if whole else part.summary()
-        for part in parts
+        part if isinstance(part, Summary) else part.complete_summary() if width is None else part.summary()
+        for part in (record, *more)
     )
     text = "\n\n".join([*(summary.text(width) for summary in summaries), *filter(None, [following])])
     print(painted(in_the_terminal(text), sys.stdout))

@@ -6,14 +6,14 @@ import os
 from typing import get_args
 
 import shardkit
-from shardkit.cli.arguments import JSON, argument, command, size, switch
+from shardkit.cli.arguments import JSON, SIZE, argument, command, switch
 from shardkit.cli.terminal import next_step, progress_bar, say, show
 from shardkit.demo.shapes import Architecture
 from shardkit.measure.article_stack import remove_article_stack
 
 
 @command(
-    argument("--size", "Size of the weights, 5MB to 14.5GB.", default="512MB", metavar="SIZE", type=size),
+    argument("--size", "Size of the weights, 5MB to 14.5GB.", default="512MB", **SIZE),
     argument("--architecture", "falcon has .bin files.", choices=get_args(Architecture), default="mistral"),
     JSON,
     destination="A new or empty folder (default: mistral-demo, falcon-demo).",

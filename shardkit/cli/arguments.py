@@ -22,6 +22,7 @@ from shardkit.formats.tensor import dtype_name
 from shardkit.measure.samples import AUTO, MOST_PAIRS
 from shardkit.measure.spec import RULES
 from shardkit.plan.packing import STRATEGIES, packing
+from shardkit.plan.plan import USUAL
 from shardkit.shard.in_parts import FINISH, check_part
 
 Argument = tuple[str, dict[str, Any]]
@@ -212,14 +213,14 @@ A_SOURCE = (
 )
 SOURCE = argument("source", A_SOURCE)
 MAX_SHARD_SIZE = argument(
-    "--max-shard-size", "Maximum size of a file: 500MB, 2G, 1.5GiB.", default="2GB", **SIZE
+    "--max-shard-size", f"Maximum size of a file: 500MB, 2G, 1.5GiB (default: {USUAL[0]}).", **SIZE
 )
 STRATEGY = argument(
     "--strategy",
-    "; ".join(f"{name}: {packing.words}" for name, packing in STRATEGIES.items()) + ".",
+    "; ".join(f"{name}: {packing.words}" for name, packing in STRATEGIES.items())
+    + f" (default: {USUAL[1]}).",
     type=_checked(packing),
     metavar=f"{{{','.join(STRATEGIES)}}}",
-    default="size",
 )
 FILES = argument(
     "--files", "Instead of size and strategy: so many files of nearly equal size; 1 merges.", **NUMBER

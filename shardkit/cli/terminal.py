@@ -46,7 +46,6 @@ _VERDICTS = {
     _GREEN: rf"(?<=  )(?:equal|fits)\b|\b(?:gets the same|enough)\b|{_RATIO} (?:faster|smaller|less)\b",
     _BOLD: r"^[A-Z][a-z ]+$|^next:",
 }
-_USUAL = {"max_shard_size": "2GB", "strategy": "size"}  # defaults of options that a next step may have
 _VERDICT = re.compile("|".join(f"(?P<c{code}>{words})" for code, words in _VERDICTS.items()), re.MULTILINE)
 
 
@@ -89,9 +88,9 @@ def show(
 
 
 def next_step(*words: object, **options: object) -> str:
-    """Return the command that may come next, as it is typed, with the options that are not as usual."""
-    unusual = {name: value for name, value in options.items() if value not in (None, _USUAL.get(name))}
-    typed = (text for name, value in unusual.items() for text in (f"--{name.replace('_', '-')}", value))
+    """Return the command that may come next, as it is typed."""
+    given = {name: value for name, value in options.items() if value is not None}
+    typed = (text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", value))
     return f"next: shardkit {shlex.join(map(str, (*words, *typed)))}"
 
 

@@ -479,7 +479,9 @@ class TestShard:
         assert free.value is False
         free.value = True
         assert "It cannot be undone" in words(app)
-        click(app, "Shard")
+        assert "It cannot be undone" in words(app)
+        button(app, "Shard").click()
+        assert app.wait(PATIENCE)
         assert shardkit.verify_checkpoint(demo, "to-be-freed-sharded").equal
         assert not list(Path(source).glob("*.safetensors"))
         assert "the source was freed" in words(app)

@@ -11,7 +11,6 @@ import argparse
 import json
 import re
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,10 +77,7 @@ def files() -> Iterator[Path]:
 
 def address() -> str:
     """Return owner/name from pyproject.toml."""
-    url = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"][
-        "Repository"
-    ]
-    return str(url).removeprefix("https://github.com/")
+    return ADDRESS.search((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[2]
 
 
 def main() -> None:

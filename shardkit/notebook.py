@@ -216,18 +216,15 @@ def mean_figures(runs: pd.DataFrame) -> pd.DataFrame:
     loaded["size"] = loaded["of"].map(format_size)
     loaded = loaded.sort_values(["model", "of", "dtype"], kind="stable")
     ahead = loaded.groupby("result")["prefetch"].transform("any").astype(bool)
-    figures = {}
+    by = [loaded[name].fillna("no dtype") for name in ("model", "size", "dtype", "result", "variant")]
+    columns = {}
     for quantity in QUANTITIES.values():
         is_main = "main" in (quantity.plain, quantity.ahead if ahead.any() else None)
         values = loaded[quantity.name].astype("Float64").astype(float)
         if is_main and (values.notna().any() or not quantity.is_optional):
             one, unit = (1, "s") if quantity.unit == "seconds" else (1e9, "GB")
             counts = (values > 0) & (~ahead | (quantity.ahead == "main"))
-            figures[f"{quantity.label} ({unit})"] = values.where(counts) / one
-    by = [loaded[name].fillna("no dtype") for name in ("model", "size", "dtype", "result", "variant")]
-    columns = {}
-    for name, values in figures.items():
-        grouped = values.groupby(by, sort=False)
-        columns[name] = grouped.agg(lambda known: known.map(math.log).mean()).map(math.exp)
-        columns |= {f"{LOWEST}{name}": grouped.min(), f"{HIGHEST}{name}": grouped.max()}
+            name, grouped = f"{quantity.label} ({unit})", (values.where(counts) / one).groupby(by, sort=False)
+            columns[name] = grouped.agg(lambda known: known.map(math.log).mean()).map(math.exp)
+            columns |= {f"{LOWEST}{name}": grouped.min(), f"{HIGHEST}{name}": grouped.max()}
     return pd.DataFrame(columns)

@@ -166,9 +166,6 @@ class Store:
             if name not in tree:
                 raise Refused(404, "EntryNotFound", f"A file with this name doesn't exist: {name}")
             del tree[name]
-        elif key == "deletedFolder":
-            for inside in [path for path in tree if path.startswith(name.rstrip("/") + "/")]:
-                del tree[inside]
         else:
             raise Refused(400, "", f"no such operation: {key}")
 

@@ -40,7 +40,6 @@ _ROUTES = [
         ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("POST", r"/api/repos/create", "create_repo"),
         ("GET", rf"/api/models/{_ID}", "info"),
-        ("GET", rf"/api/models/{_ID}/auth-check", "auth_check"),
         ("GET", rf"/api/models/{_ID}/refs", "refs"),
         ("GET", rf"/api/models/{_ID}/revision/{_REVISION}", "info"),
         ("GET", rf"/api/models/{_ID}/tree/{_REVISION}(?:/(?P<path>.+))?", "tree"),
@@ -250,10 +249,6 @@ class _HubHandler(Handler):
         except Refused as refused:
             return self.reply({"error": str(refused), **url}, refused.status)
         return self.reply(url)
-
-    def auth_check(self, repo: str) -> None:
-        self._repo(repo, content=True)
-        self.reply({})
 
     def info(self, repo: str, revision: str = "main") -> None:
         found = self._repo(repo)

@@ -5,6 +5,7 @@ wrong idea in its tests.
 """
 
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,6 +66,17 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     """A safetensors file, neither padded nor aligned: legal, and unlike what writers write."""
     header = {"__metadata__": dict(metadata)} if metadata is not None else {}
     return file_bytes(header | header_of(tensors), b"".join(tensor.data for tensor in tensors.values()))
+
+
+def sparse_file(path: Path, shapes: Mapping[str, Sequence[int]], dtype: str = "BF16") -> int:
+    """Write a safetensors file of these shapes whose data is a hole, which takes no disk; return its size."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + prod(shape) * bits(dtype) // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    size = path.write_bytes(file_bytes(header)) + end
+    os.truncate(path, size)
+    return size
 
 
 def write_checkpoint(folder: Path, files: Sequence[Mapping[str, Tensor]], stem: str = "model") -> Path:

@@ -89,6 +89,18 @@ def button(app, text):
     return next(w for w in found if w.description == text)
 
 
+def click(app, text):
+    """Press a button, and wait for what it starts."""
+    button(app, text).click()
+    assert app.wait(PATIENCE)
+
+
+def enter(app, source):
+    """Type what is to be opened, and wait."""
+    control(app, "Checkpoint").value = source
+    assert app.wait(PATIENCE)
+
+
 def works(found):
     """Whether a button looks as if it did something; none is disabled, which would take the focus from it."""
     assert not found.disabled
@@ -214,14 +226,12 @@ class TestChoose:
     def test_demo_is_made_where_there_is_none(self, tmp_path):
         app = ShardApp()
         assert not (tmp_path / "mistral-demo-64MB").exists()
-        button(app, "demo, 64 MB").click()
-        assert app.wait(PATIENCE)
+        click(app, "demo, 64 MB")
         assert app.checkpoint.source == str(tmp_path / "mistral-demo-64MB")
 
     def test_entered_text_is_opened(self, demo):
         app = ShardApp()
-        control(app, "Checkpoint").value = demo
-        assert app.wait(PATIENCE)
+        enter(app, demo)
         assert app.checkpoint.total_bytes > 5_000_000
 
     def test_what_is_typed_while_another_opens_changes_nothing_of_it(self, demo, monkeypatch):
@@ -251,8 +261,7 @@ class TestChoose:
             monkeypatch.setattr(Checkpoint, "open", lambda _: on_hub)
         app = opened(source)
         assert control(app, "Destination folder").value == folder
-        button(app, "Shard").click()
-        assert app.wait(PATIENCE)
+        click(app, "Shard")
         assert (app.report is None) == source.startswith("hf:")
 
     @pytest.mark.parametrize("wrong", ["no/such/folder", "", "<b>x</b>", "a\x1b[31mb"])
@@ -267,8 +276,7 @@ class TestChoose:
         assert "<b>x" not in said
         assert "\x1b" not in said
         assert not works(button(app, "Shard"))
-        control(app, "Checkpoint").value = demo
-        assert app.wait(PATIENCE)
+        enter(app, demo)
         assert not alerts(app)
         assert works(button(app, "Shard"))
 
@@ -284,8 +292,7 @@ class TestChoose:
     def test_fault_of_ours_is_shown_too(self, demo, monkeypatch):
         app = opened(demo)
         monkeypatch.setattr(Checkpoint, "summary", lambda _: 1 / 0)
-        button(app, "Open").click()
-        assert app.wait(PATIENCE)
+        click(app, "Open")
         assert any("ZeroDivisionError" in alert and "report" in alert for alert in alerts(app))
         assert works(button(app, "Open"))
 
@@ -296,8 +303,7 @@ class TestChoose:
         assert app.report
         assert "ABBA" in words(app)
         shardkit.make_demo_checkpoint("other", size="5MB")
-        control(app, "Checkpoint").value = "other"
-        assert app.wait(PATIENCE)
+        enter(app, "other")
         assert (app.report, app.comparison) == (None, None)
         assert not any(left in html(app) for left in ("ABBA", "download="))
         assert not any(step._bar.value or step._bar.bar_style for step in (app._shard, app._compare))
@@ -309,24 +315,21 @@ class TestChoose:
         app = opened(demo, repeats=1)
         app.run_all()
         kept = app.checkpoint, app.plan, app.report, app.comparison
-        control(app, "Checkpoint").value = "no/such/folder"
-        assert app.wait(PATIENCE)
+        enter(app, "no/such/folder")
         assert instant_loads
         assert (app.checkpoint, app.plan, app.report, app.comparison) == kept
         assert f"{demo} stays open." in words(app)
         assert "ABBA" in words(app)
         with pytest.raises(ShardkitError, match="no/such/folder"):
             app.run_all()
-        control(app, "Checkpoint").value = demo
-        assert app.wait(PATIENCE)
+        enter(app, demo)
         assert not alerts(app)
 
     def test_another_checkpoint_gets_a_folder_of_its_own(self, demo):
         shardkit.make_demo_checkpoint("other", size="5MB")
         app = opened(demo, destination="mine")
         assert app._shard.folder == "mine"
-        control(app, "Checkpoint").value = "other"
-        assert app.wait(PATIENCE)
+        enter(app, "other")
         assert app._shard.folder == "other-sharded"
 
     def test_new_shards_forget_the_comparison_of_the_old(self, demo, instant_loads):
@@ -334,8 +337,7 @@ class TestChoose:
         app.run_all()
         assert instant_loads
         assert "download=" in html(app)
-        button(app, "Shard").click()
-        assert app.wait(PATIENCE)
+        click(app, "Shard")
         assert app.comparison is None
         assert not any(left in html(app) for left in ("ABBA", "download=", "sk-tile"))
         assert app._compare._message.value == ""
@@ -345,15 +347,12 @@ class TestSteps:
     def test_unfold_when_they_can_be_reached_and_one_button_is_next(self, demo, instant_loads):
         app = ShardApp(repeats=1)
         assert (unfolded(app), primary(app)) == (["Choose"], ["Open"])
-        control(app, "Checkpoint").value = demo
-        assert app.wait(PATIENCE)
+        enter(app, demo)
         assert (unfolded(app), primary(app)) == (["Choose", "Plan", "Shard"], ["Shard"])
         assert html(app).count('aria-label="done"') == 2
-        button(app, "Shard").click()
-        assert app.wait(PATIENCE)
+        click(app, "Shard")
         assert (len(unfolded(app)), primary(app)) == (4, ["Compare"])
-        button(app, "Compare").click()
-        assert app.wait(PATIENCE)
+        click(app, "Compare")
         assert instant_loads
         assert primary(app) == []
         assert html(app).count('aria-label="done"') == 4
@@ -466,8 +465,7 @@ class TestPlan:
 class TestShard:
     def test_writes_what_was_planned_and_proves_it(self, demo):
         app = opened(demo, max_shard_size="1MB", dtype="float16")
-        button(app, "Shard").click()
-        assert app.wait(PATIENCE)
+        click(app, "Shard")
         assert shardkit.verify_checkpoint(demo, "demo-sharded").equal
         assert sorted(app.report.files) == [shard.file for shard in app.plan.shards]
         assert "verified: all" in words(app)
@@ -512,8 +510,7 @@ class TestShard:
         seen, lines = [], []
         bar.observe(lambda change: seen.append(change["new"]), "value")
         app._shard._message.observe(lambda change: lines.append(change["new"]), "value")
-        button(app, "Shard").click()
-        assert app.wait(PATIENCE)
+        click(app, "Shard")
         assert slow_disk
         assert all(0 <= value <= 1 for value in seen)
         assert any(
@@ -533,8 +530,7 @@ class TestShard:
         assert not alerts(app)
         assert not Path("demo-sharded").exists()
         written = len(slow_disk)
-        button(app, "Shard").click()
-        assert app.wait(PATIENCE)
+        click(app, "Shard")
         assert app.report.reused
         assert "interrupted run checked and kept" in words(app)
         assert len(slow_disk) - written == len(app.plan.shards) - len(app.report.reused)
@@ -551,25 +547,21 @@ class TestShard:
     def test_destination_that_is_taken_is_refused_until_told(self, demo):
         app = opened(demo)
         for _ in range(2):
-            button(app, "Shard").click()
-            assert app.wait(PATIENCE)
+            click(app, "Shard")
         assert not alerts(app)
         assert "demo-sharded holds these files already: compare them in step 4. To write" in words(app)
         control(app, "Dtype of shards").value = "float16"
-        button(app, "Shard").click()
-        assert app.wait(PATIENCE)
+        click(app, "Shard")
         assert "already exists" in alerts(app)[0]
         assert "check &quot;Replace an existing checkpoint" in alerts(app)[0]
         control(app, "Replace an existing checkpoint").value = True
-        button(app, "Shard").click()
-        assert app.wait(PATIENCE)
+        click(app, "Shard")
         assert not alerts(app)
 
     def test_what_lies_there_is_said_before_the_click_and_beside_compare(self, demo):
         app = opened(demo, max_shard_size="2MB")
         assert "demo-sharded" not in words(app)
-        button(app, "Shard").click()
-        assert app.wait(PATIENCE)
+        click(app, "Shard")
         files = len(app.report.files)
         assert "not the plan above" not in words(app)
         again = opened(demo, max_shard_size="2MB")
@@ -594,12 +586,10 @@ class TestShard:
         folder = control(app, "Destination folder")
         folder.value = wrong
         assert "is not a valid folder name" in alerts(app)[0]
-        button(app, "Shard").click()
-        assert app.wait(PATIENCE)
+        click(app, "Shard")
         assert "is not a valid folder name" in alerts(app)[0]
         folder.value = "right"
-        button(app, "Shard").click()
-        assert app.wait(PATIENCE)
+        click(app, "Shard")
         assert not alerts(app)
 
     def test_second_app_waits_its_turn_and_can_stop_the_first(self, demo, slow_disk):
@@ -614,8 +604,7 @@ class TestShard:
         assert not alerts(second)
         assert second._shard.cancel.description == "Cancel"
         assert not works(second._shard.cancel)
-        button(second, "Shard").click()
-        assert second.wait(PATIENCE)
+        click(second, "Shard")
         assert second.report
 
 
@@ -669,8 +658,7 @@ class TestCompare:
         for until, most in ((True, 2), (False, None)):
             app._compare.until.value = until
             assert ("at most" in app._compare._long.value) == until
-            button(app, "Compare").click()
-            assert app.wait(PATIENCE)
+            click(app, "Compare")
             assert app.comparison.most == most
 
     def test_estimate_counts_reading_at_the_rate_of_the_disk(self, demo, monkeypatch):
@@ -709,8 +697,7 @@ class TestCompare:
         assert {how.python for how in instant_loads} == {None}
         instant_loads.clear()
         control(app, compare_step._IN_2024).value = True
-        button(app, "Compare").click()
-        assert app.wait(PATIENCE)
+        click(app, "Compare")
         found = {(how.python, how.max_memory) for how in instant_loads}
         assert found == {(sys.executable, None), (None, 2 * 10**9)}
 
@@ -721,8 +708,7 @@ class TestCompare:
         assert {how.max_memory_bytes for how in instant_loads} == {None, 100_000_000}
         assert "original to within 100 MB" in words(app)
         control(app, "Memory budget of a third variant").value = "little"
-        button(app, "Compare").click()
-        assert app.wait(PATIENCE)
+        click(app, "Compare")
         assert "is not a size" in alerts(app)[0]
 
     @pytest.mark.parametrize("trusted", [True, False])
@@ -745,8 +731,7 @@ class TestCompare:
     def test_another_model_is_refused_in_words_of_the_app(self, demo):
         shardkit.make_demo_checkpoint("other", size="5MB")
         app = opened(demo, destination="other")
-        button(app, "Compare").click()
-        assert app.wait(PATIENCE)
+        click(app, "Compare")
         assert "shard this one into another folder" in alerts(app)[0]
 
     def test_picture_has_words_that_stand_for_it(self, demo, instant_loads):
@@ -764,8 +749,7 @@ class TestCompare:
         """
         monkeypatch.setattr(sys, "executable", str(fake_interpreter(tmp_path, script)))
         app = opened(demo)
-        button(app, "Shard").click()
-        assert app.wait(PATIENCE)
+        click(app, "Shard")
         before = set(psutil.Process().children(recursive=True))
         button(app, "Compare").click()
         until(lambda: set(psutil.Process().children(recursive=True)) - before)
@@ -787,8 +771,7 @@ class TestCompare:
 
         monkeypatch.setattr(compare, "run_load", measure)
         app = opened(demo, repeats=20)
-        button(app, "Shard").click()
-        assert app.wait(PATIENCE)
+        click(app, "Shard")
         button(app, "Compare").click()
         until(lambda: len(runs) > 4)
         app._compare.cancel.click()

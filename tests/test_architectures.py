@@ -9,6 +9,7 @@ import torch
 from shardkit import shard_checkpoint
 from shardkit.plan.plan import Strategy
 from tests.architectures import NAMES, make_model
+from tests.torch_files import same
 
 LAYOUTS: dict[str, Strategy] = {"one file": "balanced", "sharded": "layer", "pickle": "size"}
 
@@ -20,11 +21,6 @@ def saved(model: Any, layout: str, folder: Path) -> Path:
     else:
         model.save_pretrained(folder, max_shard_size="30KB" if layout == "sharded" else "1GB")
     return folder
-
-
-def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    raw = [t.contiguous().reshape(-1).view(torch.uint8) for t in (ours, theirs)]
-    return ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(*raw)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -32,7 +32,7 @@ from shardkit.formats.tensor import dtype_name
 from shardkit.load import blocks, read_ahead
 from shardkit.measure.limit import limited, why_unlimited
 from tests.architectures import make_model
-from tests.unasked import COMMAND
+from tests.unasked import run
 
 HEADROOM_BYTES = budget.HEADROOM_BYTES
 DECODERS = (
@@ -642,15 +642,9 @@ FIELDS = {
 }  # fmt: skip
 
 
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=120, check=False
-    )
-
-
 def test_command_line_generates_within_a_budget(larger: Path, monkeypatch: Any) -> None:
     words = ("generate", larger, "--prompt", "The quick brown fox", "--max-new-tokens", 4)
-    done = command(*words, "--max-memory", "420MB", "--json")
+    done = run(*words, "--max-memory", "420MB", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.keys() >= FIELDS
@@ -663,16 +657,16 @@ def test_command_line_generates_within_a_budget(larger: Path, monkeypatch: Any) 
     plan = Checkpoint.open(larger).estimate(max_memory="420MB", context_tokens=64).within.plan
     assert plan.resident_bytes == pytest.approx(found["resident_bytes"], abs=20_000_000)
     assert plan.streamed_bytes == pytest.approx(found["read_bytes_per_token"], abs=20_000_000)
-    shown = command(*words)
+    shown = run(*words)
     assert shown.stdout == found["text"] + "\n"
     assert "peak memory" in shown.stderr
 
 
 def test_command_line_names_the_smallest_budget_in_one_line(larger: Path) -> None:
-    done = command("generate", larger, "--prompt", "x", "--max-memory", "1MB")
+    done = run("generate", larger, "--prompt", "x", "--max-memory", "1MB")
     assert (done.returncode, done.stdout) == (1, "")
-    told = r"is too small: .* needs at least [\d,]+ MB .*; without max_memory it loads in about 27\d MB, .*\n"
-    assert re.fullmatch(f"shardkit: .*{told}", done.stderr)
+    told = r"is too small: .* needs at least [\d,]+ MB .*; without --max-memory it loads in about 27\d MB, .*"
+    assert re.fullmatch(f"shardkit: .*{told}\n", done.stderr)
 
 
 def test_after_ctrl_c_in_a_pass_another_thread_generates(saved) -> None:

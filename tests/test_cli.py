@@ -28,19 +28,9 @@ from shardkit.load import generate as generating
 from shardkit.measure.limit import why_unlimited
 from shardkit.shard.destination import default_destination, leftovers
 from tests.fake_loads import fake_load
-from tests.unasked import COMMAND
+from tests.unasked import COMMAND, run
 
-SHARDKIT = COMMAND
 ASKING = (sys.executable, "-c", "from shardkit.__main__ import main; main()")
-
-
-def run(*arguments, shardkit=SHARDKIT, **options):
-    return subprocess.run([*shardkit, *map(str, arguments)], capture_output=True, text=True, **options)
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    return make_demo_checkpoint(tmp_path_factory.mktemp("cli") / "demo", size="20MB").source
 
 
 def test_the_whole_job_from_demo_to_verified_shards(tmp_path):
@@ -52,10 +42,11 @@ def test_the_whole_job_from_demo_to_verified_shards(tmp_path):
     shards = "271 MB of anonymous memory (cannot be evicted) for the shards"
     assert f"{shards}, 281 MB for the source, both loaded in float16" in planned
     job = ("shard", source, target, "--max-shard-size", "3MB", "--dtype", "fp16")
-    done = run(*job, shardkit=ASKING)
+    done = run(*job, command=ASKING)
     assert done.returncode == 0, done.stderr
     assert max(file.stat().st_size for file in target.glob("*.safetensors")) <= 3_000_000
     assert "equal" in done.stdout
+    assert "MistralForCausalLM gets the same" in done.stdout
     assert done.stdout.endswith(f"\nnext: shardkit compare {source} {target} --dtype float16\n")
     verified = run("verify", source, target)
     assert verified.returncode == 0
@@ -302,7 +293,7 @@ def test_demo_that_is_there_already_is_said_to_be(tmp_path):
 def test_interrupt_leaves_no_destination_and_the_same_command_goes_on(tmp_path):
     source, target = tmp_path / "demo", tmp_path / "sharded"
     make_demo_checkpoint(source, size="600MB")
-    command = [*SHARDKIT, "shard", str(source), str(target), "--max-shard-size", "20MB", "--dtype", "float32"]
+    command = [*COMMAND, "shard", str(source), str(target), "--max-shard-size", "20MB", "--dtype", "float32"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     staging, journal = (tmp_path / f".sharded.shardkit-{role}" for role in ("staging", "journal"))
     while not (journal.is_file() and journal.read_text().count('"shard"') > 2):
@@ -315,7 +306,7 @@ def test_interrupt_leaves_no_destination_and_the_same_command_goes_on(tmp_path):
     assert f"finished shards kept in {staging}: run again to resume, or `shardkit clean" in errors
     assert not target.exists()
     assert "interrupted run" in run("inspect", target).stderr
-    resumed = run(*command[len(SHARDKIT) :])
+    resumed = run(*command[len(COMMAND) :])
     assert resumed.returncode == 0, resumed.stderr
     assert "reused" in resumed.stdout
     assert not staging.exists()
@@ -423,7 +414,7 @@ def test_comparison_that_is_stopped_shows_and_saves_what_was_measured(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "show_run", stop)
-    asked = ["compare", demo, demo, "--repeats", "9", *words, "--output"]
+    asked = ["compare", str(demo), str(demo), "--repeats", "9", *words, "--output"]
     with pytest.raises(Interrupted, match=rf"^stopped; .*{result.name} has what was measured$"):
         cli.run([*asked, str(result)])
     told = capsys.readouterr().out
@@ -443,7 +434,7 @@ def test_text_that_is_stopped_keeps_its_last_line(demo, monkeypatch, capsys):
 
     monkeypatch.setattr(generating, "generate_text", speak)
     with pytest.raises(Interrupted, match=r"^stopped$"):
-        cli.run(["generate", demo, "--prompt", "x"])
+        cli.run(["generate", str(demo), "--prompt", "x"])
     assert capsys.readouterr().out == "once upon\n"
 
 
@@ -485,7 +476,7 @@ def in_a_terminal(*arguments, **environment):
     """Return what a terminal of 60 columns shows of a command."""
     leader, follower = pty.openpty()
     env = {**os.environ, "COLUMNS": "60", "TERM": "xterm", **environment}
-    process = subprocess.Popen([*SHARDKIT, *map(str, arguments)], stdout=follower, stderr=follower, env=env)
+    process = subprocess.Popen([*COMMAND, *map(str, arguments)], stdout=follower, stderr=follower, env=env)
     os.close(follower)
     seen = b""
     with suppress(OSError):  # which is how Linux says that nobody writes any more
@@ -545,8 +536,8 @@ def test_that_nothing_loads_is_exit_status_one_with_its_reason(demo, tmp_path):
 def test_code_of_the_checkpoint_is_trusted_by_name_alone(demo, monkeypatch, trusted):
     given = []
 
-    def stand_in(*_, options, **__):
-        given.append(options)
+    def stand_in(*_, **asked):
+        given.append(asked.get("options"))
         raise ShardkitError("no load")
 
     words = ["--trust-remote-code"] if trusted else []

@@ -32,7 +32,7 @@ from tests.benchmarks import cluster_table
 from tests.loopback_hub import LoopbackHub
 from tests.support import disk_watched
 from tests.torture.bench import Skip, beside, digests, mounted
-from tests.unasked import COMMAND
+from tests.unasked import COMMAND, run
 
 LIMIT = "400KB"
 QUIET = {"dashboard_address": ":0", "silence_logs": logging.CRITICAL}
@@ -348,20 +348,16 @@ def test_many_tasks_are_fewer_and_larger_on_a_cluster(total: int, workers: int, 
     assert max(parts) == size // tasks.TASK_BYTES * tasks.TASK_BYTES
 
 
-def shardkit_command(*words: object) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True)
-
-
 def test_command_line_takes_a_cluster_by_its_address(
     dask: Client, source: Path, expected: dict[str, str], out: Path
 ) -> None:
     address = dask.cluster.scheduler_address.replace("tcp://", "dask://")
     job = ("shard", source, out, "--max-shard-size", LIMIT, "--dtype", "fp16")
-    done = shardkit_command(*job, "--executor", address, "--json")
+    done = run(*job, "--executor", address, "--json")
     assert done.returncode == 0, done.stderr
     assert digests(out) == expected
     assert json.loads(done.stdout)["verification"]["mismatches"] == []
-    assert shardkit_command("verify", source, out, "--executor", address).returncode == 0
+    assert run("verify", source, out, "--executor", address).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -380,7 +376,7 @@ def test_command_line_takes_a_cluster_by_its_address(
 def test_wrong_executor_or_part_is_one_line(
     words: tuple[str, ...], status: int, line: str, source: Path, out: Path
 ) -> None:
-    done = shardkit_command("shard", source, out, "--max-shard-size", LIMIT, *words)
+    done = run("shard", source, out, "--max-shard-size", LIMIT, *words)
     assert done.returncode == status
     assert done.stdout == ""
     (said,) = done.stderr.splitlines()

@@ -342,12 +342,15 @@ def test_a_damaged_demo_is_not_reused(tmp_path):
         make_demo_checkpoint(tmp_path / "demo", size="5MB")
 
 
-def test_a_resharded_copy_that_carries_the_record_is_not_taken_for_the_demo(tmp_path):
+def test_a_resharded_or_cast_copy_that_carries_the_record_is_not_taken_for_the_demo(small, tmp_path):
     made = make_demo_checkpoint(tmp_path / "demo", size="5MB", shards=3)
     made.config["shardkit_demo"]["shards"] = 2
     (tmp_path / "demo/config.json").write_text(json.dumps(made.config))
     with pytest.raises(DestinationError):
         make_demo_checkpoint(tmp_path / "demo", size="5MB", shards=2)
+    shard_checkpoint(small, tmp_path / "cast", files=2, dtype="float16", verify=False)
+    with pytest.raises(DestinationError):
+        make_demo_checkpoint(tmp_path / "cast", size="5MB")
 
 
 def test_a_file_is_refused(tmp_path, small):

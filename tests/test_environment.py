@@ -41,6 +41,24 @@ def own(tmp_path, monkeypatch):
     return make
 
 
+def test_smallest_limit_of_the_group_and_its_ancestors_holds(own):
+    own("0::/a/b\n", "", max="max\n")
+    own("0::/a/b\n", "a", max="2000000000\n")
+    own("0::/a/b\n", "a/b", max="3000000000\n")
+    assert machine.limit_in_force() == 2_000_000_000
+
+
+def test_first_version_of_control_groups_is_read_too(own):
+    own("7:cpu:/x\n4:hugetlb,memory:/a\n", "memory", limit_in_bytes="9223372036854771712\n")
+    own("7:cpu:/x\n4:hugetlb,memory:/a\n", "memory/a", limit_in_bytes="13000000000\n")
+    assert machine.limit_in_force() == 13_000_000_000
+
+
+@pytest.mark.usefixtures("own")
+def test_no_control_group_means_no_limit():
+    assert machine.limit_in_force() is None
+
+
 def test_what_a_group_holds_is_not_left_but_its_file_pages_are(own):
     held = "anon 400\nfile 300\ninactive_file 50\nactive_file 20\nshmem 230\nslab_reclaimable 5\n"
     own("0::/a\n", "a", max="1000", current="700", stat=held)

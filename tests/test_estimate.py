@@ -48,6 +48,7 @@ from shardkit.errors import CheckpointError, PlanError
 from shardkit.load import blocks, within
 from shardkit.load.generate import generate_text
 from tests import architectures
+from tests.support import sparse_file
 
 
 @pytest.fixture(scope="module")
@@ -670,25 +671,9 @@ def test_a_budget_is_for_models_and_not_for_adapters(adapter):
 
 def mistral_7b(stored: str, dtype: str | None) -> Estimate:
     """Estimate a load of Mistral-7B's shape, of which nothing is written."""
-    config = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 4096}
-    config |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
-    config |= {"intermediate_size": 14336, "vocab_size": 32000}
-    shapes = {"model.embed_tokens": (32000, 4096), "lm_head": (32000, 4096)}
-    block = {
-        "self_attn.q_proj": (4096, 4096),
-        "self_attn.k_proj": (1024, 4096),
-        "mlp.down_proj": (4096, 14336),
-    }
-    block |= {
-        "self_attn.o_proj": (4096, 4096),
-        "self_attn.v_proj": (1024, 4096),
-        "mlp.up_proj": (14336, 4096),
-    }
-    block |= {"mlp.gate_proj": (14336, 4096)}
-    shapes |= {f"model.layers.{n}.{name}": shape for n in range(32) for name, shape in block.items()}
-    tensors = [
-        StoredTensor(f"{name}.weight", a * b, stored, (a, b), offset=0) for name, (a, b) in shapes.items()
-    ]
+    shape = demo_shape("14.5GB")
+    config = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **shape.config}
+    tensors = [StoredTensor(name, math.prod(size), stored, size, offset=0) for name, size in shape.tensors()]
     return estimate_load("mistral", tensors, dtype, config=config)
 
 
@@ -746,36 +731,10 @@ def test_a_rate_is_measured_past_the_page_cache_or_not_at_all(model, monkeypatch
         model.estimate(max_memory="300MB", disk_rate="measure")
 
 
-def falcon_7b() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the names and shapes of falcon-7b's tensors."""
-    width, heads, vocabulary = 4544, 64, 65024
-    yield "transformer.word_embeddings.weight", (vocabulary, width)
-    for number in range(32):
-        for name, shape in {
-            "input_layernorm.weight": (width,),
-            "input_layernorm.bias": (width,),
-            "self_attention.query_key_value.weight": (width + 2 * heads, width),
-            "self_attention.dense.weight": (width, width),
-            "mlp.dense_h_to_4h.weight": (4 * width, width),
-            "mlp.dense_4h_to_h.weight": (width, 4 * width),
-        }.items():
-            yield f"transformer.h.{number}.{name}", shape
-    yield from (("transformer.ln_f.weight", (width,)), ("transformer.ln_f.bias", (width,)))
-    yield "lm_head.weight", (vocabulary, width)
-
-
 SEVEN_BILLION = {
-    "Mistral-7B": (lambda: demo_shape("14.5GB").tensors(), 14_483_464_192, {
-        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 4096,
-        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
-        "num_key_value_heads": 8,
-    }),
-    "falcon-7b": (falcon_7b, 14_434_379_520, {
-        "architectures": ["FalconForCausalLM"], "model_type": "falcon", "hidden_size": 4544,
-        "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65024, "multi_query": True,
-        "parallel_attn": True, "bias": False, "alibi": False, "new_decoder_architecture": False,
-    }),
-}  # fmt: skip
+    "Mistral-7B": ("mistral", 14_483_464_192, {"architectures": ["MistralForCausalLM"]}),
+    "falcon-7b": ("falcon", 14_434_379_520, {}),
+}
 
 
 def in_a_cell(host: HostFit) -> str:
@@ -791,16 +750,11 @@ def in_a_cell(host: HostFit) -> str:
 
 @pytest.mark.parametrize("name", SEVEN_BILLION)
 def test_readme_says_of_7b_models_what_inspect_says_of_their_headers(tmp_path: Path, name: str) -> None:
-    shapes, total, config = SEVEN_BILLION[name]
-    header, end = {}, 0
-    for tensor, shape in shapes():
-        begin, end = end, end + 2 * math.prod(shape)
-        header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": (begin, end)}
-    text = json.dumps(header).encode()
-    with (tmp_path / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)  # a hole: weights are never read
-    (tmp_path / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
+    kind, total, known = SEVEN_BILLION[name]
+    shape = demo_shape("14.5GB", architecture=kind)
+    sparse_file(tmp_path / "model.safetensors", dict(shape.tensors()))
+    config = {"model_type": kind, **known, **shape.config, "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     checkpoint = Checkpoint.open(tmp_path)
     assert checkpoint.total_bytes == total, "what the index on the Hub says"
     readme = (Path(__file__).parents[1] / "README.md").read_text()

@@ -36,6 +36,7 @@ from shardkit import (
     verify_checkpoint,
 )
 from shardkit.checkpoint.belonging import needed_files
+from shardkit.demo import demo_shape
 from shardkit.errors import (
     Cancelled,
     CheckpointError,
@@ -50,8 +51,8 @@ from shardkit.sources import hub_client as access
 from shardkit.sources.hub_cache import must_stream, parse_id
 from tests.hub_store import Blob
 from tests.loopback_hub import TOKEN, LoopbackHub
-from tests.support import read_checkpoint
-from tests.unasked import COMMAND
+from tests.support import read_checkpoint, sparse_file
+from tests.unasked import run
 
 ID = "org/model"
 COUNT = 8
@@ -345,31 +346,14 @@ def add_name(hub: LoopbackHub, sha: str, name: str) -> None:
 
 def add_7b(hub: LoopbackHub) -> None:
     """A repository of Mistral-7B's shape; its files are holes behind their headers."""
-    blocks = {
-        "input_layernorm": (4096,), "post_attention_layernorm": (4096,),
-        "self_attn.q_proj": (4096, 4096), "self_attn.o_proj": (4096, 4096),
-        "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
-        "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096), "mlp.down_proj": (4096, 14336),
-    }  # fmt: skip
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32000, 4096)}
-    for layer in range(32):
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in blocks.items()}
-    shapes |= {"model.norm.weight": (4096,), "lm_head.weight": (32000, 4096)}
-    names = list(shapes)
+    tensors = list(demo_shape("14.5GB").tensors())
     repo = hub.store.create("mistralai/Mistral-7B-v0.1")
     tree, weight_map = {}, {}
-    for number, part in enumerate((names[:150], names[150:]), start=1):
-        header, end = {}, 0
-        for name in part:
-            begin, end = end, end + 2 * torch.Size(shapes[name]).numel()
-            header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [begin, end]}
-        raw = json.dumps(header).encode()
+    for number, part in enumerate((tensors[:150], tensors[150:]), start=1):
         file, key = f"model-{number:05d}-of-00002.safetensors", f"{number:064d}"
-        with hub.store.path(key).open("wb") as handle:
-            handle.write(len(raw).to_bytes(8, "little") + raw)
-            handle.truncate(8 + len(raw) + end)
-        tree[file] = Blob("0" * 40, 8 + len(raw) + end, key, lfs=True)
-        weight_map |= dict.fromkeys(part, file)
+        size = sparse_file(hub.store.path(key), dict(part))
+        tree[file] = Blob("0" * 40, size, key, lfs=True)
+        weight_map |= {name: file for name, _ in part}
     for file, document in {
         "config.json": {"architectures": ["MistralForCausalLM"], "torch_dtype": "bfloat16"},
         "model.safetensors.index.json": {"weight_map": weight_map},
@@ -969,9 +953,6 @@ for source in "org/own", "org/own", "org/download", "org/wrong", "other/gated", 
 
 @pytest.mark.usefixtures("hub")
 def test_command_line_takes_an_id_for_a_source(sha: str, tmp_path: Path) -> None:
-    def run(*words: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True, check=False)
-
     inspected = run("inspect", ID, "--json")
     assert json.loads(inspected.stdout)["source"] == f"hf://{ID}@{sha}"
     assert run("plan", f"{ID}@main", "--max-shard-size", "1MB").returncode == 0

@@ -24,7 +24,7 @@ from shardkit.shard.engine import shard_on_hub
 from shardkit.shard.push import push_checkpoint
 from tests.loopback_hub import LoopbackHub
 from tests.support import Tensor, read_checkpoint, write_checkpoint
-from tests.unasked import COMMAND
+from tests.unasked import run
 
 REPO = "me/sharded"
 SENT = "PUT storage"
@@ -901,30 +901,24 @@ def test_what_killed_runs_left_is_cleaned_up_and_what_lives_is_left_alone(
     assert source
 
 
-def cli(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, *map(str, arguments)]
-    variables = os.environ | environment
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
-
-
 def test_command_line_pushes_and_goes_from_hub_to_hub(
     hub: LoopbackHub, source: str, sharded: shardkit.ShardReport
 ) -> None:
-    pushed = cli("push", sharded.destination, REPO)
+    pushed = run("push", sharded.destination, REPO)
     head = hub.repo(REPO).branches["main"]
     assert (pushed.returncode, pushed.stdout) == (0, f"{hub.url}/{REPO}/commit/{head}\n"), pushed.stderr
     assert hub.repo(REPO).private
-    done = cli("shard", f"hf://{SOURCE}", "hf://me/other", "--max-shard-size", "1MB", "--public", "--json")
+    done = run("shard", f"hf://{SOURCE}", "hf://me/other", "--max-shard-size", "1MB", "--public", "--json")
     assert done.returncode == 0, done.stderr
     report = shardkit.ShardReport.from_dict(json.loads(done.stdout))
     assert report.source == f"hf://{SOURCE}@{source}"
     assert not hub.repo("me/other").private
-    assert cli("verify", REPO, "me/other").returncode == 0
-    assert cli("shard", SOURCE, "hf://me/other", "--overwrite").returncode == 2
-    refused = cli("shard", SOURCE, "hf://org/other")
+    assert run("verify", REPO, "me/other").returncode == 0
+    assert run("shard", SOURCE, "hf://me/other", "--overwrite").returncode == 2
+    refused = run("shard", SOURCE, "hf://org/other")
     assert refused.returncode == 1
     assert len(refused.stderr.splitlines()) == 1, refused.stderr
-    here = cli("shard", sharded.destination, "hf://me/third")
+    here = run("shard", sharded.destination, "hf://me/third")
     assert (here.returncode, "push that" in here.stderr) == (1, True)
 
 

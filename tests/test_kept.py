@@ -18,6 +18,7 @@ from shardkit import plan_shards, shard_checkpoint, verify_checkpoint
 from shardkit.checkpoint import kept
 from shardkit.load import look
 from tests.support import data_offsets
+from tests.torch_files import same
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -58,17 +59,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return write
 
 
-def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether dtype, shape and every bit are the same: zero is not minus zero."""
-    ours, theirs = ours.detach().cpu().reshape(-1), theirs.detach().cpu().reshape(-1)
-    return ours.dtype == theirs.dtype and torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
-
-
 def differing(ours: Any, theirs: Any) -> list[str]:
     """Names of what differs in the state of two models."""
     ours, theirs = ours.state_dict(), theirs.state_dict()
     assert ours.keys() == theirs.keys()
-    return [name for name in ours if not same_bits(ours[name], theirs[name])]
+    return [name for name in ours if not same(ours[name], theirs[name])]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

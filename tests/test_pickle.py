@@ -27,6 +27,7 @@ from shardkit.errors import CheckpointError
 from shardkit.formats import strided
 from shardkit.formats.tensor import DTYPE_NAMES
 from shardkit.shard import tasks
+from tests.torch_files import raw, same
 
 ZIP, LEGACY = True, False
 FORMATS = pytest.mark.parametrize("zipped", [ZIP, LEGACY], ids=["zip", "legacy"])
@@ -52,13 +53,6 @@ def sharded(source: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
     report = shard_checkpoint(source, out, **{"max_shard_size": 2000} | options)
     assert report.verification is not None
     return {name: tensor for file in report.files for name, tensor in load_file(out / file).items()}
-
-
-def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    raw = [
-        t.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8) for t in (ours, theirs)
-    ]
-    return ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(*raw)
 
 
 def every_kind(zipped: bool) -> dict[str, torch.Tensor]:
@@ -192,10 +186,6 @@ def views(seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def resolved(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
 @pytest.mark.parametrize("piece_bytes", [1, 24, 100, 4 << 20])
 def test_tensor_that_is_not_contiguous_is_gathered_in_pieces_of_any_size(
     piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -206,7 +196,7 @@ def test_tensor_that_is_not_contiguous_is_gathered_in_pieces_of_any_size(
     source = save(state, tmp_path / "source" / "pytorch_model.bin")
     found = sharded(source, tmp_path / "out", max_shard_size=8000)
     assert found.keys() == state.keys()
-    assert [name for name in state if not same(found[name], resolved(state[name]))] == []
+    assert [name for name in state if not same(found[name], state[name])] == []
     source = save({"permuted": state["permuted"]}, tmp_path / "floats" / "pytorch_model.bin")
     cast = sharded(source, tmp_path / "cast", dtype="bfloat16", max_shard_size=8000)
     assert same(cast["permuted"], state["permuted"].contiguous().bfloat16())
@@ -230,9 +220,7 @@ def test_any_bytes_of_any_view_are_those_of_its_contiguous_copy(
         .expand(data.draw(st.integers(1, 3)), *view.shape)
         .movedim(0, axis)
     )
-    expected = (
-        bytes(memoryview(resolved(view).reshape(-1).view(torch.uint8).numpy())) if view.numel() else b""
-    )
+    expected = raw(view)
     offset = data.draw(st.integers(0, len(expected)))
     nbytes = data.draw(st.integers(0, len(expected) - offset))
     layout = strided.Layout(tuple(view.shape), view.stride(), view.itemsize)

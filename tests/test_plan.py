@@ -369,28 +369,6 @@ def test_torch_dtype_is_as_good_as_its_name() -> None:
     assert plan_shards(source, dtype=torch.float16) == plan_shards(source, dtype="float16")
 
 
-QUANTIZED: list[tuple[dict[str, object] | None, str]] = [
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "F16"),
-    ({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "F16"),
-    (None, "F8_E4M3"),
-    (None, "F8_E5M2"),
-    (None, "F6_E2M3"),
-    (None, "F4"),
-]
-
-
-@pytest.mark.parametrize(("config", "dtype"), QUANTIZED)
-def test_cast_of_quantized_weights_is_refused_with_the_reason(
-    config: dict[str, object] | None, dtype: str
-) -> None:
-    source = checkpoint([("norm", "F32", (8,)), ("w", dtype, (8,))], config)
-    with pytest.raises(PlanError, match="quantized") as caught:
-        plan_shards(source, dtype="float16")
-    assert "/source" in str(caught.value)
-    assert ("gptq" if config else "'w'") in str(caught.value)
-    assert len(plan_shards(source).shards) == 1  # as it is, it can be sharded
-
-
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [

@@ -4,19 +4,15 @@ from typing import Any
 
 import pytest
 
-from shardkit import Checkpoint, TensorInfo, plan_shards
+from shardkit import Checkpoint, plan_shards
 from shardkit.errors import PlanError
+from tests.test_plan import checkpoint as unwritten
 
 Made = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def checkpoint(tensors: Made, config: dict[str, Any] | None = None) -> Checkpoint:
-    made, offset = {}, 0
-    for name, (dtype, shape) in tensors.items():
-        made[name] = TensorInfo(name, dtype, shape, "model.safetensors", offset, 0)
-    return Checkpoint(
-        "/source", "/source", "safetensors", "model", ("model.safetensors",), made, config=config
-    )
+    return unwritten(((name, *how) for name, how in tensors.items()), config)
 
 
 def under(module: str, tensors: str) -> Made:
@@ -43,6 +39,9 @@ LINEAR = {
     "weight.quant_map F32 16, weight.quant_state.bitsandbytes__nf4 U8 38",
     "bitsandbytes, 8 bits": "weight I8 32x32, SCB F32 32, weight_format U8 scalar",
     "FP8": "weight F8_E4M3 32x32, weight_scale_inv F32 1x1",
+    "FP8 of two bits of fraction": "weight F8_E5M2 32x32",
+    "FP6": "weight F6_E2M3 32x32",
+    "FP4": "weight F4 32x32",
     "MXFP4": "down_proj_blocks U8 2x32x1x16, down_proj_scales U8 2x32x1, down_proj_bias BF16 2x32",
     "HQQ": "W_q U8 16x32, scale F16 32x1, zero F16 32x1",
     "EETQ": "weight I8 32x32, weight_scales F16 32",
@@ -66,7 +65,7 @@ def test_cast_of_quantized_tensors_is_refused_without_a_word_in_the_config(kind:
     tensors = {"embed.weight": ("BF16", (64, 32)), **under(module, LINEAR[kind])}
     source = checkpoint(tensors, {"model_type": "llama"})
     for dtype in ("float16", "bfloat16", "float32"):
-        with pytest.raises(PlanError, match=r"quantized.*leave out dtype") as caught:
+        with pytest.raises(PlanError, match=r"^/source: .*quantized.*leave out dtype") as caught:
             plan_shards(source, dtype=dtype)
         assert any(repr(name) in str(caught.value) for name in tensors)
     assert len(plan_shards(source).shards) == 1  # as it is, it can be sharded

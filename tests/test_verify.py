@@ -386,11 +386,9 @@ def test_range_past_the_page_cache_is_the_same(begin: int, end: int, written: Pa
 def test_what_is_read_past_the_page_cache_is_not_left_there(written: Path) -> None:
     if pages.drop([written]) != 0:
         pytest.skip("this file system keeps its pages, or does not show them")
-    assert (
-        b"".join(map(bytes, WrittenFiles(written.parent).read("file", 5, 3 * MIB))) == BYTES[5 : 3 * MIB + 5]
-    )
+    assert joined(WrittenFiles(written.parent).read("file", 5, 3 * MIB)) == BYTES[5 : 3 * MIB + 5]
     assert pages.resident_bytes([written]) == 0
-    assert b"".join(map(bytes, LocalFiles(written.parent).read("file", 5, 3 * MIB))) == BYTES[5 : 3 * MIB + 5]
+    assert joined(LocalFiles(written.parent).read("file", 5, 3 * MIB)) == BYTES[5 : 3 * MIB + 5]
     assert pages.resident_bytes([written]) == len(BYTES)
 
 
@@ -407,9 +405,7 @@ def test_disk_that_refuses_direct_reads_is_read_through_the_page_cache(
         return direct(file, buffer, offset)
 
     monkeypatch.setattr(DiskFile, "read_direct", refusing)
-    assert (
-        b"".join(map(bytes, WrittenFiles(written.parent).read("file", 7, 3 * MIB))) == BYTES[7 : 3 * MIB + 7]
-    )
+    assert joined(WrittenFiles(written.parent).read("file", 7, 3 * MIB)) == BYTES[7 : 3 * MIB + 7]
     assert len(asked) == works + 1
 
 

@@ -57,6 +57,11 @@ def raw(tensor: torch.Tensor) -> bytes:
     return bytes(whole.reshape(-1).view(torch.uint8).numpy()) if whole.numel() else b""
 
 
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether dtype, shape and every bit are the same: zero is not minus zero."""
+    return (ours.dtype, ours.shape, raw(ours)) == (theirs.dtype, theirs.shape, raw(theirs))
+
+
 @st.composite
 def _views(draw: st.DrawFn, base: torch.Tensor, in_parts: bool) -> torch.Tensor:
     """Draw a view: a part, of any shape, permuted, with steps, expanded."""

@@ -1,8 +1,16 @@
 """shardkit where a test is not about what a model gets: transformers, which takes seconds, is not asked."""
 
+import subprocess
 import sys
 
 COMMAND = (sys.executable, "-P", __file__)  # the command line
+
+
+def run(*words, command=COMMAND, **options):
+    """Run the command line, and return how that ended."""
+    return subprocess.run(
+        [*command, *map(str, words)], capture_output=True, text=True, check=False, **options
+    )
 
 
 def ask_no_models() -> None:

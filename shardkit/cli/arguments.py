@@ -1,4 +1,4 @@
-"""How commands are declared: a function's parameters are its arguments; what is no value is wrong usage.
+"""How commands are declared: what is no value is wrong usage, and what is not given, the package decides.
 
 Python's own argparse, because Typer with what it needs would be a fifth of all that is installed.
 """
@@ -22,6 +22,7 @@ from shardkit.formats.tensor import dtype_name
 from shardkit.measure.samples import AUTO, MOST_PAIRS
 from shardkit.measure.spec import RULES
 from shardkit.plan.packing import STRATEGIES, packing
+from shardkit.plan.plan import USUAL
 from shardkit.shard.in_parts import FINISH, check_part
 
 Argument = tuple[str, dict[str, Any]]
@@ -72,18 +73,18 @@ def wrong_usage(command: str, message: str) -> NoReturn:
 
 def argument(name: str, said: str, **options: Any) -> Argument:
     """Declare an argument, or an option if its name begins with dashes; its default is shown in its help."""
-    shown = " (default: %(default)s)" if options.get("default") not in (None, argparse.SUPPRESS) else ""
+    shown = " (default: %(default)s)" if "default" in options else ""
     return name, {"help": said.replace("%", "%%") + shown, **options}
 
 
-def switch(name: str, said: str, **options: Any) -> Argument:
-    """Declare an option without a value."""
-    return name, {"help": said, "action": "store_true", **options}
+def switch(name: str, said: str, means: object = True, **options: Any) -> Argument:
+    """Declare an option without a value: what it means where it is given."""
+    return name, {"help": said, "action": "store_const", "const": means, **options}
 
 
 def without(option: str, said: str) -> Argument:
     """Declare an option that only switches something off."""
-    return switch(f"--no-{option}", said, action="store_false", dest=option.replace("-", "_"))
+    return switch(f"--no-{option}", said, False, dest=option.replace("-", "_"))
 
 
 def command(
@@ -102,14 +103,14 @@ def command(
             description=said,
             epilog="examples:\n" + "\n".join(f"  shardkit {line.strip()}" for line in examples.splitlines()),
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS,
             allow_abbrev=False,
         )
         for name, options in arguments:
             parser.add_argument(name, **options)
         if destination:
             either = parser.add_mutually_exclusive_group(required=is_required)
-            # Suppressed, or its absence would undo --output.
-            either.add_argument("destination", nargs="?", default=argparse.SUPPRESS, help=destination)
+            either.add_argument("destination", nargs="?", help=destination)
             either.add_argument(
                 "--output", dest="destination", metavar="DESTINATION", help="Another way to give it."
             )
@@ -132,21 +133,34 @@ def _valued(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return value
 
 
-def at_least_one(text: str) -> int:
+def _checked(check: Callable[[str], object]) -> Callable[[str], str]:
+    """Return what takes text as it was typed, unless a check refuses it."""
+
+    @_valued
+    def value(text: str) -> str:
+        check(text)
+        return text
+
+    return value
+
+
+def _or(word: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return what takes a word as well."""
+
+    def value(text: str) -> Any:
+        try:
+            return text if text == word else convert(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, or {word}") from None
+
+    return value
+
+
+def _at_least_one(text: str) -> int:
     """Return a whole number above zero, as `Sequences` takes it."""
     if not text.isdecimal() or len(text) > 10 or not 0 < int(text) <= MOST:
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number above zero, at most {MOST:,}")
     return int(text)
-
-
-def _pairs(text: str) -> int | str:
-    """Return a number of pairs, or the word for as many as decide."""
-    if text == AUTO:
-        return text
-    try:
-        return at_least_one(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, or {AUTO}") from None
 
 
 @_valued
@@ -158,21 +172,17 @@ def _seconds(text: str) -> float:
 
 
 @_valued
-def size(text: str) -> str:
+def _size(text: str) -> str:
     """Return a size as it was typed; few bytes without a unit are megabytes that lack it."""
     if parse_size(text) < _FEW_BYTES and text.strip().isdecimal():
         raise ShardkitError(f"{text} has no unit: for megabytes, type {text}MB; for bytes, {text}B")
     return text
 
 
-def rate(text: str) -> str:
-    """Return bytes a second as they were typed, or the word that asks for them to be measured."""
-    if text == "measure":
-        return text
-    try:
-        return str(size(text.removesuffix("/s")))
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}; or measure") from None
+NUMBER: dict[str, Any] = {"type": _at_least_one, "metavar": "N"}
+SIZE: dict[str, Any] = {"type": _size, "metavar": "SIZE"}
+device = _checked(RULES["device"])
+rate = _or("measure", lambda text: _size(text.removesuffix("/s")))
 
 
 @_valued
@@ -183,13 +193,6 @@ def part(text: str) -> tuple[int, int]:
         raise ShardkitError(f"{text!r} is not I/N, such as 3/8")
     check_part((int(number), int(of)))
     return int(number), int(of)
-
-
-@_valued
-def device(text: str) -> str:
-    """Return a device to load to."""
-    RULES["device"](text)
-    return text
 
 
 def file(*endings: str) -> Callable[[str], Path]:
@@ -210,26 +213,22 @@ A_SOURCE = (
 )
 SOURCE = argument("source", A_SOURCE)
 MAX_SHARD_SIZE = argument(
-    "--max-shard-size", "Maximum size of a file: 500MB, 2G, 1.5GiB.", default="2GB", metavar="SIZE", type=size
+    "--max-shard-size", f"Maximum size of a file: 500MB, 2G, 1.5GiB (default: {USUAL[0]}).", **SIZE
 )
 STRATEGY = argument(
     "--strategy",
-    "; ".join(f"{name}: {packing.words}" for name, packing in STRATEGIES.items()) + ".",
-    type=_valued(lambda text: text if packing(text) else None),
+    "; ".join(f"{name}: {packing.words}" for name, packing in STRATEGIES.items())
+    + f" (default: {USUAL[1]}).",
+    type=_checked(packing),
     metavar=f"{{{','.join(STRATEGIES)}}}",
-    default="size",
 )
 FILES = argument(
-    "--files",
-    "Instead of size and strategy: so many files of nearly equal size; 1 merges.",
-    type=at_least_one,
-    metavar="N",
+    "--files", "Instead of size and strategy: so many files of nearly equal size; 1 merges.", **NUMBER
 )
 RANKS = argument(
     "--ranks",
     "For so many processes of tensor parallelism: each reads only its part; plain from_pretrained cannot.",
-    type=at_least_one,
-    metavar="N",
+    **NUMBER,
 )
 LAYOUT = (MAX_SHARD_SIZE, STRATEGY, FILES, RANKS)
 _DTYPES = "float16, bfloat16 or float32; also fp16, half, bf16, fp32."
@@ -242,21 +241,16 @@ LOAD_DTYPE = argument(
     type=_valued(lambda text: text if text == "auto" else dtype_name(text)),
     metavar="DTYPE",
 )
-MAX_MEMORY = argument("--max-memory", "Memory that the process may need: 2GB.", metavar="SIZE", type=size)
+MAX_MEMORY = argument("--max-memory", "Memory that the process may need: 2GB.", **SIZE)
 REPEATS = (
     argument(
         "--repeats",
         "Pairs of loads; auto: as many as every verdict needs, up to --most.",
-        type=_pairs,
+        type=_or(AUTO, _at_least_one),
         default=5,
         metavar="N|auto",
     ),
-    argument(
-        "--most",
-        f"Most pairs with --repeats auto (default: {MOST_PAIRS}).",
-        type=at_least_one,
-        metavar="N",
-    ),
+    argument("--most", f"Most pairs with --repeats auto (default: {MOST_PAIRS}).", **NUMBER),
     argument(
         "--most-seconds",
         "With --repeats auto: begin no pair after so long.",
@@ -264,11 +258,11 @@ REPEATS = (
         metavar="SECONDS",
     ),
 )
-WORKERS = argument("--workers", "Number of threads (default: up to 4).", type=at_least_one, metavar="N")
+WORKERS = argument("--workers", "Number of threads (default: up to 4).", **NUMBER)
 EXECUTOR = argument(
     "--executor",
     f"Dask's scheduler, whose workers do the work: {DASK}HOST:PORT.",
-    type=_valued(lambda text: text if check_address(text) else None),
+    type=_valued(check_address),
     metavar="ADDRESS",
 )
 PARTS = (
@@ -278,16 +272,13 @@ PARTS = (
         type=part,
         metavar="I/N",
     ),
-    switch(
-        "--finish",
-        "Publish the parts, once all are made.",
-        action="store_const",
-        const=FINISH,
-        dest="part",
-    ),
+    switch("--finish", "Publish the parts, once all are made.", FINISH, dest="part"),
 )
-PUBLIC = switch("--public", "The Hub repository is public, or is created as public.")
+PUBLIC = switch("--public", "The Hub repository is public, or is created as public.", False, dest="private")
 JSON = switch("--json", "Print one JSON object and nothing else.", dest="as_json")
 TRUST_REMOTE_CODE = switch(
-    "--trust-remote-code", "Run custom code from the checkpoint; only if you trust it."
+    "--trust-remote-code",
+    "Run custom code from the checkpoint; only if you trust it.",
+    {"trust_remote_code": True},
+    dest="options",
 )

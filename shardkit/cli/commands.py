@@ -1,4 +1,4 @@
-"""The commands: each is a function, whose parameters are its arguments."""
+"""The commands: each is a function of its arguments; options that it only passes on are not named again."""
 
 from __future__ import annotations
 
@@ -22,52 +22,49 @@ from shardkit.cli.arguments import (
     LAYOUT,
     LOAD_DTYPE,
     MAX_MEMORY,
+    NUMBER,
     PARTS,
     PUBLIC,
     REPEATS,
+    SIZE,
     SOURCE,
     TRUST_REMOTE_CODE,
     WORKERS,
     argument,
-    at_least_one,
     command,
     device,
     file,
     rate,
-    size,
     switch,
     without,
     wrong_usage,
 )
-from shardkit.cli.terminal import LimitedRuns, in_part, next_step, progress_bar, say, show, show_run, typed
+from shardkit.cli.terminal import in_part, limited_runs, next_step, progress_bar, say, show, show_run, typed
 from shardkit.formats.tensor import CAST_DTYPES, Dtype, LoadDtype
 from shardkit.measure.samples import AUTO
 from shardkit.measure.spec import CACHES
 from shardkit.shard.bucket_store import discard_in_bucket
 from shardkit.shard.destination import default_destination, free_bytes, leftovers, remove_leftovers
-from shardkit.shard.in_parts import Part, is_part
+from shardkit.shard.in_parts import is_part
 from shardkit.sources.resolve import is_address, is_on_hub
 
+_OF_FOLDERS = {"overwrite", "resume", "stream", "free_source", "ranks", "part"}
 _ONLY_FOLDERS = "--overwrite, --no-resume, --stream, --download, --free-source, --ranks, --part, --finish"
-
-
-def _load_options(trust_remote_code: bool) -> dict[str, Any] | None:
-    return {"trust_remote_code": True} if trust_remote_code else None
 
 
 @command(
     SOURCE,
     LOAD_DTYPE,
     MAX_MEMORY,
-    argument("--context-tokens", "Longest sequence.", type=at_least_one, metavar="N"),
-    argument("--batch-size", "Sequences at a time.", type=at_least_one, default=1, metavar="N"),
+    argument("--context-tokens", "Longest sequence.", **NUMBER),
+    argument("--batch-size", "Sequences at a time.", default=1, **NUMBER),
     argument("--disk-rate", "Bytes a second: 1.2GB; or measure.", type=rate, metavar="RATE"),
     JSON,
     examples="""inspect mistral-demo
         inspect mistralai/Mistral-7B-v0.1 --dtype fp16
         inspect mistral-demo --max-memory 600MB --disk-rate measure""",
 )
-def inspect(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) -> None:
+def inspect(source: str, dtype: LoadDtype | None = None, as_json: bool = False, **asked: Any) -> None:
     """Show what a checkpoint contains and how much memory loading it takes, from its headers."""
     left = list(map(str, leftovers(source)))
     if left:
@@ -75,7 +72,7 @@ def inspect(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) -
     checkpoint = shardkit.Checkpoint.open(source)
     estimate = checkpoint.estimate(dtype, **asked)
     following = next_step("plan", source, dtype=dtype if dtype in CAST_DTYPES else None)
-    if budget := asked["max_memory"]:
+    if budget := asked.get("max_memory"):
         following = next_step("generate", source, prompt="...", max_memory=budget, dtype=dtype)
     following *= checkpoint.format != GGUF
     more = {"estimate": estimate.to_dict(), "leftovers": left}
@@ -90,7 +87,7 @@ def inspect(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) -
     examples="""plan mistral-demo --max-shard-size 100MB
         plan mistral-demo --strategy layer --dtype fp16""",
 )
-def plan(source: str, dtype: Dtype | None, as_json: bool, **layout: Any) -> None:
+def plan(source: str, dtype: Dtype | None = None, as_json: bool = False, **layout: Any) -> None:
     """Dry run: show the files that would be written; in a pipe, all of them."""
     checkpoint = shardkit.Checkpoint.open(source)
     made = shardkit.plan_shards(checkpoint, dtype=dtype, **layout)
@@ -123,14 +120,8 @@ def plan(source: str, dtype: Dtype | None, as_json: bool, **layout: Any) -> None
     without("resume", "Start over instead of resuming."),
     without("verify", "Skip the verification at the end."),
     switch("--allow-overflow", "Allow a cast that turns finite values infinite."),
-    switch("--stream", "Stream a model from the Hub into shards, without downloading it.", default=None),
-    switch(
-        "--download",
-        "Download it first (default: if the disk has room for both).",
-        action="store_false",
-        dest="stream",
-        default=None,
-    ),
+    switch("--stream", "Stream a model from the Hub into shards, without downloading it."),
+    switch("--download", "Download it first (default: if the disk has room for both).", False, dest="stream"),
     switch("--free-source", "Free the source's disk space meanwhile: its weights are gone in the end."),
     PUBLIC,
     JSON,
@@ -143,31 +134,24 @@ def plan(source: str, dtype: Dtype | None, as_json: bool, **layout: Any) -> None
 )
 def shard(
     source: str,
-    destination: str | None,
-    overwrite: bool,
-    resume: bool,
-    stream: bool | None,
-    free_source: bool,
-    part: Part | None,
-    public: bool,
-    executor: str | None,
-    as_json: bool,
-    **common: Any,
+    destination: str | None = None,
+    executor: str | None = None,
+    as_json: bool = False,
+    **asked: Any,
 ) -> None:
     """Rewrite a checkpoint as shards, without loading it, and verify them."""
     destination = destination or default_destination(source)
+    on_hub = is_on_hub(destination)
+    if on_hub and asked.keys() & _OF_FOLDERS:
+        wrong_usage("shard", f"{_ONLY_FOLDERS} only apply to folders")
+    if not on_hub and "private" in asked:
+        wrong_usage("shard", "--public only applies to hf:// destinations")
+    make, target = (
+        (shardkit.shard_on_hub, destination[5:]) if on_hub else (shardkit.shard_checkpoint, destination)
+    )
     with executor_at(executor) as workers, progress_bar() as bar:
-        common |= {"progress": bar, "executor": workers}
-        if is_on_hub(destination):
-            if any((overwrite, not resume, stream is not None, free_source, part, common.pop("ranks"))):
-                wrong_usage("shard", f"{_ONLY_FOLDERS} only apply to folders")
-            report = shardkit.shard_on_hub(source, destination[5:], private=not public, **common)
-        else:
-            if public:
-                wrong_usage("shard", "--public only applies to hf:// destinations")
-            common |= {"overwrite": overwrite, "resume": resume, "stream": stream, "free_source": free_source}
-            report = shardkit.shard_checkpoint(source, destination, part=part, **common)
-    following = next_step("compare", source, destination, dtype=common["dtype"])
+        report = make(source, target, **asked, executor=workers, progress=bar)
+    following = next_step("compare", source, destination, dtype=asked.get("dtype"))
     if report.freed or is_address(destination) or is_part(report.destination):
         following = "" if is_part(report.destination) else next_step("inspect", destination)
     show(report, as_json=as_json, following=following)
@@ -179,10 +163,10 @@ def shard(
     PUBLIC,
     examples="push sharded me/name",
 )
-def push(folder: str, repo_id: str, public: bool) -> None:
+def push(folder: str, repo_id: str, private: bool = True) -> None:
     """Push a sharded checkpoint to the Hub in one commit, and print its URL."""
     with progress_bar() as bar:
-        url = shardkit.push_checkpoint(folder, repo_id, private=not public, progress=bar)
+        url = shardkit.push_checkpoint(folder, repo_id, private=private, progress=bar)
     print(url)
 
 
@@ -194,19 +178,20 @@ def push(folder: str, repo_id: str, public: bool) -> None:
     destination="What is compared with it, likewise.",
     examples="verify mistral-demo mistral-demo-sharded",
 )
-def verify(source: str, destination: str, workers: int | None, executor: str | None, as_json: bool) -> None:
+def verify(
+    source: str, destination: str, executor: str | None = None, as_json: bool = False, **asked: Any
+) -> None:
     """Compare the tensors of two checkpoints, however they are sharded; after a cast, source first."""
-    with executor_at(executor) as crew, progress_bar() as bar:
-        found = shardkit.verify_checkpoint(source, destination, workers=workers, executor=crew, progress=bar)
+    with executor_at(executor) as workers, progress_bar() as bar:
+        found = shardkit.verify_checkpoint(source, destination, **asked, executor=workers, progress=bar)
     show(found, as_json=as_json, equal=found.equal)
     if not found.equal:
         what_next = "do not use it: shard the source again, with --overwrite"
-        if found.is_perhaps_another or found.is_perhaps_swapped:
+        if found.is_perhaps_another:
+            what_next = f"{destination} may be of another model; find out before you overwrite anything"
+        elif found.is_perhaps_swapped:
             swapped = f"if {destination} is what was cast, give it first"
-            another = f"{destination} may be of another model"
-            what_next = (
-                f"{another if found.is_perhaps_another else swapped}; find out before you overwrite anything"
-            )
+            what_next = f"{swapped}; find out before you overwrite anything"
         raise ShardkitError(f"{destination} does not match {source}: {found.why_unequal}; {what_next}")
 
 
@@ -230,19 +215,14 @@ def clean(destination: str) -> None:
     *REPEATS,
     argument("--cache", "cold: from the disk; warm: from the page cache.", choices=CACHES, default="cold"),
     argument("--device", "Device to load to: cpu, cuda, cuda:1, auto.", default="cpu", type=device),
-    argument(
-        "--memory-limit",
-        "Memory limit of each load: 12.7GB to simulate Colab's limit.",
-        metavar="SIZE",
-        type=size,
-    ),
-    argument(
-        "--max-memory", "Budget of each load, which streams what does not fit.", metavar="SIZE", type=size
-    ),
-    argument("--generate", "Tokens after each load.", type=at_least_one, default=1, metavar="N"),
+    argument("--memory-limit", "Memory limit of each load: 12.7GB to simulate Colab's limit.", **SIZE),
+    argument("--max-memory", "Budget of each load, which streams what does not fit.", **SIZE),
+    argument("--generate", "Tokens after each load.", default=1, **NUMBER),
     switch(
         "--prefetch",
         "Also load the shards with their files prefetched; times then count from process start.",
+        {"prefetched": {"prefetch": True}},
+        dest="others",
     ),
     argument(
         "--python", "Another interpreter to load with, such as that of `shardkit stack`.", metavar="FILE"
@@ -264,74 +244,52 @@ def clean(destination: str) -> None:
 def compare(
     original: str,
     sharded: str,
-    memory_limit: str | None,
-    prefetch: bool,
-    trust_remote_code: bool,
-    output: Path | None,
-    plot: Path | None,
-    as_json: bool,
+    output: Path | None = None,
+    plot: Path | None = None,
+    as_json: bool = False,
     **asked: Any,
 ) -> None:
     """Load two checkpoints in turn, each time in a fresh process, and report what differs."""
-    budget = {name: asked.pop(name) for name in ("most", "most_seconds")}
-    if asked["repeats"] == AUTO:
-        asked |= {name: value for name, value in budget.items() if value is not None}
-    elif any(budget.values()):
+    if asked["repeats"] != AUTO and asked.keys() & {"most", "most_seconds"}:
         wrong_usage("compare", "--most and --most-seconds only apply to --repeats auto")
     _require_writable(output, plot)
     with in_part(output, as_json) as keep, progress_bar() as bar:
-        found = shardkit.compare_loads(
-            original,
-            sharded,
-            **asked,
-            memory_limit=memory_limit,
-            others={"prefetched": {"prefetch": True}} if prefetch else None,
-            options=_load_options(trust_remote_code),
-            progress=bar if sys.stderr.isatty() else show_run,
-            on_sample=keep,
-        )
+        progress = bar if sys.stderr.isatty() else show_run
+        found = shardkit.compare_loads(original, sharded, **asked, progress=progress, on_sample=keep)
     show(found, as_json=as_json)
     if output is not None:
         found.save(output)
     if plot is not None:
         found.plot(plot)
     # That a variant dies under a limit is what was asked for; that it does not load at all is not.
-    if found.failures and (memory_limit is None or len(found.failures) == len(found.variants)):
+    if found.failures and ("memory_limit" not in asked or len(found.failures) == len(found.variants)):
         raise ShardkitError(found.verdict)
 
 
-@command(
-    SOURCE,
-    LOAD_DTYPE,
-    TRUST_REMOTE_CODE,
-    JSON,
-    examples="fit mistral-demo-sharded --dtype fp16",
-)
-def fit(source: str, dtype: LoadDtype | None, trust_remote_code: bool, as_json: bool) -> None:
+@command(SOURCE, LOAD_DTYPE, TRUST_REMOTE_CODE, JSON, examples="fit mistral-demo-sharded --dtype fp16")
+def fit(source: str, as_json: bool = False, **asked: Any) -> None:
     """Find the smallest memory limit under which a checkpoint loads, by real loads; takes minutes.
 
     A load that takes five times as long as without a limit, and at least a minute, counts as failed.
     """
-    options = _load_options(trust_remote_code)
-    found = shardkit.minimum_memory(source, dtype=dtype, options=options, progress=LimitedRuns())
-    show(found, as_json=as_json)
+    show(shardkit.minimum_memory(source, **asked, progress=limited_runs()), as_json=as_json)
 
 
 @command(
     SOURCE,
     argument("--prompt", "Text to continue.", required=True, metavar="TEXT"),
     MAX_MEMORY,
-    argument("--max-new-tokens", "Tokens to add.", type=at_least_one, default=32, metavar="N"),
+    argument("--max-new-tokens", "Tokens to add.", default=32, **NUMBER),
     LOAD_DTYPE,
     JSON,
     examples="generate sharded --prompt 'The quick brown fox' --max-memory 600MB",
 )
-def generate(source: str, dtype: LoadDtype | None, as_json: bool, **asked: Any) -> None:
+def generate(source: str, as_json: bool = False, **asked: Any) -> None:
     """Continue a prompt, token by token, with a model that may be larger than its memory."""
     from shardkit.load.generate import generate_text
 
     with typed(as_json) as on_text:
-        found = generate_text(source, dtype=dtype or "auto", on_text=on_text, **asked)
+        found = generate_text(source, **asked, on_text=on_text)
     if as_json:
         show(found, as_json=True)
     else:

@@ -29,23 +29,14 @@ from shardkit.show.progress import ProgressBar
 _IN_THE_TERMINAL = {
     'options={"trust_remote_code": True}': "--trust-remote-code",
     "load_model(max_memory=...)": "`shardkit generate --max-memory`",
-    "max_memory of": "--max-memory of",
-    "allow_overflow=True": "--allow-overflow",
-    "overwrite=True": "--overwrite",
     "private=False": "--public",
     "same_model=False": "--no-same-model",
-    "stream=True": "--stream",
-    "free_source=True": "--free-source",
-    "leave out free_source": "leave out --free-source",
     "verify=False": "--no-verify",
-    "download=True": "--download",
-    "leave out dtype": "leave out --dtype",
-    "files divides": "--files divides",
-    "max_shard_size and strategy": "--max-shard-size and --strategy",
-    "lower max_shard_size": "lower --max-shard-size",
-    "raise max_memory": "raise --max-memory",
-    "raise max_shard_size": "raise --max-shard-size",
 }
+_ARGUMENT = re.compile(
+    r"(?<![\w/])(\w+(?==True)|max_memory|max_shard_size|free_source|(?<=leave out )(?:dtype|part)"
+    r"|files(?= divides)|(?<=max_shard_size and )strategy)(?![\w/])(?:=True)?"
+)
 _RED, _YELLOW, _GREEN, _BOLD = "31", "33", "32", "1"
 _RATIO = r"(?<!between )(?<!and )\b[\d.]+(?:x| %)"
 _NO = r"NOT EQUAL|NOT enough|DIFFERENT|\bdo(?:es)? not (?:fit|load)|(?<=  )(?:needs \S+ .?B|too slow)"
@@ -55,7 +46,6 @@ _VERDICTS = {
     _GREEN: rf"(?<=  )(?:equal|fits)\b|\b(?:gets the same|enough)\b|{_RATIO} (?:faster|smaller|less)\b",
     _BOLD: r"^[A-Z][a-z ]+$|^next:",
 }
-_USUAL = {"max_shard_size": "2GB", "strategy": "size"}  # defaults of options that a next step may have
 _VERDICT = re.compile("|".join(f"(?P<c{code}>{words})" for code, words in _VERDICTS.items()), re.MULTILINE)
 
 
@@ -78,29 +68,29 @@ def say(message: str) -> None:
     print(f"{head}{name} {printable(in_the_terminal(message))}", file=sys.stderr)
 
 
-def show(*parts: Record | Summary, as_json: bool, following: str = "", **fields: object) -> None:
+def show(
+    record: Record, *more: Record | Summary, as_json: bool, following: str = "", **fields: object
+) -> None:
     """Print records as text, or the first as JSON, with the fields that stand for the others.
 
     A pipe gets all rows of their tables, a terminal what fits on a screen.
     """
-    first = parts[0]
-    if as_json and isinstance(first, Record):
-        print(json.dumps(first.to_dict() | fields))
+    if as_json:
+        print(json.dumps(record.to_dict() | fields))
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    whole = width is None
     summaries = (
-        part if isinstance(part, Summary) else part.complete_summary() if whole else part.summary()
-        for part in parts
+        part if isinstance(part, Summary) else part.complete_summary() if width is None else part.summary()
+        for part in (record, *more)
     )
     text = "\n\n".join([*(summary.text(width) for summary in summaries), *filter(None, [following])])
     print(painted(in_the_terminal(text), sys.stdout))
 
 
 def next_step(*words: object, **options: object) -> str:
-    """Return the command that may come next, as it is typed, with the options that are not as usual."""
-    unusual = {name: value for name, value in options.items() if value not in (None, _USUAL.get(name))}
-    typed = (text for name, value in unusual.items() for text in (f"--{name.replace('_', '-')}", value))
+    """Return the command that may come next, as it is typed."""
+    given = {name: value for name, value in options.items() if value is not None}
+    typed = (text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", value))
     return f"next: shardkit {shlex.join(map(str, (*words, *typed)))}"
 
 
@@ -108,7 +98,7 @@ def in_the_terminal(text: str) -> str:
     """Return text with what it advises in the words of the command line."""
     for words, here in _IN_THE_TERMINAL.items():
         text = text.replace(words, here)
-    return text
+    return _ARGUMENT.sub(lambda found: f"--{found[1].replace('_', '-')}", text)
 
 
 def progress_bar() -> ProgressBar:
@@ -155,18 +145,17 @@ def show_run(done: int, total: int, label: str) -> None:
     print(f"  {done}/{total} {label}", file=sys.stderr)
 
 
-class LimitedRuns:
-    """Prints each load under a limit, and, once the floor is between two, about how long the others take."""
+def limited_runs() -> Callable[[LimitedRun], None]:
+    """Return what prints each load under a limit, and once there is a bracket, how long others may take."""
+    runs: list[LimitedRun] = []
+    began = time.monotonic()
+    print("  loading without a limit first ...", file=sys.stderr)
 
-    def __init__(self) -> None:
-        self._runs: list[LimitedRun] = []
-        self._began = time.monotonic()
-        print("  loading without a limit first ...", file=sys.stderr)
-
-    def __call__(self, run: LimitedRun) -> None:
-        """Print a run."""
-        self._runs.append(run)
-        each = (time.monotonic() - self._began) / (len(self._runs) + 1)
-        left = loads_left(self._runs)
+    def show_limited(run: LimitedRun) -> None:
+        runs.append(run)
+        each = (time.monotonic() - began) / (len(runs) + 1)
+        left = loads_left(runs)
         words = f", {left} more or so, {format_seconds(each * left)}" if left else ""
         print(f"  {format_size(run.limit_bytes)}: {run.end}{words}", file=sys.stderr)
+
+    return show_limited

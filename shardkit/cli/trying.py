@@ -6,21 +6,23 @@ import os
 from typing import get_args
 
 import shardkit
-from shardkit.cli.arguments import JSON, argument, command, size, switch
+from shardkit.cli.arguments import JSON, SIZE, argument, command, switch
 from shardkit.cli.terminal import next_step, progress_bar, say, show
 from shardkit.demo.shapes import Architecture
 from shardkit.measure.article_stack import remove_article_stack
 
 
 @command(
-    argument("--size", "Size of the weights, 5MB to 14.5GB.", default="512MB", metavar="SIZE", type=size),
+    argument("--size", "Size of the weights, 5MB to 14.5GB.", default="512MB", **SIZE),
     argument("--architecture", "falcon has .bin files.", choices=get_args(Architecture), default="mistral"),
     JSON,
     destination="A new or empty folder (default: mistral-demo, falcon-demo).",
     is_required=False,
     examples="demo\ndemo tiny --size 20MB\ndemo --architecture falcon",
 )
-def demo(destination: str | None, size: str, architecture: Architecture, as_json: bool) -> None:
+def demo(
+    size: str, architecture: Architecture, destination: str | None = None, as_json: bool = False
+) -> None:
     """Make a small checkpoint with random weights and a tokenizer, to try things out."""
     folder = destination or f"{architecture}-demo"
     was_there = os.path.isdir(folder) and bool(os.listdir(folder))
@@ -38,7 +40,7 @@ def demo(destination: str | None, size: str, architecture: Architecture, as_json
         stack --remove
         compare mistral-demo sharded --dtype fp16 --python "$(shardkit stack)\"""",
 )
-def stack(folder: str | None, remove: bool) -> None:
+def stack(folder: str | None = None, remove: bool = False) -> None:
     """Make an environment with transformers 4.37 of 2024, as the article used, and print its Python.
 
     It is made once, beside the torch that is installed: a minute, and 250 MB.

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from math import prod
@@ -31,7 +30,7 @@ from shardkit.base.machine import Watch
 from shardkit.base.sizes import parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.demo.bins import bin_name, write_bins
-from shardkit.demo.shapes import DTYPES, Architecture, DemoShape, FalconShape, demo_shape
+from shardkit.demo.shapes import DTYPES, Architecture, DemoShape, demo_shape
 from shardkit.formats.tensor import CAST_DTYPES, DtypeLike, TensorInfo, dtype_name
 from shardkit.plan.plan import ShardPlan, plan_shards
 from shardkit.shard.destination import resolve
@@ -181,23 +180,12 @@ def make_demo_checkpoint(
 def _generated(shape: DemoShape, made_by: dict[str, Any], beside: Path) -> Checkpoint:
     """Return the demo as a checkpoint to be sharded; what lies beside its weights is written to `beside`."""
     texts = {path.name: path.read_bytes() for path in sorted(_BESIDE.iterdir())}
-    base = json.loads(texts["config.json"])
-    own = {"bos_token_id": base["bos_token_id"], "eos_token_id": base["eos_token_id"]}
-    config = (
-        (own if isinstance(shape, FalconShape) else base)
-        | shape.config
-        | {
-            "torch_dtype": made_by["dtype"],  # transformers 4 reads only this word, 5 takes it for `dtype`
-            "shardkit_demo": made_by,
-        }
-    )
+    base = {} if "architecture" in made_by else json.loads(texts["config.json"])
+    # transformers 4 reads only the word `torch_dtype`, 5 takes it for `dtype`.
+    config = base | shape.config | {"torch_dtype": made_by["dtype"], "shardkit_demo": made_by}
     texts["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
-    card = (
-        texts["README.md"]
-        .decode()
-        .format(**{"architecture": "Mistral", "parameters": shape.parameters} | made_by)
-    )
-    texts["README.md"] = card.encode()
+    facts = {"architecture": "Mistral", "parameters": shape.parameters} | made_by
+    texts["README.md"] = texts["README.md"].decode().format(**facts).encode()
     for name, text in texts.items():
         (beside / name).write_bytes(text)
     files = DemoFiles(shape, made_by, beside)
@@ -228,12 +216,10 @@ def _existing_demo(target: Path, plan: ShardPlan, made_by: dict[str, Any]) -> Ch
         return None
     with suppress(CheckpointError):
         found = Checkpoint.open(target)
-        # The record alone is not enough: a resharded copy carries the config along.
-        held: Counter[str] = Counter()
-        for tensor in found.tensors.values():
-            held[tensor.file] += tensor.nbytes
-        name = bin_name if "architecture" in made_by else str
-        wanted = {name(shard.file): sum(tensor.nbytes for tensor in shard.tensors) for shard in plan.shards}
+        # The record alone is not enough: a resharded or cast copy carries the config along.
+        held = {tensor.name: (tensor.file, tensor.dtype) for tensor in found.tensors.values()}
+        file = bin_name if "architecture" in made_by else str
+        wanted = {t.source.name: (file(shard.file), t.dtype) for shard in plan.shards for t in shard.tensors}
         if ((found.config or {}).get("shardkit_demo"), held) == (made_by, wanted):
             return found
     raise DestinationError(

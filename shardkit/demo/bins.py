@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
 
 from shardkit.base.extras import require
 from shardkit.checkpoint.checkpoint import Checkpoint
@@ -46,13 +47,8 @@ def bin_name(file: str) -> str:
 def _write_bin(source: str, held: Iterable[TensorInfo], target: Path) -> None:
     import torch
 
-    with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
-        tensors = {
-            tensor.name: torch.frombuffer(
-                mapped, dtype=getattr(torch, DTYPE_NAMES[tensor.dtype]), offset=tensor.offset,
-                count=tensor.nbytes // getattr(torch, DTYPE_NAMES[tensor.dtype]).itemsize,
-            ).view(tensor.shape)
-            for tensor in held
-        }  # fmt: skip
-        torch.save(tensors, target)
-        tensors.clear()  # or the mapping could not be closed
+    mapped, tensors = np.memmap(source, mode="c"), {}
+    for tensor in held:
+        data = torch.from_numpy(mapped[tensor.offset : tensor.offset + tensor.nbytes])
+        tensors[tensor.name] = data.view(getattr(torch, DTYPE_NAMES[tensor.dtype])).view(tensor.shape)
+    torch.save(tensors, target)

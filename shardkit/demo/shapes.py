@@ -94,6 +94,7 @@ class FalconShape(DemoShape):
     def config(self) -> dict[str, Any]:
         """What of the model's config depends on its size, and what is falcon's own."""
         return {
+            "bos_token_id": 1, "eos_token_id": 2,  # of the tokenizer
             "architectures": ["FalconForCausalLM"], "model_type": "falcon",
             "hidden_size": self.hidden, "num_attention_heads": self.heads,
             "num_hidden_layers": self.layers, "vocab_size": self.vocab,

@@ -26,7 +26,8 @@ from statistics import median
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.demo import make_demo_checkpoint
-from shardkit.formats.safetensors import PREFIX_BYTES, Entry, build_header
+from shardkit.formats.safetensors import PREFIX_BYTES
+from tests.support import sparse_file
 
 WORKERS = 4
 CAST = "shardkit to float16"
@@ -109,23 +110,15 @@ def rounds_of(source: Path, scratch: Path, rounds: int) -> dict[str, list[Run]]:
 
 def sparse_checkpoint(folder: Path, files: int, tensors: int, nbytes: int) -> None:
     """A checkpoint of 1 TB that takes no disk: headers, then holes."""
-    weight_map = {}
-    each = nbytes // tensors // 2 * 2
+    weight_map, elements = {}, nbytes // tensors // 2
     for file in range(files):
         name = f"model-{file + 1:05d}-of-{files:05d}.safetensors"
-        entries = [
-            Entry(f"model.layers.{file}.experts.{n}.weight", "BF16", (each // 2,), n * each, (n + 1) * each)
-            for n in range(tensors // files)
-        ]
-        header = build_header(entries)
-        path = folder / name
-        path.write_bytes(header)
-        with path.open("r+b") as handle:
-            handle.truncate(len(header) + entries[-1].end)
-        weight_map |= {entry.name: name for entry in entries}
-    index = {"metadata": {"total_size": each * tensors}, "weight_map": weight_map}
+        names = [f"model.layers.{file}.experts.{n}.weight" for n in range(tensors // files)]
+        size = sparse_file(folder / name, dict.fromkeys(names, (elements,)))
+        assert size - 2 * elements * len(names) > PREFIX_BYTES
+        weight_map |= dict.fromkeys(names, name)
+    index = {"metadata": {"total_size": 2 * elements * tensors}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert len(header) > PREFIX_BYTES
 
 
 def import_seconds(rounds: int = 9) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from itertools import compress
 from operator import not_
 from typing import Any, NoReturn, TypeAlias
@@ -127,7 +128,7 @@ def _attach_stream(units: Sequence[_Place], buffer_bytes: int, filler: Filler) -
         stream = Stream([unit for unit, _ in units], buffer_bytes, filler)
         for unit, module in units:
             module.__dict__["_parameters"] = StreamedParameters(module._parameters, unit, stream)
-            module.register_forward_hook(module._parameters.release)
+            module.register_forward_hook(partial(stream.release, unit))
 
 
 def _check_complete(model: Any, checkpoint: Checkpoint) -> None:
@@ -154,13 +155,7 @@ class Stream:
         weakref.finalize(self, self._ahead.close)
 
     def weights(self, unit: Unit) -> dict[str, Any]:
-        """Return the parameters of a unit by attribute; the ones returned before are given up.
-
-        Raises
-        ------
-        CheckpointError
-            If they cannot be read.
-        """
+        """Return a unit's parameters by attribute, and give up those before; raises as `ReadAhead.take`."""
         with self._lock:
             if unit is not self._unit:
                 self._unit, self._weights = None, {}
@@ -168,8 +163,8 @@ class Stream:
                 self._unit = unit
             return self._weights
 
-    def release(self, unit: Unit) -> None:
-        """Give up a unit's parameters, whose module is through with them."""
+    def release(self, unit: Unit, *_: object) -> None:
+        """Give up a unit's parameters: a hook for after the forward pass of its module."""
         with self._lock:
             if unit is self._unit:
                 self._unit, self._weights = None, {}
@@ -185,10 +180,6 @@ class StreamedParameters(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         described = super().__getitem__(name)
         return described if described is None else self._stream.weights(self._unit)[name]
-
-    def release(self, *_: object) -> None:
-        """Give up what was looked up: a hook for after the module's forward pass."""
-        self._stream.release(self._unit)
 
     def __setitem__(self, name: str, value: Any) -> NoReturn:
         raise ShardkitError(

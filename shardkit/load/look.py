@@ -62,9 +62,9 @@ def model_keys(job: dict[str, Any]) -> dict[str, Any]:
             return {"why": f"not enough memory here to map the copy: {_one_line(error)}"}
         copy, differences = source, [f"{stack} loads the source but not the copy: {_one_line(error)}"]
     if job["source"].get("must_fit"):  # of a file of pieces that is missing, nothing else may say so
-        wrong = sorted(source["mismatched"])
         differences += [
-            f"{key} has another shape than config.json gives: is a file missing?" for key in wrong
+            f"{key} has another shape than config.json gives: is a file missing?"
+            for key in sorted(source["mismatched"])
         ]
     found = {"model": name, "stack": stack, "keys": len(source["keys"]), "differences": differences}
     return {**found, "missing": sorted(source["missing"] & copy["missing"])}
@@ -121,17 +121,17 @@ def config_differences(source: dict[str, Any], copy: dict[str, Any]) -> list[str
 
 
 def _differences(source: dict[str, Any], copy: dict[str, Any]) -> list[str]:
-    # What no model expects of the source may be what is no tensor, and stays behind.
-    sides = [("missing", copy, source), ("missing", source, copy), ("unexpected", copy, source)]
-    sides += [("mismatched", copy, source), ("mismatched", source, copy)]
     found = []
-    for kind, one, other in sides:
-        where = "the copy" if one is copy else "the source"
-        found += [f"{key} is {kind} in {where} only" for key in sorted(one[kind] - other[kind])]
+    for kind in ("missing", "unexpected", "mismatched"):
+        found += [f"{key} is {kind} in the copy only" for key in sorted(copy[kind] - source[kind])]
+        if kind != "unexpected":  # what no model expects of the source may be no tensor, and stays behind
+            found += [f"{key} is {kind} in the source only" for key in sorted(source[kind] - copy[kind])]
     ours, theirs = source["keys"], copy["keys"]
-    differ = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    shapes = ((key, ours.get(key), theirs.get(key)) for key in differ)
-    found += [f"{key} is {left} from the source, {right} from the copy" for key, left, right in shapes]
+    found += [
+        f"{key} is {ours.get(key)} from the source, {theirs.get(key)} from the copy"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
     return found + config_differences(source["config"], copy["config"])
 
 

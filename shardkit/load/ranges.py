@@ -33,13 +33,7 @@ _REPLACING = threading.RLock()
 
 
 class Ranges:
-    """The weight files of a checkpoint, as transformers slices them.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is gone, or is no longer what the checkpoint was opened from.
-    """
+    """The weight files of a checkpoint, as transformers slices them; raises as `WeightFile` does."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._files = open_files(checkpoint)
@@ -130,21 +124,19 @@ class _Opened:
         tensor = self._tensors[name]
         if DTYPE_BITS[tensor.dtype] % 8:
             return self._file.get_slice(name)
-        return Sliced(tensor, self._rows, lambda: self._file.get_slice(name))
+        return _Sliced(tensor, self._rows, lambda: self._file.get_slice(name))
 
 
-class Sliced:
+class _Sliced:
     """A tensor as safetensors gives it before it is read."""
 
     def __init__(self, tensor: TensorInfo, rows: Rows, opens: Callable[[], Any]) -> None:
         self._tensor, self._rows, self._opens = tensor, rows, opens
 
     def get_shape(self) -> list[int]:
-        """Return its shape."""
         return list(self._tensor.shape)
 
     def get_dtype(self) -> str:
-        """Return its dtype in safetensors' words."""
         return self._tensor.dtype
 
     def __getitem__(self, part: Any) -> torch.Tensor:

@@ -11,8 +11,6 @@ from math import prod
 from typing import Any
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, dot_natural_key
 
 from shardkit.base.errors import CheckpointError
 from shardkit.checkpoint.checkpoint import Checkpoint
@@ -122,6 +120,9 @@ def parts_of(model: Any, checkpoint: Checkpoint) -> dict[str, tuple[Part, ...]]:
 
 
 def _recipes(model: Any, checkpoint: Checkpoint) -> Iterable[_Recipe]:
+    from transformers.conversion_mapping import get_model_conversion_mapping  # not in transformers 4
+    from transformers.core_model_loading import WeightConverter, dot_natural_key
+
     converters = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state, named = model.state_dict(), naming(model)

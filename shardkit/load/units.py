@@ -80,18 +80,7 @@ class Filler:
         self._step: memoryview | None = None
 
     def fill(self, unit: Unit, buffer: memoryview, may_hold: Callable[[int], bool] = lambda _: True) -> None:
-        """Read a unit, and cast and put together what is stored otherwise.
-
-        Parameters
-        ----------
-        may_hold
-            Called before so many bytes more of the buffer are used; False ends it.
-
-        Raises
-        ------
-        CheckpointError
-            As `WeightFile.read` does.
-        """
+        """Read a unit, and cast and put together what is stored otherwise; as `WeightFile.read` does."""
         at = 0
         for weight in unit.weights:
             if weight.is_view:

@@ -1,9 +1,7 @@
 """The three ways to pack tensors into files: pure functions of sizes.
 
 A file's size includes its header, whose length depends on the digits of the offsets in it: it is known when
-all items of the file are.
-
-`empty` is what a header takes before its first entry, in bytes.
+all items of the file are. `empty` is what a header takes before its first entry, in bytes.
 
 Within a file, tensors keep the order of the source, so that a shard cut from one file is one contiguous
 range. Only where dtypes of different width meet are the wide ones put first, as the reference writer does:
@@ -227,13 +225,7 @@ STRATEGIES: dict[str, Packing] = {
 
 
 def packing(strategy: str) -> Packing:
-    """Return the packing of a strategy.
-
-    Raises
-    ------
-    PlanError
-        If there is none of that name; suggests the nearest.
-    """
+    """Return the packing of a strategy; a PlanError where there is none of that name suggests the nearest."""
     if strategy not in STRATEGIES:
         raise PlanError(misspelled("strategy", strategy, STRATEGIES))
     return STRATEGIES[strategy]

@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import attrgetter
 from typing import Any
 
 from shardkit.base.errors import PlanError
@@ -107,7 +106,7 @@ class ShardPlan(Record):
     @property
     def largest_file(self) -> Shard:
         """The largest shard."""
-        return max(self.shards, key=attrgetter("nbytes"))
+        return max(self.shards, key=lambda shard: shard.nbytes)
 
     @property
     def auto_dtype(self) -> str | None:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from itertools import compress
 from operator import not_
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
+
+import torch
 
 from shardkit.base.disk import own_memory
 from shardkit.base.errors import CheckpointError, ShardkitError
@@ -22,12 +25,14 @@ from shardkit.base.record import listed
 from shardkit.checkpoint.budget import SIZES, MemoryPlan, Needs, Workload, head_scratch, plan_memory
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.loaded import LOAD_BITS
-from shardkit.load.direct import WeightFiles
+from shardkit.load.direct import open_files
 from shardkit.load.guard import guard
 from shardkit.load.read_ahead import ReadAhead
 from shardkit.load.recipes import parts_of
 from shardkit.load.rows import rows_in_file
 from shardkit.load.units import Filler, Unit, units_of
+
+_Place: TypeAlias = tuple[Unit, Any]  # weights, and the module that they are of
 
 
 def fill_within(model: Any, checkpoint: Checkpoint, work: Workload, plain_bytes: int) -> MemoryPlan:
@@ -45,17 +50,19 @@ def fill_within(model: Any, checkpoint: Checkpoint, work: Workload, plain_bytes:
     """
     needs = needs_of(model.config, dtype_name(model.dtype), work)
     needs = needs._replace(activation_bytes=needs.activation_bytes + _head_scratch(model, work))
-    files = WeightFiles(checkpoint)
-    rows: list[tuple[Unit, Any]] = []
-    units: list[tuple[Unit, Any]] = []
+    files = open_files(checkpoint)
+    filler, rows, units = Filler(files), list[_Place](), list[_Place]()
     for unit, module in units_of(model, parts_of(model, checkpoint)):
         (rows if _stays_in_file(unit, module) else units).append((unit, module))
     sizes = [unit.size for unit, _ in units]
     plan, chosen = plan_memory(checkpoint.source, sizes, needs, work, plain_bytes)
-    filler = Filler(files)
-    _make_resident(compress(units, chosen.stays), filler)
+    resident = _made_resident([*compress(units, chosen.stays)], filler)
     _attach_stream([*compress(units, map(not_, chosen.stays))], chosen.buffer_bytes, filler)
-    _attach_rows(rows, units, files)
+    for unit, module in rows:  # of a head in memory that is tied to the embedding, there is no second copy
+        weight = unit.weights[0]
+        tied = resident.get(weight.name)
+        file = files[weight.parts[0].source.file]
+        module._parameters[weight.attribute] = rows_in_file(weight, file) if tied is None else tied
     _check_complete(model, checkpoint)
     guard(model, plan)
     return plan
@@ -93,14 +100,13 @@ def _with_own_strides(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _stays_in_file(unit: Unit, module: Any) -> bool:
     """Whether a unit is an embedding, of which a token needs one row."""
-    import torch
-
     part, *others = unit.weights[0].parts
     is_plain = not others and part.source.layout is None and len(part.source.shape) == 2
     return isinstance(module, torch.nn.Embedding) and is_plain and part.elements > 0
 
 
-def _make_resident(units: Iterable[tuple[Unit, Any]], filler: Filler) -> None:
+def _made_resident(units: Sequence[_Place], filler: Filler) -> dict[str, Any]:
+    made: dict[str, Any] = {}
     for unit, module in units:
         buffer = memoryview(own_memory(unit.size.nbytes))
         filler.fill(unit, buffer)
@@ -108,35 +114,21 @@ def _make_resident(units: Iterable[tuple[Unit, Any]], filler: Filler) -> None:
             module._buffers.update(unit.tensors(buffer))
         else:
             module._parameters.update(_parameters(unit, buffer))
+            made |= {weight.name: module._parameters[weight.attribute] for weight in unit.weights}
+    return made
 
 
 def _parameters(unit: Unit, buffer: memoryview) -> dict[str, Any]:
-    import torch
-
     made = unit.tensors(buffer).items()
     return {name: torch.nn.Parameter(value, requires_grad=False) for name, value in made}
 
 
-def _attach_stream(units: Sequence[tuple[Unit, Any]], buffer_bytes: int, filler: Filler) -> None:
-    """Have modules look up their weights in a stream."""
+def _attach_stream(units: Sequence[_Place], buffer_bytes: int, filler: Filler) -> None:
     if units:
         stream = Stream([unit for unit, _ in units], buffer_bytes, filler)
         for unit, module in units:
             module.__dict__["_parameters"] = StreamedParameters(module._parameters, unit, stream)
-            module.register_forward_hook(module._parameters.release)
-
-
-def _attach_rows(
-    rows: Iterable[tuple[Unit, Any]], units: Iterable[tuple[Unit, Any]], files: WeightFiles
-) -> None:
-    """Have embeddings look up rows in their files; or in a tied head, if that is in memory."""
-    heads = {unit.weights[0].name: module for unit, module in units if len(unit.weights) == 1}
-    for unit, module in rows:
-        weight = unit.weights[0]
-        own = heads[weight.name]._parameters if weight.name in heads else None
-        is_here = own is not None and not isinstance(own, StreamedParameters)
-        found = next(iter(own.values())) if own and is_here else rows_in_file(weight, files)
-        module._parameters[weight.attribute] = found
+            module.register_forward_hook(partial(stream.release, unit))
 
 
 def _check_complete(model: Any, checkpoint: Checkpoint) -> None:
@@ -153,51 +145,29 @@ def _check_complete(model: Any, checkpoint: Checkpoint) -> None:
 
 
 class Stream:
-    """Weights of units as they are needed: what reads them ahead, and which are in use.
-
-    The first pass is expected to use the units in the order given, and the next ones in its own.
-    """
+    """Weights of units as they are needed: what reads them ahead, and which are in use."""
 
     def __init__(self, units: Sequence[Unit], buffer_bytes: int, filler: Filler) -> None:
         self._lock = threading.Lock()
-        self._order, self._used = list(units), dict[Unit, None]()
         self._unit: Unit | None = None
         self._weights: dict[str, Any] = {}
-
         self._ahead = ReadAhead({unit: unit.size.nbytes for unit in units}, buffer_bytes, filler.fill)
         weakref.finalize(self, self._ahead.close)
 
     def weights(self, unit: Unit) -> dict[str, Any]:
-        """Return the parameters of a unit by attribute; the ones returned before are given up.
-
-        Raises
-        ------
-        CheckpointError
-            If they cannot be read.
-        """
+        """Return a unit's parameters by attribute, and give up those before; raises as `ReadAhead.take`."""
         with self._lock:
             if unit is not self._unit:
                 self._unit, self._weights = None, {}
-                self._learn(unit)
                 self._weights = _parameters(unit, self._ahead.take(unit))
                 self._unit = unit
             return self._weights
 
-    def release(self, unit: Unit) -> None:
-        """Give up a unit's parameters, whose module is through with them."""
+    def release(self, unit: Unit, *_: object) -> None:
+        """Give up a unit's parameters: a hook for after the forward pass of its module."""
         with self._lock:
             if unit is self._unit:
                 self._unit, self._weights = None, {}
-
-    def _learn(self, unit: Unit) -> None:
-        """Notice a new pass, and whether the last used the units in another order than expected."""
-        if unit in self._used:
-            order = list(self._used)
-            if len(order) == len(self._order) and order != self._order:
-                self._order = order
-                self._ahead.reorder(order)
-            self._used = {}
-        self._used[unit] = None
 
 
 class StreamedParameters(dict[str, Any]):
@@ -210,10 +180,6 @@ class StreamedParameters(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         described = super().__getitem__(name)
         return described if described is None else self._stream.weights(self._unit)[name]
-
-    def release(self, *_: object) -> None:
-        """Give up what was looked up: a hook for after the module's forward pass."""
-        self._stream.release(self._unit)
 
     def __setitem__(self, name: str, value: Any) -> NoReturn:
         raise ShardkitError(

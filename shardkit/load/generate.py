@@ -122,14 +122,23 @@ def generate_text(
     if why := too_long(checkpoint.config or {}, length + max_new_tokens):
         raise PlanError(f"prompt and new tokens: {why}")
     context = -(-(length + max_new_tokens) // _CONTEXT_STEP) * _CONTEXT_STEP
+    options = {"max_memory": max_memory, "context_tokens": context, **from_pretrained_options}
+    asked = {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
+    meter = _Meter(tokenizer, on_text)
     with _peak() as peak:
-        options = {"max_memory": max_memory, "context_tokens": context, **from_pretrained_options}
         model = load_model(source, dtype=dtype, **options)
-        budget = parse_size(max_memory) if max_memory is not None else None
-        meter = _Meter(checkpoint, tokenizer, getattr(model, "memory_plan", None), budget, peak, on_text)
-        asked = {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
         model.generate(**asked, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, streamer=meter)
-        return meter.generation()
+    plan = getattr(model, "memory_plan", None)
+    return Generation(
+        source=checkpoint.source,
+        text=meter.text,
+        token_ids=tuple(meter.tokens),
+        **meter.costs(),
+        peak_bytes=peak[0],
+        max_memory_bytes=None if max_memory is None else parse_size(max_memory),
+        resident_bytes=plan.resident_bytes if plan else checkpoint.total_bytes,
+        streamed_bytes=plan.streamed_bytes if plan else 0,
+    )
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Any:
@@ -148,58 +157,37 @@ def _tokenizer(checkpoint: Checkpoint) -> Any:
 class _Meter:
     """What `generate` hands each token to: notes when it came and what was read until then."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        tokenizer: Any,
-        plan: Any,
-        budget: int | None,
-        peak: list[int],
-        on_text: Callable[[str], None] | None,
-    ) -> None:
-        self._checkpoint, self._tokenizer, self._plan, self._budget = checkpoint, tokenizer, plan, budget
-        self._peak, self._on_text = peak, on_text
-        self._tokens: list[int] = []
-        self._shown = ""
-        self._moments = [(time.perf_counter(), _read_bytes())]
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
+        self._tokenizer, self._on_text = tokenizer, on_text
+        self.text, self.tokens = "", list[int]()
+        self._moments: list[tuple[float, int | None]] = []
 
     def put(self, value: Any) -> None:
-        """Take the prompt, and then one token at a time."""
-        if value.dim() > 1:  # the prompt
-            self._moments = [(time.perf_counter(), _read_bytes())]
-            return
-        self._tokens += value.tolist()
         self._moments.append((time.perf_counter(), _read_bytes()))
-        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        # The last characters may be part of one that takes several tokens.
-        self._show(text if not text.endswith("\ufffd") else self._shown)
+        if value.dim() == 1:  # else it is the prompt
+            self.tokens += value.tolist()
+            self._show(is_all=False)
 
     def end(self) -> None:
-        """Show what is left."""
-        self._show(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        self._show(is_all=True)
 
-    def _show(self, text: str) -> None:
-        new, self._shown = text[len(self._shown) :], text
+    def _show(self, is_all: bool) -> None:
+        text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if text.endswith("\ufffd") and not is_all:
+            return  # the last characters may be part of one that takes several tokens
+        new, self.text = text[len(self.text) :], text
         if self._on_text is not None:
             self._on_text(new)
 
-    def generation(self) -> Generation:
-        """Return the text and the figures."""
+    def costs(self) -> dict[str, Any]:
         seconds = [after[0] - before[0] for before, after in pairwise(self._moments)]
         counts = [count for _, count in self._moments if count is not None]
         read = [after - before for before, after in pairwise(counts)]
-        return Generation(
-            source=self._checkpoint.source,
-            text=self._shown,
-            token_ids=tuple(self._tokens),
-            first_token_seconds=seconds[0] if seconds else 0.0,
-            seconds_per_token=median(seconds[1:]) if len(seconds) > 1 else None,
-            read_bytes_per_token=int(median(read[1:])) if len(read) > 1 else None,
-            peak_bytes=max(*self._peak, process_bytes()),
-            max_memory_bytes=self._budget,
-            resident_bytes=self._plan.resident_bytes if self._plan else self._checkpoint.total_bytes,
-            streamed_bytes=self._plan.streamed_bytes if self._plan else 0,
-        )
+        return {
+            "first_token_seconds": seconds[0] if seconds else 0.0,
+            "seconds_per_token": median(seconds[1:]) if len(seconds) > 1 else None,
+            "read_bytes_per_token": int(median(read[1:])) if len(read) > 1 else None,
+        }
 
 
 def _read_bytes() -> int | None:
@@ -213,12 +201,13 @@ def _read_bytes() -> int | None:
 
 @contextmanager
 def _peak() -> Iterator[list[int]]:
-    """Give a list whose items are, at the end of the block, memory that the process had meanwhile."""
-    most, done = [process_bytes(), 0], threading.Event()
+    """Give a list of the most memory that the process had in the block."""
+    most, done = [process_bytes()], threading.Event()
 
     def watch() -> None:
         while not done.wait(_SAMPLE_SECONDS):
-            most[1] = max(most[1], process_bytes())
+            most[0] = max(most[0], process_bytes())
+        most[0] = max(most[0], process_bytes())
 
     thread = threading.Thread(target=watch, name="shardkit-peak", daemon=True)
     thread.start()

@@ -13,6 +13,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
+import torch
+
 from shardkit.base.errors import PlanError, ShardkitError
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.budget import SIZES, MemoryPlan
@@ -102,8 +104,6 @@ def _output_bytes(config: Any, given: dict[str, Any], new: int, module: Any) -> 
 
 def _allowed(itself: Callable[[], Any], dtype: Any) -> dict[str, Callable[..., Any]]:
     """Return what a module does if that is what it is already, moved or frozen, and refuses else."""
-    import torch
-
     sample = torch.empty(0, dtype=dtype)
 
     def unmoved(function: Any, *_: object, **_named: object) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib import metadata
 from typing import Any, Literal
@@ -26,9 +26,8 @@ from shardkit.checkpoint.scan import GGUF, format_of, refuse_gguf
 from shardkit.formats.names import is_of_rank
 from shardkit.formats.tensor import CAST_DTYPES, LoadDtypeLike, dtype_name
 from shardkit.load.into_memory import WeightsInMemory
-from shardkit.load.prefetch import Prefetch
-from shardkit.load.ranges import reading_ranges
-from shardkit.load.within import check_complete, load_streaming
+from shardkit.load.prefetch import prefetch as start_prefetch
+from shardkit.load.ranges import Ranges
 from shardkit.sources.resolve import resolve
 
 # Pages beyond this share of the memory that is free would push out others that were just read.
@@ -114,51 +113,54 @@ def load_model(
         dtype = dtype_name(dtype)
     if isinstance(max_memory, dict):  # for each device, as transformers has it
         from_pretrained_options["max_memory"], max_memory = max_memory, None
-    budget, asked = (
-        None if max_memory is None else parse_size(max_memory),
-        Sequences(context_tokens, batch_size),
-    )
+    budget = None if max_memory is None else parse_size(max_memory)
+    sequences = Sequences(context_tokens, batch_size)
     options, where = from_pretrained_options, {}
     if not os.path.exists(os.path.expanduser(source)):  # from the folder, transformers would ignore them
         where = {name: options.pop(name) for name in ("revision", "token") if name in options}
     folder, files = loaded_files(source, **where)
     checkpoint = Checkpoint.open(folder)
     check_ranks(checkpoint.config, tensor_parallel_size(options))
-    by_ranges = is_for_ranks(checkpoint) or is_shared(checkpoint, options)
     if budget is not None:
-        model = load_streaming(checkpoint, dtype, asked.within(budget), options)
+        from shardkit.load.within import check_complete, load_streaming  # with torch and transformers
+
+        model = load_streaming(checkpoint, dtype, sequences.within(budget), options)
         if model is not None:
             return model
-    early = _read_early(checkpoint, files, dtype, options)
-    with early if prefetch and not by_ranges else nullcontext() as given:
+    with _reading(checkpoint, files, dtype, options, prefetch):
         import transformers
 
         names = loader_names(checkpoint.config, bool(options.get("trust_remote_code")))
         loader = next(found for name in names if (found := getattr(transformers, name, None)))
         name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
         load = partial(loader.from_pretrained, folder, **{name: dtype}, **options)
-        with reading_ranges(checkpoint) if by_ranges else given.in_transformers() if given else nullcontext():
-            if budget is None:
-                return load()
-            model, found = load(output_loading_info=True, ignore_mismatched_sizes=True)
+        if budget is None:
+            return load()
+        model, found = load(output_loading_info=True, ignore_mismatched_sizes=True)
         check_complete(found, type(model).__name__, checkpoint)
         return model
 
 
-@contextmanager
-def _read_early(
-    checkpoint: Checkpoint, files: list[str], dtype: object, options: Mapping[str, Any]
-) -> Iterator[WeightsInMemory | None]:
-    """Read files while all else is got ready: into memory, which is yielded, or into the page cache."""
-    given, ahead = None, Prefetch(files, prefetch_bytes(checkpoint, dtype))
+def _reading(
+    checkpoint: Checkpoint, files: list[str], dtype: object, options: Mapping[str, Any], prefetch: bool
+) -> AbstractContextManager[None]:
+    """Return what a load is done in: how it reads files, or what reads them while all else is got ready."""
+    if is_for_ranks(checkpoint) or is_shared(checkpoint, options):
+        return Ranges(checkpoint).in_transformers()
+    if not prefetch:
+        return nullcontext()
     if when := read_into_memory(checkpoint, dtype, options):
-        given = WeightsInMemory(checkpoint, is_ahead=when == "ahead")
-    else:
-        ahead.start()
+        return WeightsInMemory(checkpoint, is_ahead=when == "ahead").in_transformers()
+    return _prefetched(files, prefetch_bytes(checkpoint, dtype))
+
+
+@contextmanager
+def _prefetched(files: list[str], limit_bytes: int) -> Iterator[None]:
+    stop = start_prefetch(files, limit_bytes)
     try:
-        yield given
-    except BaseException:
-        (given or ahead).stop()
+        yield
+    except BaseException:  # else it continues during the first forward pass
+        stop()
         raise
 
 

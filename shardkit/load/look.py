@@ -38,13 +38,14 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
 def model_keys(job: dict[str, Any]) -> dict[str, Any]:
     """Return what the model class of a config gets from source and copy, and where the two differ.
 
-    Of "source" and "copy" the job has "config", and "folder" or "tensors" (dtype and shape by name). The
-    answer is "why" it cannot be asked; or "model", "stack", "keys", "missing" (from both) and "differences".
+    The job has the "model" class; of "source" and "copy" their "config", and "folder" or "tensors" (dtype and
+    shape by name). The answer is "why" it cannot be asked; or "model", "stack", "keys", "missing" (from both)
+    and "differences".
     """
     import transformers
 
     stack = f"transformers {transformers.__version__}"
-    name = _class_name(job["source"]["config"])
+    name = job["model"] or ""
     kind = getattr(transformers, name, None)
     if not hasattr(kind, "from_pretrained"):
         return {"why": f"{name or 'the model'} is not a class of {stack}"}
@@ -61,17 +62,12 @@ def model_keys(job: dict[str, Any]) -> dict[str, Any]:
             return {"why": f"not enough memory here to map the copy: {_one_line(error)}"}
         copy, differences = source, [f"{stack} loads the source but not the copy: {_one_line(error)}"]
     if job["source"].get("must_fit"):  # of a file of pieces that is missing, nothing else may say so
-        wrong = sorted(source["mismatched"])
         differences += [
-            f"{key} has another shape than config.json gives: is a file missing?" for key in wrong
+            f"{key} has another shape than config.json gives: is a file missing?"
+            for key in sorted(source["mismatched"])
         ]
     found = {"model": name, "stack": stack, "keys": len(source["keys"]), "differences": differences}
     return {**found, "missing": sorted(source["missing"] & copy["missing"])}
-
-
-def _class_name(config: dict[str, Any]) -> str:
-    named = config.get("architectures")
-    return str(named[0]) if isinstance(named, list) and named else ""
 
 
 def _keys(
@@ -125,17 +121,17 @@ def config_differences(source: dict[str, Any], copy: dict[str, Any]) -> list[str
 
 
 def _differences(source: dict[str, Any], copy: dict[str, Any]) -> list[str]:
-    # What no model expects of the source may be what is no tensor, and stays behind.
-    sides = [("missing", copy, source), ("missing", source, copy), ("unexpected", copy, source)]
-    sides += [("mismatched", copy, source), ("mismatched", source, copy)]
     found = []
-    for kind, one, other in sides:
-        where = "the copy" if one is copy else "the source"
-        found += [f"{key} is {kind} in {where} only" for key in sorted(one[kind] - other[kind])]
+    for kind in ("missing", "unexpected", "mismatched"):
+        found += [f"{key} is {kind} in the copy only" for key in sorted(copy[kind] - source[kind])]
+        if kind != "unexpected":  # what no model expects of the source may be no tensor, and stays behind
+            found += [f"{key} is {kind} in the source only" for key in sorted(source[kind] - copy[kind])]
     ours, theirs = source["keys"], copy["keys"]
-    differ = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    shapes = ((key, ours.get(key), theirs.get(key)) for key in differ)
-    found += [f"{key} is {left} from the source, {right} from the copy" for key, left, right in shapes]
+    found += [
+        f"{key} is {ours.get(key)} from the source, {theirs.get(key)} from the copy"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
     return found + config_differences(source["config"], copy["config"])
 
 
@@ -148,12 +144,12 @@ def kept_tensors(job: dict[str, Any]) -> dict[str, Any]:
     from transformers.core_model_loading import build_glob_alternation
 
     names, wanted = job["names"], getattr(torch, job["dtype"])
-    model = _empty_model(job["config"], wanted, _most_modules(names))
+    model = _empty_model(job["config"], wanted, names)
     plan, state = model._get_dtype_plan(wanted), model.state_dict()
     pattern = build_glob_alternation(list(plan))[0] if plan else re.compile(r"(?!)")
     others = {name for name, value in state.items() if value.dtype != wanted or pattern.search(name)}
-    key_of = _naming(model)
-    return {"kept": [name for name in names if others and key_of(name) in others]}
+    named = naming(model)
+    return {"kept": [name for name in names if others and named(name)[0] in others]}
 
 
 def cut_by_columns(job: dict[str, Any]) -> dict[str, Any]:
@@ -162,16 +158,16 @@ def cut_by_columns(job: dict[str, Any]) -> dict[str, Any]:
     from transformers.distributed.parallel_utils import _get_parameter_plan
 
     names = job["names"]
-    model = _empty_model(job["config"], torch.float32, _most_modules(names))
+    model = _empty_model(job["config"], torch.float32, names)
     if not model.tp_plan:
         return {"why": f"{type(model).__name__} has none"}
-    key_of = _naming(model)
-    styles = {name: _get_parameter_plan(key_of(name), model.tp_plan) or "" for name in names}
+    named = naming(model)
+    styles = {name: _get_parameter_plan(named(name)[0], model.tp_plan) or "" for name in names}
     return {"columns": [name for name, style in styles.items() if style.startswith("rowwise")]}
 
 
-def _naming(model: Any) -> Callable[[str], str]:
-    """Return what says which parameter of a model a tensor of its files becomes, or a part of."""
+def naming(model: Any) -> Callable[[str], tuple[str, str | None]]:
+    """Return what says which parameter of a model a tensor of its files becomes, and by which pattern."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -179,25 +175,21 @@ def _naming(model: Any) -> Callable[[str], str]:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
-    def key_of(name: str) -> str:
-        key: str = rename_source_key(name, renamings, converters, prefix, state)[0]
-        if key not in state and name in state:
-            key = rename_source_key(name, [], [], prefix, state)[0]
-        return key
+    def named(name: str) -> tuple[str, str | None]:
+        found: tuple[str, str | None] = rename_source_key(name, renamings, converters, prefix, state)
+        if found[0] not in state and name in state:
+            found = rename_source_key(name, [], [], prefix, state)
+        return found
 
-    return key_of
-
-
-def _most_modules(names: list[str]) -> int:
-    return max(_MODULES_AT_LEAST, _MODULES_PER_TENSOR * len(names))
+    return named
 
 
-def _empty_model(config: dict[str, Any], dtype: torch.dtype, most_modules: int) -> Any:
+def _empty_model(config: dict[str, Any], dtype: torch.dtype, names: list[str]) -> Any:
     import transformers
     from torch.nn.modules.module import register_module_module_registration_hook
     from transformers.utils import ContextManagers, logging
 
-    created = iter(range(most_modules))
+    created = iter(range(max(_MODULES_AT_LEAST, _MODULES_PER_TENSOR * len(names))))
 
     def count(*_: object) -> None:
         if next(created, None) is None:

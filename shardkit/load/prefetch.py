@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 _THREADS = 4
@@ -18,44 +19,17 @@ _JOB_BYTES = 16 << 20
 _BUFFER_BYTES = 1 << 20
 
 
-class Prefetch:
-    """Reads files, in order, in threads of its own, and keeps nothing but what the page cache keeps.
+def prefetch(files: Sequence[str], limit_bytes: int) -> Callable[[], None]:
+    """Begin to read files, in order, in threads, and return at once: with what ends it after the next bytes.
 
-    More bytes than that holds would push out what was just read: `limit_bytes` is the most to read. A file
-    that cannot be read is left to whoever needs it, and their error.
+    Nothing is kept but what the page cache keeps. More bytes than that holds would push out what was just
+    read: `limit_bytes` is the most to read. A file that cannot be read is left to whoever needs it, and their
+    error.
     """
-
-    def __init__(self, files: Sequence[str], limit_bytes: int) -> None:
-        self._jobs = _jobs(files, limit_bytes)
-        self._lock, self._stopped = threading.Lock(), threading.Event()
-
-    def start(self) -> None:
-        """Begin, and return at once."""
-        for _ in range(_THREADS):
-            threading.Thread(target=self._work, name="shardkit-prefetch", daemon=True).start()
-
-    def stop(self) -> None:
-        """End it where it is."""
-        self._stopped.set()
-
-    def _work(self) -> None:
-        buffer = memoryview(bytearray(_BUFFER_BYTES))
-        while not self._stopped.is_set():
-            with self._lock:
-                job = next(self._jobs, None)
-            if job is None:
-                return
-            with suppress(OSError):
-                self._read(*job, buffer)
-
-    def _read(self, file: str, start: int, stop: int, buffer: memoryview) -> None:
-        with open(file, "rb", buffering=0) as handle:
-            handle.seek(start)
-            while start < stop and not self._stopped.is_set():
-                count = handle.readinto(buffer[: stop - start])
-                if not count:
-                    return
-                start += count
+    jobs = deque(_jobs(files, limit_bytes))
+    for _ in range(_THREADS):
+        threading.Thread(target=_work, args=(jobs,), name="shardkit-prefetch", daemon=True).start()
+    return jobs.clear
 
 
 def _jobs(files: Sequence[str], limit_bytes: int) -> Iterator[tuple[str, int, int]]:
@@ -65,3 +39,14 @@ def _jobs(files: Sequence[str], limit_bytes: int) -> Iterator[tuple[str, int, in
             size = min(os.stat(file).st_size, limit_bytes)
         limit_bytes -= size
         yield from ((file, start, min(start + _JOB_BYTES, size)) for start in range(0, size, _JOB_BYTES))
+
+
+def _work(jobs: deque[tuple[str, int, int]]) -> None:
+    buffer = memoryview(bytearray(_BUFFER_BYTES))
+    with suppress(IndexError):  # no job is left
+        while True:
+            file, start, stop = jobs.popleft()
+            with suppress(OSError), open(file, "rb", buffering=0) as handle:
+                handle.seek(start)
+                while start < stop and (count := handle.readinto(buffer[: stop - start])):
+                    start += count

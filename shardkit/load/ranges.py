@@ -1,18 +1,20 @@
-"""Tensors read as transformers slices them, for processes that share a model: the part of each, and no more.
+"""Tensors read as transformers slices them: what it slices of each, and no more, past the page cache.
 
 Mapped, a part of a matrix comes with what the kernel reads ahead of it, and stays in memory that several
-processes count. Here its rows are one range, read past the page cache into memory of their own; columns are
-gathered from all rows, some at a time, or are one range too in a matrix in blocks of columns.
+processes count. Here its rows are one range, read into memory of their own; columns are gathered from all
+rows, some at a time, or are one range too in a matrix in blocks of columns.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property, partial
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from shardkit.base.disk import CHUNK_BYTES, PAGE, own_memory, pages_of
 from shardkit.base.errors import CheckpointError
@@ -20,89 +22,121 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.formats.safetensors import DTYPE_BITS
 from shardkit.formats.strided import Layout
 from shardkit.formats.tensor import TensorInfo
-from shardkit.load.direct import WeightFiles
-from shardkit.load.opened import sliced_by
-from shardkit.load.recipes import torch_dtype
+from shardkit.load.direct import open_files, torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
-
-@contextmanager
-def reading_ranges(checkpoint: Checkpoint) -> Iterator[None]:
-    """Have `from_pretrained` of transformers 5 read no more of safetensors than it slices.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is changed meanwhile, or cannot be read.
-    """
-    ranges = _Ranges(checkpoint)
-    try:
-        with sliced_by(ranges.slice, ranges.names):
-            yield
-    finally:
-        if ranges.error:  # of which transformers keeps the text alone
-            raise ranges.error from None
+Rows: TypeAlias = "Callable[[TensorInfo, int, int], torch.Tensor]"
+# What opens files for transformers is replaced for all threads, so one load at a time may do that.
+_REPLACING = threading.RLock()
 
 
-class _Ranges:
-    """The files of a checkpoint, and the first error in reading them."""
+class Ranges:
+    """The weight files of a checkpoint, as transformers slices them; raises as `WeightFile` does."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._files, self._tensors = WeightFiles(checkpoint), checkpoint.tensors
-        self._names = {os.path.realpath(checkpoint.path(name)): name for name in checkpoint.files}
-        self.error: CheckpointError | None = None
+        self._files = open_files(checkpoint)
+        self._error: CheckpointError | None = None
+        held: dict[str, dict[str, TensorInfo]] = {file: {} for file in checkpoint.files}
+        for name, tensor in checkpoint.tensors.items():
+            held[tensor.file][name] = tensor
+        self._held = {os.path.realpath(checkpoint.path(file)): held[file] for file in held}
 
-    def names(self, path: str) -> Iterable[str] | None:
-        """Return the names of tensors in a file."""
-        file = self._names.get(path)
-        return file and [name for name, tensor in self._tensors.items() if tensor.file == file]
+    @contextmanager
+    def in_transformers(self) -> Iterator[None]:
+        """Have `from_pretrained` of transformers 5 take from here what it slices of safetensors.
 
-    def slice(self, path: str, name: str, opens: Callable[[], Any]) -> Any:
-        """Return a tensor that is read when it is indexed; as safetensors has it where it is not here."""
-        tensor = self._tensors.get(name)
-        if tensor is None or tensor.file != self._names.get(path) or DTYPE_BITS[tensor.dtype] % 8:
-            return opens()
-        return Sliced(tensor, self.rows, opens)
+        Raises
+        ------
+        CheckpointError
+            If a file is changed meanwhile, or cannot be read.
+        """
+        try:
+            from transformers import modeling_utils
+
+            with _REPLACING:
+                opens = modeling_utils.safe_open  # which it calls for every file
+                modeling_utils.safe_open = partial(self._open, opens)
+                try:
+                    yield
+                finally:
+                    modeling_utils.safe_open = opens
+        finally:
+            self.stop()
+            if self._error:  # of which transformers keeps the text alone
+                raise self._error from None
+
+    def stop(self) -> None:
+        """End what goes on beside the load: here, nothing does."""
+
+    def _open(self, opens: Callable[..., Any], path: str, *how: Any, **named: Any) -> Any:
+        tensors, opened = self._held.get(os.path.realpath(path)), partial(opens, path, *how, **named)
+        return opened() if tensors is None else _Opened(tensors, self.rows, opened)
 
     def rows(self, tensor: TensorInfo, first: int, last: int) -> torch.Tensor:
         """Return some rows of a tensor, which lie together."""
         import torch
 
         dtype, shape = torch_dtype(tensor), (last - first, *tensor.shape[1:])
-        begin, count = prod((first, *tensor.shape[1:])) * dtype.itemsize, prod(shape)
+        count = prod(shape)
         if not count:
             return torch.empty(shape, dtype=dtype)
-        nbytes = count * dtype.itemsize
-        buffer = memoryview(own_memory(pages_of(nbytes) + PAGE))
+        begin, nbytes = first * prod(shape[1:]) * dtype.itemsize, count * dtype.itemsize
         try:
-            data, at = self._files.read_range(tensor, begin, nbytes, buffer)
+            data, at = self._read(tensor, begin, nbytes)
         except CheckpointError as error:
-            self.error = self.error or error
+            self._error = self._error or error
             raise
         if at % dtype.itemsize:
             data, at = bytearray(data[at : at + nbytes]), 0
         return torch.frombuffer(data, dtype=dtype, count=count, offset=at).view(shape)
 
+    def _read(self, tensor: TensorInfo, begin: int, nbytes: int) -> tuple[bytearray | memoryview, int]:
+        buffer = memoryview(own_memory(pages_of(nbytes) + PAGE))
+        return self._files[tensor.file].read(tensor, begin, nbytes, buffer)
 
-class Sliced:
+
+class _Opened:
+    """A file of safetensors, opened only when something else than what is read here is requested of it."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], rows: Rows, opens: Callable[[], Any]) -> None:
+        self._tensors, self._rows, self._opens = tensors, rows, opens
+
+    def __enter__(self) -> _Opened:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if "_file" in vars(self):
+            self._file.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    @cached_property
+    def _file(self) -> Any:
+        return self._opens()
+
+    def keys(self) -> list[str]:
+        return [*self._tensors]
+
+    def get_slice(self, name: str) -> Any:
+        tensor = self._tensors[name]
+        if DTYPE_BITS[tensor.dtype] % 8:
+            return self._file.get_slice(name)
+        return _Sliced(tensor, self._rows, lambda: self._file.get_slice(name))
+
+
+class _Sliced:
     """A tensor as safetensors gives it before it is read."""
 
-    def __init__(
-        self,
-        tensor: TensorInfo,
-        rows: Callable[[TensorInfo, int, int], torch.Tensor],
-        opens: Callable[[], Any],
-    ) -> None:
+    def __init__(self, tensor: TensorInfo, rows: Rows, opens: Callable[[], Any]) -> None:
         self._tensor, self._rows, self._opens = tensor, rows, opens
 
     def get_shape(self) -> list[int]:
-        """Return its shape."""
         return list(self._tensor.shape)
 
     def get_dtype(self) -> str:
-        """Return its dtype in safetensors' words."""
         return self._tensor.dtype
 
     def __getitem__(self, part: Any) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeAlias
@@ -23,19 +23,20 @@ class ReadAhead:
     """Reads items in their order, over and over again, into memory of their own.
 
     What is read of an item counts until nothing views it any more; all together never exceeds `capacity`
-    bytes. An item that is taken out of order is read at once, and reading resumes after it.
+    bytes. An item that is taken out of order is read at once, and reading resumes after it; a pass over all
+    of them in another order is that in which the next one is expected.
 
     Parameters
     ----------
     sizes
-        Bytes of each item, in the order in which they are taken; none is larger than `capacity`.
+        Bytes of each item, in the order in which they are taken first; none is larger than `capacity`.
     read
         What reads one; what it raises is raised where the item is taken.
     """
 
     def __init__(self, sizes: Mapping[Hashable, int], capacity: int, read: Read) -> None:
         self._sizes, self._capacity, self._read = dict(sizes), capacity, read
-        self._order = list(sizes)
+        self._order, self._taken = list(sizes), dict[Hashable, None]()
         # A turn begins where reading moves to another place; what earlier turns read is dropped.
         self._next = self._turn = 0
         self._reading: Hashable = None
@@ -58,10 +59,9 @@ class ReadAhead:
             If what else is in use leaves no memory to read it into.
         """
         with self._changed:
-            if item in self._ready or item is self._reading:
-                self._drop_before(item)
-            else:
+            if self._learn(item) or not (item in self._ready or item is self._reading):
                 self._seek(item)
+            self._drop_before(item)
             is_collected = False
             while item not in self._ready:
                 if not self._changed.wait(_PATIENCE_SECONDS):
@@ -76,17 +76,22 @@ class ReadAhead:
             raise found
         return found
 
-    def reorder(self, items: Sequence[Hashable]) -> None:
-        """Read in another order from now on."""
-        with self._changed:
-            self._order = list(items)
-            self._seek(items[0])
-
     def close(self) -> None:
         """End the thread, and give up what was read."""
         with self._changed:
             self._is_closed = True
             self._seek(self._order[0])
+
+    def _learn(self, item: Hashable) -> bool:
+        """Notice a new pass; return whether the last one took all items in another order than expected."""
+        if item not in self._taken:
+            self._taken[item] = None
+            return False
+        taken, self._taken = list(self._taken), {item: None}
+        if len(taken) < len(self._order) or taken == self._order:
+            return False
+        self._order = taken
+        return True
 
     def _drop_before(self, item: Hashable) -> None:
         """Give up what was passed over: it would take the memory that an item needs."""

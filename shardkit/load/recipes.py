@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from shardkit.base.errors import CheckpointError
 from shardkit.checkpoint.checkpoint import Checkpoint
-from shardkit.formats.tensor import DTYPE_NAMES, TensorInfo
-
-if TYPE_CHECKING:
-    import torch
+from shardkit.formats.tensor import TensorInfo
+from shardkit.load.direct import torch_dtype
+from shardkit.load.look import naming
 
 # A weight that is put together from more ranges than this is not worth reading again and again.
 _MOST_PARTS = 2_000
@@ -31,18 +33,8 @@ class Described:
 
     def to(self, *, device: object = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return it without data, whatever the device."""
-        import torch
-
         del device
         return torch.empty(self._tensor.shape, dtype=dtype or torch_dtype(self._tensor), device="meta")
-
-
-def torch_dtype(tensor: TensorInfo) -> torch.dtype:
-    """Return the dtype that a tensor has in its file."""
-    import torch
-
-    found: torch.dtype = getattr(torch, DTYPE_NAMES[tensor.dtype])
-    return found
 
 
 @dataclass(frozen=True)
@@ -65,29 +57,26 @@ class _Recipe:
     patterns: list[str] = field(default_factory=list)
 
     def parts(self, model: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[Part, ...]]:
-        """Return what the weights are made from, by name."""
         if self.converter is None:
             source = self.sources[0]
             return {self.target: (Part(source, 0, source.elements, 0),)}
+        # Of matrices, rows are followed, else items: numbered from the first on, and after a gap, so that no
+        # range reaches from one tensor into the next.
         is_by_row = min(len(source.shape) for source in self.sources) > 1
-        made = self._convert(self._numbered(is_by_row), model)
+        widths = {source.shape[-1] if is_by_row else 1 for source in self.sources}
+        columns = [(*source.shape[:-1], 1) if is_by_row else source.shape for source in self.sources]
+        begins = [*accumulate((prod(shape) + 1 for shape in columns), initial=0)]
+        numbered = [
+            torch.arange(begin, begin + prod(shape)).view(shape)
+            for begin, shape in zip(begins, columns, strict=False)
+        ]
         found = {}
-        for name, rows in made.items():
+        for name, rows in self._convert(numbered, model).items():
             shape = (*shapes[name][:-1], 1) if is_by_row else shapes[name]
             if tuple(rows.shape) != shape:
                 raise ValueError(f"{name} becomes {tuple(rows.shape)} instead of {shape}")
-            found[name] = tuple(self._runs(rows.reshape(-1), is_by_row))
+            found[name] = tuple(self._runs(rows.reshape(-1), begins, widths))
         return found
-
-    def _numbered(self, is_by_row: bool) -> Iterator[torch.Tensor]:
-        """Yield tensors like the sources, of one column, whose rows are numbered from the first on."""
-        import torch
-
-        begin = 0
-        for source in self.sources:
-            shape = (*source.shape[:-1], 1) if is_by_row else source.shape
-            yield torch.arange(begin, begin + prod(shape)).view(shape)
-            begin += prod(shape)
 
     def _convert(self, tensors: Iterable[torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
         converter = copy.deepcopy(self.converter)
@@ -96,23 +85,16 @@ class _Recipe:
         made = converter.convert(self.target, model=model, config=model.config, loading_info=None)
         return {name: part[0] if isinstance(part, list) else part for name, part in made.items()}
 
-    def _runs(self, rows: torch.Tensor, is_by_row: bool) -> Iterator[Part]:
-        """Yield the ranges that numbers of rows stand for."""
-        import torch
-
-        widths = [source.shape[-1] if is_by_row else 1 for source in self.sources]
-        ends = torch.tensor([s.elements // max(w, 1) for s, w in zip(self.sources, widths, strict=True)])
-        ends = ends.cumsum(0)
-        owners = torch.searchsorted(ends, rows, right=True)
-        is_break = ((rows[1:] - rows[:-1]) != 1) | (owners[1:] != owners[:-1])
+    def _runs(self, rows: torch.Tensor, begins: Sequence[int], widths: set[int]) -> Iterator[Part]:
+        is_break = rows[1:] - rows[:-1] != 1
         starts = [0, *(is_break.nonzero().view(-1) + 1).tolist(), len(rows)]
-        if len(starts) > _MOST_PARTS or len(set(widths)) > 1:
-            raise ValueError(f"{len(starts) - 1} ranges in rows of {sorted(set(widths))}")
-        width = widths[0]
+        if len(starts) > _MOST_PARTS or len(widths) > 1:
+            raise ValueError(f"{len(starts) - 1} ranges in rows of {sorted(widths)}")
+        (width,) = widths
         for start, stop in pairwise(starts):
-            owner = int(owners[start])
-            before = int(ends[owner - 1]) if owner else 0
-            begin = (int(rows[start]) - before) * width
+            number = int(rows[start])
+            owner = bisect_right(begins, number) - 1
+            begin = (number - begins[owner]) * width
             yield Part(self.sources[owner], begin, (stop - start) * width, start * width)
 
 
@@ -138,18 +120,15 @@ def parts_of(model: Any, checkpoint: Checkpoint) -> dict[str, tuple[Part, ...]]:
 
 
 def _recipes(model: Any, checkpoint: Checkpoint) -> Iterable[_Recipe]:
-    from transformers import conversion_mapping, core_model_loading
+    from transformers.conversion_mapping import get_model_conversion_mapping  # not in transformers 4
+    from transformers.core_model_loading import WeightConverter, dot_natural_key
 
-    mapping = conversion_mapping.get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, core_model_loading.WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, core_model_loading.WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    state, prefix = model.state_dict(), model.base_model_prefix
+    converters = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state, named = model.state_dict(), naming(model)
     found: dict[str, _Recipe] = {}
-    for name in sorted(checkpoint.tensors, key=core_model_loading.dot_natural_key):
-        key, pattern = core_model_loading.rename_source_key(name, renamings, converters, prefix, state)
-        if key not in state and name in state:
-            key, pattern = core_model_loading.rename_source_key(name, [], [], prefix, state)
+    for name in sorted(checkpoint.tensors, key=dot_natural_key):
+        key, pattern = named(name)
         if key in state:
             recipe = found.setdefault(key, _Recipe(key, by_pattern[pattern] if pattern else None))
             recipe.sources.append(checkpoint.tensors[name])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -56,15 +56,14 @@ Ask: TypeAlias = Callable[[Checkpoint], Callable[[], ModelKeys]]
 @contextmanager
 def model_keys(source: Checkpoint) -> Iterator[Ask]:
     """Start whom to ask, and give a function that asks about a copy; what it returns waits for the answer."""
-    if why := _why_not(source):
-        yield lambda copy: partial(_unchecked, why, source, copy)
-        return
-    with asking.asked() as asked:
+    why = _why_not(source)
+    with nullcontext() if why else asking.asked() as asked:
 
         def ask(copy: Checkpoint) -> Callable[[], ModelKeys]:
-            if copy.config is None:
-                return partial(_unchecked, _NO_CONFIG, source, copy)
-            job = {"question": "keys", "source": _side(source), "copy": _side(copy)}
+            if asked is None or copy.config is None:
+                return partial(_model_keys, {"why": why or _NO_CONFIG}, source, copy)
+            sides = {"source": _side(source), "copy": _side(copy)}
+            job = {"question": "keys", "model": source.architecture, **sides}
             answer = asked(job, source.total_bytes + copy.total_bytes)
             return lambda: _model_keys(answer(), source, copy)
 
@@ -101,16 +100,10 @@ def _side(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _unchecked(why: str, source: Checkpoint, copy: Checkpoint) -> ModelKeys:
-    """Say why nobody was asked; entries of the configs can be compared all the same."""
-    if source.config is None or copy.config is None:
-        return ModelKeys(why_unchecked=why)
-    differences = tuple(config_differences(source.config, copy.config))
-    return ModelKeys(why_unchecked=why, differences=differences)
-
-
 def _model_keys(found: dict[str, Any], source: Checkpoint, copy: Checkpoint) -> ModelKeys:
-    if "why" in found:
-        return _unchecked(found["why"], source, copy)
+    if why := found.get("why"):
+        if source.config is None or copy.config is None:
+            return ModelKeys(why_unchecked=why)
+        return ModelKeys(why_unchecked=why, differences=tuple(config_differences(source.config, copy.config)))
     missing, differences = (tuple(found[name]) for name in ("missing", "differences"))
     return ModelKeys(found["model"], found["stack"], found["keys"], missing, differences)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import Any
+
+import torch
 
 from shardkit.base.disk import PAGE, own_memory, pages_of
 from shardkit.checkpoint.budget import STEP_BYTES, UnitSize, step_bytes, together, viewed
-from shardkit.load.direct import WeightFiles
-from shardkit.load.recipes import Part, torch_dtype
-
-if TYPE_CHECKING:
-    import torch
+from shardkit.load.direct import WeightFile, torch_dtype
+from shardkit.load.recipes import Part
 
 
 @dataclass(frozen=True)
@@ -34,27 +34,20 @@ class Weight:
         return not others and is_stored and source.offset % self.dtype.itemsize == 0
 
     @property
-    def elements(self) -> int:
-        """How many it has."""
-        return sum(part.elements for part in self.parts)
-
-    @property
     def size(self) -> UnitSize:
         """Memory that it is read into, in pages, and what is read for that."""
         if self.is_view:
             return viewed(self.parts[0].source.nbytes, self.parts[0].source.offset)
         stored = [part.elements * torch_dtype(part.source).itemsize for part in self.parts]
-        return UnitSize(pages_of(self.elements * self.dtype.itemsize), sum(stored), step_bytes(max(stored)))
+        nbytes = prod(self.shape) * self.dtype.itemsize
+        return UnitSize(pages_of(nbytes), sum(stored), step_bytes(max(stored)))
 
     def tensor(self, buffer: memoryview, begin: int) -> torch.Tensor:
         """Return it in the place that it has in a buffer, which lives as long as the tensor does."""
-        import torch
-
-        if not self.elements:
+        if not (count := prod(self.shape)):
             return torch.empty(self.shape, dtype=self.dtype)
         begin += self.parts[0].source.offset % PAGE if self.is_view else 0
-        found = torch.frombuffer(buffer, dtype=self.dtype, count=self.elements, offset=begin)
-        return found.view(self.shape)
+        return torch.frombuffer(buffer, dtype=self.dtype, count=count, offset=begin).view(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,27 +75,17 @@ class Unit:
 class Filler:
     """Fills buffers with units, one at a time, from the files where their tensors are."""
 
-    def __init__(self, files: WeightFiles) -> None:
+    def __init__(self, files: Mapping[str, WeightFile]) -> None:
         self._files = files
         self._step: memoryview | None = None
 
     def fill(self, unit: Unit, buffer: memoryview, may_hold: Callable[[int], bool] = lambda _: True) -> None:
-        """Read a unit, and cast and put together what is stored otherwise.
-
-        Parameters
-        ----------
-        may_hold
-            Called before so many bytes more of the buffer are used; False ends it.
-
-        Raises
-        ------
-        CheckpointError
-            As `WeightFiles.read` does.
-        """
+        """Read a unit, and cast and put together what is stored otherwise; as `WeightFile.read` does."""
         at = 0
         for weight in unit.weights:
             if weight.is_view:
-                self._files.read(weight.parts[0].source, buffer[at : at + weight.size.nbytes], may_hold)
+                source, place = weight.parts[0].source, buffer[at : at + weight.size.nbytes]
+                self._files[source.file].read(source, 0, source.nbytes, place, may_hold)
             else:
                 whole = weight.tensor(buffer, at).view(-1)
                 for part in weight.parts:
@@ -112,19 +95,14 @@ class Filler:
             at += weight.size.nbytes
 
     def _copy(self, part: Part, target: torch.Tensor) -> None:
-        import torch
-
-        dtype, done = torch_dtype(part.source), 0
+        source, dtype = part.source, torch_dtype(part.source)
+        file, size = self._files[source.file], dtype.itemsize
         self._step = self._step or memoryview(own_memory(STEP_BYTES + 2 * PAGE))
-        size = dtype.itemsize
-        while done < part.elements:
+        for done in range(0, part.elements, STEP_BYTES // size):
             count = min(part.elements - done, STEP_BYTES // size)
-            data, begin = self._files.read_range(
-                part.source, (part.begin + done) * size, count * size, self._step
-            )
-            values = torch.frombuffer(data, dtype=dtype, count=count, offset=begin)
+            data, at = file.read(source, (part.begin + done) * size, count * size, self._step)
+            values = torch.frombuffer(data, dtype=dtype, count=count, offset=at)
             target[done : done + count].copy_(values)
-            done += count
 
 
 def units_of(model: Any, parts: Mapping[str, tuple[Part, ...]]) -> Iterable[tuple[Unit, Any]]:
@@ -135,11 +113,10 @@ def units_of(model: Any, parts: Mapping[str, tuple[Part, ...]]) -> Iterable[tupl
             same.setdefault(id(value), name)
     for path, module in model.named_modules():
         for own, are_buffers in ((module._parameters, False), (module._buffers, True)):
-            named = ((attribute, value, same.get(id(value), "")) for attribute, value in own.items())
             weights = tuple(
                 Weight(name, attribute, tuple(value.shape), value.dtype, parts[name])
-                for attribute, value, name in named
-                if name
+                for attribute, value in own.items()
+                if (name := same.get(id(value)))
             )
             if weights:
                 yield Unit(path, weights, are_buffers), module

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import transformers
+
 from shardkit.base.errors import CheckpointError, PlanError
 from shardkit.base.record import listed
 from shardkit.checkpoint.adapter import is_adapter
@@ -28,8 +30,6 @@ def load_streaming(checkpoint: Checkpoint, dtype: object, work: Workload, option
 
     Takes, and raises, what `load_model` does; `options` are for `from_pretrained`.
     """
-    import transformers
-
     _check_options(checkpoint, options)
     name = dtype_name(dtype)
     name = (checkpoint.auto_dtype or "float32") if name == "auto" else name
@@ -65,8 +65,6 @@ def check_complete(found: Mapping[str, Any], model: str, checkpoint: Checkpoint)
 
 def _check_options(checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
     """Refuse what cannot be loaded within a budget, whether it fits or not."""
-    import transformers
-
     has_adapter = transformers.utils.is_peft_available() and "adapter_config.json" in checkpoint.place.names()
     if has_adapter or is_adapter(checkpoint.stem, checkpoint.config, checkpoint.tensors):
         why = "is an adapter, or has one, which max_memory does not support: merge it into its base model"
@@ -85,8 +83,6 @@ def _check_options(checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
 
 
 def _check_streamable(checkpoint: Checkpoint, trusted: bool) -> None:
-    import transformers
-
     def refuse(why: str) -> NoReturn:
         raise CheckpointError(f"does not fit max_memory, and {why}", file=checkpoint.source)
 
@@ -112,8 +108,6 @@ def _check_streamable(checkpoint: Checkpoint, trusted: bool) -> None:
 
 def _empty_decoder(checkpoint: Checkpoint, config: Any, dtype: str, options: dict[str, Any]) -> Any:
     """Return the model that `from_pretrained` would load, its weights on the meta device."""
-    import transformers
-
     ours = ("device_map", "trust_remote_code", "use_safetensors", *_NOT_WITHIN)
     options = {name: options[name] for name in options if name not in ours}
     kind = getattr(transformers, architecture(checkpoint.config) or "")

@@ -379,7 +379,7 @@ def _start_reading(job: dict[str, Any]) -> AbstractContextManager[Any]:
         in_it: AbstractContextManager[Any] = weights.in_transformers()
         return in_it
     if ahead:
-        runpy.run_path(ahead["path"])["Prefetch"](ahead["files"], ahead["limit_bytes"]).start()
+        runpy.run_path(ahead["path"])["prefetch"](ahead["files"], ahead["limit_bytes"])
     return nullcontext()
 
 

@@ -1,9 +1,7 @@
 """The three ways to pack tensors into files: pure functions of sizes.
 
-A file's size includes its header, whose length depends on the digits of the offsets in it; a draft file
-therefore counts its header as it grows.
-
-`empty` is what a header takes before its first entry, in bytes.
+A file's size includes its header, whose length depends on the digits of the offsets in it: it is known when
+all items of the file are. `empty` is what a header takes before its first entry, in bytes.
 
 Within a file, tensors keep the order of the source, so that a shard cut from one file is one contiguous
 range. Only where dtypes of different width meet are the wide ones put first, as the reference writer does:
@@ -48,32 +46,6 @@ class Item(NamedTuple):
         return cls(tensor, dtype, nbytes, chars, max(1, DTYPE_BITS[dtype] // 8))
 
 
-class _Draft:
-    """A shard that is being filled, and the size that its file would have."""
-
-    def __init__(self, empty: int) -> None:
-        self.items: list[Item] = []
-        self._empty = empty
-        self._data = self._chars = self._digits = 0
-        self._widths: set[int] = set()
-
-    def size_with(self, item: Item) -> int:
-        """Size of the file with one more tensor: exact, or a few bytes above where order may change."""
-        data, count = self._data + item.nbytes, len(self.items) + 1
-        if self._widths <= {item.width}:
-            offsets = self._digits + digits(self._data) + digits(data)
-        else:
-            offsets = 2 * digits(data) * count
-        return header_bytes(self._empty, self._chars + item.chars + offsets, count) + data
-
-    def add(self, item: Item) -> None:
-        self._digits += digits(self._data) + digits(self._data + item.nbytes)
-        self._data += item.nbytes
-        self._chars += item.chars
-        self._widths.add(item.width)
-        self.items.append(item)
-
-
 def digits(number: int) -> int:
     """Return how many characters a number takes in JSON."""
     return len(str(number))
@@ -92,16 +64,30 @@ def layout(items: Sequence[Item], empty: int) -> tuple[list[tuple[Item, int]], i
     return placed, header_bytes(empty, chars, len(items))
 
 
+def file_bytes(items: Sequence[Item], empty: int) -> int:
+    """Return the size of a file that holds items."""
+    return sum(item.nbytes for item in items) + layout(items, empty)[1]
+
+
+def _weight(item: Item, limit: int) -> int:
+    """Return what an item takes of a file at most; what it takes at least is without its offsets."""
+    return item.nbytes + item.chars + 2 * digits(limit) + 1
+
+
 def pack_by_size(items: Sequence[Item], limit: int, empty: int) -> list[list[Item]]:
     """Fill one file after the other, in order."""
-    if (data := sum(item.nbytes for item in items)) <= limit and data + layout(items, empty)[1] <= limit:
-        return [list(items)]
-    drafts = [_Draft(empty)]
-    for item in items:
-        if drafts[-1].items and drafts[-1].size_with(item) > limit:
-            drafts.append(_Draft(empty))
-        drafts[-1].add(item)
-    return [draft.items for draft in drafts]
+    least = [0, *accumulate(item.nbytes + item.chars for item in items)]
+    most = [0, *accumulate(_weight(item, limit) for item in items)]
+    room = limit - header_bytes(empty, 0, 0) - _PADDING
+    files, begin = [], 0
+    while begin < len(items):
+        # Of the ends that may do, the last with which the file fits; most often there is one.
+        ends = range(bisect_right(most, most[begin] + room), bisect_right(least, least[begin] + limit))
+        fitting = bisect_right(ends, limit, key=lambda end: file_bytes(items[begin:end], empty))
+        end = max(begin + 1, ends.start + fitting - 1)
+        files.append(list(items[begin:end]))
+        begin = end
+    return files or [[]]
 
 
 def pack_in_files(items: Sequence[Item], count: int) -> list[list[Item]]:
@@ -142,14 +128,13 @@ def pack_balanced(items: Sequence[Item], limit: int, empty: int) -> list[list[It
     in_order = pack_by_size(items, limit, empty)
     if len(in_order) == 1:
         return in_order
-    weighed = [(item.nbytes + item.chars + 2 * digits(limit) + 1, place) for place, item in enumerate(items)]
+    weighed = [(_weight(item, limit), place) for place, item in enumerate(items)]
 
     def unweighed(bin_: Iterable[Weighed]) -> list[Item]:
         return [items[place] for place in sorted(place for _, place in bin_)]
 
     def fits(bin_: Iterable[Weighed]) -> bool:
-        packed = unweighed(bin_)
-        return sum(item.nbytes for item in packed) + layout(packed, empty)[1] <= limit
+        return file_bytes(unweighed(bin_), empty) <= limit
 
     def all_fit(count: int) -> bool:
         return all(map(fits, _spread(rest, count, room)))
@@ -240,13 +225,7 @@ STRATEGIES: dict[str, Packing] = {
 
 
 def packing(strategy: str) -> Packing:
-    """Return the packing of a strategy.
-
-    Raises
-    ------
-    PlanError
-        If there is none of that name; suggests the nearest.
-    """
+    """Return the packing of a strategy; a PlanError where there is none of that name suggests the nearest."""
     if strategy not in STRATEGIES:
         raise PlanError(misspelled("strategy", strategy, STRATEGIES))
     return STRATEGIES[strategy]

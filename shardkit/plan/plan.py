@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import attrgetter
 from typing import Any
 
 from shardkit.base.errors import PlanError
@@ -19,7 +18,9 @@ from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.adapter import estimate_with_base
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.estimate import Estimate
+from shardkit.checkpoint.kept import kept_tensors
 from shardkit.checkpoint.loaded import StoredTensor, load_dtype
+from shardkit.checkpoint.quantized import quantized
 from shardkit.checkpoint.ranks import for_ranks
 from shardkit.checkpoint.scan import GGUF, NO_GGUF
 from shardkit.formats.columns import COLUMN_BLOCKS, IN_BLOCKS
@@ -38,7 +39,6 @@ from shardkit.formats.tensor import (
     collector_paused,
     parse_dtype,
 )
-from shardkit.plan.castable import kept_by_cast
 from shardkit.plan.packing import Item, pack_in_files, packing
 from shardkit.plan.packing import Strategy as Strategy
 from shardkit.plan.shards import PlannedTensor as PlannedTensor
@@ -106,7 +106,7 @@ class ShardPlan(Record):
     @property
     def largest_file(self) -> Shard:
         """The largest shard."""
-        return max(self.shards, key=attrgetter("nbytes"))
+        return max(self.shards, key=lambda shard: shard.nbytes)
 
     @property
     def auto_dtype(self) -> str | None:
@@ -288,7 +288,7 @@ def plan_shards(
     if files is not None and (max_shard_size, strategy) != USUAL:
         raise PlanError("files divides a checkpoint by itself: leave out max_shard_size and strategy")
     target = parse_dtype(dtype)
-    kept = kept_by_cast(checkpoint, target) if target else {}
+    kept = _kept_by_cast(checkpoint, target) if target else {}
     metadata = {**FORMAT_METADATA, **checkpoint.metadata}
     empty = empty_header_chars(metadata)
     with collector_paused():
@@ -311,6 +311,16 @@ def plan_shards(
         file_metadata=checkpoint.file_metadata,
         kept=kept,
     )
+
+
+def _kept_by_cast(checkpoint: Checkpoint, target: str) -> dict[str, str]:
+    """Return which tensors a cast leaves as they are, with their dtype; refuse one of quantized weights."""
+    if why := quantized(checkpoint.config, checkpoint.tensors):
+        raise PlanError(f"{checkpoint.source}: {why}; a cast would destroy the weights: leave out dtype")
+    others = {*FLOAT_DTYPES} - {target}
+    castable = {t.name: t.dtype for t in checkpoint.tensors.values() if t.dtype in others}
+    kept = kept_tensors(castable, checkpoint.config, target)
+    return {name: DTYPE_NAMES[dtype] for name, dtype in castable.items() if name in kept}
 
 
 def _check_headers(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:

@@ -221,9 +221,9 @@ def test_fresh_run_from_hub_to_hub_shows_what_is_stored(notebook_folder):
 @pytest.mark.timeout(1800)
 @needs_groups
 def test_fresh_run_in_less_memory_shows_what_is_stored(notebook_folder, installed):
-    """Outside a clone; the smallest memory by a coarser search."""
-    changes = ("precision: int = 8", "precision: int = 40")
-    run_as_stored(FIT, notebook_folder, changes, environment=installed)
+    """Outside a clone; of fewer tokens, and the smallest memory by a coarser search."""
+    changes = ("tokens: int = 16", "tokens: int = 3"), ("precision: int = 8", "precision: int = 40")
+    run_as_stored(FIT, notebook_folder, *changes, environment=installed)
     found = pd.read_csv(notebook_folder / "demo-output/fit/ways.csv", index_col=0)
     assert list(found["outcome"]) == ["killed", "ok", "ok", "ok", "ok", "ok"]
     assert (notebook_folder / "demo-output/fit/ways.png").read_bytes().startswith(b"\x89PNG")

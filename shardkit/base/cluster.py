@@ -17,13 +17,7 @@ _SECONDS = 10
 
 
 def check_address(text: str) -> str:
-    """Return the address of an executor.
-
-    Raises
-    ------
-    ShardkitError
-        If it is none.
-    """
+    """Return the address of an executor; raise ShardkitError if it is none."""
     if not re.fullmatch(rf"{DASK}[^/\s]+:\d+", text):
         raise ShardkitError(f"{text!r} is not {DASK}HOST:PORT, as in {DASK}localhost:8786")
     return text
@@ -44,12 +38,7 @@ def is_cancelled() -> bool:
 def executor_at(address: str | None) -> Iterator[Executor | None]:
     """Give the executor of an address, ``dask://HOST:PORT`` for Dask's scheduler there; None for none.
 
-    Raises
-    ------
-    ShardkitError
-        If nobody answers there within ten seconds.
-    MissingPackageError
-        If Dask is not installed.
+    A ShardkitError if nobody answers there within ten seconds, a MissingPackageError without Dask.
     """
     if address is None:
         yield None

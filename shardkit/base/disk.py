@@ -35,13 +35,7 @@ def pages_of(nbytes: int, offset: int = 0) -> int:
 
 
 class DiskFile:
-    """One file, opened twice: past the page cache, and through it (`cached`) for small reads.
-
-    Raises
-    ------
-    CheckpointError
-        If it cannot be opened.
-    """
+    """One file, opened twice: past the page cache, and through it (`cached`) for small reads."""
 
     def __init__(self, path: str) -> None:
         self._direct = -1
@@ -79,15 +73,8 @@ class DiskFile:
 def measured_rate(paths: Iterable[str], seconds: float = 1.0) -> int:
     """Return how many bytes a second are read from files, one after the other, past the page cache.
 
-    Parameters
-    ----------
-    seconds
-        After so many, or at the end of the last file, it is known.
-
-    Raises
-    ------
-    CheckpointError
-        If a file cannot be read past the page cache, or all of them are empty.
+    It takes so many `seconds`, or less where the files end before. A CheckpointError if a file cannot be
+    read that way, or all of them are empty.
     """
     buffer, done, path = memoryview(own_memory(CHUNK_BYTES)), 0, ""
     begin = time.perf_counter()

@@ -9,14 +9,11 @@ from dataclasses import dataclass, field
 from itertools import islice
 from queue import Empty, SimpleQueue
 from threading import Event, Lock
-from typing import Generic, TypeVar
+from typing import Generic
 from uuid import uuid4
 
 from shardkit.base.errors import Cancelled, Interrupted, ShardkitError
-from shardkit.base.machine import cores
-
-TaskT = TypeVar("TaskT")
-ResultT = TypeVar("ResultT")
+from shardkit.base.machine import ResultT, TaskT, cores
 
 _AHEAD = 2  # tasks under way for each worker: enough to keep it busy, few enough to stop soon
 _STOP_SECONDS = 0.2
@@ -201,7 +198,5 @@ class ProgressCount:
         """Count bytes as done."""
         with self._lock:
             self._done += nbytes
-            if self._callback is None:
-                return
-            if self._callback(Progress(self._stage, self._done, self._total)) is False:
+            if self._callback and self._callback(Progress(self._stage, self._done, self._total)) is False:
                 raise Cancelled(f"stopped after {self._done} of {self._total} bytes ({self._stage})")

@@ -1,8 +1,4 @@
-"""What every result has in common: JSON that round-trips, and one summary shown as text or HTML.
-
-A result describes itself once, as a `Summary`; text and HTML are two renderings of it, so they cannot
-say different things.
-"""
+"""What every result has in common: JSON that round-trips, and a summary, of which text and HTML are made."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from html import escape
 from importlib.resources import files
 from itertools import zip_longest
@@ -122,8 +118,9 @@ class Summary:
         )
         tables = "".join(table.html() for table in self.tables)
         notes = "".join(f'<p class="sk-note">⚠ {escaped(note)}</p>' for note in self.notes)
+        style = files("shardkit").joinpath("static/report.css").read_text(encoding="utf-8")
         return (
-            f'<style>{_stylesheet()}</style><div class="shardkit"><h4>{escaped(self.title)}</h4>'
+            f'<style>{style}</style><div class="shardkit"><h4>{escaped(self.title)}</h4>'
             f'<table class="sk-facts"><tbody>{facts}</tbody></table>{tables}{notes}</div>'
         )
 
@@ -230,9 +227,9 @@ def _converter() -> cattrs.Converter:
 
     converter = cattrs.preconf.json.make_converter()
     converter.register_unstructure_hook(PurePath, str)
-    for kind, restore in _TEXTS.items():
+    for kind in _TEXTS:
         converter.register_unstructure_hook(kind, str)
-        converter.register_structure_hook(kind, partial(_restored_text, restore))
+        converter.register_structure_hook(kind, lambda text, kind: _TEXTS[kind](text))
     # What was asked for by name may be what JSON would change: a tuple, or a dict whose keys are numbers.
     converter.register_unstructure_hook_func(
         _is_options, lambda asked: {name: _kept(value) for name, value in asked.items()}
@@ -241,10 +238,6 @@ def _converter() -> cattrs.Converter:
         _is_options, lambda kept, _: {str(name): _restored(value) for name, value in dict(kept).items()}
     )
     return converter
-
-
-def _restored_text(restore: Callable[[str], Any], text: str, _: object) -> Any:
-    return restore(text)
 
 
 def _is_options(kind: object) -> bool:
@@ -258,8 +251,3 @@ def _kept(value: Any) -> Any:
 def _restored(value: Any) -> Any:
     is_literal = isinstance(value, dict) and value.keys() == {_LITERAL}
     return ast.literal_eval(value[_LITERAL]) if is_literal else value
-
-
-@cache
-def _stylesheet() -> str:
-    return files("shardkit").joinpath("static/report.css").read_text(encoding="utf-8")

@@ -32,13 +32,8 @@ class Cast(NamedTuple):
 class Caster:
     """Casts chunk after chunk of whole elements from one floating-point dtype to another ("F32" to "BF16").
 
-    The memory of results is used again, because fresh memory costs as much time as counting: a chunk is good
-    until the next one is cast.
-
-    Parameters
-    ----------
-    nbytes
-        Of the largest chunk.
+    The memory of results, of the `nbytes` of the largest chunk, is used again, because fresh memory costs as
+    much time as counting: a chunk is good until the next one is cast.
     """
 
     def __init__(self, dtype: str, target: str, nbytes: int) -> None:

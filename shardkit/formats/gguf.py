@@ -1,8 +1,7 @@
 """The GGUF file format, of llama.cpp: what a file says of its model, and which tensors it holds.
 
-A file is a magic, counts, keys with values, then the name, shape, type and offset of each tensor, and last
-their bytes: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. It is read here in order to say what
-a load takes; safetensors have no dtype for its blocks of quantized weights.
+It is read to say what a load takes: a magic, counts, keys with values, then name, shape, type and offset of
+each tensor, and last their bytes: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -59,8 +58,7 @@ class GgufFile(NamedTuple):
 
 def read_gguf(file: RangedFile, name: str) -> GgufFile:
     """List the tensors of a file, without reading them."""
-    beginning = file.get(0, min(file.size, 24))
-    refuse_lfs_pointer(beginning, file.where)
+    refuse_lfs_pointer(file.get(0, min(file.size, 24)), file.where)
     header = _Header(file)
     if header.take(4) != MAGIC:
         raise CheckpointError("is not a GGUF file", file=file.where)
@@ -76,15 +74,8 @@ def read_gguf(file: RangedFile, name: str) -> GgufFile:
     if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
         raise CheckpointError(f"declares an alignment of {alignment!r:.40} bytes", file=file.where)
     start = -(-header.at // alignment) * alignment
-    tensors = tuple(_tensor(entry, name, start, file) for entry in entries)
+    tensors = tuple(_tensor(file, name, start, *entry) for entry in entries)
     return GgufFile(tensors, _config(said))
-
-
-class _Entry(NamedTuple):
-    name: str
-    shape: tuple[int, ...]
-    kind: int
-    offset: int
 
 
 class _Header:
@@ -145,17 +136,18 @@ class _Header:
             raise CheckpointError(f"has a value of unknown type {kind}", file=self._file.where)
         return _NUMBERS[kind]
 
-    def entry(self) -> _Entry:
-        """Return the next tensor; its dimensions are written with the last first."""
+    def entry(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Return name, shape, type and offset of the next tensor; its last dimension is written first."""
         name, dimensions = self.text(), self.number("I")
         if dimensions > _MAX_DIMENSIONS:
             raise CheckpointError(f"has {dimensions} dimensions", file=self._file.where, tensor=name[:200])
         shape = tuple(self.number("Q") for _ in range(dimensions))[::-1]
-        return _Entry(name, shape, self.number("I"), self.number("Q"))
+        return name, shape, self.number("I"), self.number("Q")
 
 
-def _tensor(entry: _Entry, file_name: str, start: int, file: RangedFile) -> TensorInfo:
-    name, shape, kind, offset = entry
+def _tensor(
+    file: RangedFile, file_name: str, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int
+) -> TensorInfo:
     check_name(name, file.where)
     if kind not in _TYPES:
         raise CheckpointError(f"has unknown type {kind}", file=file.where, tensor=name)

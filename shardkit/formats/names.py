@@ -6,8 +6,6 @@ import re
 
 _INDEX = re.compile(r".*\.(safetensors|bin)\.index(\.[^.]+)?\.json")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|ot|tflite)")
-
-
 # As torch.distributed.checkpoint calls what each rank wrote.
 _OF_RANK = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 

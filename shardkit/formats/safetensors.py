@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from json.encoder import encode_basestring
@@ -160,9 +161,8 @@ def _bound(count: int, what: str, most: int, file: str) -> None:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice[:200]!r} appears twice")
+        [(most, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {most[:200]!r} appears twice")
     return unique
 
 

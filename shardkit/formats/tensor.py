@@ -38,10 +38,7 @@ QUANTIZED_DTYPES = tuple(name for name in DTYPE_NAMES if name == "F4" or name.st
 def dtype_name(dtype: object) -> str:
     """Return the name of a dtype to cast to or load in, by any of its names: "fp16", "half", torch.float16.
 
-    Raises
-    ------
-    PlanError
-        If it is none; suggests the nearest.
+    A PlanError if it is none, which suggests the nearest.
     """
     name = str(dtype).removeprefix("torch.").lower()
     name = _SHORT.get(name, name)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shardkit.base.errors import CheckpointError
 from shardkit.base.record import listed, plural, printable
@@ -18,8 +17,7 @@ from shardkit.formats.torch_zip import ZIP_MAGIC, Stored, read_archive
 _MOST_EXPANDED = 1 << 30  # of a tensor that repeats what its file holds
 
 
-@dataclass(frozen=True, slots=True)
-class TorchFile:
+class TorchFile(NamedTuple):
     """What a file of torch's holds; torch need not load all of one that is an archive."""
 
     tensors: tuple[TensorInfo, ...]
@@ -56,7 +54,8 @@ def read_torch_file(file: RangedFile, name: str, *, exact: bool = True) -> Torch
 def _tensors(value: Any, where: str) -> tuple[dict[str, View], list[str]]:
     """Return the tensors of what a pickle describes, and the names of all else."""
     beside: list[Any] = []
-    if type(value) is dict and type(inner := value.get("state_dict")) is dict and _holds_tensors(inner):
+    inner = value.get("state_dict") if type(value) is dict else None
+    if type(inner) is dict and any(type(item) is View for item in inner.values()):
         beside = [name for name in value if name != "state_dict"]
         value = inner  # as trainers save it; transformers itself loads none of that
     if type(value) is not dict:
@@ -75,10 +74,6 @@ def _tensors(value: Any, where: str) -> tuple[dict[str, View], list[str]]:
             raise ValueError(f"safetensors has no dtype for tensor {name[:99]!r}, torch.{tensor.dtype}")
         tensors[name] = tensor
     return tensors, skipped
-
-
-def _holds_tensors(value: dict[Any, Any]) -> bool:
-    return any(type(item) is View for item in value.values())
 
 
 def _info(name: str, view: View, stored: Stored, file: str, whole: RangedFile) -> TensorInfo:

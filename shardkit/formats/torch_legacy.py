@@ -31,7 +31,11 @@ def read_legacy(file: RangedFile, *, exact: bool) -> Stored:
         raise ValueError(f"its storages claim {claimed} bytes, but the file has {file.size}")
     # torch writes nothing after the last, so that all are where they have to be if the file ends there.
     if exact or at != file.size or file.size <= first:
-        _check_lengths(file, program, starts)
+        lengths = file.each((start - _LENGTH_BYTES, _LENGTH_BYTES) for start in starts.values())
+        for key, start in starts.items():
+            said = int.from_bytes(lengths[start - _LENGTH_BYTES], "little", signed=True)
+            if said != (claimed := program.storages[key].items):
+                raise ValueError(f"storage {key[:200]!r} has {said} items, but its tensors claim {claimed}")
     return Stored(program.value, starts)
 
 
@@ -45,11 +49,3 @@ def _programs(data: bytes) -> tuple[Program, list[str], int]:
     if type(keys) is not list or sorted(keys) != sorted(program.storages):
         raise ValueError("its storage keys do not match those of its tensors")
     return program, keys, stream.tell()
-
-
-def _check_lengths(file: RangedFile, program: Program, starts: dict[str, int]) -> None:
-    lengths = file.each((start - _LENGTH_BYTES, _LENGTH_BYTES) for start in starts.values())
-    for key, start in starts.items():
-        said = int.from_bytes(lengths[start - _LENGTH_BYTES], "little", signed=True)
-        if said != (claimed := program.storages[key].items):
-            raise ValueError(f"storage {key[:200]!r} has {said} items, but its tensors claim {claimed}")

@@ -117,9 +117,6 @@ class Program:
         else:  # none is left out: one opcode could ask for gigabytes
             self._memo[index] = self._stack[-1]
 
-    def _get(self, index: int) -> None:
-        self._stack.append(self._memo[index])
-
     def _mark(self, _: object) -> None:
         if len(self._outer) >= _MAX_MARKS:
             raise ValueError(f"it is nested more than {_MAX_MARKS} deep")
@@ -153,9 +150,6 @@ class Program:
             raise ValueError(f"it imports {name}, which is not allowed")
         self._stack.append(name)
 
-    def _reduce(self, _: object) -> None:
-        self._make(_call(*self._last(2)), 3)
-
     def _build(self, _: object) -> None:
         self._stack.pop()  # of a module's state its `_metadata`, which is none of the map
         if type(self._stack[-1]) is not dict:
@@ -164,14 +158,8 @@ class Program:
     def _persistent(self, _: object) -> None:
         kind, name, key, _device, count, *view = self._stack.pop()
         found = _STORAGE.fullmatch(name) if type(name) is _Name else None
-        is_whole = view in ([], [None])  # files before 0.4 have slices of storages
-        if (
-            kind != "storage"
-            or found is None
-            or type(key) is not str
-            or not _are_counts([count])
-            or not is_whole
-        ):
+        is_usual = kind == "storage" and type(key) is str and _are_counts([count])
+        if not (found and is_usual and view in ([], [None])):  # files before 0.4 have slices of storages
             raise ValueError("a storage is not described the way torch does")
         storage = Storage(key, _STORAGES[found[1]], count)
         if self.storages.setdefault(key, storage).nbytes != storage.nbytes:
@@ -211,10 +199,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any, dty
         raise ValueError("a tensor has no storage in the file")
     if any(more[2:]):  # after what is said of gradients
         raise ValueError("a tensor is a conjugate or negative view: save it resolved")
-    if (
-        not (type(shape) is type(strides) is tuple and len(shape) == len(strides) <= _MAX_DIMENSIONS)
-        or not _are_counts((offset, *shape, *strides))
-    ):  # fmt: skip
+    are_tuples = type(shape) is type(strides) is tuple and len(shape) == len(strides) <= _MAX_DIMENSIONS
+    if not (are_tuples and _are_counts((offset, *shape, *strides))):
         raise ValueError("a tensor's offset, shape or strides are not non-negative integers")
     dtype = dtype or storage.dtype
     last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
@@ -247,12 +233,7 @@ def _parameter(data: object, *_: object) -> View:
 
 def _of_type(function: object, kind: object, arguments: object, *_: object) -> View:
     # As torch writes a tensor with attributes, which are no part of its data.
-    if (
-        type(kind) is not _Name
-        or kind not in _CLASSES
-        or type(function) is not _Name
-        or function not in _REBUILDS
-    ):
+    if not (type(kind) is type(function) is _Name and kind in _CLASSES and function in _REBUILDS):
         raise ValueError("a tensor has a custom type")
     return _parameter(_call(function, arguments))
 
@@ -277,7 +258,7 @@ _CALLS = _REBUILDS | {
 _OPCODES: dict[str, Callable[[Program, Any], object]] = {
     **dict.fromkeys(("PROTO", "STOP"), _inert),
     **dict.fromkeys(("BINPUT", "LONG_BINPUT"), Program._put),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), Program._get),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda p, index: p._push(p._memo[index])),
     **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"), Program._push),
     "SHORT_BINSTRING": lambda p, text: p._push(text.encode("latin-1").decode()),
     "NONE": lambda p, _: p._push(None),
@@ -296,7 +277,7 @@ _OPCODES: dict[str, Callable[[Program, Any], object]] = {
     "SETITEM": lambda p, _: p._set(p._last(2)),
     "SETITEMS": lambda p, _: p._set(p._since_mark()),
     "GLOBAL": Program._global,
-    "REDUCE": Program._reduce,
+    "REDUCE": lambda p, _: p._make(_call(*p._last(2)), 3),
     "BUILD": Program._build,
     "BINPERSID": Program._persistent,
 }

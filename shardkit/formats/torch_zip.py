@@ -85,28 +85,27 @@ def _directory(file: RangedFile) -> dict[str, _Record]:
     are_plain = all(name.isascii() and name.isprintable() for name in names)
     if len({name.lower() for name in names}) != len(names) or not are_plain:
         raise ValueError("it has duplicate record names, or names that are not plain text")
+    records = {}
     for entry, limit in zip(found, limits, strict=True):
-        packed, nbytes = entry.compress_size, entry.file_size
+        name, at, packed, nbytes = entry.filename, entry.header_offset, entry.compress_size, entry.file_size
         if entry.compress_type or entry.flag_bits & 1 or packed != nbytes:
             raise ValueError(
-                f"record {entry.filename!r} is compressed ({packed} bytes to {nbytes}) or encrypted, which "
-                "torch never writes"
+                f"record {name!r} is compressed ({packed} bytes to {nbytes}) or encrypted, which torch never "
+                "writes"
             )
-        if entry.header_offset + _HEADER.size + len(entry.filename) + nbytes > limit:
-            raise ValueError(f"record {entry.filename!r} overlaps the next one")
-    return {
-        entry.filename: _Record(entry.filename, entry.header_offset, entry.file_size, entry.flag_bits, limit)
-        for entry, limit in zip(found, limits, strict=True)
-    }
+        if at + _HEADER.size + len(name) + nbytes > limit:
+            raise ValueError(f"record {name!r} overlaps the next one")
+        records[name] = _Record(name, at, nbytes, entry.flag_bits, limit)
+    return records
 
 
 def _starts(file: RangedFile, wanted: dict[str, _Record], exact: bool) -> dict[str, int]:
     """Return where the bytes of records begin, by key."""
     derived = {} if exact else {key: _derived(record) for key, record in wanted.items()}
-    unknown = {key: record for key, record in wanted.items() if derived.get(key) is None}
+    starts = {key: start for key, start in derived.items() if start is not None}
+    unknown = {key: record for key, record in wanted.items() if key not in starts}
     headers = file.each((record.at, _HEADER.size + len(record.name)) for record in unknown.values())
-    found = {key: _start(record, headers[record.at]) for key, record in unknown.items()}
-    return {key: start for key, start in derived.items() if start is not None} | found
+    return starts | {key: _start(record, headers[record.at]) for key, record in unknown.items()}
 
 
 def _derived(record: _Record) -> int | None:

@@ -12,12 +12,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from tempfile import mkdtemp
-from threading import Lock
 from typing import Any
 from weakref import finalize
 
@@ -30,7 +29,6 @@ BLOCK_BYTES = 8 << 20  # of a request: its round trip is short beside it, and ea
 _PACKAGES = {"s3": ("s3fs",), "s3a": ("s3fs",), "http": ("aiohttp",), "https": ("aiohttp",)}
 # What tells one content of a file from another, by the names that file systems have for it; the best first.
 _MARKS = ("ETag", "etag", "generation", "md5Hash", "Last-Modified", "LastModified", "mtime", "created")
-_TURNS = Lock()  # for memory://, which gives everybody the same open file
 _SIGN_IN = "for s3://, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 
 
@@ -103,15 +101,11 @@ class BucketFiles(FileSet):
             raise CheckpointError("does not exist", file=self.where(name))
         return self.listing[name]
 
-    def size(self, name: str) -> int:
-        """Return its size in bytes."""
-        return int(self.state(name)[0])
-
     def read(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
         """Yield a range of a file, `BLOCK_BYTES` for each request; as `FileSet.read`."""
         end = offset + nbytes
         for start in range(offset, end, BLOCK_BYTES):
-            with reaching(self.where(name)), _TURNS if self.protocol == "memory" else nullcontext():
+            with reaching(self.where(name)):
                 block = memoryview(self._block(name, start, min(start + BLOCK_BYTES, end)))
             yield from (block[i : i + CHUNK_BYTES] for i in range(0, len(block), CHUNK_BYTES))
 

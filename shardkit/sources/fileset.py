@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from shardkit.base.errors import CheckpointError, reading
-from shardkit.base.jobs import ResultT, TaskT, run_all
+from shardkit.base.jobs import run_all
+from shardkit.base.machine import ResultT, TaskT
 from shardkit.formats.ranged import RangedFile, Span
 
 CHUNK_BYTES = 1 << 20
 _AT_ONCE = 8  # of reads that each cost a round trip
-State: TypeAlias = tuple[int | str, ...]  # of a file; its size first
+State: TypeAlias = tuple[int | str, ...]  # of a file
 # Of the tools that made the copy (`.git` may be a file): not of the model.
 NOT_OURS = re.compile(r"\.git|\.cache|\.huggingface|__pycache__|\.ipynb_checkpoints|\..*\.shardkit-.*")
 
@@ -59,12 +60,12 @@ class FileSet(ABC):
         return name in self.names()
 
     @abstractmethod
+    def state(self, name: str) -> State:
+        """Return what tells one state of a file from another; its size comes first."""
+
     def size(self, name: str) -> int:
         """Return its size in bytes."""
-
-    @abstractmethod
-    def state(self, name: str) -> State:
-        """Return what tells one state of a file from another."""
+        return int(self.state(name)[0])
 
     def now(self) -> FileSet:
         """Return the same files in the states that they are in now: another, where states are kept."""

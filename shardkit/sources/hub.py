@@ -80,14 +80,6 @@ class Repository(FileSet):
     def __reduce__(self) -> tuple[Any, ...]:
         return reopened, (self.repo_id, self.sha)  # its token stays in this process
 
-    def is_file(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return name in self.listing
-
-    def size(self, name: str) -> int:
-        """Return its size in bytes."""
-        return self.listing[name].size
-
     def state(self, name: str) -> tuple[int | str, ...]:
         """Return size and hash."""
         listed = self.listing[name]

@@ -10,15 +10,14 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from huggingface_hub import constants, errors, get_token, utils
 
 from shardkit.base.errors import CheckpointError
+from shardkit.base.machine import ResultT
 from shardkit.base.record import plural
-
-ResultT = TypeVar("ResultT")
 
 # What the client raises where the Hub refuses, fails, cannot be reached, or must not be asked.
 CLIENT_ERRORS = (errors.HTTPError, errors.EntryNotFoundError, errors.OfflineModeIsEnabled)
@@ -40,15 +39,13 @@ def find_token(token: str | None = None) -> str | None:
 
 
 def _kaggle_secret() -> str | None:
-    if "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
-        return None
-    try:
-        from kaggle_secrets import UserSecretsClient  # type: ignore[import-not-found]
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        with suppress(Exception):  # no such secret, or not for this notebook: it raises what it likes
+            from kaggle_secrets import UserSecretsClient  # type: ignore[import-not-found]
 
-        secret: str | None = UserSecretsClient().get_secret("HF_TOKEN")
-    except Exception:  # no such secret, or not given to this notebook: Kaggle's client raises what it likes
-        return None
-    return secret
+            secret: str | None = UserSecretsClient().get_secret("HF_TOKEN")
+            return secret
+    return None
 
 
 @contextmanager

@@ -7,12 +7,11 @@ import re
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 from shardkit.base.errors import CheckpointError, SourceError
 from shardkit.base.extras import require
 from shardkit.formats.names import is_weights
-from shardkit.sources.fileset import Found, Needed
+from shardkit.sources.fileset import Found
 from shardkit.sources.local import LocalFiles
 
 _PART = r"(\w[\w.-]*)"
@@ -21,9 +20,8 @@ _HANDLE = re.compile(rf"kaggle://{_PART}/{_PART}/{_PART}/{_PART}(?:/(\d+))?/?", 
 _WEIGHTS = ("models/*/*/*/*/[0-9]*/*", "*/*/*/[0-9]*/*", "datasets/*/*/*", "*/*")
 
 
-def find_model(text: str, needed_files: Needed, *, revision: str | None = None, **_: Any) -> Found:
+def find_model(text: str, *_needed: object, revision: str | None = None, **_how: object) -> Found:
     """Return the files of ``kaggle://owner/model/framework/variation``: of its latest, or ``/version``."""
-    del needed_files  # kagglehub gets all
     if (handle := _HANDLE.fullmatch(text)) is None:
         raise SourceError(
             f"{text[:200]!r} is not kaggle://owner/model/framework/variation, nor that with /version after it"

@@ -29,10 +29,6 @@ class LocalFiles(FileSet):
         """Whether there is such a file."""
         return os.path.isfile(self.folder / name)  # which, unlike Path, takes any text for an answer
 
-    def size(self, name: str) -> int:
-        """Return its size in bytes."""
-        return (self.folder / name).stat().st_size
-
     def state(self, name: str) -> tuple[int, ...]:
         """Return size, time and inode."""
         with reading():
@@ -45,8 +41,10 @@ class LocalFiles(FileSet):
         with reading(path), open(path, "rb") as source:
             source.seek(offset)
             for done in range(0, nbytes, CHUNK_BYTES):
-                if done % _AHEAD_BYTES == 0 and nbytes > CHUNK_BYTES:  # else there is nothing to read ahead
-                    _read_ahead(source.fileno(), offset + done, min(2 * _AHEAD_BYTES, nbytes - done))
+                if done % _AHEAD_BYTES == 0 and nbytes > CHUNK_BYTES:  # let the disk work meanwhile
+                    ahead = min(2 * _AHEAD_BYTES, nbytes - done)
+                    with suppress(OSError, AttributeError):  # not on every system
+                        os.posix_fadvise(source.fileno(), offset + done, ahead, os.POSIX_FADV_WILLNEED)
                 chunk = buffer[: nbytes - done]
                 if source.readinto(chunk) < len(chunk):
                     raise CheckpointError(
@@ -106,33 +104,18 @@ class WrittenFiles(LocalFiles):
 
     def read(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
         """Yield a range of a file; as `FileSet.read`."""
+        end = offset + nbytes
         if nbytes >= CHUNK_BYTES and hasattr(os, "O_DIRECT"):
-            for piece in _read_direct(self.where(name), offset, nbytes):
-                yield piece
-                offset, nbytes = offset + len(piece), nbytes - len(piece)
-        yield from super().read(name, offset, nbytes)
-
-
-def _read_direct(path: str, offset: int, nbytes: int) -> Iterator[memoryview]:
-    """Yield as much of a range as can be read past the page cache."""
-    file, buffer, end = DiskFile(path), memoryview(own_memory(CHUNK_BYTES)), offset + nbytes
-    while offset < end:
-        start = offset // PAGE * PAGE
-        try:
-            count = file.read_direct(buffer[: pages_of(end - start)], start)
-        except OSError:  # refused, or it fails: then the page cache says why
-            return
-        piece = buffer[offset - start : min(count, end - start)]
-        if not piece:  # the file ends here
-            return
-        yield piece
-        offset += len(piece)
-
-
-def _read_ahead(handle: int, offset: int, nbytes: int) -> None:
-    """Let the disk work while what it has read is worked on."""
-    with suppress(OSError, AttributeError):  # not on every system
-        os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_WILLNEED)
+            file, buffer = DiskFile(self.where(name)), memoryview(own_memory(CHUNK_BYTES))
+            with suppress(OSError):  # refused, or it fails: then the page cache says why
+                while offset < end:
+                    start = offset // PAGE * PAGE
+                    count = file.read_direct(buffer[: pages_of(end - start)], start)
+                    if not (piece := buffer[offset - start : min(count, end - start)]):
+                        break  # the file ends here
+                    yield piece
+                    offset += len(piece)
+        yield from super().read(name, offset, end - offset)
 
 
 def file_state(status: os.stat_result) -> tuple[int, ...]:

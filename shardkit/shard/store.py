@@ -131,11 +131,13 @@ class Store(ABC):
 
     `fingerprint` is the job's as it began. `finished` is what is done, by shard: what an earlier run
     finished, once the store is open, and what was `put`. `mark` is what workers elsewhere have to see.
-    `freed` are files of the source that were removed,
-    with their sizes in bytes. `notes` are for a person; `stage` is what its `Progress` is called.
+    `freed` are files of the source that were removed, with their sizes in bytes. `notes` are for a person;
+    `stage` is what its `Progress` is called, which counts shards again as they are `put`, where that
+    `is_sending` them elsewhere or reads them again.
     """
 
     stage: str
+    is_sending = False
     folder: Path
 
     def __init__(self, job: Job) -> None:
@@ -170,18 +172,8 @@ class Store(ABC):
     def at_once(self, todo: Sequence[Shard]) -> int:
         """Return how many shards may be under way."""
 
-    def sends(self, shard: Shard) -> int:
-        """Return how many bytes `put` has to send elsewhere, or to read again."""
-        del shard
-        return 0
-
-    def begin(self, shard: Shard) -> Path:
-        """Make the file of a shard, as `Job.begin`."""
-        return self.job.begin(shard, self.folder)
-
-    def errand(self, shard: Shard) -> tuple[Callable[[Any], Outcome], Any] | None:
+    def errand(self, _: Shard) -> tuple[Callable[[Any], Outcome], list[Any]] | None:
         """Return what a worker calls to make a shard, and with what; None where it is made in `folder`."""
-        del shard
         return None
 
     @abstractmethod

@@ -202,10 +202,8 @@ def shard_on_hub(
         shard each. They need no shared disk, and each uses the token that it finds where it runs.
     token
         A token that can read the source and write the target (default: from the environment or the client).
-    verify
-        Read each shard back and compare it with what was received, before it is sent.
-    allow_overflow
-        Allow a cast that turns finite values infinite.
+    verify, allow_overflow
+        As in `shard_checkpoint`: each shard is read back before it is sent.
     progress
         Called with a `Progress` (stage "stream", bytes received and sent); returning False stops.
     work_folder
@@ -253,7 +251,7 @@ def _in_parts(job: Job, target: Path, part: Part, overwrite: bool, resume: bool,
         report = reshard(PartStore(job, target, part, overwrite, resume), watch)
     try:
         if not (missing := missing_parts(job, target)):
-            return reshard(JoinedStore(job, target, overwrite), watch)
+            return reshard(JoinedStore(job, target, overwrite, resume), watch)
         note = f"not finished: {plural(len(missing), 'part')} ({listed(map(str, missing))}); run them"
         if report is None:
             raise DestinationError(f"{target}: {note}")

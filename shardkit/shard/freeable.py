@@ -30,12 +30,7 @@ def open_to_free(
 ) -> Checkpoint:
     """Return a source that may be freed; one that an interrupted run has begun to free, as it was before.
 
-    Raises
-    ------
-    CheckpointError
-        If freeing it could lose something.
-    DestinationError
-        If there is a destination already, or it is in memory and the source is not.
+    It is refused if freeing it could lose something, if there is a destination already, or one in memory.
     """
     record = only_copy_of(target)
     is_begun, checkpoint = record is not None, _begun(record) if record else _first(source, target, opened)

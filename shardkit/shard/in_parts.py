@@ -41,13 +41,7 @@ _RECORD = "part.json"
 
 
 def check_part(part: Part, *, free_source: bool = False) -> None:
-    """Refuse a part that there cannot be.
-
-    Raises
-    ------
-    PlanError
-        If its number is not from 1 to that of all; or if it would free a source that others need.
-    """
+    """Refuse a part that there cannot be, and one that would free a source that others need."""
     if free_source:
         raise PlanError("a part cannot free the source, which other parts need: leave out free_source")
     if part != FINISH and not 1 <= part[0] <= part[1]:
@@ -81,13 +75,7 @@ class _PartRecord(Record):
 
 
 def finished_parts(job: Job, target: Path, of: int | None = None) -> dict[tuple[int, int], _PartRecord]:
-    """Return the parts of a job that are there; refuse those of another one, or of another number of parts.
-
-    Raises
-    ------
-    DestinationError
-        If a part beside the destination is of another source or plan, or of another number of parts.
-    """
+    """Return the parts of a job that are there; refuse those of another, or of another number of parts."""
     found = {number: _PartRecord.read(folder) for folder, number in parts(target).items() if folder.is_dir()}
     for (number, count), record in found.items():
         if record.job != job.fingerprint():
@@ -173,10 +161,6 @@ class PartStore(FolderStore):
 
 class JoinedStore(FolderStore):
     """The destination of a job whose parts are all finished; as `FolderStore`."""
-
-    def __init__(self, job: Job, target: Path, overwrite: bool) -> None:
-        super().__init__(job, target, overwrite, resume=True)
-        self._records: dict[tuple[int, int], _PartRecord] = {}
 
     def _take_over(self) -> None:
         """Link the shards of all parts into one folder, which has some already where a run was killed."""

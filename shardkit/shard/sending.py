@@ -54,15 +54,7 @@ class Sending(NamedTuple):
 
 
 def send(job: Job, shard: Shard, outcome: Outcome, folder: Path, target: Target, branch: str) -> Sending:
-    """Read a shard in `folder` back, compare it with what was received, and upload it.
-
-    Raises
-    ------
-    CastError
-        If a cast made finite values infinite, and that is not allowed.
-    VerificationError
-        If the disk does not hold what was received.
-    """
+    """Read a shard in `folder` back, compare it with what was received, and upload it."""
     job.refuse_overflow([outcome])
     path, found = folder / shard.file, checked(job, shard, outcome, folder)
     content = described(path)

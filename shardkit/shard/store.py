@@ -51,12 +51,8 @@ class Job:
     def fingerprint(self) -> str:
         """Return the digest of what tells this job from another: its plan, and weights as they are now.
 
-        Other files are copied from scratch by every run. Weights that are freed count as what they were.
-
-        Raises
-        ------
-        CheckpointError
-            If a file of weights is no longer the one that was opened.
+        Other files are copied from scratch by every run. Weights that are freed count as what they were;
+        others are refused where they are no longer what was opened.
         """
         checkpoint, shards, states = self.checkpoint, self.plan.shards, []
         files, seen = checkpoint.place.now(), checkpoint.seen
@@ -69,13 +65,7 @@ class Job:
         return xxhash.xxh3_128_hexdigest(json.dumps([states, self.plan.metadata, planned]).encode())
 
     def beside(self) -> dict[str, State]:
-        """Return what would change with the files that are copied as they are.
-
-        Raises
-        ------
-        CheckpointError
-            If one is no longer as long as it was.
-        """
+        """Return what would change with the files that are copied as they are; refuse another size."""
         checkpoint, files = self.checkpoint, self.checkpoint.place.now()
         found = {file: files.state(file) for file in checkpoint.side_files}
         for file, state in found.items():

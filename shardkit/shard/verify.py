@@ -239,13 +239,7 @@ class Checked(NamedTuple):
 
 
 def checked(job: Job, shard: Shard, outcome: Outcome, folder: Path) -> Checked:
-    """Read a shard in `folder` back, unless nobody wants that; compare it with what it was made of.
-
-    Raises
-    ------
-    VerificationError
-        If a tensor, or the header, is not what it has to be.
-    """
+    """Read a shard in `folder` back, unless nobody wants that; refuse what is not what it was made of."""
     if not job.verify:
         return Checked()
     start, path = time.perf_counter(), folder / shard.file

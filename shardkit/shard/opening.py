@@ -20,10 +20,7 @@ _USUAL = {"max_shard_size": USUAL[0], "strategy": USUAL[1], "dtype": None, "file
 
 
 def refuse_early(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
-    free_source: bool,
-    part: Part | None,
+    source: str | os.PathLike[str], destination: str | os.PathLike[str], free_source: bool, part: Part | None
 ) -> None:
     """Refuse what is wrong whatever the source contains."""
     if part:

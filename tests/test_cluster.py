@@ -439,8 +439,9 @@ def test_part_that_is_not_as_it_was_finished_is_not_published(
     assert digests(out) == expected
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["links", "one name for each file"])
 def test_parts_are_published_on_demand_where_the_last_could_not(
-    source: Path, expected: dict[str, str], out: Path, monkeypatch: pytest.MonkeyPatch
+    links: bool, source: Path, expected: dict[str, str], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DestinationError, match="no part of it is finished"):
         one_part(source, out, 0, part="finish")
@@ -452,6 +453,8 @@ def test_parts_are_published_on_demand_where_the_last_could_not(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
+    if not links:
+        monkeypatch.setattr(os, "link", fail)
     with monkeypatch.context() as patch:
         patch.setattr(in_parts.JoinedStore, "_put_in_place", fail)
         with pytest.raises(DestinationError):

@@ -21,10 +21,11 @@ from shardkit.base.jobs import run_all
 from shardkit.base.record import listed, plural
 from shardkit.plan.plan import Shard
 from shardkit.shard.digests import digest_range
-from shardkit.shard.relay import RelayStore, checked
+from shardkit.shard.relay import RelayStore, work_space
 from shardkit.shard.report import Verification
 from shardkit.shard.store import Job
 from shardkit.shard.tasks import Lost, Outcome, Range, file_range
+from shardkit.shard.verify import Checked, checked
 from shardkit.sources.bucket import BLOCK_BYTES, BucketFiles, reaching
 from shardkit.sources.fileset import State
 
@@ -33,8 +34,6 @@ _MAX_PARTS = 10_000  # of one upload to S3
 
 
 class _Place(BucketFiles):
-    """Files below an address that is written to."""
-
     def __init__(self, address: str) -> None:
         with _as_destination():
             super().__init__(address)
@@ -51,13 +50,11 @@ class _Place(BucketFiles):
         self.listing[name] = path.stat().st_size, ""
 
     def take(self, other: _Place, name: str) -> None:
-        """Have a file copied there from another place."""
         with _as_destination(), reaching(where := self.where(name)):
             self.system.copy(other.where(name), where)
         self.look(name)
 
     def look(self, name: str) -> State:
-        """Ask for the state of a file that was sent."""
         with _as_destination(), reaching(where := self.where(name)):
             self.listing[name] = self._state(where, self.system.info(where))
         return self.listing[name]
@@ -85,7 +82,6 @@ class _Place(BucketFiles):
         return found if isinstance(found, dict) else {}
 
     def drop(self, names: Iterable[str]) -> list[str]:
-        """Remove files; return what they were called."""
         found = [name for name in names if self.listing.pop(name, None)]
         with _as_destination(), reaching(self.name):
             if found:
@@ -103,7 +99,6 @@ def _as_destination() -> Iterator[None]:
 
 
 def _places(address: str) -> tuple[_Place, _Place]:
-    """Return a destination, and what lies beside it while it is written."""
     parent, _, name = address.rpartition("/")
     return _Place(address), _Place(f"{parent}/.{name}.shardkit-journal")
 
@@ -139,7 +134,7 @@ class BucketStore(RelayStore):
     @contextmanager
     def open(self) -> Iterator[None]:
         """Hold a work folder, and see what an earlier run has sent; as `Store.open`."""
-        with self.work_space():
+        with work_space(self.base, self.name, self.other_disk):
             self.make_mark()
             self._there, self._beside = _places(self.address)
             self._shards = self._there if self.job.plan.index_file else self._beside
@@ -155,7 +150,6 @@ class BucketStore(RelayStore):
                 raise
 
     def _take_over(self) -> None:
-        """Find what an earlier run of the same job has sent and checked; remove what is of no use."""
         job = self._beside.note(_JOB)
         is_same = job.get("fingerprint") == self.fingerprint
         is_complete = job.get("last") in self._there.listing and not is_same
@@ -187,7 +181,8 @@ class BucketStore(RelayStore):
             is_checked = len(said["digests"]) == len(shard.tensors) or not self.job.verify
             if is_checked and said["state"] == list(self._shards.listing.get(shard.file, ())):
                 self.job.refuse_overflow([outcome])
-                self.digests[shard.file], self._whole[shard.file] = dict(said["digests"]), said["whole"]
+                self.checks[shard.file] = Checked(dict(said["digests"]))
+                self._whole[shard.file] = said["whole"]
                 return outcome
         return None
 
@@ -201,15 +196,14 @@ class BucketStore(RelayStore):
         """Check a shard, send it, read it back, note it, drop it."""
         file, path = shard.file, self.folder / shard.file
         self.job.refuse_overflow([outcome])
-        self.note(file, checked(self.job, shard, outcome, self.folder))
-        self._whole[file] = self._send(self._shards, file)
-        said = {"state": self._shards.look(file), "whole": self._whole[file], "digests": self.digests[file]}
+        check = self.checks[file] = checked(self.job, shard, outcome, self.folder)
+        whole = self._whole[file] = self._send(self._shards, file)
+        said = {"state": self._shards.look(file), "whole": whole, "digests": check.digests}
         self._note(_note_of(file), {**said, "lost": outcome.lost})
         self.finished[file] = Outcome(outcome.lost)
         path.unlink()
 
     def _send(self, place: _Place, file: str) -> str:
-        """Send a file of the work folder; return its digest."""
         path = self.folder / file
         place.send(path, file)
         digest = digest_range(file_range(path, path.stat().st_size)) if self.job.verify else ""
@@ -223,7 +217,8 @@ class BucketStore(RelayStore):
             raise VerificationError(
                 f"{place.where(file)} differed from what was sent, and was deleted: run again to resume"
             )
-        self._checking_seconds += time.perf_counter() - start
+        check = self.checks.get(file, Checked())
+        self.checks[file] = check._replace(seconds=check.seconds + time.perf_counter() - start)
 
     def publish(self, files: Sequence[str]) -> tuple[str, Verification | None]:
         """Send the other files, see that nothing has changed, then send what makes it complete."""

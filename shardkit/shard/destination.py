@@ -18,7 +18,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -290,16 +290,12 @@ def sync(path: Path) -> None:
     """Return when a file, or a folder's list of names, is on the disk; Windows opens no folder."""
     is_folder = path.is_dir()
     flags = os.O_RDONLY if is_folder else os.O_RDWR  # nor does it sync what is open for reading only
-    try:
+    with suppress(PermissionError) if is_folder else nullcontext():
         handle = os.open(path, flags)
-    except PermissionError:
-        if is_folder:
-            return
-        raise
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def recover(target: Path) -> None:
@@ -314,7 +310,6 @@ def recover(target: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders in one step where the system can; otherwise by way of a third name."""
     renameat2: Callable[..., int] | None = None
     with suppress(TypeError):  # Windows has no library without a name
         renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -133,8 +133,8 @@ def shard_checkpoint(
     (3, True)
     """
     watch, crew = Watch(), Crew(worker_count(workers, executor), executor, progress)
-    layout = {"max_shard_size": max_shard_size, "strategy": strategy, "dtype": dtype, "files": files}
-    layout |= {"ranks": ranks}
+    layout = {"max_shard_size": max_shard_size, "strategy": strategy, "dtype": dtype}
+    layout |= {"files": files, "ranks": ranks}
     opened = partial(Checkpoint.open, source, revision=revision, token=token)
     is_here = not is_address(destination)
     refuse_early(source, destination, free_source, part)
@@ -152,9 +152,9 @@ def shard_checkpoint(
     if part:
         return _in_parts(job, resolve(destination), part, overwrite, resume, watch)
     if free_source:
-        return reshard(FreeingStore(job, destination, overwrite, resume), watch)
+        return reshard(FreeingStore(job, resolve(destination), overwrite, resume), watch)
     with head_start(job) as ask:
-        return reshard(FolderStore(job, destination, overwrite, resume, ask), watch)
+        return reshard(FolderStore(job, resolve(destination), overwrite, resume, ask), watch)
 
 
 @resumable()
@@ -202,10 +202,8 @@ def shard_on_hub(
         shard each. They need no shared disk, and each uses the token that it finds where it runs.
     token
         A token that can read the source and write the target (default: from the environment or the client).
-    verify
-        Read each shard back and compare it with what was received, before it is sent.
-    allow_overflow
-        Allow a cast that turns finite values infinite.
+    verify, allow_overflow
+        As in `shard_checkpoint`: each shard is read back before it is sent.
     progress
         Called with a `Progress` (stage "stream", bytes received and sent); returning False stops.
     work_folder
@@ -242,20 +240,18 @@ def shard_on_hub(
     checkpoint = open_there(source_id, revision, token)
     check_loadable(checkpoint)
     layout = {"max_shard_size": max_shard_size, "strategy": strategy, "dtype": dtype, "files": files}
-    layout |= {"ranks": None}
     plan = planned(source_id, checkpoint, **layout)
     job = Job(checkpoint, plan, verify, allow_overflow, crew)
     return reshard(HubStore(job, target_id, token, private, Path(work_folder or ".")), watch)
 
 
 def _in_parts(job: Job, target: Path, part: Part, overwrite: bool, resume: bool, watch: Watch) -> ShardReport:
-    """Make a part of a job, and publish all parts where none is missing."""
     report = None
     if part != FINISH:
         report = reshard(PartStore(job, target, part, overwrite, resume), watch)
     try:
         if not (missing := missing_parts(job, target)):
-            return reshard(JoinedStore(job, target, overwrite), watch)
+            return reshard(JoinedStore(job, target, overwrite, resume), watch)
         note = f"not finished: {plural(len(missing), 'part')} ({listed(map(str, missing))}); run them"
         if report is None:
             raise DestinationError(f"{target}: {note}")
@@ -309,7 +305,8 @@ def _make_all(store: Store, watch: Watch) -> ProgressCount:
     job, stop = store.job, Event()
     todo = store.ordered([shard for shard in job.plan.shards if shard.file not in store.finished])
     source_bytes = sum(tensor.source.nbytes for shard in todo for tensor in shard.tensors)
-    count = ProgressCount(job.crew.progress, store.stage, source_bytes + sum(map(store.sends, todo)))
+    sent_bytes = sum(shard.nbytes for shard in todo) * store.is_sending
+    count = ProgressCount(job.crew.progress, store.stage, source_bytes + sent_bytes)
     if not todo:
         return count
     at_once = min(len(todo), store.at_once(todo))
@@ -318,7 +315,7 @@ def _make_all(store: Store, watch: Watch) -> ProgressCount:
     def one(shard: Shard) -> None:
         outcome, uncounted = _make(store, shard, width, count, stop, watch)
         store.put(shard, outcome)
-        count.add(uncounted + store.sends(shard))  # so that what is counted is finished
+        count.add(uncounted + shard.nbytes * store.is_sending)  # so that what is counted is finished
 
     with run_all(one, todo, at_once) as results, ExitStack() as first:
         first.callback(stop.set)  # before what is under way is waited for
@@ -330,10 +327,9 @@ def _make(
     store: Store, shard: Shard, width: int, count: ProgressCount, stop: Event, watch: Watch
 ) -> tuple[Outcome, int]:
     """Make one shard; return also how many source bytes are still to be counted."""
-    job, errand = store.job, store.errand(shard)
     outcome, uncounted = Outcome(), 0
-    run, tasks = (errand[0], [errand[1]]) if errand else (run_task, _tasks(store, shard))
-    with run_all(partial(seen, run), tasks, width, job.crew.executor, stop) as results:
+    run, tasks = store.errand(shard) or (run_task, _tasks(store, shard))
+    with run_all(partial(seen, run), tasks, width, store.job.crew.executor, stop) as results:
         for task, (part, who, peak) in results:
             watch.add(who, peak)
             if stop.is_set():
@@ -345,6 +341,6 @@ def _make(
 
 
 def _tasks(store: Store, shard: Shard) -> list[Task]:
-    """Begin a shard in the store's folder; return what is left to do."""
-    place, nbytes = store.job.checkpoint.place, task_bytes(store.job.plan.total_bytes, store.job.crew)
-    return shard_tasks(shard, place, str(store.begin(shard)), store.mark, nbytes)
+    job, path = store.job, store.job.begin(shard, store.folder)
+    nbytes = task_bytes(job.plan.total_bytes, job.crew)
+    return shard_tasks(shard, job.checkpoint.place, str(path), store.mark, nbytes)

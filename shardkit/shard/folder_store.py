@@ -44,7 +44,6 @@ from shardkit.shard.destination import (
     put_in_place,
     refuse_only_copy,
     remove,
-    resolve,
     sync,
 )
 from shardkit.shard.report import Verification, read_from
@@ -64,19 +63,11 @@ class FolderStore(Store):
 
     stage = "copy"
 
-    def __init__(
-        self,
-        job: Job,
-        destination: str | os.PathLike[str],
-        overwrite: bool,
-        resume: bool,
-        ask: Ask | None = None,
-    ) -> None:
-        self.destination, self._ask = resolve(destination), ask
+    def __init__(self, job: Job, target: Path, overwrite: bool, resume: bool, ask: Ask | None = None) -> None:
         super().__init__(job)
-        self.folder = beside(self.destination, "staging")
-        self._overwrite, self._resume = overwrite, resume
-        self._journal, self._writing = beside(self.destination, "journal"), Lock()
+        self.destination, self.folder = target, beside(target, "staging")
+        self._overwrite, self._resume, self._ask = overwrite, resume, ask
+        self._journal, self._writing = beside(target, "journal"), Lock()
         self._syncing = ThreadPoolExecutor(2, thread_name_prefix="shardkit-sync")
         self._synced: list[Future[None]] = []
         self._stats: dict[str, tuple[int, ...] | None] = {}
@@ -106,10 +97,9 @@ class FolderStore(Store):
             # Without waiting for a slow disk.
             self._syncing.shutdown(wait=False, cancel_futures=True)
 
-    def at_once(self, todo: Sequence[Shard]) -> int:
-        """Return as many as there are workers; of what is received one, so that a kill costs one at most."""
-        del todo
-        return 1 if self.job.is_received else self.job.crew.workers
+    def at_once(self, _: Sequence[Shard]) -> int:
+        """Return as many as workers; of what is received or freed one, so that a kill costs one at most."""
+        return 1 if self.job.is_read_once else self.job.crew.workers
 
     def put(self, shard: Shard, outcome: Outcome) -> None:
         """Journal a shard whose last byte was written, and sync it off the caller's thread."""
@@ -165,7 +155,6 @@ class FolderStore(Store):
         check_destination(self.job.checkpoint, self.destination, self._overwrite)
 
     def _take_over(self) -> None:
-        """Create the folder, or take over what an earlier run of the same job has left."""
         is_ours = self._resume and not self.folder.is_symlink()
         self.finished = self._read_journal() if is_ours else {}
         if self.finished:
@@ -186,26 +175,28 @@ class FolderStore(Store):
         in_memory = pages.drop(self.folder / file for file in self.finished)
         if self.finished and in_memory != 0:
             self.notes.append(f"when reused shards were checked: {read_from(len(self.finished), in_memory)}")
-        for file in altered(self.job, self.finished, self.folder):
+        wrong, _ = altered(self.job, self.finished, self.folder)
+        for file in wrong:
             del self.finished[file]
 
     def _verify(self) -> Verification | None:
-        shards = [self.folder / shard.file for shard in self.job.plan.shards]
-        in_memory = pages.drop(shards)
         if wrong := altered_files(self.job, self.folder):
             raise VerificationError(
                 f"{self.destination}: not published: {listed(wrong)} not as in the source"
             )
-        found = verify_written(self.job, self.finished, self.folder, self._ask)
+        found = self._compared()
         if not found.equal:
             cause = "; the source or the disk has changed" if found.mismatches or found.missing else ""
             raise VerificationError(f"{self.destination}: not published: {found.why_unequal}{cause}")
-        where = str(self.destination)
+        return replace(found, destination=str(self.destination), files=len(self.job.plan.shards))
+
+    def _compared(self) -> Verification:
+        in_memory = pages.drop(self.folder / shard.file for shard in self.job.plan.shards)
+        found = verify_written(self.job, self.finished, self.folder, self._ask)
         in_memory = None if self.job.crew.elsewhere else in_memory  # which each machine has of its own
-        return replace(found, destination=where, files=len(shards), files_in_memory=in_memory)
+        return replace(found, files_in_memory=in_memory)
 
     def _check_space(self) -> None:
-        """Refuse a job that does not fit on the disk."""
         needed, free = self._space()
         if needed > free:
             raise SpaceError(
@@ -239,7 +230,6 @@ class FolderStore(Store):
             raise failure from error
 
     def _explained(self, error: OSError) -> ShardkitError:
-        """Return what a failed system call means to whoever started the job."""
         if error.errno in _FULL:
             needed, free = self._space()
             short = needed - free if needed > free else needed  # as under a quota, which no disk tells of
@@ -254,7 +244,6 @@ class FolderStore(Store):
         return DestinationError(f"{self.destination}: {error.strerror or error} ({where})")
 
     def _space(self) -> tuple[int, int]:
-        """Return how many bytes are still to be written, in whole blocks, and how many are free."""
         plan, side_files = self.job.plan, self.job.checkpoint.side_files
         disk = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
         block = os.statvfs(disk).f_frsize if hasattr(os, "statvfs") else _USUAL_BLOCK
@@ -269,7 +258,7 @@ class FolderStore(Store):
     def _is_repeated(self, file: str) -> bool:
         """Whether an executor, one of whose workers died, had the same written again."""
         outcome = self.finished.get(file) if self.job.crew.executor else None
-        return outcome is not None and not altered(self.job, {file: outcome}, self.folder)
+        return outcome is not None and not altered(self.job, {file: outcome}, self.folder)[0]
 
     def _check_unchanged(self) -> None:
         self.check_source()

@@ -30,12 +30,7 @@ def open_to_free(
 ) -> Checkpoint:
     """Return a source that may be freed; one that an interrupted run has begun to free, as it was before.
 
-    Raises
-    ------
-    CheckpointError
-        If freeing it could lose something.
-    DestinationError
-        If there is a destination already, or it is in memory and the source is not.
+    It is refused if freeing it could lose something, if there is a destination already, or one in memory.
     """
     record = only_copy_of(target)
     is_begun, checkpoint = record is not None, _begun(record) if record else _first(source, target, opened)
@@ -52,7 +47,6 @@ def open_to_free(
 
 
 def _links_beside(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the names of links beside the weights, by where they lead."""
     paths = {name: checkpoint.path(name) for name in checkpoint.place.names() if name not in checkpoint.files}
     return {os.path.realpath(path): name for name, path in paths.items() if os.path.islink(path)}
 
@@ -98,7 +92,6 @@ def _first(source: str | os.PathLike[str], target: Path, opened: Callable[[], Ch
 
 
 def _begun(record: dict[str, Any]) -> Checkpoint:
-    """Return what an interrupted run was freeing, with what lies beside its weights now."""
     checkpoint = Checkpoint.from_dict(record)
     if checkpoint.source == checkpoint.folder or checkpoint.config is not None:  # not a file alone
         config = read_config(checkpoint.place)
@@ -112,7 +105,6 @@ def _begun(record: dict[str, Any]) -> Checkpoint:
 
 
 def _held_beside(checkpoint: Checkpoint, file: str) -> str:
-    """Say what a file holds that a load takes from another; empty where there is nothing."""
     others = {name for name, tensor in checkpoint.tensors.items() if tensor.file != file}
     twice = format_of(file).scan(checkpoint.place, [file]).tensors.keys() & others
     return f"contains tensors that a load takes from another file: {listed(sorted(twice))}" if twice else ""
@@ -153,7 +145,6 @@ def _is_in_use(path: str) -> bool:
 
 
 def _lease(handle: int) -> None:
-    """Take a lease of a file, which ends as it is closed."""
     import fcntl
 
     fcntl.fcntl(handle, fcntl.F_SETSIG, signal.SIGURG)  # ignored; the usual signal would end this process

@@ -14,9 +14,9 @@ import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
-from shardkit.base import pages
 from shardkit.base.errors import CheckpointError, PlanError, ShardkitError, VerificationError
 from shardkit.base.jobs import ProgressCount, run_all
 from shardkit.base.record import plural
@@ -30,8 +30,8 @@ from shardkit.shard.folder_store import FolderStore
 from shardkit.shard.freeable import lock
 from shardkit.shard.side_files import write_side_files
 from shardkit.shard.store import Job
-from shardkit.shard.tasks import Outcome, shard_tasks
-from shardkit.shard.verify import prove, verify_headers
+from shardkit.shard.tasks import Outcome, Received, shard_tasks
+from shardkit.shard.verify import checked, verify_headers
 from shardkit.sources.fileset import State
 
 _CHANGED = "changed since it was opened to be freed; the rest of it was not touched"
@@ -40,11 +40,13 @@ _CHANGED = "changed since it was opened to be freed; the rest of it was not touc
 class FreeingStore(FolderStore):
     """A folder that becomes `destination` while its source is freed; as `FolderStore`."""
 
-    def __init__(self, job: Job, destination: str | os.PathLike[str], overwrite: bool, resume: bool) -> None:
+    is_sending = True
+
+    def __init__(self, job: Job, target: Path, overwrite: bool, resume: bool) -> None:
         if overwrite or not job.verify:
             given = "overwrite=True" if overwrite else "verify=False"
             raise PlanError(f"{given} and free_source=True exclude each other: leave out free_source")
-        super().__init__(job, destination, overwrite, resume)
+        super().__init__(job, target, overwrite, resume)
         self._record = beside(self.destination, "source")
         self._states: dict[str, State | None] = {}
         self._proven: set[str] = set()  # unlike `finished`, only once the journal on the disk has them
@@ -76,21 +78,13 @@ class FreeingStore(FolderStore):
 
         return sorted(todo, key=end, reverse=True)
 
-    def at_once(self, todo: Sequence[Shard]) -> int:
-        """Return one, so that the end of the source can go; its tasks are divided among the workers."""
-        del todo
-        return 1
-
-    def sends(self, shard: Shard) -> int:
-        """Return how many bytes `put` reads again."""
-        return shard.nbytes
-
     def put(self, shard: Shard, outcome: Outcome) -> None:
         """Prove a shard, journal its digests, and free what only proven shards needed; as `Store.put`."""
-        sync(self.folder / shard.file)
         sync(self.folder)
-        pages.drop([self.folder / shard.file])
-        super().put(shard, outcome._replace(received=prove(self.job, shard, self.folder)))
+        digests = checked(replace(self.job, free_source=False), shard, outcome, self.folder).digests
+        begins = ((t, shard.header_bytes + t.begin) for t in shard.tensors)
+        proven = tuple(Received(begin, t.nbytes, digests[t.source.name]) for t, begin in begins)
+        super().put(shard, outcome._replace(received=proven))
         sync(self._journal)
         self._proven.add(shard.file)
         self._remember()
@@ -108,7 +102,7 @@ class FreeingStore(FolderStore):
                     outcomes.append(outcome)
                     count.add(task.nbytes)
             job.refuse_overflow(outcomes)
-        begun = [self.begin(shard) for shard in job.plan.shards if shard.file not in self.finished]
+        begun = [job.begin(s, self.folder) for s in job.plan.shards if s.file not in self.finished]
         write_side_files(job, self.folder, lambda: None)
         found = verify_headers(job, self.folder)
         for path in begun:
@@ -135,7 +129,6 @@ class FreeingStore(FolderStore):
             sync(self._record.parent)
 
     def _planned(self) -> str:
-        """Say, to whoever repeats the run, what it is to repeat."""
         plan = self.job.plan
         files = f"{plural(len(plan.shards), 'file')} of at most {plan.max_shard_size:,} bytes"
         return f"{files}, strategy {plan.strategy}, {plan.dtype or 'as stored'}"

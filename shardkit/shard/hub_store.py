@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -24,11 +24,12 @@ from shardkit.base.record import plural
 from shardkit.plan.plan import Shard
 from shardkit.shard.hub_target import Target, described, is_same
 from shardkit.shard.model_card import CARD, model_card, own_readme, shown_card
-from shardkit.shard.relay import RelayStore
+from shardkit.shard.relay import RelayStore, work_space
 from shardkit.shard.report import Verification
 from shardkit.shard.sending import OTHER_DISK, Errand, Sending, Sent, make_and_send, send
 from shardkit.shard.store import Job
 from shardkit.shard.tasks import Outcome
+from shardkit.shard.verify import Checked
 from shardkit.sources.hub import RemoteFile
 from shardkit.sources.hub_client import quiet
 from shardkit.sources.resolve import is_on_hub
@@ -45,7 +46,6 @@ class HubStore(RelayStore):
     def __init__(self, job: Job, target_id: str, token: str | None, private: bool, base: Path) -> None:
         self._target, self._private = Target(target_id, token), private
         super().__init__(job, base)
-        self._draft = self.name
         source = job.checkpoint.source
         if source.lower().startswith(f"{self._target.folder}@".lower()):
             raise DestinationError(
@@ -58,16 +58,25 @@ class HubStore(RelayStore):
     @contextmanager
     def open(self) -> Iterator[None]:
         """Hold a folder of this job's own, and the draft branch; as `Store.open`."""
-        with quiet(), self.work_space():
+        with quiet(), work_space(self.base, self.name, self.other_disk):
             self._target.create(self._private)
             self._take_over()
-            with self._keeping():
+            try:
                 yield
+            except BaseException as error:
+                if self.finished:
+                    error.add_note(
+                        f"{plural(len(self.finished), 'finished shard')} kept on the branch {self.name} of "
+                        f"{self._target.repo_id}: run again to resume"
+                    )
+                elif isinstance(error, (CastError, VerificationError)):  # a draft without any is of no use
+                    with suppress(DestinationError):
+                        self._target.drop(self.name)
+                raise
 
     def _take_over(self) -> None:
-        """Find the draft branch, or make it, and see which shards it has."""
         shown_card(self._target.head(), self._readme)  # a card that cannot be kept is better refused now
-        draft = self._target.branch_off(self._draft)
+        draft = self._target.branch_off(self.name)
         self._draft_head, listing = draft.sha, draft.listing
         shards = self.job.plan.shards
         candidates = [s for s in shards if s.file in listing and _note_of(s.file) in listing]
@@ -75,42 +84,26 @@ class HubStore(RelayStore):
             for shard, note in notes:
                 sent = Sent.of(note)
                 if sent and self._is_usable(shard, sent, listing[shard.file]):
-                    self._keep(shard.file, sent)
+                    self._keep(shard.file, sent, Checked(sent.digests))
 
     def _is_usable(self, shard: Shard, sent: Sent, there: RemoteFile) -> bool:
         self.job.refuse_overflow([Outcome(sent.lost)])
         is_checked = len(sent.digests) == len(shard.tensors) or not self.job.verify
         return is_checked and sent.content.size == shard.nbytes and is_same(there, sent.content)
 
-    @contextmanager
-    def _keeping(self) -> Iterator[None]:
-        """Say what is finished if the job fails; a draft without any is of no use."""
-        try:
-            yield
-        except BaseException as error:
-            if self.finished:
-                error.add_note(
-                    f"{plural(len(self.finished), 'finished shard')} kept on the branch {self._draft} of "
-                    f"{self._target.repo_id}: run again to resume"
-                )
-            elif isinstance(error, (CastError, VerificationError)):
-                with suppress(DestinationError):
-                    self._target.drop(self._draft)
-            raise
-
     def at_once(self, todo: Sequence[Shard]) -> int:
         """Return how many shards may be under way; as `RelayStore.at_once` where they are made here."""
         return self.job.crew.workers + 1 if self.job.crew.executor else super().at_once(todo)
 
-    def errand(self, shard: Shard) -> tuple[Callable[[Any], Outcome], Any] | None:
+    def errand(self, shard: Shard) -> tuple[Callable[[Any], Outcome], list[Any]] | None:
         """Return what an executor's worker has to do; as `Store.errand`."""
         if not self.job.crew.executor:
             return None
-        return make_and_send, Errand(self.job.of([shard]), self._target.repo_id, self._draft, self._base)
+        return make_and_send, [Errand(self.job.of([shard]), self._target.repo_id, self.name, self.base)]
 
     def put(self, shard: Shard, outcome: Outcome) -> None:
         """Check a shard, send it, note it on the draft, drop it; what a worker has sent is only noted."""
-        file, branch = shard.file, self._draft
+        file, branch = shard.file, self.name
         done: Sending = outcome.sent or send(self.job, shard, outcome, self.folder, self._target, branch)
         sent = done.sent
         note = CommitOperationAdd(_note_of(file), json.dumps(asdict(sent)).encode())
@@ -118,19 +111,19 @@ class HubStore(RelayStore):
             self._draft_head = self._target.commit(
                 [done.shown, note], {file: sent.content}, f"Draft of {file}", self._draft_head, branch
             )
-            self._keep(file, sent)
-            self.note(file, done.checked)
+            self._keep(file, sent, done.checked)
         (self.folder / file).unlink(missing_ok=True)
 
-    def _keep(self, file: str, sent: Sent) -> None:
-        self._sent[file], self.digests[file], self.finished[file] = sent, sent.digests, Outcome(sent.lost)
+    def _keep(self, file: str, sent: Sent, check: Checked) -> None:
+        self._sent[file], self.checks[file], self.finished[file] = sent, check, Outcome(sent.lost)
 
     def publish(self, files: Sequence[str]) -> tuple[str, Verification | None]:
         """Make the head show all of it, in one commit; then the draft is of no more use."""
         plan, source, head = self.job.plan, self.job.checkpoint, self._target.head()
         shards = {shard.file: self._sent[shard.file].content for shard in plan.shards}
-        card = model_card(head, self._readme, source, shards, plan.made, self.all_digests())
-        operations: dict[str, Any] = {n: CommitOperationCopy(n, n, src_revision=self._draft) for n in shards}
+        found = self.verification(self._target.folder, "on the Hub")
+        card = model_card(head, self._readme, source, shards, plan.made, found.digests if found else {})
+        operations: dict[str, Any] = {n: CommitOperationCopy(n, n, src_revision=self.name) for n in shards}
         operations |= {name: CommitOperationAdd(name, self.folder / name) for name in files}
         operations[CARD] = CommitOperationAdd(CARD, card)
         contents = {name: described(self.folder / name) for name in files}
@@ -140,11 +133,11 @@ class HubStore(RelayStore):
         message = f"Reshard {what} into {plural(len(shards), 'file')}"
         sha = self._target.publish(head, contents, operations, message)
         with suppress(DestinationError):  # the head is whole, whatever becomes of drafts
-            self._target.drop(self._draft)
+            self._target.drop(self.name)
         with suppress(DestinationError):
             self.notes += map(self._told, filter(_DRAFT.fullmatch, self._target.branches()))
         destination = f"{self._target.folder}@{sha}"
-        return destination, self.verification(destination, "on the Hub")
+        return destination, found and replace(found, destination=destination)
 
     def _told(self, draft: str) -> str:
         repo_id = self._target.repo_id

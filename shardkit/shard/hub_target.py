@@ -61,7 +61,6 @@ def is_same(listed: RemoteFile | None, ours: RemoteFile) -> bool:
 
 
 def _holds(commit: Repository, wanted: Mapping[str, RemoteFile | None]) -> bool:
-    """Whether a commit has these files with this content, and lacks those that are None."""
     has = commit.listing
     return all(is_same(has.get(name), ours) if ours else name not in has for name, ours in wanted.items())
 
@@ -206,7 +205,6 @@ class Target:
         return Repository.at(self.repo_id, sha, self._token)
 
     def _persist(self, call: Callable[[], ResultT]) -> ResultT:
-        """Return what a call of the client returns; try again after failures that may pass."""
         patience = access.Patience(self.folder)
         while True:
             try:

@@ -142,7 +142,6 @@ def _facts(
 
 
 def _license(own: str | None) -> str | None:
-    """Return what the model's own README says of its license, if that can be read."""
     found = _FRONT_MATTER.match(own or "")
     try:
         data = yaml.safe_load(found[1]) if found else None

@@ -16,19 +16,11 @@ from shardkit.shard.destination import refuse_leftover, refuse_only_copy, resolv
 from shardkit.shard.in_parts import Part, check_part
 from shardkit.sources.resolve import hub_name, is_address, is_on_hub
 
-_USUAL = {
-    **dict(zip(("max_shard_size", "strategy"), USUAL, strict=True)),
-    "dtype": None,
-    "files": None,
-    "ranks": None,
-}
+_USUAL = {"max_shard_size": USUAL[0], "strategy": USUAL[1], "dtype": None, "files": None, "ranks": None}
 
 
 def refuse_early(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
-    free_source: bool,
-    part: Part | None = None,
+    source: str | os.PathLike[str], destination: str | os.PathLike[str], free_source: bool, part: Part | None
 ) -> None:
     """Refuse what is wrong whatever the source contains."""
     if part:
@@ -45,7 +37,7 @@ def planned(source: str | os.PathLike[str], checkpoint: Checkpoint, **requested:
     """Return the plan of a checkpoint; one that was given as the source, if it still is one of it."""
     if not isinstance(source, ShardPlan):
         return plan_shards(checkpoint, **requested)
-    if requested != _USUAL:
+    if _USUAL | requested != _USUAL:
         raise PlanError(f"{', '.join(_USUAL)} are those of the plan: leave them out")
     if ranks := source.metadata.get(COLUMN_BLOCKS):
         checkpoint = for_ranks(checkpoint, int(ranks))

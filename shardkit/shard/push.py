@@ -46,7 +46,6 @@ class _LocalFile(NamedTuple):
             raise _changed(path) from None
 
     def check_still(self) -> None:
-        """Refuse to go on with a file that is no longer the one that was read."""
         with suppress(OSError):
             if file_state(self.path.stat()) == self.state:
                 return
@@ -127,28 +126,22 @@ def push_checkpoint(
 
 
 def _open(folder: str) -> Checkpoint:
-    """Open what is to be pushed, and refuse what could not be loaded from the Hub."""
     if not os.path.isdir(os.path.expanduser(folder)):
         raise CheckpointError("is not a local folder", file=folder)
     checkpoint = Checkpoint.open(folder)
     refuse_gguf(checkpoint.format, checkpoint.source)
-    if checkpoint.format == "pickle":
-        raise CheckpointError(
-            "contains pickles: shard it first to convert them to safetensors", file=checkpoint.source
-        )
-    if is_for_ranks(checkpoint):
-        raise CheckpointError(
-            "has matrices in blocks of columns, which from_pretrained does not load: shard it first",
-            file=checkpoint.source,
-        )
     check_loadable(checkpoint)
-    weights = needed_files(checkpoint.place)[0]
-    if not weights.startswith(f"{checkpoint.stem}.safetensors"):
-        raise CheckpointError(
-            f"has weights named {weights}, which from_pretrained does not find: shard it first, to get "
-            f"{checkpoint.stem}.safetensors",
-            file=checkpoint.source,
-        )
+    weights, wanted = needed_files(checkpoint.place)[0], f"{checkpoint.stem}.safetensors"
+    why = ""
+    if checkpoint.format == "pickle":
+        why = "contains pickles: shard it first to convert them to safetensors"
+    elif is_for_ranks(checkpoint):
+        why = "has matrices in blocks of columns, which from_pretrained does not load: shard it first"
+    elif not weights.startswith(wanted):
+        why = f"has weights named {weights}, which from_pretrained does not find: "
+        why += f"shard it first, to get {wanted}"
+    if why:
+        raise CheckpointError(why, file=checkpoint.source)
     return checkpoint
 
 

@@ -17,9 +17,10 @@ from shardkit.base.errors import Cancelled
 from shardkit.plan.plan import Shard
 from shardkit.shard.copy import run_task
 from shardkit.shard.hub_target import Target, described
-from shardkit.shard.relay import Checked, checked, disk, room, work_space
+from shardkit.shard.relay import room, work_space
 from shardkit.shard.store import Job
 from shardkit.shard.tasks import Lost, Outcome, shard_tasks
+from shardkit.shard.verify import Checked, checked
 from shardkit.sources.hub import RemoteFile
 from shardkit.sources.hub_client import quiet
 
@@ -53,15 +54,7 @@ class Sending(NamedTuple):
 
 
 def send(job: Job, shard: Shard, outcome: Outcome, folder: Path, target: Target, branch: str) -> Sending:
-    """Read a shard in `folder` back, compare it with what was received, and upload it.
-
-    Raises
-    ------
-    CastError
-        If a cast made finite values infinite, and that is not allowed.
-    VerificationError
-        If the disk does not hold what was received.
-    """
+    """Read a shard in `folder` back, compare it with what was received, and upload it."""
     job.refuse_overflow([outcome])
     path, found = folder / shard.file, checked(job, shard, outcome, folder)
     content = described(path)
@@ -88,7 +81,7 @@ def make_and_send(errand: Errand) -> Outcome:
     """Do a worker's errand; what is left to do is a commit."""
     job, base, (shard,) = errand.job, errand.base, errand.job.plan.shards
     name = f"{errand.branch}-{uuid4().hex[:8]}"
-    with quiet(), disk(base, OTHER_DISK), work_space(base, name) as folder:
+    with quiet(), work_space(base, name, OTHER_DISK) as folder:
         room(base, shard.nbytes, OTHER_DISK)
         path, outcome = job.begin(shard, folder), Outcome()
         for task in shard_tasks(shard, job.checkpoint.place, str(path)):

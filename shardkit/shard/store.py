@@ -51,12 +51,8 @@ class Job:
     def fingerprint(self) -> str:
         """Return the digest of what tells this job from another: its plan, and weights as they are now.
 
-        Other files are copied from scratch by every run. Weights that are freed count as what they were.
-
-        Raises
-        ------
-        CheckpointError
-            If a file of weights is no longer the one that was opened.
+        Other files are copied from scratch by every run. Weights that are freed count as what they were;
+        others are refused where they are no longer what was opened.
         """
         checkpoint, shards, states = self.checkpoint, self.plan.shards, []
         files, seen = checkpoint.place.now(), checkpoint.seen
@@ -69,13 +65,7 @@ class Job:
         return xxhash.xxh3_128_hexdigest(json.dumps([states, self.plan.metadata, planned]).encode())
 
     def beside(self) -> dict[str, State]:
-        """Return what would change with the files that are copied as they are.
-
-        Raises
-        ------
-        CheckpointError
-            If one is no longer as long as it was.
-        """
+        """Return what would change with the files that are copied as they are; refuse another size."""
         checkpoint, files = self.checkpoint, self.checkpoint.place.now()
         found = {file: files.state(file) for file in checkpoint.side_files}
         for file, state in found.items():
@@ -131,11 +121,13 @@ class Store(ABC):
 
     `fingerprint` is the job's as it began. `finished` is what is done, by shard: what an earlier run
     finished, once the store is open, and what was `put`. `mark` is what workers elsewhere have to see.
-    `freed` are files of the source that were removed,
-    with their sizes in bytes. `notes` are for a person; `stage` is what its `Progress` is called.
+    `freed` are files of the source that were removed, with their sizes in bytes. `notes` are for a person;
+    `stage` is what its `Progress` is called, which counts shards again as they are `put`, where that
+    `is_sending` them elsewhere or reads them again.
     """
 
     stage: str
+    is_sending = False
     folder: Path
 
     def __init__(self, job: Job) -> None:
@@ -170,18 +162,8 @@ class Store(ABC):
     def at_once(self, todo: Sequence[Shard]) -> int:
         """Return how many shards may be under way."""
 
-    def sends(self, shard: Shard) -> int:
-        """Return how many bytes `put` has to send elsewhere, or to read again."""
-        del shard
-        return 0
-
-    def begin(self, shard: Shard) -> Path:
-        """Make the file of a shard, as `Job.begin`."""
-        return self.job.begin(shard, self.folder)
-
-    def errand(self, shard: Shard) -> tuple[Callable[[Any], Outcome], Any] | None:
+    def errand(self, _: Shard) -> tuple[Callable[[Any], Outcome], list[Any]] | None:
         """Return what a worker calls to make a shard, and with what; None where it is made in `folder`."""
-        del shard
         return None
 
     @abstractmethod

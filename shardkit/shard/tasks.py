@@ -160,7 +160,6 @@ def shard_tasks(
 
 
 def _shard_ranges(shard: Shard, files: FileSet) -> list[Range]:
-    """Return what makes up a shard's data, neighbours in both files joined into one range."""
     ranges: list[Range] = []
     for planned in (planned for planned in shard.tensors if planned.nbytes):
         whole = tensor_range(files, planned.source, planned.dtype, shard.header_bytes + planned.begin)

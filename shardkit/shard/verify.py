@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain, starmap
 from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from shardkit.base import pages
 from shardkit.base.errors import CheckpointError, VerificationError
@@ -27,12 +28,13 @@ from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.layout import read_json
 from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, TensorInfo
 from shardkit.load.look import config_differences
-from shardkit.load.seen import Ask, model_keys
+from shardkit.load.seen import Ask, ModelKeys, model_keys
 from shardkit.plan.plan import PlannedTensor, Shard
+from shardkit.shard.destination import sync
 from shardkit.shard.digests import digest_pairs, digest_range, digests_of
 from shardkit.shard.report import Mismatch, Verification
 from shardkit.shard.store import Job
-from shardkit.shard.tasks import Outcome, Range, Received, file_range, tensor_range
+from shardkit.shard.tasks import Outcome, Range, file_range, tensor_range
 from shardkit.sources.local import LocalFiles, WrittenFiles
 
 _SOON_BYTES = 8_000_000_000  # are copied in about the time that transformers takes to start
@@ -131,16 +133,15 @@ def compare_tensors(ours: Checkpoint, theirs: Checkpoint, crew: Crew) -> Verific
     ours.confirm(), theirs.confirm()
     here = [path for side in (ours, theirs) for file in side.files if (path := side.place.path(file))]
     in_memory = pages.mostly_resident(here)
-    comparable = [pair for pair in _pairs(ours, theirs) if _obstacle(*pair) is None]
-    ranges = [
-        (tensor_range(ours.place, tensor, copy.dtype), tensor_range(theirs.place, copy, copy.dtype))
-        for tensor, copy in comparable
-    ]
-    found = digest_pairs(ranges, crew, "verify")
+    ranges = {
+        t.name: (tensor_range(ours.place, t, copy.dtype), tensor_range(theirs.place, copy, copy.dtype))
+        for t, copy in _pairs(ours, theirs)
+        if _obstacle(t, copy) is None
+    }
+    digests = dict(zip(ranges, digest_pairs(list(ranges.values()), crew, "verify"), strict=True))
     for side in (ours, theirs):
         if side.seen and side.place.folder is None and side.has_changed():
             raise CheckpointError("changed while being verified: verify again", file=side.source)
-    digests = dict(zip((tensor.name for tensor, _ in comparable), found, strict=True))
     differ = {
         name: f"bytes: digest {a[:12]} in the source, {b[:12]} in {theirs.tensors[name].file}"
         for name, (a, b) in digests.items()
@@ -184,12 +185,10 @@ def _obstacle(ours: TensorInfo, theirs: TensorInfo) -> str | None:
     return None
 
 
-@contextmanager
-def head_start(job: Job) -> Iterator[Ask | None]:
+def head_start(job: Job) -> AbstractContextManager[Ask | None]:
     """Start whom to ask what a model gets, while a copy is made that takes about as long as transformers."""
     takes_seconds = job.plan.total_bytes <= _SOON_BYTES and not job.is_received
-    with model_keys(job.checkpoint) if job.verify and takes_seconds else nullcontext() as ask:
-        yield ask
+    return model_keys(job.checkpoint) if job.verify and takes_seconds else nullcontext()
 
 
 def verify_written(
@@ -204,8 +203,8 @@ def verify_written(
 
     def compare() -> Verification:
         start = time.perf_counter()
-        wrong = altered(job, outcomes, folder, "verify").values()
-        differ = dict.fromkeys(chain(*wrong), "bytes: differ from what was read of the source")
+        wrong, _ = altered(job, outcomes, folder, "verify")
+        differ = dict.fromkeys(chain(*wrong.values()), "bytes: differ from what was read of the source")
         ranges = {name: tensor_range(copy.place, t, t.dtype) for name, t in copy.tensors.items()}
         found = digests_of([list(ranges.values())], crew, "verify")
         digests = {name: found[part] for name, part in ranges.items()}
@@ -228,57 +227,62 @@ def _written(job: Job, folder: Path) -> Checkpoint:
     return copy
 
 
-def prove(job: Job, shard: Shard, folder: Path) -> tuple[Received, ...]:
-    """Compare a shard in `folder` with the source, and return the digests of its tensors.
+class Checked(NamedTuple):
+    """What reading a shard back has found: its tensors' digests, and how long it took.
 
-    Raises
-    ------
-    VerificationError
-        If a tensor, or the header, is not what it has to be.
+    `in_memory` has, for each file that was read, whether it was in memory, as `pages.drop` says.
     """
-    staged = [shard_range(folder, shard, tensor) for tensor in shard.tensors]
-    source = [tensor_range(job.checkpoint.place, t.source, t.dtype) for t in shard.tensors]
-    digests = digest_pairs(list(zip(staged, source, strict=True)), Crew(1), "verify")
-    differ = [
-        t.source.name for t, (ours, theirs) in zip(shard.tensors, digests, strict=True) if ours != theirs
-    ]
-    is_headed = LocalFiles(folder).read_bytes(shard.file, 0, shard.header_bytes) == job.plan.header(shard)
-    if differ or not is_headed:
-        raise VerificationError(
-            f"{folder / shard.file}: not as in the source: {listed(differ) or 'its header'}"
-        )
-    return tuple(
-        Received(part.offset, part.nbytes, ours) for part, (ours, _) in zip(staged, digests, strict=True)
+
+    digests: Mapping[str, str] = {}
+    seconds: float = 0.0
+    in_memory: tuple[int | None, ...] = ()
+
+
+def checked(job: Job, shard: Shard, outcome: Outcome, folder: Path) -> Checked:
+    """Read a shard in `folder` back, unless nobody wants that; refuse what is not what it was made of."""
+    if not job.verify:
+        return Checked()
+    start, path = time.perf_counter(), folder / shard.file
+    sync(path)
+    in_memory = pages.drop([path])
+    wrong, digests = altered(replace(job, crew=Crew(1)), {shard.file: outcome}, folder)
+    if wrong:
+        differs = f"not as in the source: {listed(wrong[shard.file]) or 'its header'}"
+        if job.is_received:
+            differs = "differs from what was received: the disk may be failing"
+        raise VerificationError(f"{path}: {differs}")
+    ranges = {t.source.name: shard_range(folder, shard, t) for t in shard.tensors}
+    found = {name: digests.get(part) or digest_range(part) for name, part in ranges.items()}
+    return Checked(found, time.perf_counter() - start, (in_memory,))
+
+
+def proof(job: Job, checks: Collection[Checked], destination: str, why_unchecked: str) -> Verification:
+    """Return what reading shards back has proven, of which nobody was asked what a model gets."""
+    in_memory = [count for check in checks for count in check.in_memory]
+    return Verification(
+        source=job.checkpoint.source,
+        destination=destination,
+        tensors=len(job.checkpoint.tensors),
+        nbytes=job.checkpoint.total_bytes,
+        cast=sum(tensor.is_cast for shard in job.plan.shards for tensor in shard.tensors),
+        digests={name: digest for check in checks for name, digest in check.digests.items()},
+        seconds=sum(check.seconds for check in checks),
+        received=job.is_received,
+        model=ModelKeys(why_unchecked=why_unchecked),
+        files=len(in_memory),
+        files_in_memory=None if None in in_memory else sum(filter(None, in_memory)),
     )
-
-
-def read_back(job: Job, shard: Shard, outcome: Outcome, folder: Path) -> dict[str, str]:
-    """Compare a shard in `folder` with the source, or with what was received of it; return all digests.
-
-    Raises
-    ------
-    VerificationError
-        If a tensor, or the header, is not what it has to be.
-    """
-    names = [tensor.source.name for tensor in shard.tensors]
-    if not job.is_received:
-        return dict(zip(names, (part.digest for part in prove(job, shard, folder)), strict=True))
-    if altered(replace(job, crew=Crew(1)), {shard.file: outcome}, folder):
-        raise VerificationError(
-            f"{folder / shard.file}: differs from what was received: the disk may be failing"
-        )
-    ranges = (shard_range(folder, shard, tensor) for tensor in shard.tensors)
-    return dict(zip(names, map(digest_range, ranges), strict=True))
 
 
 def altered(
     job: Job, outcomes: Mapping[str, Outcome], folder: Path, stage: str = "check"
-) -> dict[str, list[str]]:
+) -> tuple[dict[str, list[str]], dict[Range, str]]:
     """Return, by shard file in `folder`, the tensors that are not what the source gives, or has given.
 
     A source that was received, or may be freed, is not read again: every byte is compared with the digest
     taken when it arrived (after its cast), or was proven. What arrived is what the Hub sent for that range of
     that commit; that the Hub sent what it holds rests on the connection: `verify_checkpoint` reads it again.
+    The digests of the ranges that were read come second.
     """
     found: dict[str, list[str]] = {}
     checks: list[tuple[Shard, Range, Range | str]] = []
@@ -302,7 +306,7 @@ def altered(
             begin, end = part.offset - shard.header_bytes, part.offset + part.nbytes - shard.header_bytes
             hit = [t.source.name for t in shard.tensors if t.begin < end and begin < t.begin + t.nbytes]
             found.setdefault(shard.file, []).extend(hit)
-    return found
+    return found, {part: staged for (_, part, _), (staged, _) in zip(checks, digests, strict=True)}
 
 
 def shard_range(folder: Path, shard: Shard, tensor: PlannedTensor) -> Range:

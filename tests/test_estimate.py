@@ -274,7 +274,7 @@ def test_here_only_shards_need_room_where_the_files_are_here(model, monkeypatch)
         (model.total_bytes - 1, "shards do not fit"),
         (2 * model.total_bytes, "shards fit"),
     ):
-        monkeypatch.setattr(fits.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
         here = model.estimate().disks[0]
         assert (here.name, here.free_bytes, here.verdict) == ("this machine", free, verdict)
         assert bool(here.advice) == (verdict != "shards fit")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 from shardkit.app import page
+from shardkit.base.machine import free_bytes
 from shardkit.base.record import Summary
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.estimate import Estimate
@@ -90,7 +90,7 @@ class Loads:
 
     def disk(self) -> tuple[str, str]:
         """Return the disk that is free here, and what is wrong with that; empty if nothing is."""
-        free = shutil.disk_usage(Path.cwd()).free
+        free = free_bytes(Path.cwd())
         lacks = f"The shards need {format_size(self.plan.disk_bytes)}, this disk has {format_size(free)} free"
         return format_size(free), f"{lacks}: choose a folder on another." * (free < self.plan.disk_bytes)
 

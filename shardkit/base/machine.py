@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -40,6 +42,15 @@ MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
 _ASKED_FILESYSTEMS = re.compile(
     r"fuse(\.(?!fuse-overlayfs).+)?|nfs4?|9p|cifs|smb[23s].*|ceph|lustre|gpfs|beegfs|afs|(mac|osx)fuse"
 )
+
+
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """Return how many bytes are free on the disk of a path; no end of them where the system does not say."""
+    try:
+        usage = shutil.disk_usage(path)
+    except AttributeError:
+        return sys.maxsize
+    return usage.free if usage.total else sys.maxsize
 
 
 def cores() -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Self
 
-from shardkit.base.machine import Gpus, gpus, usable_memory
+from shardkit.base.machine import Gpus, free_bytes, gpus, usable_memory
 from shardkit.base.record import Table, listed
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.hosts import (
@@ -176,9 +176,10 @@ def _fit_gpus(name: str, found: Gpus, sizes: Sizes, memory: int | None) -> HostF
 
 def fit_disks(sizes: Sizes) -> Iterator[DiskFit]:
     """Yield whether a model's files, and shards beside them, fit what is free here, and on hosts."""
-    with suppress(OSError, AttributeError):  # a folder that is gone, a system that does not say
+    with suppress(OSError):  # a folder that is gone
         here = replace(sizes, file_bytes=0) if sizes.is_here else sizes
-        yield _fit_disk(HERE, shutil.disk_usage(".").free, here)
+        if (free := free_bytes(".")) < sys.maxsize:
+            yield _fit_disk(HERE, free, here)
     seen = set()
     for name, host in HOSTS.items():
         if (key := (name.split()[0], host.disk_bytes)) not in seen:

@@ -11,6 +11,7 @@ import shardkit
 from shardkit.base.cluster import executor_at
 from shardkit.base.errors import DestinationError, ShardkitError
 from shardkit.base.extras import require
+from shardkit.base.machine import free_bytes
 from shardkit.base.record import Summary, listed, printable
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.scan import GGUF
@@ -44,7 +45,7 @@ from shardkit.formats.tensor import CAST_DTYPES, Dtype, LoadDtype
 from shardkit.measure.samples import AUTO
 from shardkit.measure.spec import CACHES
 from shardkit.shard.bucket_store import discard_in_bucket
-from shardkit.shard.destination import default_destination, free_bytes, leftovers, remove_leftovers
+from shardkit.shard.destination import default_destination, leftovers, remove_leftovers
 from shardkit.shard.in_parts import is_part
 from shardkit.sources.resolve import is_address, is_on_hub
 

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -275,15 +274,6 @@ def put_in_place(new: Path, target: Path, overwrite: bool) -> None:
             target.rmdir()
             new.rename(target)
     sync(target.parent)
-
-
-def free_bytes(path: str | os.PathLike[str]) -> int:
-    """Return how many bytes are free on the disk of a path; no end of them where the system does not say."""
-    try:
-        usage = shutil.disk_usage(path)
-    except AttributeError:
-        return sys.maxsize
-    return usage.free if usage.total else sys.maxsize
 
 
 def sync(path: Path) -> None:

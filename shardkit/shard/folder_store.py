@@ -28,6 +28,7 @@ from shardkit.base.errors import (
     SpaceError,
     VerificationError,
 )
+from shardkit.base.machine import free_bytes
 from shardkit.base.record import listed, plural
 from shardkit.base.sizes import format_size
 from shardkit.load.seen import Ask
@@ -38,7 +39,6 @@ from shardkit.shard.destination import (
     clear_after_end,
     discard,
     discard_unfinished,
-    free_bytes,
     locked,
     only_copy_of,
     put_in_place,

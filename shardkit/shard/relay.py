@@ -9,9 +9,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shardkit.base.errors import DestinationError, SpaceError
+from shardkit.base.machine import free_bytes
 from shardkit.base.sizes import format_size
 from shardkit.plan.plan import Shard
-from shardkit.shard.destination import beside, free_bytes, leftovers, locked, remove_leftovers
+from shardkit.shard.destination import beside, leftovers, locked, remove_leftovers
 from shardkit.shard.report import Verification
 from shardkit.shard.store import Job, Store
 from shardkit.shard.verify import Checked, proof

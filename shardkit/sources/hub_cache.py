@@ -6,7 +6,6 @@ import errno
 import glob
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 from shardkit.base.errors import CheckpointError, SourceError, SpaceError
+from shardkit.base.machine import free_bytes
 from shardkit.base.record import plural
 from shardkit.base.sizes import format_size
 from shardkit.formats.names import is_weights
@@ -111,7 +111,7 @@ def must_stream(
     missing = [name for name in needed_files(repository) if not snapshot.is_file(name)]
     cache, target = _existing(snapshot.name), _existing(os.path.abspath(os.path.expanduser(destination)))
     beside = written_bytes if os.stat(cache).st_dev == os.stat(target).st_dev else 0
-    return sum(map(repository.size, missing)) + beside > shutil.disk_usage(cache).free
+    return sum(map(repository.size, missing)) + beside > free_bytes(cache)
 
 
 def _open(wanted: HubId, token: str | None, tries: int) -> Repository:
@@ -211,7 +211,7 @@ def _download(repository: Repository, snapshot: LocalFiles, needed: Sequence[str
 
 
 def _check_space(repository: Repository, folder: str, nbytes: int, needed: Sequence[str]) -> None:
-    free = shutil.disk_usage(_existing(folder)).free
+    free = free_bytes(_existing(folder))
     if nbytes > free:
         can_stream = ".safetensors" in needed[0]  # the weights, or their index
         instead = ", or shard without downloading (stream=True)" if can_stream else ""

@@ -14,24 +14,23 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, NamedTuple
 
-from shardkit.base.record import listed, plural
+from shardkit.base.record import plural
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.compare.comparison import Comparison
 from shardkit.compare.experiment import compare_loads
 from shardkit.demo.bins import write_bins
 from shardkit.formats.tensor import DtypeLike
 from shardkit.measure.measurement import LoadMeasurement
-from shardkit.measure.quantities import QUANTITIES, Quantity, Ratio, ratios_of
+from shardkit.measure.quantities import QUANTITIES, Quantity, ratios_of
 from shardkit.measure.samples import ORIGINAL, SHARDED
 from shardkit.shard.engine import shard_checkpoint
-from shardkit.show.effects import EFFECT_QUANTITIES
+from shardkit.show.effects import EFFECT_QUANTITIES, Effect
 
 _MARGIN = 0.05
 # Where reading begins before the load does, only what counts from process start counts all of it.
@@ -94,40 +93,6 @@ def compare_cells(
     first, second, *others = cells
     rest = {str(cell): {"source": sources[cell], "prefetch": cell.loader == "prefetch"} for cell in others}
     return compare_loads(sources[first], sources[second], dtype=dtype, others=rest, **options)
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What one change does on one stack while all else stays: all pairs of loads that differ in it alone.
-
-    Attributes
-    ----------
-    change
-        In words: "8 files instead of 1".
-    stack
-        On which; empty for the change of the stack itself.
-    pairs
-        Values before and after, by quantity: of pairs of loads, or, where several combinations differ in this
-        change alone, means of each. Times of pairs in which one prefetches count from process start.
-    ratios
-        Their geometric mean with its interval, and a verdict; the quantities share 5 % of error.
-    """
-
-    change: str
-    stack: str
-    pairs: dict[Quantity, tuple[list[float], list[float]]]
-    ratios: dict[Quantity, Ratio]
-
-    def __str__(self) -> str:
-        """Say what it does, largest first: ``8 files instead of 1, 2024: peak total 1.6x smaller``."""
-        found = {q: r for q, r in self.ratios.items() if r.conclusion in ("less", "more")}
-        said = [
-            f"{q.label} {r}" for q, r in sorted(found.items(), key=lambda one: -abs(math.log(one[1].ratio)))
-        ]
-        for conclusion, words in (("same", "no difference in {}"), ("inconclusive", "{} inconclusive")):
-            if names := [q.label for q, r in self.ratios.items() if r.conclusion == conclusion]:
-                said.append(words.format(listed(names, len(names))))
-        return f"{', '.join(filter(None, (self.change, self.stack)))}: {'; '.join(said) or 'not measured'}"
 
 
 def effects(found: Mapping[str, Comparison], cells: Sequence[Cell]) -> list[Effect]:

@@ -249,9 +249,6 @@ def merge_comparisons(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
     >>> merge_comparisons(["comparison.json"])["file"].unique().tolist()
     ['comparison.json']
     """
-    require("notebook", "a data frame", "pandas")
-    import pandas as pd
-
     frames = []
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         frame = Comparison.load(path).to_frame()
@@ -259,4 +256,6 @@ def merge_comparisons(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
         frames.append(frame)
     if not frames:
         raise MeasurementError("no results to merge: give the files that `save` or `to_html` wrote")
+    import pandas as pd
+
     return pd.concat(frames, ignore_index=True)

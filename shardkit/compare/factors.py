@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import geometric_mean
@@ -60,6 +59,12 @@ _LEVELS: dict[str, tuple[Any, ...]] = {
     "loader": ("plain", "prefetch"),
 }
 _SHARDED: dict[str, Any] = {"files": 8, "dtype": "float16"}  # what the article changed: two things at once
+# Each change in words, and the levels that it sets.
+_CHANGES: dict[str, dict[str, Any]] = {
+    f"{level}{' files' * (name == 'files')} instead of {base}": {name: level}
+    for name, (base, *levels) in _LEVELS.items()
+    for level in levels
+} | {"8 float16 files instead of 1 bfloat16": _SHARDED}
 
 
 def choose_cells(*, full: bool = False) -> tuple[Cell, ...]:
@@ -103,9 +108,9 @@ def effects(found: Mapping[str, Comparison], cells: Sequence[Cell]) -> list[Effe
     starts = cells if len(cells) == math.prod(map(len, _LEVELS.values())) else cells[:1]
     stacks = {stack: _by_cell(comparison, cells) for stack, comparison in found.items()}
     made: list[Effect] = []
-    for change, changed in _changes():
+    for change, levels in _CHANGES.items():
         for stack, runs in stacks.items():
-            both = [(runs[cell], runs[other]) for cell in starts if (other := changed(cell)) in runs]
+            both = [(runs[cell], runs[other]) for cell in starts if (other := _changed(cell, levels)) in runs]
             made += _effect(change, stack, both)
     if len(stacks) == 2:
         (old, before), (new, after) = stacks.items()
@@ -123,16 +128,8 @@ def _by_cell(comparison: Comparison, cells: Sequence[Cell]) -> dict[Cell, _Runs]
     return {cell: comparison.by_pair(name) for cell, name in zip(cells, names, strict=True)}
 
 
-def _changes() -> Iterator[tuple[str, Callable[[Cell], Cell | None]]]:
-    """Yield each change in words, and what it makes of a cell; nothing of one that has another level."""
-    for name, (base, *levels) in _LEVELS.items():
-        for level in levels:
-            noun = " files" if name == "files" else ""
-            yield f"{level}{noun} instead of {base}", partial(_changed, {name: level})
-    yield "8 float16 files instead of 1 bfloat16", partial(_changed, _SHARDED)
-
-
-def _changed(levels: Mapping[str, Any], cell: Cell) -> Cell | None:
+def _changed(cell: Cell, levels: Mapping[str, Any]) -> Cell | None:
+    """Return what a change makes of a cell; nothing of one that has another level than the first."""
     is_base = all(getattr(cell, name) == _LEVELS[name][0] for name in levels)
     return cell._replace(**levels) if is_base else None
 

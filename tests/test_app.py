@@ -482,7 +482,6 @@ class TestShard:
         assert free.value is False
         free.value = True
         assert "It cannot be undone" in words(app)
-        assert "It cannot be undone" in words(app)
         button(app, "Shard").click()
         assert app.wait(PATIENCE)
         assert shardkit.verify_checkpoint(demo, "to-be-freed-sharded").equal

@@ -213,14 +213,13 @@ class ShardApp:
         if self._working is None:  # it was another app's job
             self._refresh()
 
-    def _opened(self) -> None:
-        if self.checkpoint is not None:
-            if self._shard.folder == "" or self._source not in ("", self.checkpoint.source):
-                self._shard.destination.value = default_destination(self.checkpoint.source, here=True)
-            self._source = self.checkpoint.source
+    def _opened(self, checkpoint: Checkpoint) -> None:
+        before, self._source = self._source, checkpoint.source
+        if self._shard.folder == "" or before not in ("", checkpoint.source):
+            self._shard.destination.value = default_destination(checkpoint.source, here=True)
         self._compare.clear()
         self._shard.clear()
-        self._plan.open()
+        self._plan.open(checkpoint, is_other=before != checkpoint.source)
 
     def _planned(self, loads: Loads | None) -> None:
         self._choose.tell(loads)

@@ -40,7 +40,7 @@ class Choose(Step):
             "Checkpoint", source, widgets.Combobox, options=tuple(known), placeholder=example
         )
         self.entered: Callable[[], object] = lambda: None
-        self.opened: Callable[[], object] = lambda: None
+        self.opened: Callable[[Checkpoint], object] = lambda _: None
         self._asked = ""
         self.source.observe(lambda _: self.entered(), "value")
         examples = [widgets.Button(description=label, tooltip=name) for label, name in _EXAMPLES.items()]
@@ -67,7 +67,7 @@ class Choose(Step):
         else:
             self.say(page.status(f"Opening {source} …"))
             self.checkpoint = Checkpoint.open(source)
-        self.opened()
+        self.opened(self.checkpoint)
         self.say(page.done(f"{source} is open."))
 
     def in_words(self, error: Exception) -> str:

@@ -203,7 +203,6 @@ class Compare(Step):
 
 
 def _limits(asked: int | None) -> list[tuple[str, int]]:
-    """Return the memory limits to choose from: none, those of the free hosts, and what was asked for."""
     limits = {size: f"{name}: {format_size(size)}" for name, size in memory_limits().items()}
     if asked is not None:
         limits.setdefault(asked, format_size(asked))

@@ -39,7 +39,7 @@ class Plan(Step):
         self.plan: ShardPlan | None = None
         self._choose = choose
         self.changed: Callable[[Loads | None], None] = lambda _: None
-        self._asked, self._source, self._filling = max_shard_size, "", False
+        self._asked, self._filling = max_shard_size, False
         self._original: dict[str | None, Estimate] = {}  # what loading it needs, by dtype: of no plan
         self.size = text_field("Max shard size", placeholder="80 MB")
         self.slider = field(widgets.SelectionSlider, "Max shard size", options=[("-", 0)], readout=False)
@@ -54,21 +54,19 @@ class Plan(Step):
             control.observe(self._changed, "value")
         self._body.children = (box("fields", *self.controls), self._message, self._map, self._facts)
 
-    def open(self) -> None:
-        """Plan for another checkpoint, or none."""
-        self._original = {}
-        if (checkpoint := self._choose.checkpoint) is not None:
-            sizes = shard_sizes(checkpoint.total_bytes, self._asked)
+    def open(self, checkpoint: Checkpoint, *, is_other: bool) -> None:
+        """Plan for a checkpoint that was opened; if it is another than before, in sizes that suit it."""
+        self._original, kept = {}, self.dtype.value
+        sizes = shard_sizes(checkpoint.total_bytes, self._asked)
+        self._filling = True
+        self.slider.options = [(format_size(size), size) for size in sizes]
+        if is_other:
             largest = checkpoint.largest.nbytes if checkpoint.largest else 0
             usual = self._asked or max(checkpoint.total_bytes // _USUAL_FILES, largest + largest // 100)
-            self._filling = True
-            self.slider.options = [(format_size(size), size) for size in sizes]
-            if checkpoint.source != self._source:
-                self.size.value = _typed(next(size for size in sizes if size >= usual))
-            self._source, kept = checkpoint.source, self.dtype.value
-            self.dtype.options = _dtypes(stored_dtype(checkpoint.dtypes))
-            self.dtype.value = kept
-            self._filling = False
+            self.size.value = _typed(next(size for size in sizes if size >= usual))
+        self.dtype.options = _dtypes(stored_dtype(checkpoint.dtypes))
+        self.dtype.value = kept
+        self._filling = False
         self.attempt()
 
     @property

@@ -1,12 +1,6 @@
 """What gives the gain: files, their dtype, their format, the loader, each changed while all else stays.
 
-    cells = choose_cells()  # few; all combinations: choose_cells(full=True)
-    sources = make_sources("mistral-demo", "copies", cells)
-    found = {"today": compare_cells(cells, sources, dtype="float16", repeats=3)}
-    for effect in effects(found, cells):
-        print(effect)
-
-A second stack is a second comparison, with `python=article_stack()`.
+Notebook 04 shows it; a second stack is a second comparison, with `python=article_stack()`.
 """
 
 from __future__ import annotations

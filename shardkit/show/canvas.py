@@ -169,18 +169,13 @@ def apart(places: Sequence[float], least: float, most: float) -> list[float]:
 
 
 def short_names(names: Iterable[str]) -> list[str]:
-    """Return names short enough to be drawn; those that would look alike then are numbered."""
-    labels = [plain(_short(printable(name))) for name in names]
+    """Return names short enough to be drawn, both ends of long ones; those that look alike are numbered."""
+    half, texts = _LONGEST_NAME // 2, [printable(name) for name in names]
+    labels = [plain(t if len(t) <= _LONGEST_NAME else f"{t[: half - 1]}…{t[-half:]}") for t in texts]
     return [
         label if labels.count(label) == 1 else f"{label} #{labels[:place].count(label) + 1}"
         for place, label in enumerate(labels)
     ]
-
-
-def _short(text: str) -> str:
-    """Keep a name from being long: long names differ at their ends."""
-    half = _LONGEST_NAME // 2
-    return text if len(text) <= _LONGEST_NAME else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def plain(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from statistics import geometric_mean
@@ -51,22 +52,18 @@ def plot_bars(runs: Samples, ax: Sequence[Axes] | None = None) -> Sequence[Axes]
     comparison.
     """
     if ax is None:
-        height = sum(_heights(runs)) if _is_stacked(runs) else max(_heights(runs))
-        ax = new_axes(*((2, 1) if _is_stacked(runs) else (1, 2)), (8, height))
+        heights = _heights(runs)
+        ax = new_axes(len(heights), 2 // len(heights), (8, sum(heights)))
     for one, unit in zip(ax, _BARS, strict=True):
         _plot_quantities(runs, one, unit)
     return ax
 
 
-def _is_stacked(runs: Samples) -> bool:
-    return len(runs.names) > 2
-
-
 def _heights(runs: Samples) -> list[float]:
-    """Return how many inches times and memory take."""
-    drawn = list(runs.drawn())
-    counts = [sum(quantity.unit == unit for quantity in drawn) for unit in _BARS]
-    return [1.3 + _ROW_INCHES * count * (len(runs.names) + 1) for count in counts]
+    """Return how many inches times and memory take; of two variants, side by side."""
+    counts = Counter(quantity.unit for quantity in runs.drawn())
+    heights = [1.3 + _ROW_INCHES * counts[unit] * (len(runs.names) + 1) for unit in _BARS]
+    return heights if len(runs.names) > 2 else [max(heights)]
 
 
 def _plot_quantities(runs: Samples, ax: Axes, unit: Unit) -> None:
@@ -165,11 +162,8 @@ def _png(ax: Axes) -> bytes:
 
 
 def _three_axes(runs: Samples, make: Callable[[tuple[float, float]], Figure]) -> list[Axes]:
-    # Where two of them stand side by side, the third is below both.
-    places, heights = [[0], [1], [2]], _heights(runs)
-    if not _is_stacked(runs):
-        places, heights = [[0, 1], [2, 2]], [max(heights)]
-    heights = [*heights, _CURVES_INCHES]
+    heights = [*_heights(runs), _CURVES_INCHES]
+    places = [[0], [1], [2]] if len(heights) == 3 else [[0, 1], [2, 2]]
     figure = make((8, min(sum(heights), _TALLEST_INCHES)))
     axes = [*figure.subplot_mosaic(places, height_ratios=heights).values()]
     set_ink(figure)

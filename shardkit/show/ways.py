@@ -101,7 +101,6 @@ def _plot_quantity(ax: Axes, runs: _Runs, name: str, finding: _Finding) -> None:
 
 
 def _finding(label: str, values: Mapping[str, float]) -> str:
-    """Return a title: which needs least, and by how much."""
     if len(values) < 2 or not min(values.values()):
         return label
     least, most = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
@@ -110,7 +109,6 @@ def _finding(label: str, values: Mapping[str, float]) -> str:
 
 
 def _share(label: str, values: Mapping[str, float]) -> str:
-    """Return a title: what the others have of what the first has."""
     (name, first), *others = values.items() if values else [("", 0.0)]
     shares = [value / first for _, value in others] if first else []
     return f"{label}: {min(shares):.2g} to {max(shares):.2g} times that of {name}" if shares else label
@@ -123,6 +121,7 @@ def _known(runs: _Runs, of: Callable[[LoadMeasurement], float | None]) -> dict[s
 def _bars(
     ax: Axes, runs: _Runs, values: Mapping[str, float], shown: Callable[[Any], str], one: float
 ) -> None:
+    ax.tick_params(axis="y", length=0)
     for row, (name, run) in enumerate(runs.items()):
         if name in values:
             draw_bar(ax, row, values[name] / one, 0.62, row)

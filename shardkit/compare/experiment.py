@@ -122,8 +122,7 @@ def compare_loads(
     )  # fmt: skip
     wanted = {ORIGINAL: {"source": original}, SHARDED: {"source": sharded}, **(others or {})}
     specs = {name: _spec(name, common, changes) for name, changes in wanted.items()}
-    sources = {name: changes.get("source", sharded) for name, changes in wanted.items()}
-    opened = {name: _open(source) for name, source in sources.items()}
+    opened = {name: _open(changes.get("source", sharded)) for name, changes in wanted.items()}
     for name in [*opened][1:] if same_model else ():
         _require_same_model(opened[ORIGINAL], opened[name])
     variants = tuple(
@@ -218,7 +217,7 @@ def _report(progress: _ProgressCallback | None, done: int, total: int, label: st
         raise Cancelled(f"stopped after {done} of {plural(total, 'run')}")
 
 
-def _open(source: str | os.PathLike[str]) -> Checkpoint:
+def _open(source: _Source) -> Checkpoint:
     checkpoint = Checkpoint.open(source, download=True)
     refuse_gguf(checkpoint.format, checkpoint.source)
     return checkpoint

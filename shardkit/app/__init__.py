@@ -24,6 +24,7 @@ from shardkit.formats.tensor import DtypeLike, dtype_name
 from shardkit.measure.samples import Repeats
 from shardkit.measure.spec import Cache
 from shardkit.plan.plan import ShardPlan, Strategy
+from shardkit.shard.destination import default_destination
 from shardkit.shard.report import ShardReport
 
 if TYPE_CHECKING:
@@ -105,18 +106,8 @@ class ShardApp:
         )
         self._choose = Choose(_path("source", source))
         self._plan = Plan(self._choose, size, strategy, dtype)
-        self._shard = Shard(self._choose, self._plan, _path("destination", destination), bool(overwrite))
-        self._compare = Compare(
-            self._choose,
-            self._shard,
-            repeats=repeats,
-            cache=cache,
-            first_token=bool(first_token),
-            trust=bool(trust_remote_code),
-            limit=limit,
-            budget=budget,
-            in_2024=bool(with_2024_stack),
-        )
+        self._shard = Shard(self._choose, self._plan, _path("destination", destination), overwrite)
+        self._compare = Compare(self._choose, self._shard, settings, limit, budget)
         self._steps = (self._choose, self._plan, self._shard, self._compare)
         self._source, self._worker = "", Worker()
         self._working: Step | None = None
@@ -152,7 +143,7 @@ class ShardApp:
         try:
             return self._worker.wait(timeout)
         except KeyboardInterrupt:
-            Worker.stop()
+            Worker.to_stop.set()
             raise
 
     def run_all(self) -> Comparison:
@@ -222,14 +213,13 @@ class ShardApp:
         if self._working is None:  # it was another app's job
             self._refresh()
 
-    def _opened(self) -> None:
-        if self.checkpoint is not None:
-            if self._shard.folder == "" or self._source not in ("", self.checkpoint.source):
-                self._shard.destination.value = self._choose.default_destination
-            self._source = self.checkpoint.source
+    def _opened(self, checkpoint: Checkpoint) -> None:
+        before, self._source = self._source, checkpoint.source
+        if self._shard.folder == "" or before not in ("", checkpoint.source):
+            self._shard.destination.value = default_destination(checkpoint.source, here=True)
         self._compare.clear()
         self._shard.clear()
-        self._plan.open()
+        self._plan.open(checkpoint, is_other=before != checkpoint.source)
 
     def _planned(self, loads: Loads | None) -> None:
         self._choose.tell(loads)

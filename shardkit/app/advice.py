@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 
 from shardkit.app import page
-from shardkit.base.machine import free_bytes
 from shardkit.base.record import Summary
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.estimate import Estimate
@@ -71,7 +69,7 @@ class Loads:
         )
         disk = (self.original_bytes, self.original_bytes, self.plan.total_bytes)
         rows = [
-            ("memory to load", "cannot be evicted", [page.strong(way.needed) for way in ways]),
+            ("memory to load", "cannot be evicted", [f"<b>{way.needed}</b>" for way in ways]),
             ("mapped from files", "can be evicted", [format_size(w.mapped_bytes) for w in ways]),
             ("weights on disk", "", [format_size(size) for size in disk]),
         ]
@@ -88,12 +86,6 @@ class Loads:
         found = Summary(title, tables=tuple(tables((), self.requested.gpus, self.requested.disks)))
         return page.details("On GPUs and disks", found.html(), name="disks") if found.tables else ""
 
-    def disk(self) -> tuple[str, str]:
-        """Return the disk that is free here, and what is wrong with that; empty if nothing is."""
-        free = free_bytes(Path.cwd())
-        lacks = f"The shards need {format_size(self.plan.disk_bytes)}, this disk has {format_size(free)} free"
-        return format_size(free), f"{lacks}: choose a folder on another." * (free < self.plan.disk_bytes)
-
 
 def _in(way: Estimate) -> str:
     return f"in {way.dtype or 'their dtypes'}"
@@ -102,7 +94,6 @@ def _in(way: Estimate) -> str:
 def _fit(host: HostFit | None) -> str:
     if host is None:
         return page.verdict("", "not known", "")
-    if host.verdict == "fits":
-        return page.verdict("fits", host.verdict, "")
-    helps = "; ".join(filter(None, (host.why, host.advice)))
-    return page.verdict("tight" if host.verdict.startswith("fits") else "not", host.verdict, helps)
+    kind = "fits" if host.verdict == "fits" else "tight" if host.verdict.startswith("fits") else "not"
+    helps = "" if kind == "fits" else "; ".join(filter(None, (host.why, host.advice)))
+    return page.verdict(kind, host.verdict, helps)

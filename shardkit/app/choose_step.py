@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import ipywidgets as widgets
 
 from shardkit.app import page
 from shardkit.app.advice import Loads
-from shardkit.app.step import Step, box, field
+from shardkit.app.step import Step, box, text_field
 from shardkit.base.errors import ShardkitError
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.demo import make_demo_checkpoint
-from shardkit.shard.destination import default_destination
 from shardkit.sources.resolve import known_sources
 
 _DEMOS = {"mistral-demo-64MB": "64MB", "mistral-demo-512MB": "512MB"}
@@ -37,39 +34,27 @@ class Choose(Step):
     def __init__(self, source: str) -> None:
         super().__init__()
         self.checkpoint: Checkpoint | None = None
-        self.source = field(
-            widgets.Combobox,
-            "Checkpoint",
-            value=source,
-            options=tuple(dict.fromkeys((*known_sources(), *_EXAMPLES.values(), *_LARGE))),
-            placeholder="folder, weights file, Hub id (org/name) or Hub URL",
-            continuous_update=False,
+        known = dict.fromkeys((*known_sources(), *_EXAMPLES.values(), *_LARGE))
+        example = "folder, weights file, Hub id (org/name) or Hub URL"
+        self.source = text_field(
+            "Checkpoint", source, widgets.Combobox, options=tuple(known), placeholder=example
         )
         self.entered: Callable[[], object] = lambda: None
-        self.opened: Callable[[], object] = lambda: None
-        self._taking, self._asked = False, ""
-        self.source.observe(self._typed, "value")
+        self.opened: Callable[[Checkpoint], object] = lambda _: None
+        self._asked = ""
+        self.source.observe(lambda _: self.entered(), "value")
         examples = [widgets.Button(description=label, tooltip=name) for label, name in _EXAMPLES.items()]
-        for example, name in zip(examples, _EXAMPLES.values(), strict=True):
-            example.on_click(partial(self._take, name))
+        for example in examples:
+            example.on_click(self._take)
         self._fits = widgets.HTML()
-        try_ = widgets.HTML(page.hint("Or try"))
-        self.place(
-            box("entry", self.source, self.start),
-            box("examples", try_, *examples),
-            self._message,
-            self._fits,
-        )
+        entry = box("entry", self.source, self.start)
+        tries = box("examples", widgets.HTML(page.hint("Or try")), *examples)
+        self._body.children = (entry, tries, self._message, self._fits)
 
-    def _take(self, name: str, _: Any) -> None:
-        self._taking = True
-        self.source.value = name
-        self._taking = False
-        self.entered()
-
-    def _typed(self, _: Any) -> None:
-        if not self._taking:
+    def _take(self, example: widgets.Button) -> None:
+        if self.source.value == example.tooltip:
             self.entered()
+        self.source.value = example.tooltip  # which, if it is another, is entered by that
 
     def run(self) -> None:
         """Open the checkpoint; a demo is made first."""
@@ -82,7 +67,7 @@ class Choose(Step):
         else:
             self.say(page.status(f"Opening {source} …"))
             self.checkpoint = Checkpoint.open(source)
-        self.opened()
+        self.opened(self.checkpoint)
         self.say(page.done(f"{source} is open."))
 
     def in_words(self, error: Exception) -> str:
@@ -105,8 +90,3 @@ class Choose(Step):
     def is_done(self) -> bool:
         """Whether a checkpoint is open."""
         return self.checkpoint is not None
-
-    @property
-    def default_destination(self) -> str:
-        """Where the shards of what is open go if nobody says: into this folder, but not into the source."""
-        return default_destination(self.checkpoint.source, here=True) if self.checkpoint else ""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -17,10 +17,10 @@ from shardkit.app.advice import Loads
 from shardkit.app.choose_step import Choose
 from shardkit.app.job_thread import Worker
 from shardkit.app.shard_step import Shard
-from shardkit.app.step import TRUSTS, Step, box, field, in_the_app
+from shardkit.app.step import Step, box, checkbox, field, text_field
 from shardkit.base.disk import measured_rate
 from shardkit.base.errors import ShardkitError
-from shardkit.base.record import escaped, plural
+from shardkit.base.record import plural
 from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.hosts import memory_limits
@@ -29,7 +29,7 @@ from shardkit.compare.experiment import compare_loads
 from shardkit.formats.tensor import CAST_DTYPES
 from shardkit.measure.article_stack import article_stack
 from shardkit.measure.limit import why_unlimited
-from shardkit.measure.samples import AUTO, MOST_PAIRS, Repeats
+from shardkit.measure.samples import AUTO, MOST_PAIRS
 from shardkit.show.plots import comparison_png
 from shardkit.show.report_page import alternative
 
@@ -52,39 +52,30 @@ class Compare(Step):
     later = "loads the original and the shards in turn: once there are shards"
 
     def __init__(
-        self,
-        choose: Choose,
-        shard: Shard,
-        *,
-        repeats: Repeats,
-        cache: str,
-        first_token: bool,
-        trust: bool,
-        limit: int | None,
-        budget: int | None,
-        in_2024: bool,
+        self, choose: Choose, shard: Shard, given: Mapping[str, Any], limit: int | None, budget: int | None
     ) -> None:
         super().__init__()
         self._choose, self._shard = choose, shard
         self.comparison: Comparison | None = None
         self.loads: Loads | None = None
-        self._seconds_a_run, self._is_complete = 0.0, False
+        self._seconds_a_run = 0.0
         self._timed: Checkpoint | None = None
         self._rate = math.inf
         self._lies, self._long, self._tiles, self._details = (widgets.HTML() for _ in range(4))
         dtypes = [("dtype from config", ""), *((name, name) for name in CAST_DTYPES)]
         self.dtype = field(widgets.Dropdown, "Load dtype", options=dtypes)
-        pairs = repeats if isinstance(repeats, int) else MOST_PAIRS
-        self.repeats = field(
-            widgets.IntSlider, "Pairs of loads", min=1, max=max(pairs, 2 * MOST_PAIRS), value=pairs
-        )
-        self.until = field(widgets.Checkbox, _UNTIL, value=repeats == AUTO, indent=False)
-        self.cache = field(widgets.Dropdown, "Page cache", options=_CACHES, value=cache)
-        self.first_token = field(widgets.Checkbox, _GENERATES, value=first_token, indent=False)
-        self.trust = field(widgets.Checkbox, TRUSTS, value=trust, indent=False)
-        self.in_2024 = field(widgets.Checkbox, _IN_2024, value=in_2024, indent=False)
+        adds = given["repeats"] == AUTO
+        pairs = MOST_PAIRS if adds else given["repeats"]
+        most = max(pairs, 2 * MOST_PAIRS)
+        self.repeats = field(widgets.IntSlider, "Pairs of loads", min=1, max=most, value=pairs)
+        self.until = checkbox(_UNTIL, adds)
+        self.cache = field(widgets.Dropdown, "Page cache", options=_CACHES, value=given["cache"])
+        self.first_token = checkbox(_GENERATES, given["first_token"])
+        self.trust = checkbox(page.TRUSTS, given["trust_remote_code"])
+        self.in_2024 = checkbox(_IN_2024, given["with_2024_stack"])
         self.limit = field(widgets.Dropdown, "Memory limit", options=_limits(limit), value=limit or 0)
-        self.budget = _budget_field(budget)
+        budget_text, example = "" if budget is None else str(budget), "none, or a size: 2GB"
+        self.budget = text_field("Memory budget of a third variant", budget_text, placeholder=example)
         for control in (self.repeats, self.until, self.cache, self.budget):
             control.observe(self._say_how_long, "value")
         checked = [self.until, self.first_token, self.in_2024, self.trust]
@@ -94,11 +85,10 @@ class Compare(Step):
             limit_or_why = widgets.HTML(page.hint(f"No memory limit can be set here: {why}."))
         else:
             self.controls.append(self.limit)
-        checks = box("checks", *checked)
-        fields = [self.dtype, self.repeats, self.cache, limit_or_why, self.budget, checks]
+        fields = (self.dtype, self.repeats, self.cache, limit_or_why, self.budget, box("checks", *checked))
         self.buttons.children += (self._long,)
         shown = (self._lies, self.buttons, self._bar, self._message, self._tiles, self._details)
-        self.place(box("fields", *fields), *shown)
+        self._body.children = (box("fields", *fields), *shown)
         self.clear()
 
     @property
@@ -115,7 +105,7 @@ class Compare(Step):
     @property
     def is_done(self) -> bool:
         """Whether all pairs were compared."""
-        return self._is_complete
+        return self._seconds_a_run > 0
 
     def show(self, *, working: bool, busy: bool, is_next: bool) -> None:
         """Say as well what would be compared, and how long that takes."""
@@ -128,7 +118,7 @@ class Compare(Step):
     def clear(self) -> None:
         """Forget what was found."""
         super().clear()
-        self.comparison, self._is_complete, self._seconds_a_run = None, False, 0.0
+        self.comparison, self._seconds_a_run = None, 0.0
         self.stopped = "No results yet. Compare starts over."
         self._tiles.value = self._details.value = ""
 
@@ -136,7 +126,13 @@ class Compare(Step):
         """Compare, showing what is known after every run."""
         self.clear()
         assert self._choose.checkpoint is not None  # noqa: S101 - or it would be `missing`
-        python, others = self._python(), self._others()
+        python = others = None
+        if self.in_2024.value:
+            self.show_progress(0, "Making the environment of 2024, unless it is there")
+            python = article_stack()
+        if text := self.budget.value.strip():
+            budget = parse_size(text)
+            others = {f"within {format_size(budget)}": {"max_memory": budget, "python": None}}
         began = time.monotonic()
         self.comparison = compare_loads(
             self._choose.checkpoint.source,
@@ -152,25 +148,12 @@ class Compare(Step):
             others=others,
             progress=partial(self._progress, began),
             on_sample=self._draw,
-            stop=Worker.stopping,
+            stop=Worker.to_stop.is_set,
         )
-        self._is_complete = True
         self._seconds_a_run = (time.monotonic() - began) / len(self.comparison.all_runs)
-        self._draw(self.comparison, *_downloads(self.comparison))
+        self._draw(self.comparison, is_complete=True)
         pairs = len({sample.pair for sample in self.comparison.samples})
         self.say(page.done(f"{plural(pairs, 'pair')} compared.") if pairs else "")
-
-    def _python(self) -> Path | None:
-        if not self.in_2024.value:
-            return None
-        self.show_progress(0, "Making the environment of 2024, unless it is there")
-        return article_stack()
-
-    def _others(self) -> dict[str, dict[str, Any]] | None:
-        if not (text := self.budget.value.strip()):
-            return None
-        budget = parse_size(text)
-        return {f"within {format_size(budget)}": {"max_memory": budget, "python": None}}
 
     def _say_how_long(self, _: Any = None) -> None:
         pairs, variants = self.repeats.value, 2 + bool(self.budget.value.strip())
@@ -196,50 +179,31 @@ class Compare(Step):
         return self._rate
 
     def _progress(self, began: float, done: int, total: int, label: str) -> bool:
-        seconds = (time.monotonic() - began) / done if done else self._seconds_a_run or self._guess()
+        seconds = (time.monotonic() - began) / done if done else self._guess()
         left = page.whole_seconds(seconds * (total - done))
         run, most = f"Run {min(done + 1, total)} of {total}: {label}", "at most " * self.until.value
         self.show_progress(done / total, f"{run}, {most}about {left} left")
-        return not Worker.stopping()
+        return not Worker.to_stop.is_set()
 
-    def _draw(self, comparison: Comparison, *downloads: str) -> None:
+    def _draw(self, comparison: Comparison, *, is_complete: bool = False) -> None:
         self.comparison = comparison
         if not comparison.failures and not any(map(comparison.ratios_of, comparison.names)):
             self._tiles.value = page.hint("Figures appear after the first pair.")
             return
         self.stopped = "Results so far are kept below. Compare starts over."
-        self._tiles.value = in_the_app(page.tiles(comparison), escaped)
-        self._details.value = page.details(
-            "Details",
-            in_the_app(comparison.summary().html(), escaped),
-            page.picture(comparison_png(comparison), alternative(comparison.verdict)),
-            *downloads,
-            name="comparison",
-        )
-
-
-def _budget_field(budget: int | None) -> widgets.Text:
-    return field(
-        widgets.Text,
-        "Memory budget of a third variant",
-        value="" if budget is None else str(budget),
-        placeholder="none, or a size: 2GB",
-        continuous_update=False,
-    )
+        self._tiles.value = page.tiles(comparison)
+        png = comparison_png(comparison)
+        found = [comparison.summary().html(), page.picture(png, alternative(comparison.verdict))]
+        if is_complete:
+            data = json.dumps(comparison.to_dict()).encode()
+            found.append(page.download("comparison.json", "application/json", data))
+            found.append(page.download("comparison.png", "image/png", png))
+            found.append(page.download("comparison.html", "text/html", comparison.to_html().encode()))
+        self._details.value = page.details("Details", *found, name="comparison")
 
 
 def _limits(asked: int | None) -> list[tuple[str, int]]:
-    """Return the memory limits to choose from: none, those of the free hosts, and what was asked for."""
     limits = {size: f"{name}: {format_size(size)}" for name, size in memory_limits().items()}
     if asked is not None:
         limits.setdefault(asked, format_size(asked))
     return [("none", 0), *((limits[size], size) for size in sorted(limits))]
-
-
-def _downloads(comparison: Comparison) -> list[str]:
-    document = json.dumps(comparison.to_dict(), ensure_ascii=False)
-    return [
-        page.download("comparison.json", "application/json", document.encode()),
-        page.download("comparison.png", "image/png", comparison_png(comparison)),
-        page.download("comparison.html", "text/html", comparison.to_html().encode()),
-    ]

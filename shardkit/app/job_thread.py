@@ -14,20 +14,10 @@ class Worker:
     """
 
     _running = Lock()
-    _stop = Event()
+    to_stop = Event()  # while it is set, the running job is to stop
 
     def __init__(self) -> None:
         self._thread: Thread | None = None
-
-    @classmethod
-    def stopping(cls) -> bool:
-        """Whether the running job was asked to stop."""
-        return cls._stop.is_set()
-
-    @classmethod
-    def stop(cls) -> None:
-        """Ask the running job to stop."""
-        cls._stop.set()
 
     @classmethod
     def until_free(cls, timeout: float) -> None:
@@ -39,7 +29,7 @@ class Worker:
         """Start a job, then call `ended`; False if another is running. The job deals with its own errors."""
         if not self._running.acquire(blocking=False):
             return False
-        self._stop.clear()
+        self.to_stop.clear()
 
         def run() -> None:
             try:

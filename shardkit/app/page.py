@@ -25,6 +25,25 @@ _PLAIN = {
     "load_wall_seconds": "Load time",
     "time_to_first_token_seconds": "First token",
 }
+_MARKS = {
+    kind: f'<span class="sk-mark sk-{kind}" aria-hidden="true">{sign}</span>'
+    for kind, sign in (("fits", "✓"), ("tight", "!"), ("not", "✗"))
+}
+REPLACE = "Replace an existing checkpoint"
+FREE = "Free the source's disk space meanwhile"
+TRUSTS = "Run custom code from the checkpoint, which I trust"
+# Messages name what to write in Python or a shell; the app has controls for it.
+_IN_THE_APP = {
+    "replace it with overwrite=True": f'check "{REPLACE}"',
+    "overwrite=True and free_source=True exclude each other": "an existing checkpoint is not replaced by it",
+    "leave out free_source": f'uncheck "{FREE}" (step 3)',
+    ", with free_source=True, to resume": f', with "{FREE}" checked, to resume',
+    "leave out dtype": 'set "Dtype of shards" to "as stored" (step 2)',
+    ", or allow it with allow_overflow=True": "",
+    "lower max_shard_size": "choose a smaller shard size (step 2)",
+    'allow it with options={"trust_remote_code": True}': f'check "{TRUSTS}"',
+    "same_model=False compares them anyway": "shard this one into another folder (step 3)",
+}
 
 
 class File(NamedTuple):
@@ -60,6 +79,12 @@ def stylesheet() -> str:
     return f'<style onload="{_ON_LOAD}">{css}</style>'
 
 
+def _in_the_app(html: str) -> str:
+    for words, here in _IN_THE_APP.items():
+        html = html.replace(escaped(words), escaped(here))
+    return html
+
+
 def heading(number: int, title: str, told: str, *, later: bool, done: bool) -> str:
     """Return the heading of a step: its number, or a check mark; its title, and a remark."""
     state = "later" if later else "finished" if done else "now"
@@ -82,7 +107,7 @@ def status(text: str) -> str:
 
 def warning(text: str) -> str:
     """Return a line about what may not be as expected."""
-    return f'<div role="status" class="sk-warning">{_MARKS["tight"]} {escaped(text)}</div>'
+    return f'<div role="status" class="sk-warning">{_MARKS["tight"]} {_in_the_app(escaped(text))}</div>'
 
 
 def advice(text: str) -> str:
@@ -90,42 +115,27 @@ def advice(text: str) -> str:
     return f'<p class="sk-advice">{escaped(text)}</p>'
 
 
-def done(text: str, *commands: str) -> str:
+def done(text: str, command: str = "") -> str:
     """Return the good end of a job: what was done, and code to use it."""
-    code = "".join(f"<pre><code>{escaped(command)}</code></pre>" for command in commands)
+    code = f"<pre><code>{escaped(command)}</code></pre>" * bool(command)
     return f'<div role="status" class="sk-done">{_MARKS["fits"]} {escaped(text)}</div>{code}'
 
 
 def error(text: str) -> str:
     """Return what went wrong; a screen reader says it at once."""
-    return f'<div role="alert" class="sk-error">{_MARKS["not"]} <b>Failed.</b> {escaped(text)}</div>'
+    words = _in_the_app(escaped(text))
+    return f'<div role="alert" class="sk-error">{_MARKS["not"]} <b>Failed.</b> {words}</div>'
 
 
 def details(summary: str, *bodies: str, name: str) -> str:
     """Return HTML that is folded to one line."""
-    body = "".join(bodies)
+    body = _in_the_app("".join(bodies))
     return f'<details class="sk-details sk-{name}"><summary>{escaped(summary)}</summary>{body}</details>'
-
-
-def columns(*parts: str) -> str:
-    """Return parts side by side where there is room."""
-    return f'<div class="sk-columns">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
-
-
-_MARKS = {
-    kind: f'<span class="sk-mark sk-{kind}" aria-hidden="true">{sign}</span>'
-    for kind, sign in (("fits", "✓"), ("tight", "!"), ("not", "✗"))
-}
 
 
 def verdict(kind: str, words: str, why: str) -> str:
     """Return a verdict as word, sign and color, and what is to be said of it."""
     return f"{_MARKS.get(kind, '')} {escaped(words)}" + (f"<small>{escaped(why)}</small>" if why else "")
-
-
-def strong(text: str) -> str:
-    """Return figures that matter most."""
-    return f"<b>{escaped(text)}</b>"
 
 
 def ways(columns: Sequence[str], rows: Iterable[tuple[str, str, Sequence[str]]]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -12,7 +13,7 @@ import ipywidgets as widgets
 from shardkit.app import page
 from shardkit.app.advice import Loads
 from shardkit.app.choose_step import Choose
-from shardkit.app.step import Step, box, field
+from shardkit.app.step import Step, box, field, text_field
 from shardkit.base.record import Summary
 from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
@@ -38,9 +39,9 @@ class Plan(Step):
         self.plan: ShardPlan | None = None
         self._choose = choose
         self.changed: Callable[[Loads | None], None] = lambda _: None
-        self._asked, self._source, self._filling = max_shard_size, "", False
+        self._asked, self._filling = max_shard_size, False
         self._original: dict[str | None, Estimate] = {}  # what loading it needs, by dtype: of no plan
-        self.size = field(widgets.Text, "Max shard size", placeholder="80 MB", continuous_update=False)
+        self.size = text_field("Max shard size", placeholder="80 MB")
         self.slider = field(widgets.SelectionSlider, "Max shard size", options=[("-", 0)], readout=False)
         self.slider.add_class("sk-slider")
         strategies = [(packing.words, name) for name, packing in STRATEGIES.items()]
@@ -51,24 +52,21 @@ class Plan(Step):
         self.slider.observe(self._slid, "value")
         for control in (self.size, self.strategy, self.dtype):
             control.observe(self._changed, "value")
-        fields = box("fields", self.size, self.slider, self.strategy, self.dtype)
-        self.place(fields, self._message, self._map, self._facts)
+        self._body.children = (box("fields", *self.controls), self._message, self._map, self._facts)
 
-    def open(self) -> None:
-        """Plan for another checkpoint, or none."""
-        self._original = {}
-        if (checkpoint := self._choose.checkpoint) is not None:
-            sizes = shard_sizes(checkpoint.total_bytes, self._asked)
+    def open(self, checkpoint: Checkpoint, *, is_other: bool) -> None:
+        """Plan for a checkpoint that was opened; if it is another than before, in sizes that suit it."""
+        self._original, kept = {}, self.dtype.value
+        sizes = shard_sizes(checkpoint.total_bytes, self._asked)
+        self._filling = True
+        self.slider.options = [(format_size(size), size) for size in sizes]
+        if is_other:
             largest = checkpoint.largest.nbytes if checkpoint.largest else 0
             usual = self._asked or max(checkpoint.total_bytes // _USUAL_FILES, largest + largest // 100)
-            self._filling = True
-            self.slider.options = [(format_size(size), size) for size in sizes]
-            if checkpoint.source != self._source:
-                self.size.value = _typed(next(size for size in sizes if size >= usual))
-            self._source, kept = checkpoint.source, self.dtype.value
-            self.dtype.options = _dtypes(stored_dtype(checkpoint.dtypes))
-            self.dtype.value = kept
-            self._filling = False
+            self.size.value = _typed(next(size for size in sizes if size >= usual))
+        self.dtype.options = _dtypes(stored_dtype(checkpoint.dtypes))
+        self.dtype.value = kept
+        self._filling = False
         self.attempt()
 
     @property
@@ -96,7 +94,7 @@ class Plan(Step):
                 )
                 loads = self._loads(checkpoint, plan)
                 self._map.value = page.layout_map(checkpoint, plan)
-                self._facts.value = _facts(plan, loads)
+                self._facts.value = _facts(plan)
         finally:
             if self.plan is None:
                 self._map.value = self._facts.value = ""
@@ -134,14 +132,15 @@ def _typed(size: int) -> str:
     return short if parse_size(short := format_size(size)) == size else str(size)
 
 
-def _facts(plan: ShardPlan, loads: Loads) -> str:
+def _facts(plan: ShardPlan) -> str:
     """Return what is wrong with the plan, and, folded, what it takes, its files beside that."""
-    summary = plan.summary()
-    free, lacks = loads.disk()
-    files = Summary("Files", tables=summary.tables)
-    facts = replace(summary, facts=(*summary.facts, ("disk free here", free)), tables=(), notes=())
-    body = page.columns(facts.html(), files.html())
-    warnings = "".join(map(page.warning, (*filter(None, [lacks]), *summary.notes)))
+    summary, free = plan.summary(), shutil.disk_usage(Path.cwd()).free
+    needs = f"The shards need {format_size(plan.disk_bytes)}, this disk has {format_size(free)} free"
+    lacks = (f"{needs}: choose a folder on another.",) * (free < plan.disk_bytes)
+    facts = Summary(summary.title, (*summary.facts, ("disk free here", format_size(free))))
+    columns = (f"<div>{part.html()}</div>" for part in (facts, Summary("Files", tables=summary.tables)))
+    body = f'<div class="sk-columns">{"".join(columns)}</div>'
+    warnings = "".join(map(page.warning, (*lacks, *summary.notes)))
     return warnings + page.details("Details and files", body, name="plan")
 
 

@@ -6,15 +6,14 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
-
-import ipywidgets as widgets
 
 from shardkit.app import page
 from shardkit.app.choose_step import Choose
 from shardkit.app.job_thread import Worker
 from shardkit.app.plan_step import Plan
-from shardkit.app.step import FREE, Step, box, field, in_the_app
+from shardkit.app.step import Step, box, checkbox, text_field
 from shardkit.base.errors import DestinationError, ShardkitError
 from shardkit.base.jobs import Progress
 from shardkit.base.record import plural, shown_path
@@ -29,7 +28,6 @@ from shardkit.show.progress import STAGES
 
 _SHOW_EVERY_SECONDS = 0.15  # a page that is told more often than that falls behind
 _GOES_ON = "Shard resumes where it stopped"
-_REPLACE = "Replace an existing checkpoint"
 _ALREADY = "holds these files already: compare them in step 4."
 _FREES = "The weights of the source are removed while shards are written and verified. It cannot be undone."
 
@@ -46,19 +44,13 @@ class Shard(Step):
         super().__init__()
         self._choose, self._plan = choose, plan
         self.report: ShardReport | None = None
-        self._seen: tuple[str, int] | None = None
-        self._there: Checkpoint | None = None
         self.written: Callable[[], None] = lambda: None
-        self.destination = field(
-            widgets.Text, "Destination folder", value=destination, continuous_update=False
-        )
-        self.overwrite = field(widgets.Checkbox, _REPLACE, value=overwrite, indent=False)
-        self.overwrite.observe(self.look, "value")
-        self.free_source = field(widgets.Checkbox, FREE, value=False, indent=False)
-        self.free_source.observe(self.look, "value")
+        self.destination = text_field("Destination folder", destination)
+        self.overwrite, self.free_source = checkbox(page.REPLACE, overwrite), checkbox(page.FREE, False)
+        for control in (self.overwrite, self.free_source):
+            control.observe(self.look, "value")
         self.controls = [self.destination, self.overwrite, self.free_source]
-        fields = box("fields", self.destination, self.overwrite, self.free_source)
-        self.place(fields, self.buttons, self._bar, self._message)
+        self._body.children = (box("fields", *self.controls), self.buttons, self._bar, self._message)
 
     @property
     def folder(self) -> str:
@@ -76,14 +68,8 @@ class Shard(Step):
     @property
     def there(self) -> Checkpoint | None:
         """The checkpoint in the destination folder; None if there is none, or none that can be opened."""
-        folder = os.path.expanduser(self.folder)
-        if not self.folder or not os.path.isdir(folder):
-            self._seen = self._there = None
-        elif self._seen != (seen := (folder, os.stat(folder).st_mtime_ns)):
-            self._seen, self._there = seen, None
-            with suppress(ShardkitError):
-                self._there = Checkpoint.open(folder)
-        return self._there
+        folder = os.path.abspath(os.path.expanduser(self.folder))
+        return _opened(folder, os.stat(folder).st_mtime_ns) if self.folder and os.path.isdir(folder) else None
 
     @property
     def is_done(self) -> bool:
@@ -121,14 +107,15 @@ class Shard(Step):
     def in_words(self, error: Exception) -> str:
         """Return what the page says of an error; a second click on what is done is none."""
         if isinstance(error, DestinationError) and self.is_done and not self.overwrite.value:
-            return page.done(f'{self.folder} {_ALREADY} To write them again, check "{_REPLACE}".')
+            return page.done(f'{self.folder} {_ALREADY} To write them again, check "{page.REPLACE}".')
         return super().in_words(error)
 
     def _met(self) -> str:
         if self.unfinished:
             return page.status(f"A run was interrupted here. With the same plan, {_GOES_ON}.")
         if self.found:
-            how = "Shard replaces it." if self.overwrite.value else f'Check "{_REPLACE}", or choose another.'
+            check = f'Check "{page.REPLACE}", or choose another.'
+            how = "Shard replaces it." if self.overwrite.value else check
             return page.warning(f"{self.found}. {how}")
         if self.is_done and not self.overwrite.value:
             return page.done(f"{self.folder} {_ALREADY}")
@@ -137,7 +124,7 @@ class Shard(Step):
             try:
                 check_destination(checkpoint, resolve(self.folder), self.overwrite.value)
             except DestinationError as error:
-                return page.warning(in_the_app(str(error)))
+                return page.warning(str(error))
         return ""
 
     @property
@@ -155,6 +142,7 @@ class Shard(Step):
         if not folder:
             raise ShardkitError("no destination folder: enter one")
         self.report = None
+        self._stage, self._began, self._shown_at = "", 0.0, 0.0
         self.say(page.status("Resuming …" if self.unfinished else "Starting …"))
         self.report = shard_checkpoint(
             plan.source,
@@ -164,10 +152,32 @@ class Shard(Step):
             dtype=plan.dtype,
             overwrite=self.overwrite.value,
             free_source=self.free_source.value,
-            progress=_ByteProgress(self.show_progress),
+            progress=self._progress,
         )
         self.written()
         self.say(_told(self.report))
+
+    def _progress(self, progress: Progress) -> bool:
+        """Show in bytes how much of a stage is done, how fast, how long yet; False asks the job to stop."""
+        now, done, total = time.monotonic(), progress.done_bytes, progress.total_bytes
+        if progress.stage != self._stage:
+            self._stage, self._began = progress.stage, now
+        if now - self._shown_at >= _SHOW_EVERY_SECONDS or done == total:
+            words = STAGES.get(progress.stage, progress.stage).capitalize()
+            line = f"{words}: {format_size(done)} of {format_size(total)}" if total else words
+            if done and now > self._began:
+                rate = done / (now - self._began)
+                line += f", {format_size(rate)}/s, {page.whole_seconds((total - done) / rate)} left"
+            self._shown_at = now
+            self.show_progress(done / total if total else None, line)
+        return not Worker.to_stop.is_set()
+
+
+@lru_cache(maxsize=1)
+def _opened(folder: str, _changed_at: int) -> Checkpoint | None:
+    with suppress(ShardkitError):
+        return Checkpoint.open(folder)
+    return None
 
 
 def _told(report: ShardReport) -> str:
@@ -183,25 +193,3 @@ def _told(report: ShardReport) -> str:
     details = page.details("Details", report.summary().html(), name="report")
     following = "" if report.freed else ", or compare the loads in step 4"
     return page.done(f"{words}. Load it like any model{following}.", load) + details
-
-
-class _ByteProgress:
-    """Shows the progress of a job in bytes: a bar, and in words how much, how fast, how long yet."""
-
-    def __init__(self, show: Callable[[float | None, str], None]) -> None:
-        self._show, self._stage, self._began, self._shown_at = show, "", 0.0, 0.0
-
-    def __call__(self, progress: Progress) -> bool:
-        """Show where the job stands; False asks it to stop."""
-        now, done, total = time.monotonic(), progress.done_bytes, progress.total_bytes
-        if progress.stage != self._stage:
-            self._stage, self._began = progress.stage, now
-        if now - self._shown_at >= _SHOW_EVERY_SECONDS or done == total:
-            words = STAGES.get(progress.stage, progress.stage).capitalize()
-            line = f"{words}: {format_size(done)} of {format_size(total)}" if total else words
-            if done and now > self._began:
-                rate = done / (now - self._began)
-                line += f", {format_size(rate)}/s, {page.whole_seconds((total - done) / rate)} left"
-            self._shown_at = now
-            self._show(done / total if total else None, line)
-        return not Worker.stopping()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as widgets
@@ -11,21 +10,6 @@ from shardkit.app import page
 from shardkit.app.job_thread import Worker
 from shardkit.base.errors import Cancelled, ShardkitError
 
-FREE = "Free the source's disk space meanwhile"
-TRUSTS = "Run custom code from the checkpoint, which I trust"
-# Messages name what to write in Python or a shell; the app has controls for it.
-_IN_THE_APP = {
-    "replace it with overwrite=True": 'check "Replace an existing checkpoint"',
-    "overwrite=True and free_source=True exclude each other": "an existing checkpoint is not replaced by it",
-    "leave out free_source": f'uncheck "{FREE}" (step 3)',
-    ", with free_source=True, to resume": f', with "{FREE}" checked, to resume',
-    "leave out dtype": 'set "Dtype of shards" to "as stored" (step 2)',
-    ", or allow it with allow_overflow=True": "",
-    "lower max_shard_size": "choose a smaller shard size (step 2)",
-    'allow it with options={"trust_remote_code": True}': f'check "{TRUSTS}"',
-    "same_model=False compares them anyway": "shard this one into another folder (step 3)",
-}
-
 
 def field(kind: Any, label: str, **options: Any) -> Any:
     """Return a control whose label a screen reader finds, as wide as there is room for."""
@@ -33,6 +17,16 @@ def field(kind: Any, label: str, **options: Any) -> Any:
     if made.has_trait("tooltip"):  # or a label says "null" under a pointer
         made.tooltip = ""
     return made
+
+
+def checkbox(label: str, is_checked: bool) -> Any:
+    """Return a box to be checked."""
+    return field(widgets.Checkbox, label, value=bool(is_checked), indent=False)
+
+
+def text_field(label: str, text: str = "", kind: Any = widgets.Text, **options: Any) -> Any:
+    """Return a field whose text counts once it is entered."""
+    return field(kind, label, value=text, continuous_update=False, **options)
 
 
 def box(name: str, *children: Any) -> Any:
@@ -65,10 +59,6 @@ class Step:
         self._message, self._heading, self._body = widgets.HTML(), widgets.HTML(), box("body")
         self._message.add_class("sk-message")
         self.box = box("step", self._heading, self._body)
-
-    def place(self, *rows: Any) -> None:
-        """Put the step together."""
-        self._body.children = rows
 
     def run(self) -> None:
         """Do the step's job; raises what fails."""
@@ -104,7 +94,7 @@ class Step:
         """Return what the page says of an error; a stop is none."""
         if isinstance(error, Cancelled):
             return page.status(f"Stopped. {self.stopped}")
-        return page.error(in_the_app(_plain_words(error)))
+        return page.error(_plain_words(error))
 
     def say(self, html: str) -> None:
         """Show a line of HTML under the buttons."""
@@ -148,14 +138,7 @@ class Step:
         if self._may_cancel:
             self.let_cancel(False)
             self.cancel.description = "Stopping…"
-            Worker.stop()
-
-
-def in_the_app(text: str, form: Callable[[str], str] = str) -> str:
-    """Return a text that names the app's controls; `form` makes HTML of words where the text is HTML."""
-    for words, here in _IN_THE_APP.items():
-        text = text.replace(form(words), form(here))
-    return text
+            Worker.to_stop.set()
 
 
 def _dim(button: Any, dim: bool) -> None:

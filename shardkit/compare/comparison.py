@@ -101,9 +101,10 @@ class Comparison(Samples, Record):
         stacks = dict.fromkeys(s.measurement.stack() for s in counted)
         machines = dict.fromkeys(str(s.measurement.environment) for s in counted)
         margin = f"±{100 * self.margin:.3g} %"
+        line = LoadMeasurement.start_line if self.reads_ahead else LoadMeasurement.time_line
         facts = (
             *(("verdict" if not line else "", words) for line, words in enumerate(self._verdicts())),
-            *((f"{name}, a typical run", self._line(run)) for name, run in self.typical_runs.items()),
+            *((f"{name}, a typical run", line(run)) for name, run in self.typical_runs.items()),
             *((f"{name}, means", self._means(name)) for name in self.names if self.failures),
             *((f"{variant.name} from", shown_path(variant.source)) for variant in self.variants),
             *((f"files of {name}", self.explain(name)) for name in self.names),
@@ -120,9 +121,6 @@ class Comparison(Samples, Record):
         pairs = plural(len({sample.pair for sample in self.samples}), "pair")
         decided = "all is" if self.is_decided else "not all is"
         return pairs if self.most is None else f"{pairs} (of at most {self.most}; {decided} decided)"
-
-    def _line(self, run: LoadMeasurement) -> str:
-        return run.start_line() if self.reads_ahead else run.time_line()
 
     def _means(self, variant: str) -> str:
         """Return a variant's own figures, for when there is nothing to compare them with."""
@@ -249,9 +247,6 @@ def merge_comparisons(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
     >>> merge_comparisons(["comparison.json"])["file"].unique().tolist()
     ['comparison.json']
     """
-    require("notebook", "a data frame", "pandas")
-    import pandas as pd
-
     frames = []
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         frame = Comparison.load(path).to_frame()
@@ -259,4 +254,6 @@ def merge_comparisons(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
         frames.append(frame)
     if not frames:
         raise MeasurementError("no results to merge: give the files that `save` or `to_html` wrote")
+    import pandas as pd
+
     return pd.concat(frames, ignore_index=True)

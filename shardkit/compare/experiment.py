@@ -122,8 +122,7 @@ def compare_loads(
     )  # fmt: skip
     wanted = {ORIGINAL: {"source": original}, SHARDED: {"source": sharded}, **(others or {})}
     specs = {name: _spec(name, common, changes) for name, changes in wanted.items()}
-    sources = {name: changes.get("source", sharded) for name, changes in wanted.items()}
-    opened = {name: _open(source) for name, source in sources.items()}
+    opened = {name: _open(changes.get("source", sharded)) for name, changes in wanted.items()}
     for name in [*opened][1:] if same_model else ():
         _require_same_model(opened[ORIGINAL], opened[name])
     variants = tuple(
@@ -218,7 +217,7 @@ def _report(progress: _ProgressCallback | None, done: int, total: int, label: st
         raise Cancelled(f"stopped after {done} of {plural(total, 'run')}")
 
 
-def _open(source: str | os.PathLike[str]) -> Checkpoint:
+def _open(source: _Source) -> Checkpoint:
     checkpoint = Checkpoint.open(source, download=True)
     refuse_gguf(checkpoint.format, checkpoint.source)
     return checkpoint
@@ -226,13 +225,13 @@ def _open(source: str | os.PathLike[str]) -> Checkpoint:
 
 def _require_same_model(original: Checkpoint, other: Checkpoint) -> None:
     between = f"between {original.source} and {other.source}; same_model=False compares them anyway"
-    first, second = ({t.name: t.shape for t in one.tensors.values()} for one in (original, other))
-    if differ := sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name)):
+    first, second = ({(t.name, t.shape) for t in one.tensors.values()} for one in (original, other))
+    if differ := sorted(dict(first ^ second)):
         raise ShardkitError(
             f"not the same model: {plural(len(differ), 'tensor')} differ in name or shape ({listed(differ)}) "
             f"{between}"
         )
-    names, crew = _sample_of(original, other), Crew(worker_count(None))
+    names, crew = _sample_of(original), Crew(worker_count(None))
     ours, theirs = (
         replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in names}, aliases={})
         for checkpoint in (original, other)
@@ -246,11 +245,10 @@ def _require_same_model(original: Checkpoint, other: Checkpoint) -> None:
         )
 
 
-def _sample_of(*checkpoints: Checkpoint) -> list[str]:
-    """Return names of tensors that all hold: spread over the model, within the budget, but never none."""
-    common = sorted(set.intersection(*(set(checkpoint.tensors) for checkpoint in checkpoints)))
-    spread = common[:: -(-len(common) // _COMPARED_TENSORS) or 1]
-    sizes = {name: checkpoints[0].tensors[name].nbytes for name in spread}
+def _sample_of(checkpoint: Checkpoint) -> list[str]:
+    """Return names of tensors spread over the model, within the budget, but never none."""
+    spread = sorted(checkpoint.tensors)[:: -(-len(checkpoint.tensors) // _COMPARED_TENSORS) or 1]
+    sizes = {name: checkpoint.tensors[name].nbytes for name in spread}
     names, left = [], _COMPARED_BYTES
     for name in spread:
         if sizes[name] <= left:

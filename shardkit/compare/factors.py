@@ -1,37 +1,29 @@
 """What gives the gain: files, their dtype, their format, the loader, each changed while all else stays.
 
-    cells = choose_cells()  # few; all combinations: choose_cells(full=True)
-    sources = make_sources("mistral-demo", "copies", cells)
-    found = {"today": compare_cells(cells, sources, dtype="float16", repeats=3)}
-    for effect in effects(found, cells):
-        print(effect)
-
-A second stack is a second comparison, with `python=article_stack()`.
+Notebook 04 shows it; a second stack is a second comparison, with `python=article_stack()`.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, NamedTuple
 
-from shardkit.base.record import listed, plural
+from shardkit.base.record import plural
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.compare.comparison import Comparison
 from shardkit.compare.experiment import compare_loads
 from shardkit.demo.bins import write_bins
 from shardkit.formats.tensor import DtypeLike
 from shardkit.measure.measurement import LoadMeasurement
-from shardkit.measure.quantities import QUANTITIES, Quantity, Ratio, ratios_of
+from shardkit.measure.quantities import QUANTITIES, Quantity, ratios_of
 from shardkit.measure.samples import ORIGINAL, SHARDED
 from shardkit.shard.engine import shard_checkpoint
-from shardkit.show.effects import EFFECT_QUANTITIES
+from shardkit.show.effects import EFFECT_QUANTITIES, Effect
 
 _MARGIN = 0.05
 # Where reading begins before the load does, only what counts from process start counts all of it.
@@ -61,6 +53,12 @@ _LEVELS: dict[str, tuple[Any, ...]] = {
     "loader": ("plain", "prefetch"),
 }
 _SHARDED: dict[str, Any] = {"files": 8, "dtype": "float16"}  # what the article changed: two things at once
+# Each change in words, and the levels that it sets.
+_CHANGES: dict[str, dict[str, Any]] = {
+    f"{level}{' files' * (name == 'files')} instead of {base}": {name: level}
+    for name, (base, *levels) in _LEVELS.items()
+    for level in levels
+} | {"8 float16 files instead of 1 bfloat16": _SHARDED}
 
 
 def choose_cells(*, full: bool = False) -> tuple[Cell, ...]:
@@ -96,40 +94,6 @@ def compare_cells(
     return compare_loads(sources[first], sources[second], dtype=dtype, others=rest, **options)
 
 
-@dataclass(frozen=True)
-class Effect:
-    """What one change does on one stack while all else stays: all pairs of loads that differ in it alone.
-
-    Attributes
-    ----------
-    change
-        In words: "8 files instead of 1".
-    stack
-        On which; empty for the change of the stack itself.
-    pairs
-        Values before and after, by quantity: of pairs of loads, or, where several combinations differ in this
-        change alone, means of each. Times of pairs in which one prefetches count from process start.
-    ratios
-        Their geometric mean with its interval, and a verdict; the quantities share 5 % of error.
-    """
-
-    change: str
-    stack: str
-    pairs: dict[Quantity, tuple[list[float], list[float]]]
-    ratios: dict[Quantity, Ratio]
-
-    def __str__(self) -> str:
-        """Say what it does, largest first: ``8 files instead of 1, 2024: peak total 1.6x smaller``."""
-        found = {q: r for q, r in self.ratios.items() if r.conclusion in ("less", "more")}
-        said = [
-            f"{q.label} {r}" for q, r in sorted(found.items(), key=lambda one: -abs(math.log(one[1].ratio)))
-        ]
-        for conclusion, words in (("same", "no difference in {}"), ("inconclusive", "{} inconclusive")):
-            if names := [q.label for q, r in self.ratios.items() if r.conclusion == conclusion]:
-                said.append(words.format(listed(names, len(names))))
-        return f"{', '.join(filter(None, (self.change, self.stack)))}: {'; '.join(said) or 'not measured'}"
-
-
 def effects(found: Mapping[str, Comparison], cells: Sequence[Cell]) -> list[Effect]:
     """Return the effect of every change, on each stack, and of the later stack instead of the first.
 
@@ -138,9 +102,9 @@ def effects(found: Mapping[str, Comparison], cells: Sequence[Cell]) -> list[Effe
     starts = cells if len(cells) == math.prod(map(len, _LEVELS.values())) else cells[:1]
     stacks = {stack: _by_cell(comparison, cells) for stack, comparison in found.items()}
     made: list[Effect] = []
-    for change, changed in _changes():
+    for change, levels in _CHANGES.items():
         for stack, runs in stacks.items():
-            both = [(runs[cell], runs[other]) for cell in starts if (other := changed(cell)) in runs]
+            both = [(runs[cell], runs[other]) for cell in starts if (other := _changed(cell, levels)) in runs]
             made += _effect(change, stack, both)
     if len(stacks) == 2:
         (old, before), (new, after) = stacks.items()
@@ -158,16 +122,8 @@ def _by_cell(comparison: Comparison, cells: Sequence[Cell]) -> dict[Cell, _Runs]
     return {cell: comparison.by_pair(name) for cell, name in zip(cells, names, strict=True)}
 
 
-def _changes() -> Iterator[tuple[str, Callable[[Cell], Cell | None]]]:
-    """Yield each change in words, and what it makes of a cell; nothing of one that has another level."""
-    for name, (base, *levels) in _LEVELS.items():
-        for level in levels:
-            noun = " files" if name == "files" else ""
-            yield f"{level}{noun} instead of {base}", partial(_changed, {name: level})
-    yield "8 float16 files instead of 1 bfloat16", partial(_changed, _SHARDED)
-
-
-def _changed(levels: Mapping[str, Any], cell: Cell) -> Cell | None:
+def _changed(cell: Cell, levels: Mapping[str, Any]) -> Cell | None:
+    """Return what a change makes of a cell; nothing of one that has another level than the first."""
     is_base = all(getattr(cell, name) == _LEVELS[name][0] for name in levels)
     return cell._replace(**levels) if is_base else None
 

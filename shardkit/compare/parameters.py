@@ -39,6 +39,7 @@ def _is_checkpoint(value: Any) -> None:
         Checkpoint.open(value)
 
 
+_FLAGS = ("overwrite", "first_token", "trust_remote_code", "with_2024_stack", "full")
 RULES: dict[str, Rule] = {
     "model": _is_checkpoint,
     "demo_size": parse_size,
@@ -53,11 +54,7 @@ RULES: dict[str, Rule] = {
     "precision": must(lambda value: type(value) is int and 0 < value < 100, "a whole number of percent"),
     "repeats": whole_number(1, AUTO),
     "cache": one_of(*CACHES),
-    "overwrite": one_of(True, False),
-    "first_token": one_of(True, False),
-    "trust_remote_code": one_of(True, False),
-    "with_2024_stack": one_of(True, False),
-    "full": one_of(True, False),
+    **dict.fromkeys(_FLAGS, one_of(True, False)),
     "output_folder": _is_text,
     "results": must(
         lambda value: isinstance(value, str) and value != "" and Path(value).is_dir(), "a folder that exists"

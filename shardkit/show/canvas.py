@@ -16,6 +16,7 @@ from contextlib import suppress
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from shardkit.base.errors import MeasurementError
 from shardkit.base.extras import require
 from shardkit.base.record import printable
 from shardkit.measure.quantities import Unit
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 INK = "#777b80"  # 4.3:1 on white, 4.4:1 on GitHub's dark pages
 _COLORS = ("#1F83C9", "#D55E00", "#009E73", "#B5649A", "#8C7A00", "#7D6BC4")
+_PAGE: dict[str, Any] = {"layout": "constrained", "facecolor": "none"}
 _LONGEST_NAME = 20
 _MOST_NAMED = 3  # variants in a title
 _UNITS: dict[Unit, tuple[tuple[float, float, str], ...]] = {  # up to which value, one of it, its name
@@ -34,23 +36,23 @@ _UNITS: dict[Unit, tuple[tuple[float, float, str], ...]] = {  # up to which valu
 }
 
 
-def new_figure(**page: Any) -> Figure:
-    """Make a figure that pyplot shows; where its backend cannot be had, one for files alone.
+def new_figure(size: tuple[float, float]) -> Figure:
+    """Make a transparent figure that pyplot shows; where its backend cannot be had, one for files alone.
 
     MPLBACKEND is inherited, and may name a screen's backend that only the parent has.
     """
-    bare = bare_figure(**page)
+    bare = bare_figure(size)
     try:
         import matplotlib.pyplot as plt
 
-        figure: Figure = plt.figure(**page)
+        figure: Figure = plt.figure(figsize=size, **_PAGE)
     except Exception:  # each backend fails in its own way
         return bare
     return figure
 
 
-def bare_figure(**page: Any) -> Figure:
-    """Make a figure of which pyplot does not know, whose state is the main thread's."""
+def bare_figure(size: tuple[float, float]) -> Figure:
+    """Make a transparent figure of which pyplot does not know, whose state is the main thread's."""
     require("notebook", "a plot", "matplotlib")
     if "matplotlib" not in sys.modules and (asked := os.environ.pop("MPLBACKEND", None)) is not None:
         import matplotlib as mpl  # which fails for a value that names no backend at all
@@ -60,24 +62,35 @@ def bare_figure(**page: Any) -> Figure:
             mpl.rcParams["backend"] = asked
     from matplotlib.figure import Figure
 
-    return Figure(**page)
+    return Figure(figsize=size, **_PAGE)
 
 
 def new_axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 4), **options: Any) -> Any:
     """Make transparent axes on a figure of their own."""
-    figure = new_figure(figsize=size, layout="constrained", facecolor="none")
+    figure = new_figure(size)
     axes = figure.subplots(rows, columns, **options)
-    for ax in figure.axes:
-        set_ink(ax)
+    set_ink(figure)
     return axes
 
 
-def set_ink(ax: Axes) -> None:
-    """Give axes the ink that reads on any page, whatever theme they were made in."""
-    ax.set_facecolor("none")
-    ax.tick_params(which="both", colors=INK)
-    ax.spines[:].set_edgecolor(INK)
-    ax.xaxis.label.set_color(INK)
+def set_ink(figure: Figure) -> None:
+    """Give a figure's axes the ink that reads on any page, whatever theme they were made in."""
+    for ax in figure.axes:
+        ax.set_facecolor("none")
+        ax.tick_params(which="both", colors=INK)
+        ax.spines[:].set_edgecolor(INK)
+        ax.xaxis.label.set_color(INK)
+
+
+def saved(ax: Any, path: str | os.PathLike[str] | None) -> Figure:
+    """Save the figure of some axes if a path is given, and return it; `MeasurementError` if that fails."""
+    figure: Figure = ax.figure
+    try:
+        if path is not None:
+            figure.savefig(path, dpi=150, facecolor="auto")
+    except (OSError, ValueError) as error:
+        raise MeasurementError(f"{path}: the plot cannot be saved: {error}") from error
+    return figure
 
 
 def ink(ax: Axes) -> Any:
@@ -90,8 +103,9 @@ def tidy(ax: Axes, unit: str, finding: str, names: Iterable[str] = (), size: flo
 
     Each line of the title is at most as wide as axes that have `names` on their left.
     """
-    width = _letters(ax, names, size)
-    title = "\n".join(fill(line, width) for line in finding.splitlines())
+    inches = ax.get_position().width * ax.figure.bbox.width / ax.figure.dpi
+    letters = int(125 / size * inches) - max(0, max(map(len, names), default=0) - 8)
+    title = "\n".join(fill(line, letters) for line in finding.splitlines())
     ax.set_title(title, loc="left", fontsize=size, fontweight="bold", color=ink(ax))
     ax.set_ylabel(unit, color=ink(ax))
     ax.spines[["top", "right"]].set_visible(False)
@@ -119,12 +133,6 @@ def scale(unit: Unit, values: Iterable[float]) -> tuple[float, str]:
     return next((one, name) for limit, one, name in _UNITS[unit] if largest < limit)
 
 
-def _letters(ax: Axes, names: Iterable[str], size: float) -> int:
-    """Return how many letters of a title are about as wide as axes that have names on their left."""
-    width = ax.get_position().width * ax.figure.bbox.width / ax.figure.dpi
-    return int(125 / size * width) - max(0, max(map(len, names), default=0) - 8)
-
-
 def summed_up(found: Sequence[tuple[str, str, float]]) -> str:
     """Say what was found of several variants (name, words, size): of each, or, of many, the extremes."""
     if len({words for _, words, _ in found}) == 1:
@@ -141,8 +149,8 @@ def name_rows(ax: Axes, y: float, heading: str, size: float = 9) -> None:
     ax.text(0.01, y, heading, transform=ax.get_yaxis_transform(), va="center", **style)
 
 
-def set_rows(ax: Axes, names: Mapping[int, str], count: int, size: float = 9) -> None:
-    """Name rows, counted from above, to the left of the axes."""
+def set_rows(ax: Axes, names: Mapping[int, str], count: float, size: float = 9) -> None:
+    """Name rows, counted from above, to the left of axes that have room for so many."""
     ax.set_yticks(list(names), list(names.values()), fontsize=size)
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(count - 0.4, -0.6)
@@ -161,18 +169,13 @@ def apart(places: Sequence[float], least: float, most: float) -> list[float]:
 
 
 def short_names(names: Iterable[str]) -> list[str]:
-    """Return names short enough to be drawn; those that would look alike then are numbered."""
-    labels = [plain(_short(printable(name))) for name in names]
+    """Return names short enough to be drawn, both ends of long ones; those that look alike are numbered."""
+    half, texts = _LONGEST_NAME // 2, [printable(name) for name in names]
+    labels = [plain(t if len(t) <= _LONGEST_NAME else f"{t[: half - 1]}…{t[-half:]}") for t in texts]
     return [
         label if labels.count(label) == 1 else f"{label} #{labels[:place].count(label) + 1}"
         for place, label in enumerate(labels)
     ]
-
-
-def _short(text: str) -> str:
-    """Keep a name from being long: long names differ at their ends."""
-    half = _LONGEST_NAME // 2
-    return text if len(text) <= _LONGEST_NAME else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def plain(text: str) -> str:

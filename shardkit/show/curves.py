@@ -98,12 +98,10 @@ def plot_memory(runs: Samples, ax: Axes | None = None) -> Axes:
 
 def _curves(runs: Samples) -> tuple[dict[str, _Curve], float, str]:
     """Return the curve of each variant that has one, by its short name; the unit of the axis, its name."""
-    typical = {name: run for name, run in runs.typical_runs.items() if any(_points(run, 0.0))}
-    largest = (size for run in typical.values() for _, _, size in _points(run, 0.0))
-    (one, unit), curves = scale("bytes", largest), {}
+    typical, curves = runs.typical_runs, {}
+    one, unit = scale("bytes", (size for run in typical.values() for _, _, size in _points(run, 0.0)))
     for number, (name, short) in enumerate(zip(runs.names, short_names(runs.names), strict=True)):
-        if name in typical:
-            run = typical[name]
+        if (run := typical.get(name)) is not None:
             start = 0.0 if runs.reads_ahead else run.load_start_seconds or 0.0
             if points := list(_points(run, start)):
                 seconds, *sizes = zip(*points, strict=True)
@@ -143,7 +141,6 @@ def _plot_curve(ax: Axes, curve: _Curve, before: float) -> None:
 
 
 def _limits(runs: Samples, largest: float, one: float, unit: str) -> dict[float, str]:
-    """Return the limits in force, and those of hosts that are near, with their names."""
     typical, (least, most) = runs.typical_runs.values(), _NEAR
     hosts = memory_limits().items()
     limits = {size: f"memory of {name}" for name, size in hosts if least <= size / largest <= most}
@@ -172,7 +169,6 @@ def _ends(curves: Mapping[str, _Curve]) -> Iterator[_End]:
 
 
 def _name_ends(ax: Axes, ends: Sequence[_End], right: float) -> None:
-    """Write names to the right of all lines, apart from each other."""
     top = ax.get_ylim()[1]
     places = apart([y for _, y, _, _ in ends], min(_LABEL_SHARE, 1 / len(ends)) * top, top)
     for (x, y, words, own), place in zip(ends, places, strict=True):

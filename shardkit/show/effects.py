@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from shardkit.base.record import listed
 from shardkit.measure.quantities import QUANTITIES, Quantity, Ratio
-from shardkit.show.canvas import color, ink, new_axes, say_empty, set_rows, tidy
+from shardkit.show.canvas import color, ink, new_axes, saved, say_empty, set_rows, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,20 +27,41 @@ _WIDEST = 60  # times as much, to either side
 _STEPS = {2: (1, 1.25, 1.5), 4: (1, 1.5, 2, 3), _WIDEST: (1, 2, 5, 10, 20, 50)}  # up to which width
 
 
-class _Effect(Protocol):
-    """As `shardkit.compare.factors.Effect`."""
+@dataclass(frozen=True)
+class Effect:
+    """What one change does on one stack while all else stays: all pairs of loads that differ in it alone.
 
-    @property
-    def change(self) -> str: ...
-    @property
-    def stack(self) -> str: ...
-    @property
-    def pairs(self) -> dict[Quantity, tuple[list[float], list[float]]]: ...
-    @property
-    def ratios(self) -> dict[Quantity, Ratio]: ...
+    Attributes
+    ----------
+    change
+        In words: "8 files instead of 1".
+    stack
+        On which; empty for the change of the stack itself.
+    pairs
+        Values before and after, by quantity: of pairs of loads, or, where several combinations differ in this
+        change alone, means of each. Times of pairs in which one prefetches count from process start.
+    ratios
+        Their geometric mean with its interval, and a verdict; the quantities share 5 % of error.
+    """
+
+    change: str
+    stack: str
+    pairs: dict[Quantity, tuple[list[float], list[float]]]
+    ratios: dict[Quantity, Ratio]
+
+    def __str__(self) -> str:
+        """Say what it does, largest first: ``8 files instead of 1, 2024: peak total 1.6x smaller``."""
+        found = {q: r for q, r in self.ratios.items() if r.conclusion in ("less", "more")}
+        said = [
+            f"{q.label} {r}" for q, r in sorted(found.items(), key=lambda one: -abs(math.log(one[1].ratio)))
+        ]
+        for conclusion, words in (("same", "no difference in {}"), ("inconclusive", "{} inconclusive")):
+            if names := [q.label for q, r in self.ratios.items() if r.conclusion == conclusion]:
+                said.append(words.format(listed(names, len(names))))
+        return f"{', '.join(filter(None, (self.change, self.stack)))}: {'; '.join(said) or 'not measured'}"
 
 
-def plot_effects(effects: Sequence[_Effect], path: str | os.PathLike[str] | None = None) -> Figure:
+def plot_effects(effects: Sequence[Effect], path: str | os.PathLike[str] | None = None) -> Figure:
     """Draw what each change does, one chart a quantity, whose title names what moves it most.
 
     A dot is a pair of loads, a large one their mean, a line its interval; left of 1 is less.
@@ -60,13 +83,10 @@ def plot_effects(effects: Sequence[_Effect], path: str | os.PathLike[str] | None
         _set_scale(axes[row], effects, EFFECT_QUANTITIES[row : row + 2])
     for ax in axes[2:]:
         ax.set_xlabel("less ← times as much as before → more", color=ink(ax))
-    figure: Figure = axes[0].figure
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+    return saved(axes[0], path)
 
 
-def _plot_quantity(ax: Axes, effects: Sequence[_Effect], quantity: Quantity, changes: Sequence[str]) -> None:
+def _plot_quantity(ax: Axes, effects: Sequence[Effect], quantity: Quantity, changes: Sequence[str]) -> None:
     stacks = list(dict.fromkeys(effect.stack for effect in effects))
     known = [effect for effect in effects if quantity in effect.ratios]
     ax.axvline(1, color=ink(ax), linewidth=0.8)
@@ -79,7 +99,7 @@ def _plot_quantity(ax: Axes, effects: Sequence[_Effect], quantity: Quantity, cha
     tidy(ax, "", _finding(quantity, known), size=9)
 
 
-def _draw(ax: Axes, y: float, effect: _Effect, quantity: Quantity, number: int) -> None:
+def _draw(ax: Axes, y: float, effect: Effect, quantity: Quantity, number: int) -> None:
     own, ratio = color(number), effect.ratios[quantity]
     dots = _ratios(effect, quantity)
     ax.plot(dots, [y] * len(dots), "o", color=own, markersize=3, alpha=0.45)
@@ -90,7 +110,7 @@ def _draw(ax: Axes, y: float, effect: _Effect, quantity: Quantity, number: int) 
     ax.annotate(effect.stack, (max(ends + dots), y), color=own, **end)
 
 
-def _set_scale(ax: Axes, effects: Sequence[_Effect], quantities: Sequence[Quantity]) -> None:
+def _set_scale(ax: Axes, effects: Sequence[Effect], quantities: Sequence[Quantity]) -> None:
     """Give the axes of a row one logarithmic scale, as far to either side, with room for what is drawn."""
     drawn = [
         x
@@ -110,11 +130,11 @@ def _set_scale(ax: Axes, effects: Sequence[_Effect], quantities: Sequence[Quanti
     ax.minorticks_off()
 
 
-def _ratios(effect: _Effect, quantity: Quantity) -> list[float]:
+def _ratios(effect: Effect, quantity: Quantity) -> list[float]:
     return [other / one for one, other in zip(*effect.pairs[quantity], strict=True)]
 
 
-def _finding(quantity: Quantity, known: Sequence[_Effect]) -> str:
+def _finding(quantity: Quantity, known: Sequence[Effect]) -> str:
     """Return a title: the change that moves a quantity most, where any does beyond chance."""
     moved = [one for one in known if one.ratios[quantity].conclusion in ("less", "more")]
     label = quantity.label.capitalize()

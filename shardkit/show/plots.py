@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
-from shardkit.base.errors import MeasurementError
 from shardkit.measure.intervals import Law, mean_interval
 from shardkit.measure.quantities import Quantity, Ratio, Unit
 from shardkit.measure.samples import ORIGINAL, SHARDED, Samples
@@ -21,6 +21,7 @@ from shardkit.show.canvas import (
     new_axes,
     new_figure,
     plain,
+    saved,
     say_empty,
     scale,
     set_ink,
@@ -51,22 +52,18 @@ def plot_bars(runs: Samples, ax: Sequence[Axes] | None = None) -> Sequence[Axes]
     comparison.
     """
     if ax is None:
-        height = sum(_heights(runs)) if _is_stacked(runs) else max(_heights(runs))
-        ax = new_axes(*((2, 1) if _is_stacked(runs) else (1, 2)), (8, height))
+        heights = _heights(runs)
+        ax = new_axes(len(heights), 2 // len(heights), (8, sum(heights)))
     for one, unit in zip(ax, _BARS, strict=True):
         _plot_quantities(runs, one, unit)
     return ax
 
 
-def _is_stacked(runs: Samples) -> bool:
-    return len(runs.names) > 2
-
-
 def _heights(runs: Samples) -> list[float]:
-    """Return how many inches times and memory take."""
-    drawn = list(runs.drawn())
-    counts = [sum(quantity.unit == unit for quantity in drawn) for unit in _BARS]
-    return [1.3 + _ROW_INCHES * count * (len(runs.names) + 1) for count in counts]
+    """Return how many inches times and memory take; of two variants, side by side."""
+    counts = Counter(quantity.unit for quantity in runs.drawn())
+    heights = [1.3 + _ROW_INCHES * counts[unit] * (len(runs.names) + 1) for unit in _BARS]
+    return heights if len(runs.names) > 2 else [max(heights)]
 
 
 def _plot_quantities(runs: Samples, ax: Axes, unit: Unit) -> None:
@@ -137,27 +134,23 @@ def plot_comparison(
     runs: Samples, path: str | os.PathLike[str] | None = None, ax: Sequence[Axes] | None = None
 ) -> Sequence[Axes]:
     """Draw times, memory and memory over time in one figure, or on three axes; save it if `path` is given."""
-    axes = _draw_comparison(runs, new_figure) if ax is None else ax
-    if ax is not None:
-        _draw_on(axes, runs)
-    if path is not None:
-        figure: Any = axes[0].figure
-        try:
-            figure.savefig(path, dpi=150, facecolor="none" if ax is None else "auto")
-        except (OSError, ValueError) as error:
-            raise MeasurementError(f"{path}: the plot cannot be saved: {error}") from error
+    axes = _three_axes(runs, new_figure) if ax is None else ax
+    plot_bars(runs, axes[:2])
+    plot_memory(runs, axes[2])
+    saved(axes[0], path)
     return axes
 
 
 def comparison_png(runs: Samples) -> bytes:
     """Return what `plot_comparison` draws, made without pyplot."""
-    return _png(_draw_comparison(runs, bare_figure)[0])
+    return _png(plot_comparison(runs, ax=_three_axes(runs, bare_figure))[0])
 
 
 def profiler_png(runs: Samples) -> bytes:
     """Return what `plot_profiler` draws, made without pyplot."""
-    ax = bare_figure(figsize=(8, 3.6), layout="constrained", facecolor="none").subplots()
-    set_ink(ax)
+    figure = bare_figure((8, _CURVES_INCHES))
+    ax = figure.subplots()
+    set_ink(figure)
     return _png(plot_profiler(runs, ax))
 
 
@@ -168,23 +161,13 @@ def _png(ax: Axes) -> bytes:
         return file.getvalue()
 
 
-def _draw_comparison(runs: Samples, make: Callable[..., Figure]) -> list[Axes]:
-    # Where two of them stand side by side, the third is below both.
-    places, heights = [[0], [1], [2]], _heights(runs)
-    if not _is_stacked(runs):
-        places, heights = [[0, 1], [2, 2]], [max(heights)]
-    heights = [*heights, _CURVES_INCHES]
-    figure = make(figsize=(8, min(sum(heights), _TALLEST_INCHES)), layout="constrained", facecolor="none")
+def _three_axes(runs: Samples, make: Callable[[tuple[float, float]], Figure]) -> list[Axes]:
+    heights = [*_heights(runs), _CURVES_INCHES]
+    places = [[0], [1], [2]] if len(heights) == 3 else [[0, 1], [2, 2]]
+    figure = make((8, min(sum(heights), _TALLEST_INCHES)))
     axes = [*figure.subplot_mosaic(places, height_ratios=heights).values()]
-    for ax in axes:
-        set_ink(ax)
-    _draw_on(axes, runs)
+    set_ink(figure)
     return axes
-
-
-def _draw_on(axes: Sequence[Axes], runs: Samples) -> None:
-    plot_bars(runs, axes[:2])
-    plot_memory(runs, axes[2])
 
 
 def plot_results(figures: pd.DataFrame, ax: Sequence[Axes] | None = None) -> Sequence[Axes]:

@@ -49,14 +49,10 @@ class ProgressBar:
             self._stage = stage
             self._bar = _bar_class()(total=total, desc=STAGES.get(stage, stage), **look, **self._options)
         if total < self._bar.total:  # fewer runs than there might have been
-            self._shorten(total)
+            began = getattr(self._bar, "start_t", None)
+            self._bar.reset(total)  # which begins from scratch
+            self._bar.start_t = began
         self._bar.update(done - self._bar.n)
-
-    def _shorten(self, total: int) -> None:
-        """Set the total, which a bar knows only how to do from its beginning."""
-        began = getattr(self._bar, "start_t", None)
-        self._bar.reset(total)
-        self._bar.start_t = began
 
     def close(self) -> None:
         """End the bar where it stands."""
@@ -74,8 +70,6 @@ def _bar_class() -> Any:
     """Return the class of a widget in a notebook, of text elsewhere, or where ipywidgets is not there."""
     if find_spec("ipywidgets") is None:  # which `tqdm.auto` complains of
         from tqdm import tqdm
-
-        return tqdm
-    from tqdm import auto
-
-    return auto.tqdm
+    else:
+        from tqdm.auto import tqdm
+    return tqdm

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 from shardkit.base.sizes import format_size
 from shardkit.measure.measurement import LoadMeasurement
 from shardkit.measure.quantities import QUANTITIES
-from shardkit.show.canvas import draw_bar, ink, new_axes, say_empty, scale, short_names, tidy
+from shardkit.show.canvas import (
+    draw_bar,
+    ink,
+    new_axes,
+    saved,
+    say_empty,
+    scale,
+    set_rows,
+    short_names,
+    tidy,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,12 +60,8 @@ def plot_ways(
     _plot_memory(axes[0], runs, smallest, limits)
     for ax, name in zip(axes[1:], _DRAWN, strict=True):
         _plot_quantity(ax, runs, name, _finding)
-    axes[0].set_yticks(range(len(runs)), short_names(runs))
-    axes[0].set_ylim(len(runs) - 0.5 + _LABELS, -0.6)
-    figure: Figure = axes[0].figure
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+    set_rows(axes[0], dict(enumerate(short_names(runs))), len(runs) + _LABELS)
+    return saved(axes[0], path)
 
 
 def plot_ranks(runs: _Runs, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -66,12 +72,8 @@ def plot_ranks(runs: _Runs, path: str | os.PathLike[str] | None = None) -> Figur
     axes = new_axes(2, 2, (11, 6.6), sharey=True).flatten()
     for ax, name in zip(axes, _OF_RANKS, strict=True):
         _plot_quantity(ax, runs, name, _share)
-    axes[0].set_yticks(range(len(runs)), short_names(runs))
-    axes[0].set_ylim(len(runs) - 0.5, -0.6)
-    figure: Figure = axes[0].figure
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+    set_rows(axes[0], dict(enumerate(short_names(runs))), len(runs))
+    return saved(axes[0], path)
 
 
 def _plot_memory(ax: Axes, runs: _Runs, smallest: Mapping[str, int], limits: Mapping[str, int]) -> None:
@@ -99,7 +101,6 @@ def _plot_quantity(ax: Axes, runs: _Runs, name: str, finding: _Finding) -> None:
 
 
 def _finding(label: str, values: Mapping[str, float]) -> str:
-    """Return a title: which needs least, and by how much."""
     if len(values) < 2 or not min(values.values()):
         return label
     least, most = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
@@ -108,7 +109,6 @@ def _finding(label: str, values: Mapping[str, float]) -> str:
 
 
 def _share(label: str, values: Mapping[str, float]) -> str:
-    """Return a title: what the others have of what the first has."""
     (name, first), *others = values.items() if values else [("", 0.0)]
     shares = [value / first for _, value in others] if first else []
     return f"{label}: {min(shares):.2g} to {max(shares):.2g} times that of {name}" if shares else label
@@ -121,6 +121,7 @@ def _known(runs: _Runs, of: Callable[[LoadMeasurement], float | None]) -> dict[s
 def _bars(
     ax: Axes, runs: _Runs, values: Mapping[str, float], shown: Callable[[Any], str], one: float
 ) -> None:
+    ax.tick_params(axis="y", length=0)
     for row, (name, run) in enumerate(runs.items()):
         if name in values:
             draw_bar(ax, row, values[name] / one, 0.62, row)

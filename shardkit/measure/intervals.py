@@ -35,13 +35,20 @@ class Law(NamedTuple):
     """What the mean of so many pairs may be by chance.
 
     `p_value(distance, error, count)` is how likely it is so far from the truth, with this standard error;
-    `quantile(count, error)` is how many standard errors it exceeds with this probability; `words` say whose
-    intervals follow.
+    `words` say whose intervals follow.
     """
 
     words: str
     p_value: Callable[[float, float, int], float]
-    quantile: Callable[[int, float], float]
+
+    def quantile(self, count: int, error: float = ERROR) -> float:
+        """Return how many standard errors it exceeds with this probability; infinity where no number is."""
+        low, high = 0.0, math.pi / 2
+        for _ in range(50):  # of angles, whose tangents they are; each halves what is unknown
+            middle = (low + high) / 2
+            is_rarer = self.p_value(math.tan(middle), 1, count) < error
+            low, high = (low, middle) if is_rarer else (middle, high)
+        return math.tan(high) if high < math.pi / 2 else math.inf
 
 
 @dataclass(frozen=True)
@@ -137,15 +144,6 @@ def _within(angle: float, freedom: int) -> float:
     return 2 / math.pi * (angle + total) if odd else total
 
 
-def student_quantile(freedom: int, error: float = ERROR) -> float:
-    """Return the t that Student's distribution exceeds, on either side, with this probability."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(50):  # of angles; each halves what is unknown
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < 1 - error else (low, middle)
-    return math.sqrt(freedom) * math.tan(high)
-
-
 def _p_value_at_any_time(distance: float, error: float, count: int) -> float:
     if distance == 0:
         return 1.0
@@ -155,15 +153,5 @@ def _p_value_at_any_time(distance: float, error: float, count: int) -> float:
     return min(1.0, math.exp(-evidence / 2))
 
 
-def _quantile_at_any_time(count: int, error: float) -> float:
-    kept = _PRIOR_PAIRS / (count + _PRIOR_PAIRS)
-    needed = (error * math.sqrt(kept)) ** (-2 / count)
-    return math.sqrt((count - 1) * (needed - 1) / (1 - kept * needed)) if kept * needed < 1 else math.inf
-
-
-STUDENT = Law("Student's intervals", _student_p_value, lambda n, error: student_quantile(n - 1, error))
-AT_ANY_TIME = Law(
-    "a t confidence sequence: intervals that hold after every pair",
-    _p_value_at_any_time,
-    _quantile_at_any_time,
-)
+STUDENT = Law("Student's intervals", _student_p_value)
+AT_ANY_TIME = Law("a t confidence sequence: intervals that hold after every pair", _p_value_at_any_time)

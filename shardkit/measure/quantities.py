@@ -6,7 +6,7 @@ A new figure is a property of `LoadMeasurement` and a line of the table.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,10 +63,9 @@ class Quantity:
 
     def format(self, value: float | None) -> str:
         """Return a value with its unit."""
-        if value is None:
-            return "-"
-        formats: dict[Unit, Callable[[Any], str]] = {"bytes": format_size, "seconds": format_seconds}
-        return formats[self.unit](value) if self.unit in formats else f"{value:,.0f}"
+        if value is None or self.unit == "seconds":
+            return format_seconds(value)
+        return format_size(value) if self.unit == "bytes" else f"{value:,.0f}"
 
 
 _WALL: dict[str, Any] = {"unit": "seconds", "less": "faster", "more": "slower"}

@@ -42,13 +42,12 @@ def read_events(lines: bytes) -> dict[str, list[dict[str, Any]]]:
     """Return the events in complete lines, by kind; what is not one, or lacks a field, is left out."""
     events: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _FIELDS}
     for line in lines.split(b"\n")[:-1]:
-        with suppress(ValueError, RecursionError):
+        with suppress(ValueError, RecursionError, TypeError, KeyError):
             event = json.loads(line)
-            kind = event.get("event") if isinstance(event, dict) else None
-            if isinstance(kind, str) and kind in _FIELDS:
-                fields = {name: event.get(name) for name in _FIELDS[kind]}
-                if all(_fits(fields[name], types) for name, types in _FIELDS[kind].items()):
-                    events[kind].append(fields)
+            types = _FIELDS[event["event"]]
+            fields = {name: event.get(name) for name in types}
+            if all(map(_fits, fields.values(), types.values())):
+                events[event["event"]].append(fields)
     return events
 
 

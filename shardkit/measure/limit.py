@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from mmap import PAGESIZE
@@ -53,13 +53,13 @@ class Limited:
         return None
 
 
-@contextmanager
-def limited(nbytes: int | None) -> Iterator[Limited]:
-    """Give a limit of `nbytes` (None: no limit) that ends with the block."""
-    if nbytes is not None and (why := why_unlimited()):
+def limited(nbytes: int | None) -> AbstractContextManager[Limited]:
+    """Return a limit of `nbytes` (None: no limit) for a block of code; refuse one that cannot be set."""
+    if nbytes is None:
+        return nullcontext(Limited())
+    if why := why_unlimited():
         raise MeasurementError(f"no memory limit can be set here: {why}")
-    with nullcontext(Limited()) if nbytes is None else _in_force(nbytes) as limit:
-        yield limit
+    return _in_force(nbytes)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -323,17 +323,11 @@ class Load:
         how = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0, **arguments}
         with ExitStack() as phase:
             phase.enter_context(self.reporter.phase("first token"))
-            streamer = _Streamer(tokens, lambda: self._next_phase(phase, len(tokens)))
+            streamer = _Streamer(tokens, self.job["generate"], self.reporter, phase)
             self.model.generate(
                 ids, attention_mask=self.torch.ones_like(ids), streamer=streamer,
                 max_new_tokens=self.job["generate"], **how,
             )  # fmt: skip
-
-    def _next_phase(self, phase: ExitStack, count: int) -> None:
-        phase.close()
-        self.reporter.send("first", tokens=count)
-        if count < self.job["generate"]:
-            phase.enter_context(self.reporter.phase("further tokens"))
 
     def _generates(self) -> bool:
         """Whether the model gives token after token: its class's name says so, or transformers does."""
@@ -353,30 +347,33 @@ class Load:
 
 
 class _Streamer:
-    """Takes from `generate` the prompt, and then what each pass gave; reports the end of the first."""
+    """Takes from `generate` the prompt, and then what each pass gave; the phase of the first ends with it."""
 
-    def __init__(self, tokens: list[int], after_first: Callable[[], None]) -> None:
-        self._tokens, self._after_first, self._puts = tokens, after_first, 0
+    def __init__(self, tokens: list[int], wanted: int, reporter: Reporter, phase: ExitStack) -> None:
+        self._tokens, self._wanted, self._reporter, self._phase = tokens, wanted, reporter, phase
+        self._puts = 0
 
     def put(self, value: Any) -> None:
         if self._puts:
             self._tokens += value.reshape(-1).tolist()
         if self._puts == 1:
-            self._after_first()
+            self._phase.close()
+            self._reporter.send("first", tokens=len(self._tokens))
+            if len(self._tokens) < self._wanted:
+                self._phase.enter_context(self._reporter.phase("further tokens"))
         self._puts += 1
 
     def end(self) -> None:
         pass
 
 
-def _start_reading(job: dict[str, Any]) -> AbstractContextManager[Any]:
+def _start_reading(job: dict[str, Any]) -> Any:
     """Prefetch as `load_model` does it, with the very same code; return what the load is to be done in."""
     ahead = job["prefetch"]
     if when := ahead.get("into_memory"):
         checkpoint = _shardkit("checkpoint.checkpoint").Checkpoint.open(job["folder"])
         weights = _shardkit("load.into_memory").WeightsInMemory(checkpoint, is_ahead=when == "ahead")
-        in_it: AbstractContextManager[Any] = weights.in_transformers()
-        return in_it
+        return weights.in_transformers()
     if ahead:
         prefetch = runpy.run_path(os.path.join(PACKAGE, "load", "prefetch.py"))["Prefetch"]
         prefetch(ahead["files"], ahead["limit_bytes"]).start()

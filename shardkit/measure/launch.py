@@ -245,11 +245,8 @@ def _outcome(end: ChildEnd, limit: int | None, peaks: Mapping[str, int | None]) 
     if errors := end.events["error"]:
         return "failed", f"{errors[-1]['reason']}{where}"
     if end.return_code in _KILLED and end.limit_kills and limit is not None:
-        size = format_size(limit)
-        return (
-            "killed",
-            f"by the kernel at its memory limit of {size}{when}{anonymous and anonymous + ' anonymous'}",
-        )
+        held = f"{anonymous} anonymous" if anonymous else ""
+        return "killed", f"by the kernel at its memory limit of {format_size(limit)}{when}{held}"
     if end.return_code < 0:
         name = _SIGNALS.get(-end.return_code, f"signal {-end.return_code}")
         hint = ": as the kernel does when memory runs out" if name == "SIGKILL" else ""
@@ -290,11 +287,8 @@ def _peaks(end: ChildEnd, load_at: float, was_reset: bool) -> dict[str, Any]:
     if not is_kernels:
         total = [size for at, size in end.portable_readings if at >= load_at]
         total += [reading.anonymous_bytes + reading.file_bytes for reading in readings]
-    return {
-        "peak_total_bytes": _largest(total),
-        "peak_is_kernels": is_kernels,
-        **_split_peaks(end, phases, readings),
-    }
+    split = _split_peaks(end, phases, readings)
+    return {"peak_total_bytes": _largest(total), "peak_is_kernels": is_kernels, **split}
 
 
 def _split_peaks(

@@ -17,7 +17,7 @@ from shardkit.compare import experiment as compare
 from shardkit.compare.comparison import Comparison, merge_comparisons
 from shardkit.compare.experiment import compare_loads
 from shardkit.demo import make_demo_checkpoint
-from shardkit.measure.intervals import AT_ANY_TIME, STUDENT, Pairs, conclude, family_errors, student_quantile
+from shardkit.measure.intervals import AT_ANY_TIME, STUDENT, Pairs, conclude, family_errors
 from shardkit.measure.measurement import LoadMeasurement
 from shardkit.measure.quantities import QUANTITIES, Quantity, Ratio, ratios_of
 from shardkit.measure.samples import Sample
@@ -102,8 +102,8 @@ class TestStatistics:
 
     def test_student_quantiles_are_those_of_the_tables(self):
         tables = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 30: 2.042}
-        assert {k: student_quantile(k) for k in tables} == pytest.approx(tables, rel=0.001)
-        assert [student_quantile(k, 0.01) for k in (2, 5)] == pytest.approx([9.925, 4.032], rel=0.001)
+        assert {k: STUDENT.quantile(k + 1) for k in tables} == pytest.approx(tables, rel=0.001)
+        assert [STUDENT.quantile(k + 1, 0.01) for k in (2, 5)] == pytest.approx([9.925, 4.032], rel=0.001)
         found = Pairs.of([1.0, 1.0, 1.0], [1.1, 1.3, 1.2])
         assert found.interval(found.p_value)[0] == pytest.approx(1)  # where it ends at 1, p is its error
 

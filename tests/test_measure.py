@@ -26,7 +26,6 @@ from shardkit.measure import page_cache, sampler
 from shardkit.measure.child import ChildEnd
 from shardkit.measure.launch import WORKER, measure_load
 from shardkit.measure.measurement import LoadMeasurement
-from shardkit.measure.readings import sampler_cost
 from shardkit.measure.sampler import PortableSampler, Reading, parse_status
 from tests.fake_loads import MB, fake_interpreter, fake_load, gone, happens
 
@@ -707,7 +706,7 @@ class TestShowing:
     def test_silence_after_the_last_reading_is_a_gap_too(self):
         readings = [Reading(at, 9 * MB, 5 * MB, 4 * MB) for at in (1.0, 1.01, 1.02)]
         end = ChildEnd(0.5, 2.0, -9, False, None, {}, "", readings, [], 0.01, sampled_until=1.9)
-        assert sampler_cost(end, 1.0).longest_gap_seconds == pytest.approx(0.88)
+        assert end.sampler_cost(1.0).longest_gap_seconds == pytest.approx(0.88)
 
     def test_reading_of_a_process_that_has_gone_is_not_kept(self):
         with subprocess.Popen(["true"]) as child:

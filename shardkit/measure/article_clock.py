@@ -80,13 +80,9 @@ def article_table(clocked: Mapping[str, HubLoad]) -> pd.DataFrame:
         }
     table = {}
     for row, seconds in rows.items():
-        for place, clock in enumerate(("wall", "CPU")):
-            before, after = (seconds[name][place] for name in _ARTICLE)
-            table[f"{row}, {clock} time"] = [
-                format_seconds(before),
-                format_seconds(after),
-                f"{before / after:.2f}",
-            ]
+        for clock, *both in zip(("wall", "CPU"), seconds["original"], seconds["sharded"], strict=True):
+            before, after = map(format_seconds, both)
+            table[f"{row}, {clock} time"] = [before, after, f"{both[0] / both[1]:.2f}"]
     return pd.DataFrame.from_dict(table, orient="index", columns=[*_ARTICLE, "ratio"])
 
 

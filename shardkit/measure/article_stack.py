@@ -1,12 +1,8 @@
 """The article's stack: transformers of January 2024, in an environment of its own beside this Python's torch.
 
-What sharding does to a load depends on who loads. The loader of 2024 copied one file after the other, so that
-more files meant a lower peak; today's maps them all. To see both, both have to run.
-
-The environment has its own transformers, accelerate, numpy and Hub client. Of this Python's packages it sees
-torch, and what torch requires, through links: neither its transformers nor anything that the old one would
-try to use, such as another framework. It is made once, found again, and renamed into place when it is known
-to work.
+The loader of 2024 copied one file after the other, so that more files meant a lower peak; today's maps all.
+Of this Python's packages the environment sees torch, and what torch requires, through links: neither its
+transformers nor anything that the old one would try to use, such as another framework.
 """
 
 from __future__ import annotations
@@ -78,7 +74,6 @@ def article_stack(folder: str | os.PathLike[str] | None = None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(target.with_name(f".{target.name}.lock")):  # who comes second finds it made
             if _read_mark(target) != _wanted():
-                _refuse_new_python()
                 _put(target)
     except OSError as error:
         raise MeasurementError(f"{target} cannot be written: {error.strerror or error}") from error
@@ -121,20 +116,17 @@ def _read_mark(target: Path) -> dict[str, object] | None:
     return None
 
 
-def _refuse_new_python() -> None:
-    if sys.version_info[:2] > _NEWEST_PYTHON:
-        here, newest = (".".join(map(str, version[:2])) for version in (sys.version_info, _NEWEST_PYTHON))
-        raise MeasurementError(
-            f"the 2024 stack has no packages for Python {here}: run shardkit with Python {newest} to use it"
-        )
-
-
 def _python(environment: Path) -> Path:
     return Path(sysconfig.get_path("scripts", "venv", {"base": str(environment)}), "python")
 
 
 def _put(target: Path) -> None:
     """Make the environment beside its place, and put it there once it works."""
+    if sys.version_info[:2] > _NEWEST_PYTHON:
+        here, newest = (".".join(map(str, version[:2])) for version in (sys.version_info, _NEWEST_PYTHON))
+        raise MeasurementError(
+            f"the 2024 stack has no packages for Python {here}: run shardkit with Python {newest} to use it"
+        )
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # which a process that died has left
     try:

@@ -13,18 +13,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from shardkit.base.errors import Cancelled
 from shardkit.measure.events import read_events
 from shardkit.measure.limit import Limited, limited
+from shardkit.measure.measurement import MemoryCurve, SamplerCost
 from shardkit.measure.sampler import PortableSampler, Reading, StatusSampler
 from shardkit.measure.spec import LoadSpec
 
 _TAIL_BYTES = 4000
 _ASK_EVERY_SECONDS = 0.2
 _EVENTS_BYTES = 4_000_000
+_CURVE_POINTS = 500
 # A load from a folder has no business on the network, whose delays would count as the load's.
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 # The end of its stdin says that we were killed: then it ends the child's group, and removes the folder; and
@@ -57,6 +60,27 @@ class ChildEnd:
     portable_readings: Sequence[tuple[float, int]] = ()
     sampler_cpu_seconds: float = 0.0
     sampled_until: float = 0.0
+
+    def sampler_cost(self, load_at: float) -> SamplerCost:
+        """Return how closely a load that began at a moment was watched."""
+        times = [reading.at for reading in self.readings]
+        looks = [*times, max(self.sampled_until, *times)] if times else []
+        gaps = [later - earlier for earlier, later in pairwise(looks) if later > load_at]
+        share = self.sampler_cpu_seconds / (self.ended_at - self.started_at)
+        return SamplerCost(len(times), max(gaps, default=None), share)
+
+    def curve(self) -> MemoryCurve:
+        """Return its memory over time."""
+        fine = [(r.at, r.anonymous_bytes, r.file_bytes) for r in self.readings]
+        return MemoryCurve(*self._columns(fine, 3), *self._columns(self.portable_readings, 2))
+
+    def _columns(self, readings: Sequence[tuple[float, ...]], count: int) -> list[tuple[Any, ...]]:
+        """Return times and sizes, thinned to 500 points, each with the peaks of those it stands for."""
+        step = -(-len(readings) // _CURVE_POINTS) or 1
+        groups = (readings[first : first + step] for first in range(0, len(readings), step))
+        points = [tuple(map(max, zip(*group, strict=True))) for group in groups]
+        times, *sizes = zip(*points, strict=True) if points else [()] * count
+        return [tuple(round(at - self.started_at, 4) for at in times), *sizes]
 
 
 def run_child(
@@ -96,6 +120,7 @@ def run_child(
             sampler.join()
         ended_at = time.monotonic()
         events = read_events(os.pread(results.fileno(), _EVENTS_BYTES, 0))
+        printed.seek(-min(_TAIL_BYTES, printed.seek(0, os.SEEK_END)), os.SEEK_END)
         is_child = all(hello["pid"] == child.pid for hello in events["hello"])
         return ChildEnd(
             started_at,
@@ -104,7 +129,7 @@ def run_child(
             timed_out,
             limit.kills(),
             events,
-            _read_tail(printed),
+            printed.read(_TAIL_BYTES).decode("utf-8", "replace"),
             fine.readings if is_child else (),
             portable.readings if is_child else (),
             fine.cpu_seconds,
@@ -159,8 +184,3 @@ def _runs_out_of_time(
         if stop is not None and stop():
             raise Cancelled("stopped in the middle of a load")
     return True
-
-
-def _read_tail(printed: FileIO) -> str:
-    size = os.fstat(printed.fileno()).st_size
-    return os.pread(printed.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES)).decode("utf-8", "replace")

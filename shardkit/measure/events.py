@@ -13,7 +13,7 @@ from shardkit.measure.measurement import Phase
 _LARGEST = 2**63
 _SURROGATE = re.compile("[\ud800-\udfff]")  # which JSON can say, and no file or screen takes
 _NUMBER, _COUNT_OR_NONE = (int, float), (int, type(None))
-_CLOCKED = ("at", "wall_seconds", "user_seconds", "system_seconds")
+_CLOCKED = ("at", "wall_seconds", "user_seconds", "system_seconds", "process_cpu_seconds")
 _COUNTED = (
     *(name for name, kind in Phase.__annotations__.items() if kind == "int | None" and "peak_" not in name),
     *("peak_total_bytes", "anonymous_bytes", "file_bytes"),
@@ -21,12 +21,7 @@ _COUNTED = (
 _FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     "hello": {"pid": (int,)},
     "begin": {"name": (str,), "at": _NUMBER, "peak_reset": (bool,)},
-    "end": {
-        "name": (str,),
-        **dict.fromkeys(_CLOCKED, _NUMBER),
-        **dict.fromkeys(_COUNTED, _COUNT_OR_NONE),
-        "process_cpu_seconds": _NUMBER,
-    },
+    "end": {"name": (str,), **dict.fromkeys(_CLOCKED, _NUMBER), **dict.fromkeys(_COUNTED, _COUNT_OR_NONE)},
     "stack": {"versions": (dict,), "threads": _COUNT_OR_NONE, "gpu": (str, type(None))},
     "model": {"name": (str,)},
     "tokens": {"ids": (list,)},
@@ -42,13 +37,12 @@ def read_events(lines: bytes) -> dict[str, list[dict[str, Any]]]:
     """Return the events in complete lines, by kind; what is not one, or lacks a field, is left out."""
     events: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _FIELDS}
     for line in lines.split(b"\n")[:-1]:
-        with suppress(ValueError, RecursionError):
+        with suppress(ValueError, RecursionError, TypeError, KeyError):
             event = json.loads(line)
-            kind = event.get("event") if isinstance(event, dict) else None
-            if isinstance(kind, str) and kind in _FIELDS:
-                fields = {name: event.get(name) for name in _FIELDS[kind]}
-                if all(_fits(fields[name], types) for name, types in _FIELDS[kind].items()):
-                    events[kind].append(fields)
+            types = _FIELDS[event["event"]]
+            fields = {name: event.get(name) for name in types}
+            if all(map(_fits, fields.values(), types.values())):
+                events[event["event"]].append(fields)
     return events
 
 

@@ -31,17 +31,54 @@ _MOST_PAIRS = 200
 _PRIOR_PAIRS = 0.2
 
 
+def _student_p_value(distance: float, error: float, count: int) -> float:
+    if error == 0:
+        return float(distance == 0)
+    return 1 - _within(math.atan(abs(distance) / error / math.sqrt(count - 1)), count - 1)
+
+
+def _within(angle: float, freedom: int) -> float:
+    """Return Student's A(t), ``t = sqrt(freedom) * tan(angle)``: Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    odd, cosine = freedom % 2, math.cos(angle)
+    term, total = cosine**odd, 0.0
+    for power in range(odd, freedom - 1, 2):
+        total += term
+        term *= cosine**2 * (power + 1) / (power + 2)
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
+
+
+def _p_value_at_any_time(distance: float, error: float, count: int) -> float:
+    if distance == 0:
+        return 1.0
+    # Their quotient is t squared by its degrees of freedom; the noise may be zero, where all pairs are equal.
+    signal, noise, kept = distance**2, (count - 1) * error**2, _PRIOR_PAIRS / (count + _PRIOR_PAIRS)
+    evidence = math.log(kept) + count * math.log((noise + signal) / (noise + kept * signal))
+    return min(1.0, math.exp(-evidence / 2))
+
+
 class Law(NamedTuple):
     """What the mean of so many pairs may be by chance.
 
     `p_value(distance, error, count)` is how likely it is so far from the truth, with this standard error;
-    `quantile(count, error)` is how many standard errors it exceeds with this probability; `words` say whose
-    intervals follow.
+    `words` say whose intervals follow.
     """
 
     words: str
     p_value: Callable[[float, float, int], float]
-    quantile: Callable[[int, float], float]
+
+    def quantile(self, count: int, error: float = ERROR) -> float:
+        """Return how many standard errors it exceeds with this probability; infinity where no number is."""
+        low, high = 0.0, math.pi / 2
+        for _ in range(50):  # of angles, whose tangents they are; each halves what is unknown
+            middle = (low + high) / 2
+            is_rarer = self.p_value(math.tan(middle), 1, count) < error
+            low, high = (low, middle) if is_rarer else (middle, high)
+        return math.tan(high) if high < math.pi / 2 else math.inf
+
+
+STUDENT = Law("Student's intervals", _student_p_value)
+AT_ANY_TIME = Law("a t confidence sequence: intervals that hold after every pair", _p_value_at_any_time)
 
 
 @dataclass(frozen=True)
@@ -59,11 +96,11 @@ class Pairs:
     law: Law
 
     @classmethod
-    def of(cls, first: Sequence[float], second: Sequence[float], law: Law | None = None) -> Self:
-        """Return how ``second / first`` lies, by Student's law if by no other."""
+    def of(cls, first: Sequence[float], second: Sequence[float], law: Law = STUDENT) -> Self:
+        """Return how ``second / first`` lies."""
         logs = [math.log(other / one) for one, other in zip(first, second, strict=True)]
         error = stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else None
-        return cls(fmean(logs), error, len(logs), law or STUDENT)
+        return cls(fmean(logs), error, len(logs), law)
 
     @property
     def p_value(self) -> float:
@@ -118,52 +155,3 @@ def family_errors(p_values: Sequence[float]) -> list[float]:
 def mean_interval(values: Sequence[float], law: Law) -> tuple[float, float] | None:
     """Return the 95 % interval of the geometric mean; None for fewer than three values."""
     return Pairs.of([1.0] * len(values), values, law).interval() if len(values) > 2 else None
-
-
-def _student_p_value(distance: float, error: float, count: int) -> float:
-    if error == 0:
-        return float(distance == 0)
-    return 1 - _within(math.atan(abs(distance) / error / math.sqrt(count - 1)), count - 1)
-
-
-def _within(angle: float, freedom: int) -> float:
-    """Return Student's A(t), ``t = sqrt(freedom) * tan(angle)``: Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    odd, cosine = freedom % 2, math.cos(angle)
-    term, total = cosine**odd, 0.0
-    for power in range(odd, freedom - 1, 2):
-        total += term
-        term *= cosine**2 * (power + 1) / (power + 2)
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if odd else total
-
-
-def student_quantile(freedom: int, error: float = ERROR) -> float:
-    """Return the t that Student's distribution exceeds, on either side, with this probability."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(50):  # of angles; each halves what is unknown
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < 1 - error else (low, middle)
-    return math.sqrt(freedom) * math.tan(high)
-
-
-def _p_value_at_any_time(distance: float, error: float, count: int) -> float:
-    if distance == 0:
-        return 1.0
-    # Their quotient is t squared by its degrees of freedom; the noise may be zero, where all pairs are equal.
-    signal, noise, kept = distance**2, (count - 1) * error**2, _PRIOR_PAIRS / (count + _PRIOR_PAIRS)
-    evidence = math.log(kept) + count * math.log((noise + signal) / (noise + kept * signal))
-    return min(1.0, math.exp(-evidence / 2))
-
-
-def _quantile_at_any_time(count: int, error: float) -> float:
-    kept = _PRIOR_PAIRS / (count + _PRIOR_PAIRS)
-    needed = (error * math.sqrt(kept)) ** (-2 / count)
-    return math.sqrt((count - 1) * (needed - 1) / (1 - kept * needed)) if kept * needed < 1 else math.inf
-
-
-STUDENT = Law("Student's intervals", _student_p_value, lambda n, error: student_quantile(n - 1, error))
-AT_ANY_TIME = Law(
-    "a t confidence sequence: intervals that hold after every pair",
-    _p_value_at_any_time,
-    _quantile_at_any_time,
-)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from shardkit.base.errors import CheckpointError
 from shardkit.base.sizes import format_size
@@ -28,22 +28,19 @@ from shardkit.measure import page_cache
 from shardkit.measure.child import ChildEnd, run_child
 from shardkit.measure.environment import describe_machine
 from shardkit.measure.measurement import LOAD, LoadMeasurement, Outcome, Phase
-from shardkit.measure.readings import curve_of, sampler_cost
 from shardkit.measure.sampler import Reading
 from shardkit.measure.spec import Cache, LoadSpec
 from shardkit.sources.local import LocalFiles
 
 WORKER = Path(__file__).with_name("worker.py")
-_PREFETCH = Path(__file__).parents[1] / "load" / "prefetch.py"
-_PACKAGE = Path(__file__).parents[1]
 # transformers names what its own function would be given.
 UNTRUSTED = (
     'it needs custom code, which runs only if you trust it: allow it with options={"trust_remote_code": True}'
 )
 _KILLED = (-9, 128 + 9)  # by SIGKILL; as a wrapper's shell says it
-Children: TypeAlias = Callable[[Sequence[str], Mapping[str, Any]], list[ChildEnd]]
 _SIGNALS = {int(number): number.name for number in signal.Signals}
 _NOT_STARTED = (126, 127)  # as a shell says it
+_REQUESTED = ("dtype", "device", "generate", "prefetch", "prompt", "memory_limit_bytes", "max_memory_bytes")
 
 
 def measure_load(
@@ -146,39 +143,38 @@ def run_load(
 
 
 def run_in(
-    source: str | os.PathLike[str], spec: LoadSpec, run: Children, by_shardkit: bool = False
+    source: str | os.PathLike[str],
+    spec: LoadSpec,
+    run: Callable[[Sequence[str], Mapping[str, Any]], list[ChildEnd]],
+    by_shardkit: bool = False,
 ) -> list[LoadMeasurement]:
     """Load a checkpoint in the processes that `run` starts, given a command and its job, and waits for."""
     folder, files = loaded_files(source)
-    given, by_shardkit = spec.options, by_shardkit or spec.max_memory is not None
+    by_shardkit = by_shardkit or spec.max_memory is not None
     with suppress(CheckpointError):  # the load itself says what is wrong
         by_shardkit = by_shardkit or is_for_ranks(Checkpoint.open(folder))
-    ahead = _ahead(Checkpoint.open(folder), files, spec) if spec.prefetch else None
+    ahead = _ahead(Checkpoint.open(folder), files, spec) if spec.prefetch else {}
+    trusted = bool(spec.options.get("trust_remote_code"))
     job = {
+        **{name: getattr(spec, name) for name in ("dtype", "device", "generate", "prompt")},
         "folder": folder,
-        "dtype": spec.dtype,
-        "device": spec.device,
-        "generate": spec.generate,
-        "options": repr(given),  # JSON would make text of the numbers of GPUs
+        "options": repr(spec.options),  # JSON would make text of the numbers of GPUs
         "loader": spec.loader and os.path.abspath(spec.loader),
-        "prompt": spec.prompt,
         "generation": repr(spec.generation),
-        "loaders": loader_names(read_config(LocalFiles(folder)), bool(given.get("trust_remote_code"))),
+        "loaders": loader_names(read_config(LocalFiles(folder)), trusted),
         "prefetch": ahead,
         "max_memory": spec.max_memory_bytes,
         "by_shardkit": by_shardkit,
-        "package": str(_PACKAGE),
     }
     command = [os.path.expanduser(spec.python or sys.executable), str(WORKER)]
     state = page_cache.prepare(files, spec.cache)
-    ends = run(command, job)
-    reads = [_read_since_load(end) for end in ends]
-    is_known = not spec.prefetch and None not in reads
+    loads = [_measurement(folder, spec, state, end) for end in run(command, job)]
+    reads = [load.read_bytes for load in loads if load.ok and not spec.prefetch]
+    is_known = len(reads) == len(loads) and None not in reads
     state = page_cache.conclude(state, files, sum(filter(None, reads)) if is_known else None)
-    if chosen := [name for name in FILE_OPTIONS if name in given]:
+    if chosen := [name for name in FILE_OPTIONS if name in spec.options]:
         state = page_cache.doubt(state, f"with {', '.join(chosen)} other files may have been loaded")
-    into_memory = bool(ahead and ahead["into_memory"])
-    return [replace(_measurement(folder, spec, state, end), into_memory=into_memory) for end in ends]
+    return [replace(load, cache=state, into_memory=bool(ahead.get("into_memory"))) for load in loads]
 
 
 def _ahead(checkpoint: Checkpoint, files: list[str], spec: LoadSpec) -> dict[str, Any]:
@@ -188,16 +184,7 @@ def _ahead(checkpoint: Checkpoint, files: list[str], spec: LoadSpec) -> dict[str
     # Another interpreter may lack what shardkit needs.
     into = None if spec.python else read_into_memory(checkpoint, spec.dtype, {**place, **spec.options}, limit)
     most = prefetch_bytes(checkpoint, spec.dtype, limit)
-    return {"path": str(_PREFETCH), "files": files, "limit_bytes": most, "into_memory": into}
-
-
-def _read_since_load(end: ChildEnd) -> int | None:
-    """Return the bytes that came from the disk from the load on; None if unknown."""
-    names = [phase["name"] for phase in end.events["end"]]
-    if LOAD not in names or not end.events["done"]:
-        return None
-    counts = [phase["read_bytes"] for phase in end.events["end"][names.index(LOAD) :]]
-    return None if None in counts else sum(counts)
+    return {"files": files, "limit_bytes": most, "into_memory": into}
 
 
 def _measurement(folder: str, spec: LoadSpec, cache: page_cache.CacheState, end: ChildEnd) -> LoadMeasurement:
@@ -211,17 +198,11 @@ def _measurement(folder: str, spec: LoadSpec, cache: page_cache.CacheState, end:
     if outcome == "failed" and "trust_remote_code" in reason and not spec.options.get("trust_remote_code"):
         reason = f"{UNTRUSTED}{_where(end)}"
     return LoadMeasurement(
+        **{name: getattr(spec, name) for name in _REQUESTED},
         source=folder,
-        dtype=spec.dtype,
-        device=spec.device,
-        generate=spec.generate,
-        options=_as_json(spec.options),
-        prefetch=spec.prefetch,
-        memory_limit_bytes=limit,
-        max_memory_bytes=spec.max_memory_bytes,
+        options=dict(spec.options),
         loader=Path(spec.loader).name if spec.loader else None,
-        prompt=spec.prompt,
-        generation=_as_json(spec.generation),
+        generation=dict(spec.generation),
         outcome=outcome,
         reason=reason,
         phases=tuple(_phase(event, end) for event in end.events["end"]),
@@ -232,17 +213,12 @@ def _measurement(folder: str, spec: LoadSpec, cache: page_cache.CacheState, end:
         model_class=last.get("model", {}).get("name"),
         token_ids=tuple(last.get("tokens", {}).get("ids", ())),
         first_tokens=last.get("first", {}).get("tokens", 1),
-        curve=curve_of(end),
-        sampler=sampler_cost(end, load["at"]),
+        curve=end.curve(),
+        sampler=end.sampler_cost(load["at"]),
         environment=describe_machine(folder, limit, **last.get("stack", {})),
         output="" if outcome == "ok" else end.output,
         notes=_notes(end, peaks["peak_is_kernels"]),
     )
-
-
-def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as results keep them, and as they arrived: what would not is refused."""
-    return dict(LoadSpec(options=options).options)
 
 
 def _notes(end: ChildEnd, is_kernels: bool) -> tuple[str, ...]:
@@ -262,20 +238,15 @@ def _outcome(end: ChildEnd, limit: int | None, peaks: Mapping[str, int | None]) 
     when = f"{where}, {end.ended_at - end.started_at:.1f} s after its start"
     memory, anonymous = _at(peaks["peak_total_bytes"]), _at(peaks["peak_anonymous_bytes"])
     last = (end.output.strip().splitlines() or [""])[-1].strip()[:300]
-    if end.return_code is None:
-        return "failed", f"the interpreter could not be started: {end.output}"
-    if end.return_code in _NOT_STARTED and not end.events["hello"]:
+    if end.return_code is None or (end.return_code in _NOT_STARTED and not end.events["hello"]):
         return "failed", f"the interpreter could not be started: {last or 'no reason given'}"
     if end.timed_out:
         return "timeout", f"stopped{when}{memory}"
     if errors := end.events["error"]:
         return "failed", f"{errors[-1]['reason']}{where}"
     if end.return_code in _KILLED and end.limit_kills and limit is not None:
-        size = format_size(limit)
-        return (
-            "killed",
-            f"by the kernel at its memory limit of {size}{when}{anonymous and anonymous + ' anonymous'}",
-        )
+        held = f"{anonymous} anonymous" if anonymous else ""
+        return "killed", f"by the kernel at its memory limit of {format_size(limit)}{when}{held}"
     if end.return_code < 0:
         name = _SIGNALS.get(-end.return_code, f"signal {-end.return_code}")
         hint = ": as the kernel does when memory runs out" if name == "SIGKILL" else ""
@@ -316,11 +287,8 @@ def _peaks(end: ChildEnd, load_at: float, was_reset: bool) -> dict[str, Any]:
     if not is_kernels:
         total = [size for at, size in end.portable_readings if at >= load_at]
         total += [reading.anonymous_bytes + reading.file_bytes for reading in readings]
-    return {
-        "peak_total_bytes": _largest(total),
-        "peak_is_kernels": is_kernels,
-        **_split_peaks(end, phases, readings),
-    }
+    split = _split_peaks(end, phases, readings)
+    return {"peak_total_bytes": _largest(total), "peak_is_kernels": is_kernels, **split}
 
 
 def _split_peaks(

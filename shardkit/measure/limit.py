@@ -6,14 +6,13 @@ not dropped. A process that needs more is killed by the kernel, which says so in
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from mmap import PAGESIZE
@@ -25,6 +24,7 @@ from shardkit.base.errors import MeasurementError
 from shardkit.base.machine import LIMIT_FILE, control_groups
 
 _PROBE_BYTES = 64 << 20
+_KILLS_FILES = ("memory.oom_control", "memory.events")
 
 # The shell joins the group and becomes the command, so that all the command's memory counts.
 _JOIN = 'echo 0 > "$0" && exec "$@"'
@@ -34,37 +34,43 @@ _HOLD = "sed -n s/^0:://p /proc/self/cgroup; read _"
 
 @dataclass(frozen=True)
 class Limited:
-    """A limit in force: how to start a command under it, the kernel's kills for it, and its group."""
+    """A limit in force, by its group, and what joins that before a command; without a group, no limit."""
 
-    command: Callable[[Sequence[str]], list[str]]
-    kills: Callable[[], int | None]
     group: Path | None = None
+    join: tuple[str, ...] = ()
+
+    def command(self, command: Sequence[str]) -> list[str]:
+        """Return how to start a command under it."""
+        return [*self.join, *command]
+
+    def kills(self) -> int | None:
+        """Return how many processes the kernel has killed for it; None where it does not say."""
+        for file in [self.group / name for name in _KILLS_FILES] if self.group else ():
+            with suppress(OSError):
+                for line in file.read_text().splitlines():
+                    if line.startswith("oom_kill "):
+                        return int(line.split()[1])
+        return None
 
 
-@contextmanager
-def limited(nbytes: int | None) -> Iterator[Limited]:
-    """Give a limit of `nbytes` (None: no limit) that ends with the block."""
+def limited(nbytes: int | None) -> AbstractContextManager[Limited]:
+    """Return a limit of `nbytes` (None: no limit) for a block of code; refuse one that cannot be set."""
     if nbytes is None:
-        yield Limited(list, lambda: None)
-        return
+        return nullcontext(Limited())
     if why := why_unlimited():
         raise MeasurementError(f"no memory limit can be set here: {why}")
-    with _in_force(nbytes) as limit:
-        yield limit
+    return _in_force(nbytes)
 
 
 @contextmanager
 def _in_force(nbytes: int) -> Iterator[Limited]:
     """Give the limit in a group of our own, or in one of the user's systemd; OSError where there is none."""
     with ExitStack() as stack:
-        if (group := _make_group(nbytes)) is not None:
-            start = []
-        else:
-            # What joins its group must be started by it: nobody else may cross over.
-            group, start = stack.enter_context(_scope(nbytes)), [*_SYSTEMD, "--"]
+        # What joins systemd's group must be started by systemd: nobody else may cross over.
+        start = () if (group := _make_group(nbytes)) else (*_SYSTEMD, "--")
+        group = group or stack.enter_context(_scope(nbytes))
         stack.callback(_remove, group)
-        join = [*start, "/bin/sh", "-c", _JOIN, str(group / "cgroup.procs")]
-        yield Limited(lambda command: [*join, *command], lambda: _kills(group), group)
+        yield Limited(group, (*start, "/bin/sh", "-c", _JOIN, str(group / "cgroup.procs")))
 
 
 @contextmanager
@@ -117,14 +123,11 @@ def _remove(group: Path) -> None:
             for pid in map(int, (group / "cgroup.procs").read_text().split()):
                 if pid > 0:  # 0 stands for a process that we cannot see; kill(0) would be our own end
                     os.kill(pid, signal.SIGKILL)
-        try:
+        with suppress(OSError):
             group.rmdir()
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                return
-            time.sleep(0.01)  # until the kernel is through with the processes
-        else:
+        if not group.exists():
             return
+        time.sleep(0.01)  # until the kernel is through with the processes
 
 
 def _set_limit(group: Path, nbytes: int, is_v2: bool) -> None:
@@ -138,13 +141,3 @@ def _set_limit(group: Path, nbytes: int, is_v2: bool) -> None:
     swap, most = ("memory.swap.max", 0) if is_v2 else ("memory.memsw.limit_in_bytes", nbytes)
     with suppress(OSError):  # swap is not always accounted for
         (group / swap).write_text(str(most))
-
-
-def _kills(group: Path) -> int | None:
-    """Return how many processes the kernel has killed for the limit; None where it does not say."""
-    for name in ("memory.oom_control", "memory.events"):
-        with suppress(OSError):
-            for line in (group / name).read_text().splitlines():
-                if line.startswith("oom_kill "):
-                    return int(line.split()[1])
-    return None

@@ -206,8 +206,7 @@ class LoadMeasurement(Record):
     def read_bytes(self) -> int | None:
         """Bytes that came from the disk for the load and all tokens; None if unknown."""
         counts = [p.read_bytes for p in self.phases if p.name in (LOAD, FIRST_TOKEN, FURTHER_TOKENS)]
-        known = [count for count in counts if count is not None]
-        return sum(known) if known and len(known) == len(counts) else None
+        return None if None in counts or not counts else sum(filter(None, counts))
 
     @property
     def seconds_per_token(self) -> float | None:

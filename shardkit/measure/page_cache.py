@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -45,7 +46,8 @@ def prepare(files: Iterable[str], asked: str) -> CacheState:
         pages.drop(files)
     else:
         for file in files:
-            _read_through(file)
+            with suppress(OSError), open(file, "rb") as source, open(os.devnull, "wb") as nowhere:
+                shutil.copyfileobj(source, nowhere, 2**20)
     total = sum(os.stat(file).st_size for file in files)
     resident = pages.resident_bytes(files)
     if resident is None:
@@ -78,10 +80,3 @@ def conclude(state: CacheState, files: Iterable[str], read_bytes: int | None) ->
 def doubt(state: CacheState, why_not: str) -> CacheState:
     """Return the state as not proven; a reason that it already has stays."""
     return replace(state, proven=False, why_not=state.why_not or why_not)
-
-
-def _read_through(file: str) -> None:
-    buffer = bytearray(2**20)
-    with suppress(OSError), open(file, "rb", buffering=0) as handle:
-        while handle.readinto(buffer):
-            pass

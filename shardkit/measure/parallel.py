@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,6 +17,7 @@ from threading import Event
 from typing import Any, Literal
 
 from shardkit.base.errors import Cancelled, MeasurementError, PlanError
+from shardkit.base.machine import cores
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.ranks import check_ranks
 from shardkit.formats.tensor import LoadDtypeLike
@@ -92,43 +92,42 @@ def measure_parallel(
     """
     check({"ranks": ranks, "by": by, "threads": threads}, _RULES)
     checkpoint = Checkpoint.open(source, download=True)
-    _check(checkpoint.config or {}, ranks, by)
     options = {"distributed_config": {_SIZES[by]: ranks}}
     spec = LoadSpec(
         dtype, device, cache, generate, timeout=timeout, options=options, prompt=prompt, generation=_POSITIONS
     )
-    _check_transformers()
-    failed: list[int] = []
+    _check(checkpoint.config or {}, ranks, by)
+    ends: dict[int, ChildEnd] = {}  # in the order in which they come
     with socket.socket() as meeting:
         # Bound but not listening: nobody else is given the port, and the first rank may listen there.
         meeting.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         meeting.bind(("127.0.0.1", 0))
-        share = threads or max(1, (os.cpu_count() or 1) // ranks)
+        share = threads or max(1, cores() // ranks)
         places = [_place(rank, ranks, meeting.getsockname()[1], device, share) for rank in range(ranks)]
-        together = partial(_run_together, spec=spec, places=places, stop=stop, failed=failed)
-        runs = run_in(source, spec, together, by_shardkit=not mapped)
-    if failed:
-        raise MeasurementError(f"rank {failed[0]} of {ranks} {runs[0].end}; the other processes were stopped")
-    return tuple(runs)
+        together = partial(_run_together, spec=spec, places=places, stop=stop, ends=ends)
+        loads = run_in(source, spec, together, by_shardkit=not mapped)
+    runs = dict(zip(ends, loads, strict=True))
+    # One that was killed is the cause of errors in those that it left; of errors, the first is.
+    wrong = sorted((r for r, run in runs.items() if not run.ok), key=lambda r: runs[r].outcome != "killed")
+    if wrong:
+        why = f"rank {wrong[0]} of {ranks} {runs[wrong[0]].end}"
+        raise MeasurementError(f"{why}; the other processes were stopped")
+    return tuple(runs[rank] for rank in range(ranks))
 
 
-def _check_transformers() -> None:
-    """Refuse a version that would ignore what it does not know, and load all of the model everywhere."""
+def _check(config: Mapping[str, Any], ranks: int, by: By) -> None:
+    layers = config.get("num_hidden_layers")
+    if by == "tensor":
+        check_ranks(config, ranks)
+    elif isinstance(layers, int) and ranks > layers:
+        raise PlanError(f"{ranks} processes cannot share the {layers} layers of this model: one each at most")
     version = metadata.version("transformers")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < _LEAST:
+        # It would ignore what it does not know, and load all of the model everywhere.
         least = ".".join(map(str, _LEAST))
         raise MeasurementError(
             f"only transformers {least} or newer divides a model so: {version} is installed"
         )
-
-
-def _check(config: Mapping[str, Any], ranks: int, by: By) -> None:
-    if by == "tensor":
-        check_ranks(config, ranks)
-        return
-    layers = config.get("num_hidden_layers")
-    if isinstance(layers, int) and ranks > layers:
-        raise PlanError(f"{ranks} processes cannot share the {layers} layers of this model: one each at most")
 
 
 def _place(rank: int, ranks: int, port: int, device: str, threads: int) -> dict[str, str]:
@@ -153,10 +152,10 @@ def _run_together(
     spec: LoadSpec,
     places: Sequence[Mapping[str, str]],
     stop: Callable[[], bool] | None,
-    failed: list[int],
+    ends: dict[int, ChildEnd],
 ) -> list[ChildEnd]:
-    """Run a process for each place; return how they ended, or how the one did whose failure ended all."""
-    is_over, ends = Event(), dict[int, ChildEnd]()
+    """Run a process for each place; return how those ended that no failure of another stopped."""
+    is_over = Event()
 
     def run(rank: int) -> None:
         try:
@@ -172,10 +171,7 @@ def _run_together(
 
     with ThreadPoolExecutor(len(places)) as pool:
         try:
-            deque(pool.map(run, range(len(places))), maxlen=0)
+            list(pool.map(run, range(len(places))))
         finally:
             is_over.set()
-    wrong = [rank for rank, end in ends.items() if not end.events["done"]]
-    # One that was killed is the cause of errors in those that it left; of errors, the first is.
-    failed += sorted(wrong, key=lambda rank: (ends[rank].return_code or 0) >= 0)
-    return [ends[rank] for rank in failed or range(len(places))]
+    return [*ends.values()]

@@ -6,7 +6,7 @@ A new figure is a property of `LoadMeasurement` and a line of the table.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,10 +63,9 @@ class Quantity:
 
     def format(self, value: float | None) -> str:
         """Return a value with its unit."""
-        if value is None:
-            return "-"
-        formats: dict[Unit, Callable[[Any], str]] = {"bytes": format_size, "seconds": format_seconds}
-        return formats[self.unit](value) if self.unit in formats else f"{value:,.0f}"
+        if value is None or self.unit == "seconds":
+            return format_seconds(value)
+        return format_size(value) if self.unit == "bytes" else f"{value:,.0f}"
 
 
 _WALL: dict[str, Any] = {"unit": "seconds", "less": "faster", "more": "slower"}
@@ -205,18 +204,18 @@ class Ratio:
         if low <= 1 <= high:
             return f"between {worse} and {better}"
         near, far = (high, low) if high < 1 else (low, high)
-        return f"{_size(near, near, far) or '0 %'} to {self._words(far, near)}"
+        return f"{_size(near, far) or '0 %'} to {self._words(far, near)}"
 
     def _words(self, ratio: float, *others: float) -> str:
-        size, quantity = _size(ratio, ratio, *others), QUANTITIES[self.quantity]
+        size, quantity = _size(ratio, *others), QUANTITIES[self.quantity]
         return f"{size} {quantity.less if ratio < 1 else quantity.more}" if size else "equal"
 
 
-def _size(ratio: float, *said: float) -> str:
-    """Return how far a ratio is from 1: as a factor if any that is said along with it is large."""
-    percent = 100 * abs(ratio - 1)
-    if max(max(one, 1 / one) for one in said) >= _LARGE:
+def _size(ratio: float, *others: float) -> str:
+    """Return how far a ratio is from 1: as a factor if it or any that is said along with it is large."""
+    if max(max(one, 1 / one) for one in (ratio, *others)) >= _LARGE:
         return f"{max(ratio, 1 / ratio):.3g}x"
+    percent = 100 * abs(ratio - 1)
     return f"{percent:.2g} %" if percent >= _NOTHING_PERCENT else ""
 
 

@@ -21,7 +21,6 @@ _PORTABLE_INTERVAL_SECONDS = 0.2
 _REST = 80
 _FIELDS = (b"VmHWM:", b"VmRSS:", b"RssAnon:", b"RssFile:", b"RssShmem:")
 _FIELDS_BYTES = 160  # they follow each other
-_KB = 1024
 
 
 class Reading(NamedTuple):
@@ -38,7 +37,7 @@ def parse_status(status: bytes, at: float) -> Reading | None:
     words = status.split(None, 3 * len(_FIELDS))
     if tuple(words[0:15:3]) != _FIELDS:
         return None
-    peak, _, anonymous, file, shared = (int(word) * _KB for word in words[1:15:3])
+    peak, _, anonymous, file, shared = (int(word) * 1024 for word in words[1:15:3])
     return Reading(at, peak, anonymous + shared, file)
 
 

@@ -219,10 +219,8 @@ class Samples:
         known: dict[Quantity, tuple[Sequence[float], Sequence[float]]] = {}
         missing: dict[Quantity, str] = {}
         for quantity in compared(self.reads_ahead):
-            values = [
-                (quantity.of(first[pair]), quantity.of(second[pair])) for pair in first if pair in second
-            ]
-            if pairs := [(one, other) for one, other in values if one and other]:
+            both = ((quantity.of(first[pair]), quantity.of(second[pair])) for pair in first if pair in second)
+            if pairs := [(one, other) for one, other in both if one and other]:
                 ones, others = zip(*pairs, strict=True)
                 known[quantity] = ones, others
             elif why := why_missing(first.values(), quantity) or why_missing(second.values(), quantity):

@@ -76,11 +76,6 @@ def _is_file(path: Any) -> None:
         raise MeasurementError(f"{path!r} is not a file with a function `load`")
 
 
-def _can_be_set(limit: int | str) -> None:
-    with limited(parse_size(limit)):
-        pass
-
-
 def _can_start(python: object) -> None:
     must(lambda value: isinstance(value, (str, os.PathLike)), "a path of an interpreter")(python)
     if shutil.which(os.path.expanduser(str(python))) is None:
@@ -124,7 +119,7 @@ RULES: dict[str, Rule] = {
     "cache": one_of(*CACHES),
     "generate": whole_number(0),
     "prefetch": one_of(True, False),
-    "memory_limit": optional(_can_be_set),
+    "memory_limit": optional(lambda limit: limited(parse_size(limit))),
     "python": optional(_can_start),
     "timeout": optional(
         must(lambda value: isinstance(value, (int, float)) and 0 <= value < math.inf, "a number of seconds")

@@ -22,10 +22,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+PACKAGE = str(Path(__file__).absolute().parents[1])
 PROMPT = "The quick brown fox jumps over the lazy dog"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.txt", "vocab.json")
 CODE_OPTIONS = ("trust_remote_code", "revision", "code_revision")
@@ -157,7 +158,7 @@ class Load:
         if self.job["loader"]:
             return runpy.run_path(self.job["loader"])["load"]
         if self.job["by_shardkit"]:
-            return _shardkit(self.job, "load.load_model").load_model
+            return _shardkit("load.load_model").load_model
         return None
 
     def _import_model(self) -> None:
@@ -233,16 +234,14 @@ class Load:
         return options
 
     def _load(self, ids: Any) -> None:
-        options, load = self._options(ids), self.loader.from_pretrained
-        if self.own_load:
-            loaded = self._clocked(self.own_load, options)
-        else:
-            try:
-                loaded = self._clocked(load, {**options, "output_loading_info": True})
-            except TypeError as error:  # a model's own code may not know that argument
-                if "output_loading_info" not in str(error):
-                    raise
-                loaded = self._clocked(load, options)
+        options, load = self._options(ids), self.own_load or self.loader.from_pretrained
+        more = {} if self.own_load else {"output_loading_info": True}
+        try:
+            loaded = self._clocked(load, {**options, **more})
+        except TypeError as error:  # a model's own code may not know that argument
+            if not more or "output_loading_info" not in str(error):
+                raise
+            loaded = self._clocked(load, options)
         self.model, found = loaded if isinstance(loaded, tuple) else (loaded, {})
         self.reporter.send("model", name=type(self.model).__name__)
         self._noted("whether all tensors fit is unknown", lambda: self._say_what_did_not_fit(found))
@@ -324,17 +323,11 @@ class Load:
         how = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0, **arguments}
         with ExitStack() as phase:
             phase.enter_context(self.reporter.phase("first token"))
-            streamer = _Streamer(tokens, lambda: self._next_phase(phase, len(tokens)))
+            streamer = _Streamer(tokens, self.job["generate"], self.reporter, phase)
             self.model.generate(
                 ids, attention_mask=self.torch.ones_like(ids), streamer=streamer,
                 max_new_tokens=self.job["generate"], **how,
             )  # fmt: skip
-
-    def _next_phase(self, phase: ExitStack, count: int) -> None:
-        phase.close()
-        self.reporter.send("first", tokens=count)
-        if count < self.job["generate"]:
-            phase.enter_context(self.reporter.phase("further tokens"))
 
     def _generates(self) -> bool:
         """Whether the model gives token after token: its class's name says so, or transformers does."""
@@ -354,37 +347,41 @@ class Load:
 
 
 class _Streamer:
-    """Takes from `generate` the prompt, and then what each pass gave; reports the end of the first."""
+    """Takes from `generate` the prompt, and then what each pass gave; the phase of the first ends with it."""
 
-    def __init__(self, tokens: list[int], after_first: Callable[[], None]) -> None:
-        self._tokens, self._after_first, self._puts = tokens, after_first, 0
+    def __init__(self, tokens: list[int], wanted: int, reporter: Reporter, phase: ExitStack) -> None:
+        self._tokens, self._wanted, self._reporter, self._phase = tokens, wanted, reporter, phase
+        self._puts = 0
 
     def put(self, value: Any) -> None:
         if self._puts:
             self._tokens += value.reshape(-1).tolist()
         if self._puts == 1:
-            self._after_first()
+            self._phase.close()
+            self._reporter.send("first", tokens=len(self._tokens))
+            if len(self._tokens) < self._wanted:
+                self._phase.enter_context(self._reporter.phase("further tokens"))
         self._puts += 1
 
     def end(self) -> None:
         pass
 
 
-def _start_reading(job: dict[str, Any]) -> AbstractContextManager[Any]:
+def _start_reading(job: dict[str, Any]) -> Any:
     """Prefetch as `load_model` does it, with the very same code; return what the load is to be done in."""
-    ahead = job["prefetch"] or {}
+    ahead = job["prefetch"]
     if when := ahead.get("into_memory"):
-        checkpoint = _shardkit(job, "checkpoint.checkpoint").Checkpoint.open(job["folder"])
-        weights = _shardkit(job, "load.into_memory").WeightsInMemory(checkpoint, is_ahead=when == "ahead")
-        in_it: AbstractContextManager[Any] = weights.in_transformers()
-        return in_it
+        checkpoint = _shardkit("checkpoint.checkpoint").Checkpoint.open(job["folder"])
+        weights = _shardkit("load.into_memory").WeightsInMemory(checkpoint, is_ahead=when == "ahead")
+        return weights.in_transformers()
     if ahead:
-        runpy.run_path(ahead["path"])["prefetch"](ahead["files"], ahead["limit_bytes"])
+        path = os.path.join(PACKAGE, "load", "prefetch.py")
+        runpy.run_path(path)["prefetch"](ahead["files"], ahead["limit_bytes"])
     return nullcontext()
 
 
-def _shardkit(job: dict[str, Any], module: str) -> Any:
-    sys.path.append(os.path.dirname(job["package"]))
+def _shardkit(module: str) -> Any:
+    sys.path.append(os.path.dirname(PACKAGE))
     return importlib.import_module(f"shardkit.{module}")
 
 
@@ -413,7 +410,7 @@ def main() -> int:
     for name in ("options", "generation"):
         job[name] = ast.literal_eval(job[name])
     # Run by path, Python puts this folder first: its file names must not shadow anybody's modules.
-    here = os.path.dirname(os.path.abspath(__file__))
+    here = os.path.join(PACKAGE, "measure")
     sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != here]
     reporter = Reporter(job["results"])
     reporter.send("hello", pid=os.getpid())

@@ -28,7 +28,7 @@ from shardkit.checkpoint.layout import (
     output_stem,
     read_config,
 )
-from shardkit.checkpoint.loaded import LOAD_BITS, StoredTensor, load_dtype
+from shardkit.checkpoint.loaded import LOAD_BITS, load_dtype
 from shardkit.checkpoint.metadata import of_checkpoint
 from shardkit.checkpoint.scan import confirm_offsets, format_of
 from shardkit.formats.strided import MAX_RECEIVED_SPAN, Layout
@@ -279,19 +279,14 @@ class Checkpoint(Record):
         target = None if dtype in (None, "auto") else load_dtype(dtype)
         if target is None and not is_adapter(self.stem, self.config, self.tensors):
             target = self.auto_dtype
-        tensors = (
-            StoredTensor(
-                t.name, t.elements, t.dtype, t.shape, t.name in self.aliases, None if t.layout else t.offset
-            )
-            for t in self.tensors.values()
-        )
         return estimate_with_base(
             self.source,
-            tensors,
+            self.tensors.values(),
             target,
             type(self).open,
             stem=self.stem,
             config=self.config,
+            aliases=self.aliases,
             side_files=self.side_files,
             held_whole=bool(self.legacy),
             in_memory=self._is_in_memory(),

@@ -6,20 +6,21 @@ any other is converted into memory of its own, and so are experts that the model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import add
 from typing import Any
 
 from shardkit.base.record import Record, Summary
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.bounded import BoundedEstimate, Decoder, why_unknown
-from shardkit.checkpoint.budget import Sequences, too_long
+from shardkit.checkpoint.budget import Sequences, Workload, cache_bytes, lacks, too_long
 from shardkit.checkpoint.fits import DiskFit, Sizes, explained, fit_disks, fit_gpus, fit_memory, tables
 from shardkit.checkpoint.hosts import DiskRate, HostFit, Need, Ways
 from shardkit.checkpoint.loaded import (
     LOAD_BITS,
     LoadedTensor,
-    StoredTensor,
     Units,
     WeightBytes,
     loaded_tensors,
@@ -27,6 +28,8 @@ from shardkit.checkpoint.loaded import (
     weight_bytes,
 )
 from shardkit.checkpoint.quantized import HELD, Packing, method_of, packing_of, quantized, unpacked
+from shardkit.checkpoint.scan import GGUF
+from shardkit.formats.tensor import TensorInfo
 
 # Anonymous memory of a process that has imported torch and transformers, loaded a small model in a dtype that
 # needs no cast, and given a token: measured with transformers 5.23 and the CPU build of torch 2.13 on Linux.
@@ -34,24 +37,23 @@ RUNTIME_BYTES = 271_000_000
 # Model types of which loads kept the ±5 %, first token included, as stored and cast to float16, with
 # transformers 5.23; from 0.2 to 2.6 GB the error did not grow with the weights. Others may keep buffers,
 # rewrite weights, or need more for the first token, so that nothing is promised of them.
-# fmt: off
-_MEASURED = frozenset((
-    "apertus", "arcee", "bart", "bert", "biogpt", "bloom", "codegen", "cohere", "cohere2", "deberta-v2",
-    "distilbert", "electra", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "glm",
-    "glm4", "gpt2", "gpt_neox", "gptj", "granite", "helium", "lfm2", "llama", "mbart", "mistral",
-    "modernbert", "mpt", "nemotron", "olmo", "olmo2", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3",
-    "roberta", "seed_oss", "smollm3", "stablelm", "starcoder2", "t5", "xlm-roberta",
-))
+_MEASURED = (
+    "apertus arcee bart bert biogpt bloom codegen cohere cohere2 deberta-v2 distilbert electra ernie4_5 "
+    "exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_neox gptj granite helium lfm2 llama mbart "
+    "mistral modernbert mpt nemotron olmo olmo2 opt persimmon phi phi3 qwen2 qwen3 roberta seed_oss smollm3 "
+    "stablelm starcoder2 t5 xlm-roberta"
+)
 # Their tokenizers are Unigram models, which were measured to take three times as much.
-_UNIGRAM = frozenset((
-    "albert", "camembert", "deberta-v2", "mbart", "mt5", "pegasus", "t5", "umt5", "xlm-roberta", "xlnet",
-))
-# fmt: on
+_UNIGRAM = "albert camembert deberta-v2 mbart mt5 pegasus t5 umt5 xlm-roberta xlnet"
 TOLERANCE = 0.05
 # Memory of a tokenizer for each byte of the first of these files that is there, as measured with byte-level
 # BPE of 32,000 to 256,000 tokens; where that matters, it is too rough for a promise.
 _TOKENIZERS = {"tokenizer.json": 10, "tokenizer.model": 60, "vocab.json": 60, "vocab.txt": 40}
 _TOKENIZER_MATTERS = 0.03
+# Of GGUF, as measured with transformers 5.23 and gguf 0.19: bytes beside each element of the tensor that is
+# being unpacked, by those of an element of the result; and bytes for each token of the vocabulary.
+_SCRATCH_BYTES = {2: 11, 4: 8}
+_TOKEN_BYTES = 2600
 
 # Large buffers that no file holds, from the config's numbers, as transformers 5.23 makes them: of GPT-Neo a
 # mask for each layer, and as seen three to nine more while they are made; of GPTBigCode one, and one more.
@@ -180,10 +182,11 @@ class Estimate(Record):
 
 def estimate_load(
     source: str,
-    tensors: Iterable[StoredTensor],
+    tensors: Iterable[TensorInfo],
     dtype: str | None,
     *,
     config: Mapping[str, Any] | None = None,
+    aliases: Container[str] = (),
     side_files: Mapping[str, int] | None = None,
     held_whole: bool = False,
     in_memory: bool = False,
@@ -198,6 +201,8 @@ def estimate_load(
     ----------
     config
         Of the model, which may say that it is quantized, or of a type of which more is known.
+    aliases
+        Names of tensors that share another's storage.
     side_files
         Sizes of the files beside the weights, the tokenizer's among them.
     held_whole
@@ -212,9 +217,12 @@ def estimate_load(
         Whether the files are on this machine, and so need no download.
     """
     config, stored = config or {}, tuple(tensors)
-    method = method_of(config, stored)
+    method, asked = method_of(config, stored), sequences or Sequences()
+    work = None if max_memory is None else asked.within(max_memory)
+    if method == GGUF:
+        return _estimate_gguf(source, stored, dtype or "float32", config, sequences, work, is_here)
     packing = packing_of(config, method)
-    loaded = [unpacked(tensor, packing) for tensor in loaded_tensors(stored, dtype, config)]
+    loaded = [unpacked(tensor, packing) for tensor in loaded_tensors(stored, dtype, config, aliases)]
     weights, units = weight_bytes(loaded, config, held_whole), units_of_names(loaded)
     buffers, side = _buffer_bytes(config), sum((side_files or {}).values())
     made = Estimate(
@@ -230,9 +238,9 @@ def estimate_load(
         in_file_bytes=units.row_bytes(loaded),
     )
     why = why_unknown(config, quantized(config, {tensor.name: tensor for tensor in stored}))
-    decoder, asked = Decoder(made, config, units, why), sequences or Sequences()
+    decoder = Decoder(made, config, units, why)
     cache = decoder.cache_bytes(asked)
-    bounded = decoder.within(asked.within(max_memory)) if max_memory is not None else None
+    bounded = decoder.within(work) if work else None
     made = replace(
         made,
         sequences=sequences,
@@ -246,15 +254,52 @@ def estimate_load(
     exceeded = too_long(config, sequences.context_tokens) if sequences else ""
     made = replace(made, notes=tuple(filter(None, (rough, exceeded))), tolerance=None if rough else TOLERANCE)
     shards = [tensor.in_shards(str(dtype)) for tensor in loaded]
-    others = {} if shards == loaded else {"as stored": loaded_tensors(stored, None, config), "shards": shards}
+    others = {}
+    if shards != loaded:
+        others = {"as stored": loaded_tensors(stored, None, config, aliases), "shards": shards}
     needs = {name: _need(made, weights, units, tensors, config) for name, tensors in others.items()}
     called = f"in {dtype}" if needs else "as stored"
     ways = Ways(called, needs, lambda nbytes: decoder.within(asked.within(nbytes)), disk_rate)
     return with_hosts(made, ways)
 
 
+def _estimate_gguf(
+    source: str,
+    stored: Sequence[TensorInfo],
+    dtype: str,
+    config: Mapping[str, Any],
+    sequences: Sequences | None,
+    work: Workload | None,
+    is_here: bool,
+) -> Estimate:
+    """Estimate a load by `from_pretrained(folder, gguf_file=...)`, which unpacks one tensor after another."""
+    itemsize = LOAD_BITS[dtype] // 8
+    cache = None if lacks(config) else cache_bytes(config, itemsize, sequences or Sequences())
+    loaded = [LoadedTensor(tensor, dtype, itemsize * tensor.elements) for tensor in stored]
+    scratch = (_SCRATCH_BYTES.get(itemsize, 0) * tensor.elements for tensor in stored)
+    sizes = Sizes.of(loaded, dtype, cache or 0, 0, is_here)
+    made = Estimate(
+        source,
+        dtype,
+        RUNTIME_BYTES,
+        max(map(add, accumulate(tensor.nbytes for tensor in loaded), scratch), default=0),
+        0,
+        0,
+        tokenizer_bytes=_TOKEN_BYTES * config.get("vocab_size", 0),
+        sequences=sequences,
+        cache_bytes=cache if sequences else 0,
+        within=BoundedEstimate(work, why="not known: GGUF is not streamed") if work else None,
+        sizes=replace(sizes, shard_bytes=0),
+        notes=(
+            f"transformers unpacks GGUF into {dtype}, unless it has a kernel for it; llama.cpp maps the "
+            f"file, {format_size(sizes.file_bytes)} that may be evicted, and needs the KV cache beside it",
+        ),
+    )
+    return replace(with_hosts(made), disks=())
+
+
 def _as_quantized(
-    made: Estimate, method: str, packing: Packing | None, stored: Sequence[StoredTensor]
+    made: Estimate, method: str, packing: Packing | None, stored: Sequence[TensorInfo]
 ) -> Estimate:
     """Return the estimate of quantized weights: as transformers unpacks them, or as they are stored."""
     if packing:
@@ -289,7 +334,7 @@ def _buffer_bytes(config: Mapping[str, Any]) -> int | None:
 
 def _tokenizer_bytes(side_files: Mapping[str, int], model_type: object) -> int:
     sizes = (share * side_files[name] for name, share in _TOKENIZERS.items() if name in side_files)
-    return next(sizes, 0) * (3 if model_type in _UNIGRAM else 1)
+    return next(sizes, 0) * (3 if model_type in _UNIGRAM.split() else 1)
 
 
 def _why_rough(made: Estimate, model_type: object, buffers: int | None) -> str | None:
@@ -301,7 +346,7 @@ def _why_rough(made: Estimate, model_type: object, buffers: int | None) -> str |
             "experts are stacked during loading, and how many exist twice at a time depends on the machine: "
             "measured peaks were up to 10 % above and 21 % below this estimate"
         )
-    if model_type not in _MEASURED or buffers is None:
+    if model_type not in _MEASURED.split() or buffers is None:
         kind = f"models of type {str(model_type)[:100]!r}" if model_type else "models of an unknown type"
         return (
             f"accuracy not measured: {kind} may keep buffers that no file contains, rewrite weights, or need "
@@ -310,27 +355,6 @@ def _why_rough(made: Estimate, model_type: object, buffers: int | None) -> str |
     if made.tokenizer_bytes > _TOKENIZER_MATTERS * made.peak_anonymous_bytes:
         return "the tokenizer takes a large share of this, and its memory is known only roughly"
     return None
-
-
-def estimate_adapter(
-    source: str, tensors: Iterable[StoredTensor], dtype: str | None, named: object, base: Estimate | None
-) -> Estimate:
-    """Add a peft adapter to the estimate of the base model that it names; without that, no host fits."""
-    # Whatever the base is loaded in, peft keeps an adapter that can be trained in float32.
-    copied = sum(tensor.elements for tensor in tensors) * LOAD_BITS["float32"] // 8
-    if base is None:
-        called = str(named or "not named")[:200]
-        note = (
-            f"an adapter: its base model ({called}) is not on this machine and not included: inspect it too"
-        )
-        return Estimate(source, dtype, RUNTIME_BYTES, copied, 0, 0, notes=(note,))
-    notes = (*base.notes, f"an adapter: the estimate includes its base model, {base.source}")
-    both = replace(base, source=source, copied_bytes=base.copied_bytes + copied, notes=notes, tolerance=None)
-    if not base.sizes:
-        return both
-    sizes = replace(base.sizes, loaded_bytes=base.sizes.loaded_bytes + copied)
-    both = replace(both, sizes=sizes)
-    return with_hosts(both) if base.hosts else both
 
 
 def with_hosts(made: Estimate, ways: Ways | None = None) -> Estimate:

@@ -102,9 +102,9 @@ class Sizes:
         blocks: Counter[Part] = Counter()
         for tensor in loaded:
             stored = tensor.stored
-            files += 0 if stored.is_alias else stored.nbytes
+            files += 0 if tensor.is_alias else stored.nbytes
             shards += tensor.in_shards(str(dtype)).stored.nbytes
-            if tensor.converted or not stored.is_alias:
+            if tensor.converted or not tensor.is_alias:
                 blocks[part_of(stored.name)] += tensor.nbytes
         largest, runs_on = max(blocks.values(), default=0), packing.capability if packing else None
         total, packed = blocks.total(), files - side_bytes

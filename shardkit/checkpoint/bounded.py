@@ -113,7 +113,7 @@ class Decoder(NamedTuple):
         streaming = Needs(needs.process_bytes + beside, needs.cache_bytes, needs.activation_bytes + scratch)
         smallest = smallest_memory(units.sizes, streaming)
         weights = made.copied_bytes + made.mapped_bytes + made.resident_bytes
-        if sum(needs) + weights + made.stacking_bytes + beside <= work.max_memory:
+        if sum(needs) + made.model_bytes <= work.max_memory:
             return BoundedEstimate(work, MemoryPlan(work, *needs, 0, weights, 0), smallest)
         try:
             plan, _ = plan_memory(made.source, units.sizes, streaming, work, made.peak_anonymous_bytes)

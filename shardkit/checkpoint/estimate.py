@@ -18,15 +18,7 @@ from shardkit.checkpoint.bounded import BoundedEstimate, Decoder, why_unknown
 from shardkit.checkpoint.budget import Sequences, Workload, cache_bytes, lacks, too_long
 from shardkit.checkpoint.fits import DiskFit, Sizes, explained, fit_disks, fit_gpus, fit_memory, tables
 from shardkit.checkpoint.hosts import DiskRate, HostFit, Need, Ways
-from shardkit.checkpoint.loaded import (
-    LOAD_BITS,
-    LoadedTensor,
-    Units,
-    WeightBytes,
-    loaded_tensors,
-    units_of_names,
-    weight_bytes,
-)
+from shardkit.checkpoint.loaded import LOAD_BITS, LoadedTensor, loaded_tensors, units_of_names, weight_bytes
 from shardkit.checkpoint.quantized import HELD, Packing, method_of, packing_of, quantized, unpacked
 from shardkit.checkpoint.scan import GGUF
 from shardkit.formats.tensor import TensorInfo
@@ -60,11 +52,9 @@ _TOKEN_BYTES = 2600
 _BUFFERS: dict[str, tuple[tuple[str, ...], Callable[..., int]]] = {
     "gpt_neo": (("num_layers", "max_position_embeddings"), lambda layers, length: (layers + 6) * length**2),
     "gpt_bigcode": (("n_positions",), lambda length: 2 * length**2),
-    **dict.fromkeys(
-        ("gptj", "codegen"),
-        (("n_layer", "n_positions", "rotary_dim"), lambda layers, length, width: 4 * layers * length * width),
-    ),
+    "gptj": (("n_layer", "n_positions", "rotary_dim"), lambda layers, length, dim: 4 * layers * length * dim),
 }
+_BUFFERS["codegen"] = _BUFFERS["gptj"]
 
 
 @dataclass(frozen=True)
@@ -161,6 +151,9 @@ class Estimate(Record):
             (self.buffer_bytes, "for buffers that no file contains"),
             (self.resident_bytes, "of files on tmpfs, whose pages cannot be evicted"),
         )
+        tokens = (self.sequences or Sequences()).tokens
+        size = "not known" if self.cache_bytes is None else f"at most {format_size(self.cache_bytes)}"
+        cached = (("KV cache", f"{size} ({tokens})"),) if self.sequences else ()
         words = f"{format_size(self.mapped_bytes)} stay in the files; the kernel may evict them"
         mapped = () if self.resident_bytes else (("mapped", words),)
         facts = (
@@ -169,15 +162,11 @@ class Estimate(Record):
             ("weights", f"{format_size(self.copied_bytes)} converted during loading"),
             *(("also", f"{format_size(size)} {what}") for size, what in others if size),
             *mapped,
-            *(self.within.facts() if self.within else self._cached()),
-            *explained(self.hosts, self.gpus, self.disks, self.sizes, (self.sequences or Sequences()).tokens),
+            *(self.within.facts() if self.within else cached),
+            *explained(self.hosts, self.gpus, self.disks, self.sizes, tokens),
         )
         answers = tuple(tables(self.hosts, self.gpus, self.disks))
         return Summary("Estimated memory to load", facts, answers, self.notes)
-
-    def _cached(self) -> tuple[tuple[str, str], ...]:
-        size = "not known" if self.cache_bytes is None else f"at most {format_size(self.cache_bytes)}"
-        return (("KV cache", f"{size} ({self.sequences.tokens})"),) if self.sequences else ()
 
 
 def estimate_load(
@@ -199,20 +188,14 @@ def estimate_load(
 
     Parameters
     ----------
-    config
-        Of the model, which may say that it is quantized, or of a type of which more is known.
     aliases
         Names of tensors that share another's storage.
-    side_files
-        Sizes of the files beside the weights, the tokenizer's among them.
+    side_files, max_memory
+        Bytes of the files beside the weights, the tokenizer's among them; and of a budget.
     held_whole
         Whether the files cannot be mapped (legacy pickles), so that all of them is in memory first.
     in_memory
         Whether the files are on tmpfs, so that their pages are memory that cannot be evicted.
-    sequences, max_memory
-        What the model is for, and a budget in bytes.
-    disk_rate
-        For the seconds that a token's reads take.
     is_here
         Whether the files are on this machine, and so need no download.
     """
@@ -254,10 +237,9 @@ def estimate_load(
     exceeded = too_long(config, sequences.context_tokens) if sequences else ""
     made = replace(made, notes=tuple(filter(None, (rough, exceeded))), tolerance=None if rough else TOLERANCE)
     shards = [tensor.in_shards(str(dtype)) for tensor in loaded]
-    others = {}
-    if shards != loaded:
-        others = {"as stored": loaded_tensors(stored, None, config, aliases), "shards": shards}
-    needs = {name: _need(made, weights, units, tensors, config) for name, tensors in others.items()}
+    as_stored = loaded_tensors(stored, None, config, aliases)
+    others = {} if shards == loaded else {"as stored": as_stored, "shards": shards}
+    needs = {name: _need(made, decoder, tensors) for name, tensors in others.items()}
     called = f"in {dtype}" if needs else "as stored"
     ways = Ways(called, needs, lambda nbytes: decoder.within(asked.within(nbytes)), disk_rate)
     return with_hosts(made, ways)
@@ -302,27 +284,26 @@ def _as_quantized(
     made: Estimate, method: str, packing: Packing | None, stored: Sequence[TensorInfo]
 ) -> Estimate:
     """Return the estimate of quantized weights: as transformers unpacks them, or as they are stored."""
+    copied, mapped = made.copied_bytes, made.mapped_bytes
     if packing:
         words = f"unpacked into bfloat16, as transformers 5 does without a GPU that runs it; {packing.spread}"
-        made = replace(made, copied_bytes=made.copied_bytes + packing.spare_bytes(stored))
+        copied += packing.spare_bytes(stored)
     elif held := HELD.get(method):
         words = f"as stored, which its library computes with; {held.spread}"
-        packed = sum(tensor.nbytes for tensor in stored if held.packs(tensor))
-        copied, mapped = made.copied_bytes + held.spare_bytes(stored), made.mapped_bytes - packed
-        made = replace(made, copied_bytes=copied, mapped_bytes=max(0, mapped))
+        copied += held.spare_bytes(stored)
+        mapped = max(0, mapped - sum(tensor.nbytes for tensor in stored if held.packs(tensor)))
     else:
         words = "as stored and copied: less where a library maps them, more where it unpacks them"
-        made = replace(made, copied_bytes=made.copied_bytes + made.mapped_bytes, mapped_bytes=0)
-    return replace(made, notes=(f"quantized ({method}): counted {words}",))
+        copied, mapped = copied + mapped, 0
+    notes = (f"quantized ({method}): counted {words}",)
+    return replace(made, copied_bytes=copied, mapped_bytes=mapped, notes=notes)
 
 
-def _need(
-    made: Estimate, weights: WeightBytes, units: Units, tensors: list[LoadedTensor], config: Mapping[str, Any]
-) -> Need:
+def _need(made: Estimate, decoder: Decoder, tensors: list[LoadedTensor]) -> Need:
     """Return what another load of the same model needs, from files that can be mapped."""
-    other = weight_bytes(tensors, config)
-    less = weights.copied + weights.stacking - other.copied - other.stacking
-    return Need(made.new_bytes - less, other.mapped, other.mapped - units.row_bytes(tensors))
+    other = weight_bytes(tensors, decoder.config)
+    less = made.copied_bytes + made.stacking_bytes - other.copied - other.stacking
+    return Need(made.new_bytes - less, other.mapped, other.mapped - decoder.units.row_bytes(tensors))
 
 
 def _buffer_bytes(config: Mapping[str, Any]) -> int | None:

@@ -28,13 +28,7 @@ LOAD_BITS = {DTYPE_NAMES[dtype]: DTYPE_BITS[dtype] for dtype in FLOAT_DTYPES}
 
 
 def load_dtype(dtype: object) -> str | None:
-    """Return the name of a dtype to load in, "float64" included; None: as stored.
-
-    Raises
-    ------
-    PlanError
-        If it is none that a model is loaded in.
-    """
+    """Return the name of a dtype to load in, "float64" included; None: as stored; as `dtype_name`."""
     return dtype if dtype is None or dtype in LOAD_BITS else dtype_name(dtype)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,8 @@ from shardkit.checkpoint.budget import (
 )
 from shardkit.checkpoint.config import architecture
 from shardkit.checkpoint.loaded import LOAD_BITS, Units
+from shardkit.checkpoint.quantized import quantized
+from shardkit.formats.tensor import TensorInfo
 
 if TYPE_CHECKING:
     from shardkit.checkpoint.estimate import Estimate
@@ -126,11 +128,11 @@ class Decoder(NamedTuple):
         return LOAD_BITS.get(self.made.dtype or "float32", 32) // 8
 
 
-def why_unknown(config: Mapping[str, Any], quantized: str | None) -> str:
+def why_unknown(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> str:
     """Return why nothing is known of a load within a budget; empty if something is."""
     named, kind = architecture(config), config.get("model_type")
-    if quantized:
-        return f"not known: quantized weights cannot be streamed: {quantized}"
+    if why := quantized(config, {tensor.name: tensor for tensor in tensors}):
+        return f"not known: quantized weights cannot be streamed: {why}"
     if config.get("is_encoder_decoder") or not _DECODER.fullmatch(named or ""):
         return f"not known: {str(named or 'the model')[:100]} is not a decoder that can be streamed"
     if kind not in _COMPARED.split():

@@ -19,7 +19,7 @@ from shardkit.checkpoint.budget import Sequences, Workload, cache_bytes, lacks, 
 from shardkit.checkpoint.fits import DiskFit, Sizes, explained, fit_disks, fit_gpus, fit_memory, tables
 from shardkit.checkpoint.hosts import DiskRate, HostFit, Need, Ways
 from shardkit.checkpoint.loaded import LOAD_BITS, LoadedTensor, loaded_tensors, units_of_names, weight_bytes
-from shardkit.checkpoint.quantized import HELD, Packing, method_of, packing_of, quantized, unpacked
+from shardkit.checkpoint.quantized import HELD, Packing, method_of, packing_of, unpacked
 from shardkit.checkpoint.scan import GGUF
 from shardkit.formats.tensor import TensorInfo
 
@@ -188,8 +188,6 @@ def estimate_load(
 
     Parameters
     ----------
-    aliases
-        Names of tensors that share another's storage.
     side_files, max_memory
         Bytes of the files beside the weights, the tokenizer's among them; and of a budget.
     held_whole
@@ -220,8 +218,7 @@ def estimate_load(
         resident_bytes=weights.read if in_memory else 0,
         in_file_bytes=units.row_bytes(loaded),
     )
-    why = why_unknown(config, quantized(config, {tensor.name: tensor for tensor in stored}))
-    decoder = Decoder(made, config, units, why)
+    decoder = Decoder(made, config, units, why_unknown(config, stored))
     cache = decoder.cache_bytes(asked)
     bounded = decoder.within(work) if work else None
     made = replace(
@@ -236,13 +233,8 @@ def estimate_load(
     rough = _why_rough(made, config.get("model_type"), buffers)
     exceeded = too_long(config, sequences.context_tokens) if sequences else ""
     made = replace(made, notes=tuple(filter(None, (rough, exceeded))), tolerance=None if rough else TOLERANCE)
-    shards = [tensor.in_shards(str(dtype)) for tensor in loaded]
-    as_stored = loaded_tensors(stored, None, config, aliases)
-    others = {} if shards == loaded else {"as stored": as_stored, "shards": shards}
-    needs = {name: _need(made, decoder, tensors) for name, tensors in others.items()}
-    called = f"in {dtype}" if needs else "as stored"
-    ways = Ways(called, needs, lambda nbytes: decoder.within(asked.within(nbytes)), disk_rate)
-    return with_hosts(made, ways)
+    called, needs = _other_loads(made, decoder, loaded, loaded_tensors(stored, None, config, aliases))
+    return with_hosts(made, Ways(called, needs, lambda room: decoder.within(asked.within(room)), disk_rate))
 
 
 def _estimate_gguf(
@@ -299,11 +291,20 @@ def _as_quantized(
     return replace(made, copied_bytes=copied, mapped_bytes=mapped, notes=notes)
 
 
-def _need(made: Estimate, decoder: Decoder, tensors: list[LoadedTensor]) -> Need:
-    """Return what another load of the same model needs, from files that can be mapped."""
-    other = weight_bytes(tensors, decoder.config)
-    less = made.copied_bytes + made.stacking_bytes - other.copied - other.stacking
-    return Need(made.new_bytes - less, other.mapped, other.mapped - decoder.units.row_bytes(tensors))
+def _other_loads(
+    made: Estimate, decoder: Decoder, loaded: list[LoadedTensor], as_stored: list[LoadedTensor]
+) -> tuple[str, dict[str, Need]]:
+    """Return what a load is called, and what others of the model need, from files that can be mapped."""
+    shards = [tensor.in_shards(str(made.dtype)) for tensor in loaded]
+    if shards == loaded:
+        return "as stored", {}
+    needs = {}
+    for name, tensors in (("as stored", as_stored), ("shards", shards)):
+        other = weight_bytes(tensors, decoder.config)
+        less = made.copied_bytes + made.stacking_bytes - other.copied - other.stacking
+        rows = decoder.units.row_bytes(tensors)
+        needs[name] = Need(made.new_bytes - less, other.mapped, other.mapped - rows)
+    return f"in {made.dtype}", needs
 
 
 def _buffer_bytes(config: Mapping[str, Any]) -> int | None:
@@ -319,7 +320,6 @@ def _tokenizer_bytes(side_files: Mapping[str, int], model_type: object) -> int:
 
 
 def _why_rough(made: Estimate, model_type: object, buffers: int | None) -> str | None:
-    """Return why no ±5 % can be promised; None if it can."""
     if made.sequences:
         return "with a context: its KV cache is an upper bound, and activations are not included"
     if made.stacking_bytes:

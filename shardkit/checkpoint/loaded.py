@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from shardkit.base.disk import pages_of
 from shardkit.checkpoint.budget import UnitSize, step_bytes, together, viewed
-from shardkit.checkpoint.kept import family, listed_patterns
+from shardkit.checkpoint.kept import kept_pattern
 from shardkit.checkpoint.parts import EMBEDDING, HEAD, is_single_expert, part_of
 from shardkit.formats.safetensors import DTYPE_BITS
 from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, dtype_name
@@ -77,13 +77,11 @@ def loaded_tensors(
     stored: Iterable[TensorInfo], dtype: str | None, config: Mapping[str, Any], aliases: Container[str] = ()
 ) -> list[LoadedTensor]:
     """Return what each tensor becomes in a load in `dtype`; without those that no load reads."""
-    patterns = "|".join(sorted(listed_patterns(family(str(config.get("model_type"))), dtype or "")))
-    keeps = re.compile(patterns) if patterns else None
-    found = []
+    keeps, found = kept_pattern(config, dtype or ""), []
     for tensor in stored:
         if _MASK.search(tensor.name) and len(tensor.shape) == 4:
             continue
-        target = "float32" if keeps and keeps.search(tensor.name) else dtype
+        target = "float32" if keeps.search(tensor.name) else dtype
         is_kept = target is None or tensor.dtype not in FLOAT_DTYPES or DTYPE_NAMES[tensor.dtype] == target
         converted = None if is_kept else target
         nbytes = tensor.elements * LOAD_BITS[converted] // 8 if converted else tensor.nbytes

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import re
 import shutil
@@ -42,13 +41,19 @@ from shardkit.checkpoint.bounded import _COMPARED
 from shardkit.checkpoint.estimate import Estimate, estimate_load
 from shardkit.checkpoint.fits import Sizes
 from shardkit.checkpoint.hosts import HOSTS, DiskRate, HostFit, Need, Ways, fit
-from shardkit.checkpoint.loaded import StoredTensor
 from shardkit.demo import demo_shape
 from shardkit.errors import CheckpointError, PlanError
+from shardkit.formats.safetensors import tensor_bytes
+from shardkit.formats.tensor import TensorInfo
 from shardkit.load import blocks, within
 from shardkit.load.generate import generate_text
 from tests import architectures
 from tests.support import sparse_file
+
+
+def stored_tensor(name: str, dtype: str, *shape: int) -> TensorInfo:
+    """Return a tensor at the beginning of a file."""
+    return TensorInfo(name, dtype, shape, "model.safetensors", 0, tensor_bytes(dtype, shape))
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +71,8 @@ def test_estimate_is_within_5_percent_of_a_measured_load(model, dtype):
 
 def test_what_transformers_keeps_in_float32_counts_as_that():
     stored = [
-        StoredTensor("block.0.DenseReluDense.wo.weight", 1000, "BF16"),
-        StoredTensor("q.weight", 10, "BF16"),
+        stored_tensor("block.0.DenseReluDense.wo.weight", "BF16", 1000),
+        stored_tensor("q.weight", "BF16", 10),
     ]
     copied = [
         estimate_load("t5", stored, dtype, config={"model_type": "t5"}).copied_bytes
@@ -78,7 +83,7 @@ def test_what_transformers_keeps_in_float32_counts_as_that():
 
 
 def test_experts_are_stacked_in_memory_whatever_their_dtype():
-    stored = [StoredTensor("layers.0.mlp.experts.3.w1.weight", 1000, "BF16")]
+    stored = [stored_tensor("layers.0.mlp.experts.3.w1.weight", "BF16", 1000)]
     as_is, cast = (estimate_load("moe", stored, dtype) for dtype in (None, "float32"))
     assert (as_is.copied_bytes, as_is.stacking_bytes, as_is.mapped_bytes) == (2000, 500, 0)
     assert (cast.copied_bytes, cast.stacking_bytes) == (4000, 4000)
@@ -286,7 +291,7 @@ def test_here_only_shards_need_room_where_the_files_are_here(model, monkeypatch)
     ids=["config", "dtype"],
 )
 def test_quantized_weights_count_as_they_are_stored_and_copied(config, dtype):
-    stored = [StoredTensor("w", 10**9, dtype), StoredTensor("norm", 10**6, "F16")]
+    stored = [stored_tensor("w", dtype, 10**9), stored_tensor("norm", "F16", 10**6)]
     found = estimate_load("q", stored, None, config=config)
     assert (found.copied_bytes, found.mapped_bytes) == (sum(tensor.nbytes for tensor in stored), 0)
     assert found.tolerance is None
@@ -354,15 +359,15 @@ def test_weights_that_a_processor_has_to_unpack_count_as_unpacked(method, tmp_pa
 def test_stacked_experts_that_are_transposed_are_copied():
     config = {"model_type": "qwen3_vl_moe", "text_config": {"hidden_size": 64}}
     stored = [
-        StoredTensor("model.layers.0.mlp.experts.gate_up_proj", 4 * 64 * 96, "BF16", (4, 64, 96)),
-        StoredTensor("model.layers.0.mlp.experts.down_proj", 4 * 48 * 64, "BF16", (4, 48, 64)),
-        StoredTensor("model.layers.0.q_proj.weight", 64 * 64, "BF16", (64, 64)),
+        stored_tensor("model.layers.0.mlp.experts.gate_up_proj", "BF16", 4, 64, 96),
+        stored_tensor("model.layers.0.mlp.experts.down_proj", "BF16", 4, 48, 64),
+        stored_tensor("model.layers.0.q_proj.weight", "BF16", 64, 64),
     ]
     transposed = estimate_load("moe", stored, None, config=config)
     assert transposed.copied_bytes == 2 * 4 * 64 * (96 + 48)
     assert transposed.stacking_bytes == 2 * 4 * 64 * 96
     assert transposed.mapped_bytes == 2 * 64 * 64
-    straight = [StoredTensor("model.layers.0.mlp.experts.gate_up_proj", 4 * 64 * 96, "BF16", (4, 96, 64))]
+    straight = [stored_tensor("model.layers.0.mlp.experts.gate_up_proj", "BF16", 4, 96, 64)]
     assert estimate_load("moe", straight, None, config=config).copied_bytes == 0
 
 
@@ -484,7 +489,7 @@ def test_promise_is_kept_with_buffers_and_the_first_token(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["mamba2", "jetmoe", "wav2vec2", "rwkv", "no-such-model", None])
 def test_nothing_is_promised_of_what_was_not_measured(kind):
-    found = estimate_load("m", [StoredTensor("w", 1000, "BF16")], None, config={"model_type": kind})
+    found = estimate_load("m", [stored_tensor("w", "BF16", 1000)], None, config={"model_type": kind})
     assert found.tolerance is None
     assert "±" not in str(found)
     assert "about 271 MB (cannot be evicted)" in str(found)
@@ -501,7 +506,7 @@ def test_masks_of_each_layer_count(tmp_path):
 
 def test_buffers_that_no_file_holds_count():
     config = {"model_type": "gpt_neo", "num_layers": 24, "max_position_embeddings": 2048}
-    stored = [StoredTensor("w", 1000, "BF16")]
+    stored = [stored_tensor("w", "BF16", 1000)]
     found = estimate_load("m", stored, None, config=config)
     assert found.buffer_bytes == 30 * 2048**2
     assert "126 MB for buffers that no file contains" in str(found)
@@ -512,7 +517,7 @@ def test_buffers_that_no_file_holds_count():
 
 def test_weights_that_are_divided_in_place_are_copied():
     stored = [
-        StoredTensor(f"rwkv.blocks.0.{part}.weight", 1000, "BF16")
+        stored_tensor(f"rwkv.blocks.0.{part}.weight", "BF16", 1000)
         for part in ("attention.output", "attention.key", "feed_forward.value", "feed_forward.key")
     ]
     found = estimate_load("m", stored, None, config={"model_type": "rwkv"})
@@ -523,9 +528,9 @@ def test_weights_that_are_divided_in_place_are_copied():
 def test_masks_of_older_files_are_not_read():
     config = {"model_type": "gpt2"}
     stored = [
-        StoredTensor("h.0.attn.bias", 1024**2, "F32", (1, 1, 1024, 1024)),
-        StoredTensor("h.0.attn.c_attn.bias", 3000, "F32", (3000,)),
-        StoredTensor("h.0.attention.bias", 3000, "F32", (3000,)),
+        stored_tensor("h.0.attn.bias", "F32", 1, 1, 1024, 1024),
+        stored_tensor("h.0.attn.c_attn.bias", "F32", 3000),
+        stored_tensor("h.0.attention.bias", "F32", 3000),
     ]
     assert estimate_load("m", stored, "float16", config=config).copied_bytes == 2 * 6000
     assert estimate_load("m", stored, None, config=config).mapped_bytes == 4 * 6000
@@ -541,7 +546,7 @@ def test_masks_of_older_files_are_not_read():
     ],
 )
 def test_a_large_tokenizer_counts_and_makes_a_small_estimate_rough(kind, files, nbytes):
-    stored = [StoredTensor("w", 10**10, "BF16")]
+    stored = [stored_tensor("w", "BF16", 10**10)]
     found, cast = (
         estimate_load("m", stored, dtype, config={"model_type": kind}, side_files=files)
         for dtype in (None, "float16")
@@ -554,7 +559,7 @@ def test_a_large_tokenizer_counts_and_makes_a_small_estimate_rough(kind, files, 
 
 # Within a budget: what is said beforehand is what a load plans.
 
-DECODERS = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind] for kind in _COMPARED))
+DECODERS = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind] for kind in _COMPARED.split()))
 CASTS = (("float32", "auto"), ("bfloat16", "auto"), ("float32", "bfloat16"), ("bfloat16", "float16"))
 TOKENS = 48
 PAGE_TOLERANCE = 8192  # biases of less than a page: which of them are read depends on the order of modules
@@ -655,7 +660,7 @@ def test_what_is_not_known_of_a_budget_is_said_with_the_reason(config, dtype, wh
     known = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_hidden_layers": 2}
     known |= {"hidden_size": 64, "num_attention_heads": 4}
     config = config if config is None else {**known, **config}
-    stored = [StoredTensor("model.layers.0.mlp.weight", 64 * 64, dtype, (64, 64))]
+    stored = [stored_tensor("model.layers.0.mlp.weight", dtype, 64, 64)]
     asked = {"sequences": budget.Sequences(100), "max_memory": 10**9}
     found = estimate_load("m", stored, None, config=config, **asked)
     assert (found.within.plan, found.within.smallest_bytes, found.cache_bytes) == (None, None, None)
@@ -673,7 +678,7 @@ def mistral_7b(stored: str, dtype: str | None) -> Estimate:
     """Estimate a load of Mistral-7B's shape, of which nothing is written."""
     shape = demo_shape("14.5GB")
     config = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **shape.config}
-    tensors = [StoredTensor(name, math.prod(size), stored, size, offset=0) for name, size in shape.tensors()]
+    tensors = [stored_tensor(name, stored, *size) for name, size in shape.tensors()]
     return estimate_load("mistral", tensors, dtype, config=config)
 
 

@@ -35,13 +35,14 @@ def asked() -> Iterator[Callable[..., Callable[[], dict[str, Any]]]]:
     That returns a function that waits for the answer. The process may map `mapped_bytes` of files beside the
     memory that it is allowed. Jobs and answers are those of `shardkit.load.look`.
     """
-    process = subprocess.Popen(  # noqa: S603  our own script
+    # A notebook may have found transformers by a path that it added.
+    environment = {**_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, filter(None, sys.path)))}
+    started = subprocess.Popen(  # noqa: S603  our own script
         [sys.executable, "-P", str(_SCRIPT)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        # A notebook may have found transformers by a path that it added.
-        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(str, filter(None, sys.path)))},
+        env=os.environ | environment,
     )
 
     def ask(job: dict[str, Any], mapped_bytes: int = 0) -> Callable[[], dict[str, Any]]:
@@ -59,16 +60,11 @@ def asked() -> Iterator[Callable[..., Callable[[], dict[str, Any]]]]:
 
         return answer
 
-    with ThreadPoolExecutor(1, thread_name_prefix="shardkit-asking") as thread:
+    with started as process, ThreadPoolExecutor(1, thread_name_prefix="shardkit-asking") as thread:
         try:
             yield ask
         finally:
-            if process.poll() is None:
-                process.kill()  # which ends the thread's waiting, too
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
+            process.kill()  # which ends the thread's waiting, too
 
 
 def asked_here(job: dict[str, Any]) -> dict[str, Any]:

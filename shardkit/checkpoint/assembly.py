@@ -7,9 +7,11 @@ a tensor is, no file says: it is as large as its pieces make it, and they have t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from math import prod
+from typing import TypeAlias
 
 from shardkit.base.errors import CheckpointError
 from shardkit.formats.pieces import Piece, Pieces
@@ -25,6 +27,7 @@ from shardkit.formats.tensor import TensorInfo
 from shardkit.sources.fileset import FileSet
 
 _OFFSETS = "DCP_SHARDING_INFO"
+_Misfit: TypeAlias = Callable[[str, Piece], CheckpointError]
 
 
 def assembled(files: FileSet, headers: Mapping[str, Header]) -> dict[str, TensorInfo]:
@@ -48,25 +51,17 @@ def assembled(files: FileSet, headers: Mapping[str, Header]) -> dict[str, Tensor
                 )
             piece = Piece(file, header.data_start + begin, tuple(starts), shape)
             found.setdefault(name, []).append((dtype, piece))
-    tensors = {}
-    for name, pieces in found.items():
-        try:
-            tensors[name] = _assembled(name, *zip(*pieces, strict=True))
-        except _MisfitError as error:
-            raise CheckpointError(str(error), file=files.where(error.file), tensor=name) from None
-    return tensors
+    return {
+        name: _assembled(name, partial(_misfit, files, name), *zip(*pieces, strict=True))
+        for name, pieces in found.items()
+    }
 
 
-class _MisfitError(ValueError):
-    """What is wrong with a piece, and the file that it is in."""
-
-    def __init__(self, message: str, piece: Piece) -> None:
-        super().__init__(message)
-        self.file = piece.file
+def _misfit(files: FileSet, tensor: str, why: str, piece: Piece) -> CheckpointError:
+    return CheckpointError(why, file=files.where(piece.file), tensor=tensor)
 
 
 def _begins(header: Header, where: str) -> dict[str, object]:
-    """Return where the pieces of a file begin, by tensor, as its metadata says."""
     raw = header.metadata.get(_OFFSETS, "{}").encode()
     with reading_json(raw, where, HEADER_BOUNDS):
         said = json.loads(raw)
@@ -74,27 +69,27 @@ def _begins(header: Header, where: str) -> dict[str, object]:
     return {name: entry.get("saved_offsets") for name, entry in entries if isinstance(entry, dict)}
 
 
-def _assembled(name: str, dtypes: Sequence[str], pieces: Sequence[Piece]) -> TensorInfo:
+def _assembled(name: str, misfit: _Misfit, dtypes: Sequence[str], pieces: Sequence[Piece]) -> TensorInfo:
     dtype, first = dtypes[0], pieces[0]
     for other, piece in zip(dtypes, pieces, strict=True):
         if (other, len(piece.shape)) != (dtype, len(first.shape)):
             shapes = f"{other} {list(piece.shape)} here, but {dtype} {list(first.shape)} in {first.file}"
-            raise _MisfitError(f"has pieces that do not fit: {shapes}", piece)
+            raise misfit(f"has pieces that do not fit: {shapes}", piece)
     shape = tuple(max(p.starts[d] + p.shape[d] for p in pieces) for d in range(len(first.shape)))
     try:
         nbytes = tensor_bytes(dtype, shape)
     except ValueError as error:
-        raise _MisfitError(str(error), first) from None
+        raise misfit(str(error), first) from None
     cells = tuple(sorted((p for p in pieces if prod(p.shape)), key=lambda piece: piece.starts)) or (first,)
-    _check_cover(shape, cells)
+    _check_cover(shape, cells, misfit)
     bits, lowest = DTYPE_BITS[dtype], cells[0]
     if len(cells) > 1 and bits % 8:
-        raise _MisfitError(f"has pieces of {bits} bits an item ({dtype}), which are not read", lowest)
+        raise misfit(f"has pieces of {bits} bits an item ({dtype}), which are not read", lowest)
     layout = Pieces(shape, bits // 8, cells) if len(cells) > 1 else None
     return TensorInfo(name, dtype, shape, lowest.file, lowest.offset, nbytes, layout)
 
 
-def _check_cover(shape: Sequence[int], pieces: Sequence[Piece]) -> None:
+def _check_cover(shape: Sequence[int], pieces: Sequence[Piece], misfit: _Misfit) -> None:
     """Refuse pieces unless they are the cells of a grid, each of which ends where the next one begins."""
     cuts = [sorted({0, *(piece.starts[axis] for piece in pieces)}) for axis in range(len(shape))]
     ends = [dict(zip(cut, [*cut[1:], length], strict=True)) for cut, length in zip(cuts, shape, strict=True)]
@@ -103,17 +98,14 @@ def _check_cover(shape: Sequence[int], pieces: Sequence[Piece]) -> None:
         for axis, (begin, length) in enumerate(zip(piece.starts, piece.shape, strict=True)):
             if (end := begin + length) != (following := ends[axis][begin]):
                 why = "two pieces overlap" if end > following else "a piece between them is missing"
-                raise _MisfitError(
+                raise misfit(
                     f"has a piece that ends at {end} of dimension {axis}, but the next begins, or the tensor "
                     f"ends, at {following}: {why}",
                     piece,
                 )
         if (other := seen.setdefault(piece.starts, piece)) is not piece:
-            raise _MisfitError(
-                f"has a piece that begins at {list(piece.starts)}, as does one in {other.file}", piece
-            )
+            begins = list(piece.starts)
+            raise misfit(f"has a piece that begins at {begins}, as does one in {other.file}", piece)
     if len(seen) < prod(map(len, cuts)):
         lost = next(starts for starts in product(*cuts) if starts not in seen)
-        raise _MisfitError(
-            f"has no piece that begins at {list(lost)}: is the file of a rank missing?", pieces[0]
-        )
+        raise misfit(f"has no piece that begins at {list(lost)}: is the file of a rank missing?", pieces[0])

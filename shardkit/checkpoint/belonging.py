@@ -120,7 +120,6 @@ def _rule(others: Iterable[str], weights: set[str], stems: set[str]) -> Callable
 
 
 def _runtime_folders(file: str) -> Iterable[str]:
-    """Yield the folders of other runtimes that a file of weights lies in."""
     path = PurePosixPath(file)
     if is_weights(path.name) or _RUNTIMES.fullmatch(path.name):
         for folder in path.parents:

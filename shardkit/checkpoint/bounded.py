@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,21 +22,20 @@ from shardkit.checkpoint.budget import (
 )
 from shardkit.checkpoint.config import architecture
 from shardkit.checkpoint.loaded import LOAD_BITS, Units
+from shardkit.checkpoint.quantized import quantized
+from shardkit.formats.tensor import TensorInfo
 
 if TYPE_CHECKING:
     from shardkit.checkpoint.estimate import Estimate
 
 _DECODER = re.compile(r".*(ForCausalLM|LMHeadModel)")
 # Model types of which an estimate is what a load plans, as stored and cast, with transformers 5.23.
-# fmt: off
-_COMPARED = frozenset((
-    "arcee", "biogpt", "bloom", "codegen", "cohere", "cohere2", "deepseek_v3", "ernie4_5", "exaone4",
-    "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss",
-    "gptj", "granite", "helium", "llama", "mistral", "mixtral", "mpt", "olmo", "olmo2", "olmo3", "olmoe",
-    "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss",
-    "smollm3", "stablelm", "starcoder2", "xglm",
-))
-# fmt: on
+_COMPARED = (
+    "arcee biogpt bloom codegen cohere cohere2 deepseek_v3 ernie4_5 exaone4 falcon gemma gemma2 gemma3_text "
+    "glm glm4 gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite helium llama mistral mixtral mpt olmo olmo2 "
+    "olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm "
+    "starcoder2 xglm"
+)
 
 
 def about_seconds(seconds: float) -> str:
@@ -116,7 +115,7 @@ class Decoder(NamedTuple):
         streaming = Needs(needs.process_bytes + beside, needs.cache_bytes, needs.activation_bytes + scratch)
         smallest = smallest_memory(units.sizes, streaming)
         weights = made.copied_bytes + made.mapped_bytes + made.resident_bytes
-        if sum(needs) + weights + made.stacking_bytes + beside <= work.max_memory:
+        if sum(needs) + made.model_bytes <= work.max_memory:
             return BoundedEstimate(work, MemoryPlan(work, *needs, 0, weights, 0), smallest)
         try:
             plan, _ = plan_memory(made.source, units.sizes, streaming, work, made.peak_anonymous_bytes)
@@ -129,14 +128,14 @@ class Decoder(NamedTuple):
         return LOAD_BITS.get(self.made.dtype or "float32", 32) // 8
 
 
-def why_unknown(config: Mapping[str, Any], quantized: str | None) -> str:
+def why_unknown(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> str:
     """Return why nothing is known of a load within a budget; empty if something is."""
     named, kind = architecture(config), config.get("model_type")
-    if quantized:
-        return f"not known: quantized weights cannot be streamed: {quantized}"
+    if why := quantized(config, {tensor.name: tensor for tensor in tensors}):
+        return f"not known: quantized weights cannot be streamed: {why}"
     if config.get("is_encoder_decoder") or not _DECODER.fullmatch(named or ""):
         return f"not known: {str(named or 'the model')[:100]} is not a decoder that can be streamed"
-    if kind not in _COMPARED:
+    if kind not in _COMPARED.split():
         return f"not known: models of type {str(kind)[:100]!r} were not compared with real loads"
     if lacking := lacks(config):
         return f"not known: config.json has no {lacking}"

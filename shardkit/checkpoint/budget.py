@@ -75,12 +75,6 @@ class Sequences:
         """Both, as people read them."""
         return f"{plural(self.context_tokens, 'token')}, batch of {self.batch_size}"
 
-    @classmethod
-    def requested(cls, context_tokens: int | None, batch_size: int) -> Self | None:
-        """Return them unless neither is requested."""
-        made = cls(CONTEXT_TOKENS if context_tokens is None else context_tokens, batch_size)
-        return None if context_tokens is None and batch_size == 1 else made
-
     def within(self, max_memory: int) -> Workload:
         """Return them with a budget, in bytes."""
         return Workload(self.context_tokens, self.batch_size, max_memory=max_memory)
@@ -237,15 +231,7 @@ def too_long(config: Mapping[str, Any], tokens: int) -> str:
 
 
 def cache_bytes(config: Mapping[str, Any], itemsize: int, work: Sequences) -> int:
-    """Return an upper bound of the bytes of keys and values that a decoder caches.
-
-    Parameters
-    ----------
-    config
-        Of the decoder, as JSON has it.
-    itemsize
-        Bytes of an item.
-    """
+    """Return an upper bound of the bytes of keys and values that a decoder caches, by bytes of an item."""
     layers, heads, hidden = (_number(config, *names) for names in (_LAYERS, _HEADS, _HIDDEN))
     key = sum(_number(config, name) for name in ("qk_nope_head_dim", "qk_rope_head_dim"))  # wider than values
     width = max(_number(config, "head_dim") or hidden // max(heads, 1), key)

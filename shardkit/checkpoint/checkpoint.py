@@ -16,7 +16,7 @@ from shardkit.base.record import Record, Summary, Table, listed, plural, shown_p
 from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.adapter import estimate_with_base, is_adapter
 from shardkit.checkpoint.belonging import Beside, needed_files, sort_out
-from shardkit.checkpoint.budget import Sequences
+from shardkit.checkpoint.budget import CONTEXT_TOKENS, Sequences
 from shardkit.checkpoint.config import architecture, config_dtype, plain_json
 from shardkit.checkpoint.estimate import Estimate
 from shardkit.checkpoint.hosts import DiskRate
@@ -28,11 +28,11 @@ from shardkit.checkpoint.layout import (
     output_stem,
     read_config,
 )
-from shardkit.checkpoint.loaded import LOAD_BITS, StoredTensor, load_dtype
+from shardkit.checkpoint.loaded import LOAD_BITS, load_dtype
 from shardkit.checkpoint.metadata import of_checkpoint
 from shardkit.checkpoint.scan import confirm_offsets, format_of
 from shardkit.formats.strided import MAX_RECEIVED_SPAN, Layout
-from shardkit.formats.tensor import DTYPE_NAMES, FLOAT_DTYPES, LoadDtypeLike, TensorInfo
+from shardkit.formats.tensor import DTYPE_NAMES, LoadDtypeLike, TensorInfo, stored_dtype
 from shardkit.sources.fileset import FileSet, State
 from shardkit.sources.resolve import resolve
 
@@ -153,15 +153,13 @@ class Checkpoint(Record):
         place, chosen = found.files, found.chosen
         config = read_config(place)
         weights = find_weights(place, config, chosen)
-        seen = _states(place, weights.files)
+        seen = {file: place.state(file) for file in weights.files}
         form = format_of(weights.files[0])
         scan = form.scan(place, weights.files)
         metadata, file_metadata = of_checkpoint(scan.metadata, scan.tensors)
         stem = output_stem(place, weights.chosen, config)
-        # A file that lies beside no config is alone: what surrounds it is none of its business.
-        is_alone = chosen is not None and config is None
         beside = Beside({}, {})
-        if not is_alone:
+        if chosen is None or config is not None:  # a file without a config is alone: nothing belongs to it
             beside = sort_out(place, (weights.chosen, *weights.files), stem, config)
         notes = (*found.notes, *weights.notes, *scan.notes, *index_notes(weights, scan.tensors))
         checkpoint = cls(
@@ -276,26 +274,22 @@ class Checkpoint(Record):
         >>> Checkpoint.open("mistral-demo").estimate("float16").copied_bytes
         5048064
         """
+        asked = Sequences(CONTEXT_TOKENS if context_tokens is None else context_tokens, batch_size)
         target = None if dtype in (None, "auto") else load_dtype(dtype)
         if target is None and not is_adapter(self.stem, self.config, self.tensors):
             target = self.auto_dtype
-        tensors = (
-            StoredTensor(
-                t.name, t.elements, t.dtype, t.shape, t.name in self.aliases, None if t.layout else t.offset
-            )
-            for t in self.tensors.values()
-        )
         return estimate_with_base(
             self.source,
-            tensors,
+            self.tensors.values(),
             target,
             type(self).open,
             stem=self.stem,
             config=self.config,
+            aliases=self.aliases,
             side_files=self.side_files,
             held_whole=bool(self.legacy),
-            in_memory=self._is_in_memory(),
-            sequences=Sequences.requested(context_tokens, batch_size),
+            in_memory=any(filesystem(folder) in MEMORY_FILESYSTEMS for folder in self.folders),
+            sequences=None if (context_tokens, batch_size) == (None, 1) else asked,
             max_memory=None if max_memory is None else parse_size(max_memory),
             disk_rate=None if disk_rate is None else self._disk_rate(disk_rate),
             is_here=self.place.folder is not None,
@@ -313,13 +307,10 @@ class Checkpoint(Record):
         """The dtype that transformers 5.23 chooses by itself: see its `modeling_utils._get_dtype`."""
         if said := config_dtype(self.config) or self.index_dtype:
             return said if said in LOAD_BITS else None
-        first = [t for t in self.tensors.values() if t.file == self.files[0] and t.dtype in FLOAT_DTYPES]
+        first = [tensor for tensor in self.tensors.values() if tensor.file == self.files[0]]
         if self.format == "safetensors":  # whose reader lists names in order, not as they lie in the file
             first.sort(key=attrgetter("name"))
-        return DTYPE_NAMES[first[0].dtype] if first else None
-
-    def _is_in_memory(self) -> bool:
-        return any(filesystem(folder) in MEMORY_FILESYSTEMS for folder in self.folders)
+        return stored_dtype(tensor.dtype for tensor in first)
 
     @property
     def folders(self) -> set[str]:
@@ -335,7 +326,8 @@ class Checkpoint(Record):
     def has_changed(self) -> bool:
         """Whether a file of weights is gone, or no longer the one that was opened."""
         try:
-            return _states(self.place.now(), self.files) != self.seen
+            now = self.place.now()
+            return {file: now.state(file) for file in self.files} != self.seen
         except CheckpointError:
             return True
 
@@ -394,15 +386,12 @@ class Checkpoint(Record):
         return Summary("Checkpoint", facts, (dtypes,), self._notes())
 
     def _config_against_files(self) -> str:
-        said = config_dtype(self.config)
-        held = [DTYPE_NAMES[dtype] for dtype in self.dtypes if dtype in FLOAT_DTYPES]
+        said, held = config_dtype(self.config), stored_dtype(self.dtypes)
         if said is None:
             return "not set"
-        if not held:
+        if held is None:
             return f"{said} (the files contain no plain floating-point tensors)"
-        if held[0] == said:
-            return f"{said} (matches the files)"
-        return f"{said} (the files are mostly {held[0]})"
+        return f"{said} (matches the files)" if held == said else f"{said} (the files are mostly {held})"
 
     def _notes(self) -> tuple[str, ...]:
         notes = list(self.notes)
@@ -419,7 +408,3 @@ class Checkpoint(Record):
             by_kind = (f"{kind}: {plural(len(f), 'file')} ({listed(f)})" for kind, f in kinds.items())
             notes.append(f"not copied: {'; '.join(by_kind)}")
         return tuple(notes)
-
-
-def _states(files: FileSet, names: tuple[str, ...]) -> dict[str, State]:
-    return {name: files.state(name) for name in names}

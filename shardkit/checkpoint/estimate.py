@@ -6,27 +6,22 @@ any other is converted into memory of its own, and so are experts that the model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import add
 from typing import Any
 
 from shardkit.base.record import Record, Summary
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.bounded import BoundedEstimate, Decoder, why_unknown
-from shardkit.checkpoint.budget import Sequences, too_long
+from shardkit.checkpoint.budget import Sequences, Workload, cache_bytes, lacks, too_long
 from shardkit.checkpoint.fits import DiskFit, Sizes, explained, fit_disks, fit_gpus, fit_memory, tables
 from shardkit.checkpoint.hosts import DiskRate, HostFit, Need, Ways
-from shardkit.checkpoint.loaded import (
-    LOAD_BITS,
-    LoadedTensor,
-    StoredTensor,
-    Units,
-    WeightBytes,
-    loaded_tensors,
-    units_of_names,
-    weight_bytes,
-)
-from shardkit.checkpoint.quantized import HELD, Packing, method_of, packing_of, quantized, unpacked
+from shardkit.checkpoint.loaded import LOAD_BITS, LoadedTensor, loaded_tensors, units_of_names, weight_bytes
+from shardkit.checkpoint.quantized import HELD, Packing, method_of, packing_of, unpacked
+from shardkit.checkpoint.scan import GGUF
+from shardkit.formats.tensor import TensorInfo
 
 # Anonymous memory of a process that has imported torch and transformers, loaded a small model in a dtype that
 # needs no cast, and given a token: measured with transformers 5.23 and the CPU build of torch 2.13 on Linux.
@@ -34,35 +29,32 @@ RUNTIME_BYTES = 271_000_000
 # Model types of which loads kept the ±5 %, first token included, as stored and cast to float16, with
 # transformers 5.23; from 0.2 to 2.6 GB the error did not grow with the weights. Others may keep buffers,
 # rewrite weights, or need more for the first token, so that nothing is promised of them.
-# fmt: off
-_MEASURED = frozenset((
-    "apertus", "arcee", "bart", "bert", "biogpt", "bloom", "codegen", "cohere", "cohere2", "deberta-v2",
-    "distilbert", "electra", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "glm",
-    "glm4", "gpt2", "gpt_neox", "gptj", "granite", "helium", "lfm2", "llama", "mbart", "mistral",
-    "modernbert", "mpt", "nemotron", "olmo", "olmo2", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3",
-    "roberta", "seed_oss", "smollm3", "stablelm", "starcoder2", "t5", "xlm-roberta",
-))
+_MEASURED = (
+    "apertus arcee bart bert biogpt bloom codegen cohere cohere2 deberta-v2 distilbert electra ernie4_5 "
+    "exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_neox gptj granite helium lfm2 llama mbart "
+    "mistral modernbert mpt nemotron olmo olmo2 opt persimmon phi phi3 qwen2 qwen3 roberta seed_oss smollm3 "
+    "stablelm starcoder2 t5 xlm-roberta"
+)
 # Their tokenizers are Unigram models, which were measured to take three times as much.
-_UNIGRAM = frozenset((
-    "albert", "camembert", "deberta-v2", "mbart", "mt5", "pegasus", "t5", "umt5", "xlm-roberta", "xlnet",
-))
-# fmt: on
+_UNIGRAM = "albert camembert deberta-v2 mbart mt5 pegasus t5 umt5 xlm-roberta xlnet"
 TOLERANCE = 0.05
 # Memory of a tokenizer for each byte of the first of these files that is there, as measured with byte-level
 # BPE of 32,000 to 256,000 tokens; where that matters, it is too rough for a promise.
 _TOKENIZERS = {"tokenizer.json": 10, "tokenizer.model": 60, "vocab.json": 60, "vocab.txt": 40}
 _TOKENIZER_MATTERS = 0.03
+# Of GGUF, as measured with transformers 5.23 and gguf 0.19: bytes beside each element of the tensor that is
+# being unpacked, by those of an element of the result; and bytes for each token of the vocabulary.
+_SCRATCH_BYTES = {2: 11, 4: 8}
+_TOKEN_BYTES = 2600
 
 # Large buffers that no file holds, from the config's numbers, as transformers 5.23 makes them: of GPT-Neo a
 # mask for each layer, and as seen three to nine more while they are made; of GPTBigCode one, and one more.
 _BUFFERS: dict[str, tuple[tuple[str, ...], Callable[..., int]]] = {
     "gpt_neo": (("num_layers", "max_position_embeddings"), lambda layers, length: (layers + 6) * length**2),
     "gpt_bigcode": (("n_positions",), lambda length: 2 * length**2),
-    **dict.fromkeys(
-        ("gptj", "codegen"),
-        (("n_layer", "n_positions", "rotary_dim"), lambda layers, length, width: 4 * layers * length * width),
-    ),
+    "gptj": (("n_layer", "n_positions", "rotary_dim"), lambda layers, length, dim: 4 * layers * length * dim),
 }
+_BUFFERS["codegen"] = _BUFFERS["gptj"]
 
 
 @dataclass(frozen=True)
@@ -159,6 +151,9 @@ class Estimate(Record):
             (self.buffer_bytes, "for buffers that no file contains"),
             (self.resident_bytes, "of files on tmpfs, whose pages cannot be evicted"),
         )
+        tokens = (self.sequences or Sequences()).tokens
+        size = "not known" if self.cache_bytes is None else f"at most {format_size(self.cache_bytes)}"
+        cached = (("KV cache", f"{size} ({tokens})"),) if self.sequences else ()
         words = f"{format_size(self.mapped_bytes)} stay in the files; the kernel may evict them"
         mapped = () if self.resident_bytes else (("mapped", words),)
         facts = (
@@ -167,23 +162,20 @@ class Estimate(Record):
             ("weights", f"{format_size(self.copied_bytes)} converted during loading"),
             *(("also", f"{format_size(size)} {what}") for size, what in others if size),
             *mapped,
-            *(self.within.facts() if self.within else self._cached()),
-            *explained(self.hosts, self.gpus, self.disks, self.sizes, (self.sequences or Sequences()).tokens),
+            *(self.within.facts() if self.within else cached),
+            *explained(self.hosts, self.gpus, self.disks, self.sizes, tokens),
         )
         answers = tuple(tables(self.hosts, self.gpus, self.disks))
         return Summary("Estimated memory to load", facts, answers, self.notes)
 
-    def _cached(self) -> tuple[tuple[str, str], ...]:
-        size = "not known" if self.cache_bytes is None else f"at most {format_size(self.cache_bytes)}"
-        return (("KV cache", f"{size} ({self.sequences.tokens})"),) if self.sequences else ()
-
 
 def estimate_load(
     source: str,
-    tensors: Iterable[StoredTensor],
+    tensors: Iterable[TensorInfo],
     dtype: str | None,
     *,
     config: Mapping[str, Any] | None = None,
+    aliases: Container[str] = (),
     side_files: Mapping[str, int] | None = None,
     held_whole: bool = False,
     in_memory: bool = False,
@@ -196,25 +188,22 @@ def estimate_load(
 
     Parameters
     ----------
-    config
-        Of the model, which may say that it is quantized, or of a type of which more is known.
-    side_files
-        Sizes of the files beside the weights, the tokenizer's among them.
+    side_files, max_memory
+        Bytes of the files beside the weights, the tokenizer's among them; and of a budget.
     held_whole
         Whether the files cannot be mapped (legacy pickles), so that all of them is in memory first.
     in_memory
         Whether the files are on tmpfs, so that their pages are memory that cannot be evicted.
-    sequences, max_memory
-        What the model is for, and a budget in bytes.
-    disk_rate
-        For the seconds that a token's reads take.
     is_here
         Whether the files are on this machine, and so need no download.
     """
     config, stored = config or {}, tuple(tensors)
-    method = method_of(config, stored)
+    method, asked = method_of(config, stored), sequences or Sequences()
+    work = None if max_memory is None else asked.within(max_memory)
+    if method == GGUF:
+        return _estimate_gguf(source, stored, dtype or "float32", config, sequences, work, is_here)
     packing = packing_of(config, method)
-    loaded = [unpacked(tensor, packing) for tensor in loaded_tensors(stored, dtype, config)]
+    loaded = [unpacked(tensor, packing) for tensor in loaded_tensors(stored, dtype, config, aliases)]
     weights, units = weight_bytes(loaded, config, held_whole), units_of_names(loaded)
     buffers, side = _buffer_bytes(config), sum((side_files or {}).values())
     made = Estimate(
@@ -229,10 +218,9 @@ def estimate_load(
         resident_bytes=weights.read if in_memory else 0,
         in_file_bytes=units.row_bytes(loaded),
     )
-    why = why_unknown(config, quantized(config, {tensor.name: tensor for tensor in stored}))
-    decoder, asked = Decoder(made, config, units, why), sequences or Sequences()
+    decoder = Decoder(made, config, units, why_unknown(config, stored))
     cache = decoder.cache_bytes(asked)
-    bounded = decoder.within(asked.within(max_memory)) if max_memory is not None else None
+    bounded = decoder.within(work) if work else None
     made = replace(
         made,
         sequences=sequences,
@@ -245,39 +233,78 @@ def estimate_load(
     rough = _why_rough(made, config.get("model_type"), buffers)
     exceeded = too_long(config, sequences.context_tokens) if sequences else ""
     made = replace(made, notes=tuple(filter(None, (rough, exceeded))), tolerance=None if rough else TOLERANCE)
-    shards = [tensor.in_shards(str(dtype)) for tensor in loaded]
-    others = {} if shards == loaded else {"as stored": loaded_tensors(stored, None, config), "shards": shards}
-    needs = {name: _need(made, weights, units, tensors, config) for name, tensors in others.items()}
-    called = f"in {dtype}" if needs else "as stored"
-    ways = Ways(called, needs, lambda nbytes: decoder.within(asked.within(nbytes)), disk_rate)
-    return with_hosts(made, ways)
+    called, needs = _other_loads(made, decoder, loaded, loaded_tensors(stored, None, config, aliases))
+    return with_hosts(made, Ways(called, needs, lambda room: decoder.within(asked.within(room)), disk_rate))
+
+
+def _estimate_gguf(
+    source: str,
+    stored: Sequence[TensorInfo],
+    dtype: str,
+    config: Mapping[str, Any],
+    sequences: Sequences | None,
+    work: Workload | None,
+    is_here: bool,
+) -> Estimate:
+    """Estimate a load by `from_pretrained(folder, gguf_file=...)`, which unpacks one tensor after another."""
+    itemsize = LOAD_BITS[dtype] // 8
+    cache = None if lacks(config) else cache_bytes(config, itemsize, sequences or Sequences())
+    loaded = [LoadedTensor(tensor, dtype, itemsize * tensor.elements) for tensor in stored]
+    scratch = (_SCRATCH_BYTES.get(itemsize, 0) * tensor.elements for tensor in stored)
+    sizes = Sizes.of(loaded, dtype, cache or 0, 0, is_here)
+    made = Estimate(
+        source,
+        dtype,
+        RUNTIME_BYTES,
+        max(map(add, accumulate(tensor.nbytes for tensor in loaded), scratch), default=0),
+        0,
+        0,
+        tokenizer_bytes=_TOKEN_BYTES * config.get("vocab_size", 0),
+        sequences=sequences,
+        cache_bytes=cache if sequences else 0,
+        within=BoundedEstimate(work, why="not known: GGUF is not streamed") if work else None,
+        sizes=replace(sizes, shard_bytes=0),
+        notes=(
+            f"transformers unpacks GGUF into {dtype}, unless it has a kernel for it; llama.cpp maps the "
+            f"file, {format_size(sizes.file_bytes)} that may be evicted, and needs the KV cache beside it",
+        ),
+    )
+    return replace(with_hosts(made), disks=())
 
 
 def _as_quantized(
-    made: Estimate, method: str, packing: Packing | None, stored: Sequence[StoredTensor]
+    made: Estimate, method: str, packing: Packing | None, stored: Sequence[TensorInfo]
 ) -> Estimate:
     """Return the estimate of quantized weights: as transformers unpacks them, or as they are stored."""
+    copied, mapped = made.copied_bytes, made.mapped_bytes
     if packing:
         words = f"unpacked into bfloat16, as transformers 5 does without a GPU that runs it; {packing.spread}"
-        made = replace(made, copied_bytes=made.copied_bytes + packing.spare_bytes(stored))
+        copied += packing.spare_bytes(stored)
     elif held := HELD.get(method):
         words = f"as stored, which its library computes with; {held.spread}"
-        packed = sum(tensor.nbytes for tensor in stored if held.packs(tensor))
-        copied, mapped = made.copied_bytes + held.spare_bytes(stored), made.mapped_bytes - packed
-        made = replace(made, copied_bytes=copied, mapped_bytes=max(0, mapped))
+        copied += held.spare_bytes(stored)
+        mapped = max(0, mapped - sum(tensor.nbytes for tensor in stored if held.packs(tensor)))
     else:
         words = "as stored and copied: less where a library maps them, more where it unpacks them"
-        made = replace(made, copied_bytes=made.copied_bytes + made.mapped_bytes, mapped_bytes=0)
-    return replace(made, notes=(f"quantized ({method}): counted {words}",))
+        copied, mapped = copied + mapped, 0
+    notes = (f"quantized ({method}): counted {words}",)
+    return replace(made, copied_bytes=copied, mapped_bytes=mapped, notes=notes)
 
 
-def _need(
-    made: Estimate, weights: WeightBytes, units: Units, tensors: list[LoadedTensor], config: Mapping[str, Any]
-) -> Need:
-    """Return what another load of the same model needs, from files that can be mapped."""
-    other = weight_bytes(tensors, config)
-    less = weights.copied + weights.stacking - other.copied - other.stacking
-    return Need(made.new_bytes - less, other.mapped, other.mapped - units.row_bytes(tensors))
+def _other_loads(
+    made: Estimate, decoder: Decoder, loaded: list[LoadedTensor], as_stored: list[LoadedTensor]
+) -> tuple[str, dict[str, Need]]:
+    """Return what a load is called, and what others of the model need, from files that can be mapped."""
+    shards = [tensor.in_shards(str(made.dtype)) for tensor in loaded]
+    if shards == loaded:
+        return "as stored", {}
+    needs = {}
+    for name, tensors in (("as stored", as_stored), ("shards", shards)):
+        other = weight_bytes(tensors, decoder.config)
+        less = made.copied_bytes + made.stacking_bytes - other.copied - other.stacking
+        rows = decoder.units.row_bytes(tensors)
+        needs[name] = Need(made.new_bytes - less, other.mapped, other.mapped - rows)
+    return f"in {made.dtype}", needs
 
 
 def _buffer_bytes(config: Mapping[str, Any]) -> int | None:
@@ -289,11 +316,10 @@ def _buffer_bytes(config: Mapping[str, Any]) -> int | None:
 
 def _tokenizer_bytes(side_files: Mapping[str, int], model_type: object) -> int:
     sizes = (share * side_files[name] for name, share in _TOKENIZERS.items() if name in side_files)
-    return next(sizes, 0) * (3 if model_type in _UNIGRAM else 1)
+    return next(sizes, 0) * (3 if model_type in _UNIGRAM.split() else 1)
 
 
 def _why_rough(made: Estimate, model_type: object, buffers: int | None) -> str | None:
-    """Return why no ±5 % can be promised; None if it can."""
     if made.sequences:
         return "with a context: its KV cache is an upper bound, and activations are not included"
     if made.stacking_bytes:
@@ -301,7 +327,7 @@ def _why_rough(made: Estimate, model_type: object, buffers: int | None) -> str |
             "experts are stacked during loading, and how many exist twice at a time depends on the machine: "
             "measured peaks were up to 10 % above and 21 % below this estimate"
         )
-    if model_type not in _MEASURED or buffers is None:
+    if model_type not in _MEASURED.split() or buffers is None:
         kind = f"models of type {str(model_type)[:100]!r}" if model_type else "models of an unknown type"
         return (
             f"accuracy not measured: {kind} may keep buffers that no file contains, rewrite weights, or need "
@@ -310,27 +336,6 @@ def _why_rough(made: Estimate, model_type: object, buffers: int | None) -> str |
     if made.tokenizer_bytes > _TOKENIZER_MATTERS * made.peak_anonymous_bytes:
         return "the tokenizer takes a large share of this, and its memory is known only roughly"
     return None
-
-
-def estimate_adapter(
-    source: str, tensors: Iterable[StoredTensor], dtype: str | None, named: object, base: Estimate | None
-) -> Estimate:
-    """Add a peft adapter to the estimate of the base model that it names; without that, no host fits."""
-    # Whatever the base is loaded in, peft keeps an adapter that can be trained in float32.
-    copied = sum(tensor.elements for tensor in tensors) * LOAD_BITS["float32"] // 8
-    if base is None:
-        called = str(named or "not named")[:200]
-        note = (
-            f"an adapter: its base model ({called}) is not on this machine and not included: inspect it too"
-        )
-        return Estimate(source, dtype, RUNTIME_BYTES, copied, 0, 0, notes=(note,))
-    notes = (*base.notes, f"an adapter: the estimate includes its base model, {base.source}")
-    both = replace(base, source=source, copied_bytes=base.copied_bytes + copied, notes=notes, tolerance=None)
-    if not base.sizes:
-        return both
-    sizes = replace(base.sizes, loaded_bytes=base.sizes.loaded_bytes + copied)
-    both = replace(both, sizes=sizes)
-    return with_hosts(both) if base.hosts else both
 
 
 def with_hosts(made: Estimate, ways: Ways | None = None) -> Estimate:

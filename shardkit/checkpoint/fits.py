@@ -102,9 +102,9 @@ class Sizes:
         blocks: Counter[Part] = Counter()
         for tensor in loaded:
             stored = tensor.stored
-            files += 0 if stored.is_alias else stored.nbytes
+            files += 0 if tensor.is_alias else stored.nbytes
             shards += tensor.in_shards(str(dtype)).stored.nbytes
-            if tensor.converted or not stored.is_alias:
+            if tensor.converted or not tensor.is_alias:
                 blocks[part_of(stored.name)] += tensor.nbytes
         largest, runs_on = max(blocks.values(), default=0), packing.capability if packing else None
         total, packed = blocks.total(), files - side_bytes
@@ -155,15 +155,16 @@ def fit_gpus(sizes: Sizes) -> Iterator[HostFit]:
 
 def _fit_gpus(name: str, found: Gpus, sizes: Sizes, memory: int | None) -> HostFit:
     # A block is on one GPU: all but the last may be left with nearly as much as one takes.
-    usable = found.count * max(0, found.memory_bytes - CUDA_BYTES) - (found.count - 1) * sizes.block_bytes
+    left = found.count * max(0, found.memory_bytes - CUDA_BYTES)
+    usable = max(0, left - (found.count - 1) * sizes.block_bytes)
     is_packed = sizes.packed_capability is not None and found.capability >= sizes.packed_capability
     need = (sizes.packed_bytes if is_packed else sizes.loaded_bytes) + sizes.cache_bytes
     dtype = "float16" if sizes.dtype == "bfloat16" and found.capability < _BFLOAT16 else sizes.dtype
-    words = f"{format_size(need)} of {format_size(max(0, usable))}" + f", in {dtype}" * bool(dtype)
+    words = f"{format_size(need)} of {format_size(usable)}" + f", in {dtype}" * bool(dtype)
     if 0 <= usable - need < _TIGHT * usable and not sizes.cache_bytes:
         words += f"; {format_size(usable - need)} left for KV cache"
     total = found.count * found.memory_bytes
-    made = HostFit(name, total, "fits", words, needed_bytes=need, usable_bytes=max(0, usable))
+    made = HostFit(name, total, "fits", words, needed_bytes=need, usable_bytes=usable)
     if need <= usable:
         return made
     over, halved, advice = need - usable, _HALVED.get(dtype or ""), ""
@@ -196,14 +197,12 @@ def _fit_disk(name: str, free: int | None, sizes: Sizes) -> DiskFit:
     if not files:
         advice = "free_source=True: each source file goes once its shards are there"
         return DiskFit(name, free, "shards do not fit", advice)
-    verdict = (
-        "download fits, shards beside it do not"
-        if files <= free
-        else "shards fit, the download does not"
-        if shards <= free
-        else "does not fit"
-    )
-    ways = "stream=True or free_source=True" if files <= free else "stream=True"
+    if files <= free:
+        verdict, ways = "download fits, shards beside it do not", "stream=True or free_source=True"
+    elif shards <= free:
+        verdict, ways = "shards fit, the download does not", "stream=True"
+    else:
+        return DiskFit(name, free, "does not fit")
     return DiskFit(name, free, verdict, f"{ways}: shards in place of the download" * (shards <= free))
 
 

@@ -176,10 +176,10 @@ def fit(name: str, memory: int, need: Need, ways: Ways = Ways()) -> HostFit:
     plain = {ways.requested: need, **ways.others}
     found = [_way(called, other, usable, nbytes) for called, other in plain.items()]
     bounded = ways.within(usable) if ways.within else None
-    if bounded and (bounded.plan or bounded.smallest_bytes):
+    if bounded and bounded.smallest_bytes:
         read = bounded.plan.streamed_bytes if bounded.plan else None
         seconds = read / nbytes if read and nbytes else None
-        found.append(WayFit(BUDGET, bounded.smallest_bytes or 0, read, seconds))
+        found.append(WayFit(BUDGET, bounded.smallest_bytes, read, seconds))
     asked, last = found[0], found[-1]
     made = HostFit(name, memory, asked.verdict, "all weights stay in memory", asked.read_bytes)
     made = replace(made, ways=tuple(found), needed_bytes=need.anonymous_bytes, usable_bytes=usable)

@@ -34,7 +34,7 @@ def kept_tensors(names: Iterable[str], config: Mapping[str, Any] | None, target:
         return frozenset()
     with _BUILDING:
         found = _asked(json.dumps(config), names, dtype)
-    return _looked_up(config, names, dtype) if found is None else found
+    return frozenset(filter(kept_pattern(config, dtype).search, names)) if found is None else found
 
 
 def _is_plain(config: Mapping[str, Any]) -> bool:
@@ -61,9 +61,10 @@ def _asked(config: str, names: tuple[str, ...], dtype: str) -> frozenset[str] | 
     return frozenset(found["kept"]) if "kept" in found else None
 
 
-def _looked_up(config: Mapping[str, Any], names: Iterable[str], dtype: str) -> frozenset[str]:
-    patterns = "|".join(p for model in _families(config) for p in listed_patterns(model, dtype))
-    return frozenset(name for name in names if patterns and re.search(patterns, name))
+def kept_pattern(config: Mapping[str, Any], dtype: str) -> re.Pattern[str]:
+    """Return what is in the names of tensors that the tables keep in float32 in a dtype ("float16")."""
+    patterns = {pattern for model in {*_families(config)} for pattern in listed_patterns(model, dtype)}
+    return re.compile("|".join(sorted(patterns)) or "(?!)")
 
 
 def _families(config: Mapping[str, Any]) -> Iterator[str]:

@@ -107,7 +107,6 @@ def read_json(files: FileSet, name: str) -> Any:
 
 
 def _object(value: Any) -> dict[str, Any]:
-    """Return a JSON object; an empty one in place of anything else."""
     return value if isinstance(value, dict) else {}
 
 
@@ -212,7 +211,6 @@ def _by_number(files: FileSet, chosen: str) -> Weights:
 
 
 def _by_index(files: FileSet, index: str) -> Weights:
-    """Return the weights that an index names, every file checked to be one of `files`."""
     where = files.where(index)
     document = _object(read_json(files, index))
     weight_map = document.get("weight_map")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from shardkit.base.disk import pages_of
 from shardkit.checkpoint.budget import UnitSize, step_bytes, together, viewed
-from shardkit.checkpoint.kept import family, listed_patterns
+from shardkit.checkpoint.kept import kept_pattern
 from shardkit.checkpoint.parts import EMBEDDING, HEAD, is_single_expert, part_of
-from shardkit.formats.gguf import BLOCK_BITS
 from shardkit.formats.safetensors import DTYPE_BITS
-from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, parse_dtype
+from shardkit.formats.tensor import CAST_DTYPES, DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, dtype_name
 
 # While it stacks experts, transformers holds some of them twice, for a moment: this share of their bytes,
 # as measured with Mixtral's, Qwen3-MoE's and DeepSeek-V3's shapes, with a cast and without.
@@ -23,65 +23,33 @@ _TRANSPOSED = {"qwen3_vl_moe": {"gate_up_proj": 1, "down_proj": 2}}
 _REWRITTEN = {"rwkv": re.compile(r"attention\.output\.weight|feed_forward\.value\.weight")}
 # Masks that older files of GPT-2, GPT-Neo, GPT-J and GPT-NeoX hold, and that no load reads any more.
 _MASK = re.compile(r"\.(attn|attention)\.bias$")
-_BITS = BLOCK_BITS | DTYPE_BITS
 # Of what a model can be loaded in.
 LOAD_BITS = {DTYPE_NAMES[dtype]: DTYPE_BITS[dtype] for dtype in FLOAT_DTYPES}
 
 
 def load_dtype(dtype: object) -> str | None:
-    """Return the name of a dtype to load in, "float64" included; None: as stored.
-
-    Raises
-    ------
-    PlanError
-        If it is none that a model is loaded in.
-    """
-    if dtype is None or dtype in LOAD_BITS:
-        return dtype
-    target = parse_dtype(dtype)
-    return DTYPE_NAMES[target] if target else None
-
-
-class StoredTensor(NamedTuple):
-    """What counts of a tensor: its name, number of elements, dtype on disk ("BF16"), and shape.
-
-    An alias is another name of what counts already; but where it is converted, it is converted again.
-    `offset` is its first byte in its file; None where its items do not lie there as they are written.
-    """
-
-    name: str
-    elements: int
-    dtype: str
-    shape: tuple[int, ...] = ()
-    is_alias: bool = False
-    offset: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return int(self.elements * _BITS[self.dtype]) // 8
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it has rows, as embeddings and heads have."""
-        return len(self.shape) == 2 and self.elements > 0
+    """Return the name of a dtype to load in, "float64" included; None: as stored; as `dtype_name`."""
+    return dtype if dtype is None or dtype in LOAD_BITS else dtype_name(dtype)
 
 
 class LoadedTensor(NamedTuple):
-    """A tensor, the dtype that it is converted to ("float16"; None: it stays as it is), and bytes then."""
+    """A tensor, the dtype that it is converted to ("float16"; None: it stays as it is), and bytes then.
 
-    stored: StoredTensor
+    An alias is another name of what counts already; but where it is converted, it is converted again.
+    """
+
+    stored: TensorInfo
     converted: str | None
     nbytes: int
+    is_alias: bool = False
 
     @property
     def size(self) -> UnitSize:
         """Memory of its own that it is read into: pages, but for single experts, which share theirs."""
         stored, is_expert = self.stored, is_single_expert(self.stored.name)
-        offset, itemsize = stored.offset, max(1, DTYPE_BITS[stored.dtype] // 8)
-        is_stored = self.converted is None and not is_expert
-        if is_stored and offset is not None and offset % itemsize == 0:
-            return viewed(self.nbytes, offset)
+        is_stored = self.converted is None and not is_expert and stored.layout is None
+        if is_stored and stored.offset % max(1, DTYPE_BITS[stored.dtype] // 8) == 0:
+            return viewed(self.nbytes, stored.offset)
         nbytes = self.nbytes if is_expert else pages_of(self.nbytes)
         return UnitSize(nbytes, stored.nbytes, step_bytes(stored.nbytes))
 
@@ -89,31 +57,35 @@ class LoadedTensor(NamedTuple):
         """Return it as it is loaded from shards that were cast to a dtype, where there is such a cast."""
         if self.converted != dtype or dtype not in CAST_DTYPES:
             return self
-        return self._replace(stored=self.stored._replace(dtype=CAST_DTYPES[dtype]), converted=None)
+        cast = replace(self.stored, dtype=CAST_DTYPES[dtype], nbytes=self.nbytes)
+        return self._replace(stored=cast, converted=None)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has rows, as embeddings and heads have."""
+        return len(self.stored.shape) == 2 and self.stored.elements > 0
 
     @property
     def is_embedding(self) -> bool:
         """Whether it is one, of which a token needs a row."""
         name = self.stored.name
-        is_weight = name.endswith("weight") and self.stored.is_matrix and self.stored.offset is not None
+        is_weight = name.endswith("weight") and self.is_matrix and self.stored.layout is None
         return is_weight and part_of(name).place == EMBEDDING
 
 
 def loaded_tensors(
-    stored: Iterable[StoredTensor], dtype: str | None, config: Mapping[str, Any]
+    stored: Iterable[TensorInfo], dtype: str | None, config: Mapping[str, Any], aliases: Container[str] = ()
 ) -> list[LoadedTensor]:
     """Return what each tensor becomes in a load in `dtype`; without those that no load reads."""
-    patterns = "|".join(sorted(listed_patterns(family(str(config.get("model_type"))), dtype or "")))
-    keeps = re.compile(patterns) if patterns else None
-    found = []
+    keeps, found = kept_pattern(config, dtype or ""), []
     for tensor in stored:
         if _MASK.search(tensor.name) and len(tensor.shape) == 4:
             continue
-        target = "float32" if keeps and keeps.search(tensor.name) else dtype
+        target = "float32" if keeps.search(tensor.name) else dtype
         is_kept = target is None or tensor.dtype not in FLOAT_DTYPES or DTYPE_NAMES[tensor.dtype] == target
         converted = None if is_kept else target
         nbytes = tensor.elements * LOAD_BITS[converted] // 8 if converted else tensor.nbytes
-        found.append(LoadedTensor(tensor, converted, nbytes))
+        found.append(LoadedTensor(tensor, converted, nbytes, tensor.name in aliases))
     return found
 
 
@@ -133,11 +105,11 @@ def weight_bytes(
     copied = mapped = stacking = transposing = read = 0
     model_type = str(config.get("model_type"))
     rewritten = _REWRITTEN.get(model_type)
-    for tensor, converted, nbytes in tensors:
+    for tensor, converted, nbytes, is_alias in tensors:
         is_expert = is_single_expert(tensor.name)
         is_transposed = _is_transposed(tensor.name, tensor.shape, model_type, config)
-        in_file = 0 if tensor.is_alias else tensor.nbytes
-        if tensor.is_alias and not converted:
+        in_file = 0 if is_alias else tensor.nbytes
+        if is_alias and not converted:
             continue
         stacking += int(is_expert * _STACKING_SHARE[bool(converted)] * nbytes)
         transposing = max(transposing, nbytes * is_transposed)  # the one at hand is there twice
@@ -182,7 +154,7 @@ def units_of_names(tensors: Iterable[LoadedTensor]) -> Units:
             name = tensor.stored.name
             parts = name.partition(".experts.") if is_single_expert(name) else name.rpartition(".")
             modules.setdefault(parts[0], []).append(tensor.size)
-            if tensor.stored.is_matrix and part_of(name).place == HEAD:
+            if tensor.is_matrix and part_of(name).place == HEAD:
                 heads.append(tensor)
     token = max(embeddings, key=lambda tensor: tensor.nbytes, default=None)
     heads = [head for head in heads if token is None or head.stored.shape[0] == token.stored.shape[0]]

@@ -9,15 +9,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from shardkit.checkpoint.config import parts_of
+from shardkit.checkpoint.loaded import LoadedTensor
 from shardkit.formats.tensor import DTYPE_NAMES, QUANTIZED_DTYPES, TensorInfo
-
-if TYPE_CHECKING:
-    from shardkit.checkpoint.loaded import LoadedTensor, StoredTensor
-
-    Tensor = TensorInfo | StoredTensor
 
 
 class Packing(NamedTuple):
@@ -36,7 +32,7 @@ class Packing(NamedTuple):
     below: int
     above: int
 
-    def packs(self, tensor: Tensor) -> bool:
+    def packs(self, tensor: TensorInfo) -> bool:
         """Whether a tensor holds packed weights."""
         return bool(self.dtypes.match(tensor.dtype) and self.names.search(tensor.name))
 
@@ -45,7 +41,7 @@ class Packing(NamedTuple):
         """How far off the estimate may be, in words."""
         return f"peaks of small models were {self.below} % below to {self.above} % above"
 
-    def spare_bytes(self, tensors: Iterable[Tensor]) -> int:
+    def spare_bytes(self, tensors: Iterable[TensorInfo]) -> int:
         """Return what a load holds beside unpacked weights: packed ones, and what unpacking takes."""
         packed = [tensor.nbytes for tensor in tensors if self.packs(tensor)]
         return sum(packed) + self.scratch * max(packed, default=0)
@@ -76,7 +72,7 @@ _PACKED_DTYPES = ("I8", "U8", "I16", "U16", "I32", "U32")
 _INTEGER_DTYPES = (*_PACKED_DTYPES, "I64", "U64")
 
 
-def method_of(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> str | None:
+def method_of(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> str | None:
     """Return how weights are quantized, as the config says, or a dtype that stands for it; None if not."""
     found = (DTYPE_NAMES[tensor.dtype] for tensor in tensors if tensor.dtype in QUANTIZED_DTYPES)
     return quantization(config) or next(found, None)
@@ -111,7 +107,7 @@ def quantization(config: Any) -> str | None:
     return next(filter(None, map(quantization, parts_of(config))), None)
 
 
-def quantized(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> str | None:
+def quantized(config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> str | None:
     """Return what shows that weights are quantized, as the beginning of an error; None if nothing does."""
     config = config or {}
     if method := quantization(config):
@@ -125,8 +121,8 @@ def quantized(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -
     return None if config.get("quantization_config", config) is None else _packed(tensors.values())
 
 
-def _packed(tensors: Iterable[Tensor]) -> str | None:
-    modules: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+def _packed(tensors: Iterable[TensorInfo]) -> str | None:
+    modules: defaultdict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for tensor in tensors:
         module, _, leaf = tensor.name.rpartition(".")
         modules[module][leaf] = tensor
@@ -138,7 +134,7 @@ def _packed(tensors: Iterable[Tensor]) -> str | None:
     return None
 
 
-def _packed_in(module: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None] | None:
+def _packed_in(module: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo | None] | None:
     """Return integers that stand for the weights of a module, and what scales them."""
     integers = [leaf for leaf, tensor in module.items() if tensor.dtype in _INTEGER_DTYPES]
     scales = [leaf for leaf in module if _SCALE.search(leaf)] if integers else []

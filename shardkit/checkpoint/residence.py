@@ -29,16 +29,8 @@ def choose_residence(sizes: Sequence[int], budget: int, must_stay: Container[int
     """Choose what stays: as many bytes as `budget` allows, spread evenly over the order of execution.
 
     What is read ahead takes as much memory as the largest unit that is streamed, and more, so that keeping
-    the largest units may leave room for more.
-
-    Parameters
-    ----------
-    sizes
-        Bytes of the units, in order of execution.
-    budget
-        Bytes for all of it; the result is None if they are less than `smallest_budget`.
-    must_stay
-        Places of units that cannot be streamed.
+    the largest units may leave room for more. `sizes` are bytes of the units in order of execution,
+    `must_stay` places of those that cannot be streamed; None if `budget` is less than `smallest_budget`.
     """
     found = [_fill(sizes, limit, budget, must_stay) for limit in (0, *sorted({*sizes}))]
     fitting = (plan for plan in found if plan.total_bytes <= budget)

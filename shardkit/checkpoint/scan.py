@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 from shardkit.base.errors import CheckpointError
@@ -40,7 +39,7 @@ def _scan_torch(files: FileSet, names: Sequence[str]) -> Scan:
     aliases: dict[str, str] = {}
     notes: list[str] = []
     legacy = []
-    for name, read in files.each(partial(_read, files, exact=files.folder is not None), names).items():
+    for name, read in _torch_files(files, names, exact=files.folder is not None).items():
         notes += read.notes
         if not read.is_archive:
             legacy.append(name)
@@ -53,7 +52,6 @@ def _scan_torch(files: FileSet, names: Sequence[str]) -> Scan:
 
 
 def _scan_safetensors(files: FileSet, names: Sequence[str]) -> Scan:
-    """List the tensors of safetensors files, by their headers."""
     tensors: dict[str, TensorInfo] = {}
     metadata, notes = [], list[str]()
     with collector_paused():
@@ -71,7 +69,6 @@ def _scan_safetensors(files: FileSet, names: Sequence[str]) -> Scan:
 
 
 def _put_together(files: FileSet, headers: Mapping[str, Header]) -> Scan:
-    """List the tensors of files that have pieces of them."""
     tensors = assembled(files, headers)
     cut = sum(isinstance(tensor.layout, Pieces) for tensor in tensors.values())
     many = f"{plural(cut, 'tensor')} put together from pieces in {plural(len(headers), 'file')}"
@@ -100,8 +97,8 @@ def _add(tensors: dict[str, TensorInfo], tensor: TensorInfo, notes: list[str]) -
     tensors[tensor.name] = tensor
 
 
-def _read(files: FileSet, name: str, *, exact: bool) -> TorchFile:
-    return read_torch_file(files.ranged(name), name, exact=exact)
+def _torch_files(files: FileSet, names: Sequence[str], *, exact: bool) -> dict[str, TorchFile]:
+    return files.each(lambda name: read_torch_file(files.ranged(name), name, exact=exact), names)
 
 
 class Format(NamedTuple):
@@ -136,7 +133,7 @@ def format_of(file: str) -> Format:
 
 def confirm_offsets(files: FileSet, names: Sequence[str], tensors: Mapping[str, TensorInfo]) -> None:
     """Refuse files of torch's, elsewhere than here, of which an offset was derived that is another."""
-    for read in files.each(partial(_read, files, exact=True), names).values():
+    for read in _torch_files(files, names, exact=True).values():
         for found in read.tensors:
             tensor = tensors[found.name]
             if tensor.file == found.file and tensor != found:

@@ -19,7 +19,7 @@ from shardkit.checkpoint.adapter import estimate_with_base
 from shardkit.checkpoint.checkpoint import Checkpoint
 from shardkit.checkpoint.estimate import Estimate
 from shardkit.checkpoint.kept import kept_tensors
-from shardkit.checkpoint.loaded import StoredTensor, load_dtype
+from shardkit.checkpoint.loaded import load_dtype
 from shardkit.checkpoint.quantized import quantized
 from shardkit.checkpoint.ranks import for_ranks
 from shardkit.checkpoint.scan import GGUF, NO_GGUF
@@ -36,6 +36,7 @@ from shardkit.formats.tensor import (
     FLOAT_DTYPES,
     DtypeLike,
     LoadDtypeLike,
+    TensorInfo,
     collector_paused,
     parse_dtype,
 )
@@ -160,9 +161,7 @@ class ShardPlan(Record):
             Of the model: see `Checkpoint`.
         """
         stored = (
-            StoredTensor(
-                t.source.name, t.source.elements, t.dtype, t.source.shape, offset=s.header_bytes + t.begin
-            )
+            TensorInfo(t.source.name, t.dtype, t.source.shape, s.file, s.header_bytes + t.begin, t.nbytes)
             for s in self.shards
             for t in s.tensors
         )

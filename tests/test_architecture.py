@@ -134,7 +134,7 @@ def table_of_words() -> Iterator[str]:
         yield from (f"{word} {noun}".strip() for word in words.split(", ") for noun in nouns.split(", "))
 
 
-@pytest.mark.parametrize("words", table_of_words())
+@pytest.mark.parametrize("words", list(table_of_words()))
 def test_words_that_contributing_advises_against_are_banned(words: str) -> None:
     assert BANNED.search(words)
 

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import re
 import subprocess
 import sys
@@ -130,6 +131,26 @@ def test_a_source(address, source, tmp_path):
         shard_checkpoint(source, f"{address}/copy")
     with pytest.raises(CheckpointError, match=r"cannot be read: .*refused"):
         Checkpoint.open("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("_added", ["A source"], indirect=True)
+def test_a_source_that_changes_meanwhile_or_leads_out_of_its_folder(address, source, tmp_path, monkeypatch):
+    (source / "empty.txt").touch()
+
+    def change(progress):
+        if progress.done_bytes:
+            os.utime(source / "config.json", (0, 0))
+
+    with pytest.raises(CheckpointError, match="changed while being copied; nothing was published"):
+        shard_checkpoint(address, tmp_path / "out", max_shard_size=9000, progress=change)
+    assert not (tmp_path / "out").exists()
+    shard_checkpoint(address, tmp_path / "out", max_shard_size=9000)
+    assert (tmp_path / "out/empty.txt").read_bytes() == b""
+    files = type(Checkpoint.open(address).place)
+    listed = lambda _: ["model.safetensors", "../../evil.json"]  # noqa: E731
+    monkeypatch.setattr(files, "names", listed)
+    with pytest.raises(CheckpointError, match=r"has a file outside of it: '\.\./\.\./evil\.json'"):
+        Checkpoint.open(address)
 
 
 @pytest.mark.parametrize("_added", ["A source"], indirect=True)

@@ -43,6 +43,7 @@ from shardkit.notebook import (
     read_results,
     scaled_limits,
 )
+from shardkit.plan.packing import STRATEGIES
 from tests.fake_loads import MB, VARIANTS, fake_comparison, fake_load, fake_variant, no_load
 from tests.test_limit import needs_groups
 
@@ -467,12 +468,14 @@ def test_every_parameter_has_a_type_a_help_text_and_a_field_in_colabs_form(noteb
     parameters = inspect_notebook(notebook)
     assert parameters
     fields = {"str": ("string",), "int": ("integer", "raw"), "bool": ("boolean",)}
+    complete = {"strategy": list(STRATEGIES), "host": list(memory_limits())}
     for name, parameter in parameters.items():
         form = re.fullmatch(r'@param (?:(\[.*\])|\{type:"(\w+)"\}) # \S.+', parameter["help"])
         assert form, name
         default = json.loads(parameter["default"].lower() if form[2] == "boolean" else parameter["default"])
         if form[1]:
             assert default in json.loads(form[1])
+            assert json.loads(form[1]) == complete.get(name, json.loads(form[1]))
             for choice in json.loads(form[1]):
                 check_values({name: choice})
         else:

@@ -153,7 +153,7 @@ def shard(
     with executor_at(executor) as workers, progress_bar() as bar:
         report = make(source, target, **asked, executor=workers, progress=bar)
     following = next_step("compare", source, destination, dtype=asked.get("dtype"))
-    if report.freed or is_address(destination) or is_part(report.destination):
+    if report.freed or is_address(report.source) or is_address(destination) or is_part(report.destination):
         following = "" if is_part(report.destination) else next_step("inspect", destination)
     show(report, as_json=as_json, following=following)
 

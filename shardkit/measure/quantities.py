@@ -114,7 +114,7 @@ def why_missing(runs: Collection[LoadMeasurement], quantity: Quantity) -> str:
     if any(quantity.name in run.unreported() for run in runs):
         return NOT_REPORTED
     if 0 in values:
-        return "zero, so no ratio" if quantity.unit == "bytes" else "too small to be measured"
+        return "too small to be measured" if quantity.unit == "seconds" else "zero, so no ratio"
     return "not measured" if quantity.is_of_token and any(run.generate for run in runs) else ""
 
 

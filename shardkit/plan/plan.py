@@ -293,7 +293,7 @@ def plan_shards(
     with collector_paused():
         items = [Item.of(t, None if t.name in kept else target) for t in checkpoint.tensors.values()]
         packed = pack(items, limit, empty) if files is None else pack_in_files(items, files)
-        shards = shards_of(packed, checkpoint.stem, empty)
+        shards = shards_of([file for file in packed if file] or [[]], checkpoint.stem, empty)
     if files is not None:
         limit = max(shard.nbytes for shard in shards)
     _check_headers(checkpoint, shards)

@@ -52,6 +52,8 @@ class FileSet(ABC):
     def belonging(self) -> Iterator[str]:
         """Yield the names of files at any depth, in order; not those of tools that made the copy."""
         for name in sorted(self.names()):
+            if os.path.isabs(name) or ".." in name.split("/"):
+                raise CheckpointError(f"has a file outside of it: {name[:200]!a}", file=self.name)
             if not any(map(NOT_OURS.fullmatch, name.split("/"))):
                 yield name
 

@@ -184,7 +184,7 @@ def test_a_model_of_the_hub_is_streamed_into_a_bucket(demo: Path, place: str, hu
 
 
 def test_processes_read_from_a_bucket(in_s3: str, demo: Path, tmp_path: Path) -> None:
-    with ProcessPoolExecutor(2, get_context("forkserver")) as executor:
+    with ProcessPoolExecutor(2, get_context("spawn")) as executor:
         shard_checkpoint(in_s3, tmp_path / "out", max_shard_size=LIMIT, executor=executor)
     assert verify_checkpoint(demo, tmp_path / "out").equal
 

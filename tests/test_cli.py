@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -208,12 +209,16 @@ def test_anything_wrong_ends_in_one_line_and_status_one(case, demo, tmp_path):
         ("shrad a", "did you mean shard"),
     ],
 )
-def test_a_value_that_is_none_is_status_two_and_one_line(arguments, said):
-    done = run(*arguments.split())
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("shardkit: ")
-    assert said in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_a_value_that_is_none_is_status_two_and_one_line(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["shardkit", *arguments.split()])
+    monkeypatch.setattr(warnings, "showwarning", None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    printed, line = capsys.readouterr()
+    assert (ended.value.code, printed) == (2, "")
+    assert line.startswith("shardkit: ")
+    assert said in line
+    assert len(line.splitlines()) == 1
 
 
 @pytest.mark.parametrize("folder", ["", "below/here/"])

@@ -120,8 +120,7 @@ print(max(most))
 """
 
 
-@pytest.mark.parametrize("dtype", ["", "float16"])
-@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q8_0])
+@pytest.mark.parametrize(("kind", "dtype"), [(Type.Q4_0, "float16"), (Type.Q8_0, "")])
 def test_estimate_is_what_a_load_takes(kind: Type, dtype: str, tmp_path: Path) -> None:
     path = write_llama(tmp_path / "m.gguf", kind, hidden=1024, layers=4)
     found = Checkpoint.open(path).estimate(dtype or None)

@@ -913,6 +913,7 @@ for source in "org/own", "org/own", "org/download", "org/wrong", "other/gated", 
     try:
         report = shardkit.shard_checkpoint(
             source, out, overwrite=True, max_shard_size="1MB", workers=1, stream=source != "org/download",
+            verify={place == "argument"},
             **given, **more)
         print(report, repr(report), json.dumps(report.to_dict()))
     except shardkit.errors.ShardkitError:

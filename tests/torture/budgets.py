@@ -79,4 +79,4 @@ def _within(place: Place) -> Iterator[Finding]:
     yield Seen("with weights streamed" if streamed else "with all weights resident")
 
 
-BUDGETS = Kind("50 tokens in a limit as large as the budget", _within, 50, 2, _prepare)
+BUDGETS = Kind("50 tokens in a limit as large as the budget", _within, 50, 1, _prepare)

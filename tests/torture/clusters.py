@@ -58,4 +58,4 @@ def _judged(place: Place, report: ShardReport) -> Iterator[Finding]:
         yield Fault(f"left {left} beside the destination")
 
 
-KILLED = Kind("SIGKILL of a worker of a Dask cluster", _killed, 20, 2, _prepare, workers=1)
+KILLED = Kind("SIGKILL of a worker of a Dask cluster", _killed, 20, 1, _prepare, workers=1)

@@ -125,4 +125,4 @@ def _resumed(place: Place, spec: Spec, expected: Path) -> Iterator[Finding]:
         yield Seen("resumed")
 
 
-FREED = Kind("SIGKILL while the source is freed", _freed, 280, 16, _prepare)
+FREED = Kind("SIGKILL while the source is freed", _freed, 280, 8, _prepare)

@@ -137,5 +137,5 @@ def _left(place: Place, how: str, new: Path) -> Iterator[Finding]:
         yield Fault("destination neither the old one nor the new one")
 
 
-RANDOM = Kind("SIGKILL at a random instant", partial(_killed, chosen=False), 200, 24, _prepare)
-CHOSEN = Kind("SIGKILL at a chosen system call", partial(_killed, chosen=True), 400, 16, _prepare)
+RANDOM = Kind("SIGKILL at a random instant", partial(_killed, chosen=False), 200, 12, _prepare)
+CHOSEN = Kind("SIGKILL at a chosen system call", partial(_killed, chosen=True), 400, 8, _prepare)

@@ -209,5 +209,5 @@ def _monster(place: Place) -> Iterator[Finding]:
     yield from told(where, _judge(place.work, None, _MONSTER_SECONDS))
 
 
-MUTATED = Kind("mutated headers, indexes and configs", _mutated, 100_000, 5_000)
+MUTATED = Kind("mutated headers, indexes and configs", _mutated, 100_000, 2_000)
 MONSTROUS = Kind("monstrous headers", _monster, 2 * len(_MONSTERS), 6)

@@ -24,7 +24,7 @@ from shardkit import (
 )
 from shardkit.base import pages
 from shardkit.base.disk import DiskFile
-from shardkit.errors import Cancelled, CheckpointError
+from shardkit.errors import Cancelled, CheckpointError, VerificationError
 from shardkit.sources.local import LocalFiles, WrittenFiles
 from tests.support import (
     FreshFolder,
@@ -413,3 +413,13 @@ def test_end_of_a_file_before_the_end_of_a_range_is_an_error(written: Path) -> N
     pieces = WrittenFiles(written.parent).read("file", 100, len(BYTES))
     with pytest.raises(CheckpointError, match=f"ends at byte {len(BYTES)}, but its data extends to byte"):
         print(sum(map(len, pieces)))
+
+
+def test_shards_that_a_load_would_take_in_another_dtype_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.ones(2000).half(), "b.weight": torch.ones(9000)}
+    (tmp_path / "source").mkdir()
+    save_file(tensors, tmp_path / "source/model.safetensors", {"format": "pt"})
+    (tmp_path / "source/config.json").write_text('{"hidden_size": 90}')  # names no model, so gets no dtype
+    loads = "a load chooses float16, but float32 for the copy: request a dtype"
+    with pytest.raises(VerificationError, match=f"not published: {loads}$"):
+        shard_checkpoint(tmp_path / "source", tmp_path / "out", max_shard_size="38KB")

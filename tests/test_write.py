@@ -1,7 +1,6 @@
 """A destination is absent or whole; what is in it is what every reader finds in the source."""
 
 import errno
-import fcntl
 import io
 import itertools
 import json
@@ -26,12 +25,11 @@ import safetensors
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from shardkit import Checkpoint, Progress, plan_shards, shard_checkpoint, verify_checkpoint
 from shardkit.base import jobs as run
 from shardkit.base import machine, pages
-from shardkit.base.disk import PAGE
 from shardkit.base.sizes import format_size
 from shardkit.demo import make_demo_checkpoint
 from shardkit.errors import (
@@ -304,45 +302,6 @@ def test_every_way_to_copy_gives_the_same_bytes(
     monkeypatch.setattr(transfer, "os", types.SimpleNamespace(**system))
     shard(source, out.with_name("other"), workers=2)
     assert contents(out.with_name("other")) == contents(out)
-
-
-def past_the_cache(most: int, error: int = 0) -> Callable[[int, memoryview, int], int]:
-    """A pwrite that takes at most so many bytes past the page cache, or refuses them."""
-
-    def write(handle: int, data: memoryview, position: int) -> int:
-        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT:
-            if error:
-                raise OSError(error, os.strerror(error))
-            data = data[:most]
-        return os.pwrite(handle, data, position)
-
-    return write
-
-
-PAST_THE_CACHE: dict[str, dict[str, Any]] = {
-    "as it is": {},
-    "not on this system": {"O_DIRECT": None},
-    "not on this disk": {"pwrite": past_the_cache(0, errno.EINVAL)},
-    "a page at a time": {"pwrite": past_the_cache(PAGE)},
-    "half a page": {"pwrite": past_the_cache(PAGE // 2)},
-}
-
-
-@pytest.mark.parametrize("way", PAST_THE_CACHE)
-def test_every_way_to_write_what_is_cast_gives_the_same_bytes(
-    way: str, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    values = {f"t{n}": torch.randn(n) for n in (1, 2048, 99_999, 2_000_001, 5)}
-    system = vars(os) | PAST_THE_CACHE[way]
-    system = {name: value for name, value in system.items() if value is not None}
-    monkeypatch.setattr(transfer, "os", types.SimpleNamespace(**system))
-    save_file(values, tmp_path / "model.safetensors", {"format": "pt"})
-    shard(tmp_path / "model.safetensors", out, dtype="float16", max_shard_size="4MB", verify=False)
-    cast = {file: load_file(out / file) for file in sorted(p.name for p in out.glob("*.safetensors"))}
-    found = {name: value for tensors in cast.values() for name, value in tensors.items()}
-    assert found.keys() == values.keys()
-    assert all(torch.equal(found[name], value.half()) for name, value in values.items())
 
 
 def test_where_both_files_begin_blocks_copies_begin_there(

@@ -1,7 +1,7 @@
-"""Files past the page cache, where the file system allows it, to and from memory of our own.
+"""Reading files into memory of our own: past the page cache where the file system allows it.
 
 Of a model larger than memory, the page cache keeps nothing until it is needed again, and takes the memory
-that could hold weights for good. What is written past it costs a third of the processor's time.
+that could hold weights for good.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from shardkit.formats.safetensors import DTYPE_BITS
 
 _NUMPY: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _EXACT = {("BF16", "F32"), ("F16", "F32"), ("F16", "BF16")}  # neither overflow nor underflow is possible
+_FEW = 8  # times as many are moved as are cast one by one
 # Infinity as an unsigned integer; only NaN is above, where the sign is left out.
 _INFINITY = {"F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
 
@@ -41,6 +42,7 @@ class Caster:
         self._dtype, self._target = dtype, target
         self._result = np.empty(count, _NUMPY[target])
         self._before = np.empty(count, f"u{DTYPE_BITS[dtype] // 8}")
+        self._is_other = np.empty(count, bool)
         self._after = np.empty(count, f"u{DTYPE_BITS[target] // 8}")
 
     def cast(self, data: bytes | memoryview) -> Cast:
@@ -48,10 +50,32 @@ class Caster:
         values = np.frombuffer(data, dtype=_NUMPY[self._dtype])
         result = self._result[: values.size]
         with np.errstate(over="ignore", invalid="ignore"):
-            narrow = values.astype(np.float32) if self._dtype == "F64" else values
-            np.copyto(result, narrow, casting="unsafe")
-        lost = (0, 0) if (self._dtype, self._target) in _EXACT else self._lost(values, result)
+            if (lost := self._moved(values, result)) is None:
+                narrow = values.astype(np.float32) if self._dtype == "F64" else values
+                np.copyto(result, narrow, casting="unsafe")
+                lost = (0, 0) if (self._dtype, self._target) in _EXACT else self._lost(values, result)
         return Cast(result.view(np.uint8).data, *lost)
+
+    def _moved(self, values: NDArray[Any], result: NDArray[Any]) -> tuple[int, int] | None:
+        """Move bits of bfloat16 to where float16 has them, which takes half the time, and cast only others.
+
+        These are what is not normal in both: of weights, few. None where they are many, or of other dtypes.
+        """
+        if (self._dtype, self._target) != ("BF16", "F16"):
+            return None
+        bits, moved, spare = values.view(np.uint16), result.view(np.uint16), self._before[: values.size]
+        np.left_shift(bits, 1, out=spare)  # without the sign
+        np.subtract(spare, 113 << 8, out=spare)  # the least exponent, of 30
+        others = np.flatnonzero(np.greater_equal(spare, 30 << 8, out=self._is_other[: values.size]))
+        if others.size > values.size // _FEW:
+            return None
+        np.left_shift(bits, 3, out=moved)
+        np.bitwise_xor(moved, 1 << 14, out=moved)  # exponents count from 127 and from 15, which differ by 112
+        np.bitwise_and(moved, 0x7FFF, out=moved)
+        np.bitwise_or(moved, np.bitwise_and(bits, 0x8000, out=spare), out=moved)
+        few = values[others]
+        result[others] = cast = few.astype(np.float16)
+        return self._lost(few, cast)
 
     def _lost(self, values: NDArray[Any], result: NDArray[Any]) -> tuple[int, int]:
         """Return how many values overflowed and flushed; the source is looked at only where some may have."""

@@ -46,7 +46,7 @@ from shardkit.shard.destination import (
     remove,
     sync,
 )
-from shardkit.shard.report import Verification, read_from
+from shardkit.shard.report import AUTO_DTYPE, Verification, read_from
 from shardkit.shard.side_files import altered_files
 from shardkit.shard.store import Job, Store
 from shardkit.shard.tasks import Lost, Outcome, Received
@@ -186,7 +186,8 @@ class FolderStore(Store):
             )
         found = self._compared()
         if not found.equal:
-            cause = "; the source or the disk has changed" if found.mismatches or found.missing else ""
+            differ = {mismatch.tensor for mismatch in found.mismatches} - {AUTO_DTYPE}
+            cause = "; the source or the disk has changed" if differ or found.missing else ""
             raise VerificationError(f"{self.destination}: not published: {found.why_unequal}{cause}")
         return replace(found, destination=str(self.destination), files=len(self.job.plan.shards))
 

@@ -15,6 +15,9 @@ _SHOWN_LOSSES = 3
 _SHOWN_MISMATCHES = 20
 
 
+AUTO_DTYPE = "dtype"  # in place of a tensor: which one a load chooses differs
+
+
 @dataclass(frozen=True)
 class Mismatch:
     """A tensor that differs, and how: its dtype, its shape, or its bytes."""
@@ -85,7 +88,10 @@ class Verification(Record):
     @property
     def why_unequal(self) -> str:
         """What differs, in a line: tensors, or else files or what a model gets; empty if nothing does."""
-        if wrong := [m.tensor for m in self.mismatches] + [*self.missing, *self.extra]:
+        wrong = [m.tensor for m in self.mismatches] + [*self.missing, *self.extra]
+        if wrong == [AUTO_DTYPE]:
+            return f"{self.mismatches[0].reason}: request a dtype"
+        if wrong:
             return f"{plural(len(wrong), 'tensor')} differ{'s' * (len(wrong) == 1)} ({listed(wrong)})"
         if self._files_apart:
             return f"all tensors are equal, but files are missing or changed: {listed(self._files_apart)}"

@@ -32,7 +32,7 @@ from shardkit.load.seen import Ask, ModelKeys, model_keys
 from shardkit.plan.plan import PlannedTensor, Shard
 from shardkit.shard.destination import sync
 from shardkit.shard.digests import digest_pairs, digest_range, digests_of
-from shardkit.shard.report import Mismatch, Verification
+from shardkit.shard.report import AUTO_DTYPE, Mismatch, Verification
 from shardkit.shard.store import Job
 from shardkit.shard.tasks import Outcome, Range, file_range, tensor_range
 from shardkit.sources.local import LocalFiles, WrittenFiles
@@ -123,7 +123,7 @@ def _judged(
         words = f"a load chooses {ours.auto_dtype}, but {theirs.auto_dtype} for the copy"
         if found.cast:
             words = f"a load chooses {theirs.auto_dtype} for the copy, which is stored in {', '.join(stored)}"
-        return replace(found, mismatches=(*found.mismatches, Mismatch("dtype", words)))
+        return replace(found, mismatches=(*found.mismatches, Mismatch(AUTO_DTYPE, words)))
     return found
 
 

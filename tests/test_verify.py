@@ -421,5 +421,5 @@ def test_shards_that_a_load_would_take_in_another_dtype_are_refused_with_what_to
     save_file(tensors, tmp_path / "source/model.safetensors", {"format": "pt"})
     (tmp_path / "source/config.json").write_text('{"hidden_size": 90}')  # names no model, so gets no dtype
     loads = "a load chooses float16, but float32 for the copy: request a dtype"
-    with pytest.raises(VerificationError, match=f"not published: {loads}$"):
+    with pytest.raises(VerificationError, match=f"not published: {loads}\n"):
         shard_checkpoint(tmp_path / "source", tmp_path / "out", max_shard_size="38KB")

@@ -64,7 +64,8 @@ def asked() -> Iterator[Callable[..., Callable[[], dict[str, Any]]]]:
         try:
             yield ask
         finally:
-            process.kill()  # which ends the thread's waiting, too
+            if process.poll() is None:
+                process.kill()  # which ends the thread's waiting, too
 
 
 def asked_here(job: dict[str, Any]) -> dict[str, Any]:

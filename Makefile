@@ -81,7 +81,7 @@ test-light:
 # stack of 2024, beside the torch of this environment. Nor notebook 05, which needs a newer transformers, and says so.
 test-colab: $(COLAB_MARK)
 	SHARDKIT_INSTALL=1 $(COLAB)/bin/python -m pytest --noconftest tests/test_hosts.py -k install_cell
-	$(COLAB)/bin/python $(PYTEST) tests/test_notebooks.py -k "not from_hub_to_hub and not what_helps_shows and not several_processes and (not whole_job or files_by_size)"
+	$(COLAB)/bin/python $(PYTEST) tests/test_notebooks.py -k "not from_hub_to_hub and not what_helps_shows and not several_processes and not sweep_measures and (not whole_job or files_by_size)"
 
 bench: $(MARK)
 	$(BIN)/python -m tests.benchmarks.bench_shard

@@ -60,7 +60,8 @@ def plot_ways(
     _plot_memory(axes[0], runs, smallest, limits)
     for ax, name in zip(axes[1:], _DRAWN, strict=True):
         _plot_quantity(ax, runs, name, _finding)
-    set_rows(axes[0], dict(enumerate(short_names(runs))), len(runs) + _LABELS)
+    for ax in axes[::2]:
+        set_rows(ax, dict(enumerate(short_names(runs))), len(runs) + _LABELS)
     return saved(axes[0], path)
 
 
@@ -72,7 +73,8 @@ def plot_ranks(runs: _Runs, path: str | os.PathLike[str] | None = None) -> Figur
     axes = new_axes(2, 2, (11, 6.6), sharey=True).flatten()
     for ax, name in zip(axes, _OF_RANKS, strict=True):
         _plot_quantity(ax, runs, name, _share)
-    set_rows(axes[0], dict(enumerate(short_names(runs))), len(runs))
+    for ax in axes[::2]:
+        set_rows(ax, dict(enumerate(short_names(runs))), len(runs))
     return saved(axes[0], path)
 
 

@@ -455,10 +455,12 @@ def test_empty_name_is_no_source(demo):
     assert "an empty name is no checkpoint" in asked.stderr
 
 
-def test_budget_leads_to_text(demo):
-    assert run("inspect", demo, "--max-memory", "2GB").stdout.endswith(
-        f"\nnext: shardkit generate {demo} --prompt ... --max-memory 2GB\n"
-    )
+@pytest.mark.parametrize(("budget", "given"), [("600MB", "--max-memory 600MB"), ("2GB", ""), ("300MB", None)])
+def test_budget_that_does_leads_to_text_and_none_is_given_where_all_fits(budget, given, tmp_path):
+    model = make_demo_checkpoint(tmp_path / "model", size="300MB").source
+    last = run("inspect", model, "--max-memory", budget).stdout.splitlines()[-1]
+    asked = f"next: shardkit generate {model} --prompt ..."
+    assert last == f"{asked} {given}".rstrip() if given is not None else not last.startswith(asked)
 
 
 def test_interrupt_while_python_imports_is_one_line(tmp_path):

@@ -74,7 +74,9 @@ def inspect(source: str, dtype: LoadDtype | None = None, as_json: bool = False, 
     estimate = checkpoint.estimate(dtype, **asked)
     following = next_step("plan", source, dtype=dtype if dtype in CAST_DTYPES else None)
     if budget := asked.get("max_memory"):
-        following = next_step("generate", source, prompt="...", max_memory=budget, dtype=dtype)
+        plan = estimate.within.plan if estimate.within else None
+        budget = budget if plan and plan.streamed_bytes else None  # where all stays, mapped files need less
+        following = next_step("generate", source, prompt="...", max_memory=budget, dtype=dtype) * bool(plan)
     following *= checkpoint.format != GGUF
     more = {"estimate": estimate.to_dict(), "leftovers": left}
     show(checkpoint, estimate, as_json=as_json, following=following, **more)

@@ -127,6 +127,8 @@ def generate_text(
     meter = _Meter(tokenizer, on_text)
     with _peak() as peak:
         model = load_model(source, dtype=dtype, **options)
+        if not model.can_generate():
+            raise CheckpointError(f"is {type(model).__name__}: it generates no text", file=checkpoint.source)
         model.generate(**asked, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, streamer=meter)
     plan = getattr(model, "memory_plan", None)
     return Generation(

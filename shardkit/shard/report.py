@@ -88,8 +88,8 @@ class Verification(Record):
     @property
     def why_unequal(self) -> str:
         """What differs, in a line: tensors, or else files or what a model gets; empty if nothing does."""
-        wrong = [m.tensor for m in self.mismatches] + [*self.missing, *self.extra]
-        if wrong == [AUTO_DTYPE]:
+        wrong = [m.tensor for m in self.mismatches if m.tensor != AUTO_DTYPE] + [*self.missing, *self.extra]
+        if self.mismatches and not wrong:
             return f"{self.mismatches[0].reason}: request a dtype"
         if wrong:
             return f"{plural(len(wrong), 'tensor')} differ{'s' * (len(wrong) == 1)} ({listed(wrong)})"
@@ -104,8 +104,8 @@ class Verification(Record):
 
     @property
     def is_perhaps_another(self) -> bool:
-        """Whether a tensor has another shape, as no copy gives it: it may be a copy of another model."""
-        return any(mismatch.reason.startswith("shape") for mismatch in self.mismatches)
+        """Whether no tensor is in both, or one has another shape: it may be a copy of another model."""
+        return not self.tensors or any(mismatch.reason.startswith("shape") for mismatch in self.mismatches)
 
     @property
     def _files_apart(self) -> tuple[str, ...]:

@@ -4,8 +4,8 @@ That is what articles do: load the model, save it in shards. Its wall time and p
 
 Every run is a process of its own, timed as a whole from outside, on a source that was read just before
 (warm page cache). Rounds go through copies in turn, then through loads, so that a machine whose speed drifts
-slows them alike; each ratio is the median of the ratios by round. What is compared ends in the same state: the
-files are on the disk (`sync`), not only in memory.
+slows them alike; each ratio is the median of the ratios by round. What is compared ends in the same state:
+the files are on the disk (`sync`), not only in memory.
 
     python -m tests.benchmarks.bench_shard --size 4GB --rounds 3
 """
@@ -98,7 +98,7 @@ def rounds_of(source: Path, scratch: Path, rounds: int) -> dict[str, list[Run]]:
         CAST: lambda target: python(SHARD, source, target, "float16", "copy"),
         "shardkit, verified": lambda target: python(SHARD, source, target, "", "verify"),
     }
-    # Last: on a machine that takes back what they free, gigabytes, whoever comes next pays for getting it again.
+    # Last: they free gigabytes, and where a machine takes these back, whoever comes next pays for them.
     loads: dict[str, Callable[[Path], list[str]]] = {
         "transformers": lambda target: python(TRANSFORMERS, source, target, ""),
         "transformers to float16": lambda target: python(TRANSFORMERS, source, target, "float16"),

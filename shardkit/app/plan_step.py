@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -14,6 +13,7 @@ from shardkit.app import page
 from shardkit.app.advice import Loads
 from shardkit.app.choose_step import Choose
 from shardkit.app.step import Step, box, field, text_field
+from shardkit.base.machine import free_bytes
 from shardkit.base.record import Summary
 from shardkit.base.sizes import format_size, parse_size
 from shardkit.checkpoint.checkpoint import Checkpoint
@@ -134,10 +134,11 @@ def _typed(size: int) -> str:
 
 def _facts(plan: ShardPlan) -> str:
     """Return what is wrong with the plan, and, folded, what it takes, its files beside that."""
-    summary, free = plan.summary(), shutil.disk_usage(Path.cwd()).free
+    summary, free = plan.summary(), free_bytes(".")
     needs = f"The shards need {format_size(plan.disk_bytes)}, this disk has {format_size(free)} free"
     lacks = (f"{needs}: choose a folder on another.",) * (free < plan.disk_bytes)
-    facts = Summary(summary.title, (*summary.facts, ("disk free here", format_size(free))))
+    room = format_size(free) if free < sys.maxsize else "unknown"
+    facts = Summary(summary.title, (*summary.facts, ("disk free here", room)))
     columns = (f"<div>{part.html()}</div>" for part in (facts, Summary("Files", tables=summary.tables)))
     body = f'<div class="sk-columns">{"".join(columns)}</div>'
     warnings = "".join(map(page.warning, (*lacks, *summary.notes)))

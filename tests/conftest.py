@@ -11,6 +11,8 @@ from typing import Any
 
 # The Hub of these tests is on this machine: nobody's wish to stay offline is meant for it.
 os.environ.pop("HF_HUB_OFFLINE", None)
+# Several tests share two cores: threads of torch that wait by turning in circles keep others from working.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hypothesis
 import pytest

@@ -5,6 +5,7 @@ Stands alone: `shardkit.checkpoint.asking` runs it by path, in a process of its 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -256,6 +257,7 @@ def main() -> None:
     """Read a job from standard input, and write the answer to standard output."""
     out = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no part of it
+    gc.disable()  # which would take a fifth of the imports, and find nothing
     asked: list[str] = []
     reading = threading.Thread(target=_read_job, args=(asked,), daemon=True)
     reading.start()
@@ -267,6 +269,7 @@ def main() -> None:
     found = answer(job)
     with os.fdopen(out, "w", encoding="utf-8") as pipe:
         json.dump(found, pipe)
+    os._exit(0)  # at once: to take torch apart takes most of a second
 
 
 if __name__ == "__main__":

@@ -227,6 +227,8 @@ class ShardReport(Record):
         """Return the report as a person reads it."""
         new = sum(nbytes for file, nbytes in self.files.items() if file not in self.reused)
         rate = f", {format_size(new / max(self.copy_seconds, 1e-9))}/s" if new else ""
+        written = f"{format_size(new if self.reused else self.nbytes)} in "
+        written += plural(len(self.files) - len(self.reused), "file")
         reused = f"{len(self.reused)} of {plural(len(self.files), 'file')}: {listed(self.reused)}"
         infinite, zero = (sum(getattr(x, of) for x in self.lost) for of in ("overflowed", "flushed"))
         losses = f"{plural(infinite, 'value')} became infinite, {zero:,} became zero"
@@ -234,7 +236,7 @@ class ShardReport(Record):
         facts = (
             ("source", shown_path(self.source)),
             ("destination", shown_path(self.destination)),
-            ("written", f"{format_size(self.nbytes)} in {plural(len(self.files), 'file')}"),
+            ("written", written),
             ("dtype", f"cast to {self.dtype}" if self.dtype else "as in the source"),
             ("write time", f"{self.copy_seconds:.2f} s{rate}; {self.seconds:.2f} s in all"),
             ("memory", self._memory()),

@@ -17,8 +17,8 @@ LIGHT ?= .venv-light
 COLAB_MARK := $(COLAB)/installed
 # How far it is, where somebody looks.
 PROGRESS := $(shell [ -t 2 ] && echo --progress-bar || echo --no-progress-bar)
-# Two more than there are cores: many tests wait for processes that they start.
-WORKERS = $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 2)')
+# One more than there are cores: many tests wait for processes that they start.
+WORKERS = $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')
 PYTEST = -m pytest --numprocesses $(WORKERS) --dist worksteal
 # Hundreds of processes start here; none need compile what another has compiled.
 export PYTHONDONTWRITEBYTECODE :=

@@ -188,12 +188,12 @@ def test_model_without_end_is_given_up_and_its_process_ended(
     for folder in (source, copy):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "n_layer": 10**9}))
-    monkeypatch.setattr(asking, "_SECONDS", 12.0)
+    monkeypatch.setattr(asking, "_SECONDS", 20.0)
     monkeypatch.setattr(asking, "_MEMORY_BYTES", 1_500_000_000)
     before, start = psutil.Process().children(recursive=True), time.monotonic()
     keys = asked(source, copy)
-    assert "no answer within 12 s" in keys.why_unchecked or "MemoryError" in keys.why_unchecked
-    assert time.monotonic() - start < 30
+    assert "no answer within 20 s" in keys.why_unchecked or "MemoryError" in keys.why_unchecked
+    assert time.monotonic() - start < 40
     assert [child for child in psutil.Process().children(recursive=True) if child not in before] == []
 
 
@@ -205,7 +205,7 @@ def test_process_that_dies_is_said(source: Path, copy: Path, monkeypatch: pytest
     assert asked(source, copy).why_unchecked == "the process that asks transformers ended with status 3"
 
 
-@pytest.mark.parametrize("gigabytes", [4, 100])
+@pytest.mark.parametrize("gigabytes", [4, 400])
 def test_no_weights_are_read_for_the_answer(gigabytes: int, tmp_path: Path) -> None:
     from transformers import GPT2Config
 

@@ -1202,6 +1202,7 @@ def test_resume_reuses_the_finished_shards_and_says_so(source: Path, out: Path) 
     assert sorted(report.reused) == finished
     assert nbytes == 3 * 1600
     assert "reused" in str(report)
+    assert re.search(rf"written +\S+ KB in {COUNT - 3} files", str(report)), str(report)
     assert all(file in str(report) for file in finished)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 _WINDOW_BYTES = 1 << 30
 _PROBE_PAGES = 16
+_RESIDENT = bytes(flags & 1 for flags in range(256))  # the other bits of a page mean nothing here
 _MOSTLY = 0.5  # opening a file reads its header, and the kernel reads on from there
 
 
@@ -55,7 +56,7 @@ def _resident_bytes(file: str | os.PathLike[str]) -> int:
     with open(file, "rb") as handle:
         size = os.fstat(handle.fileno()).st_size
         pages = sum(
-            sum(_resident_pages(handle.fileno(), start, min(_WINDOW_BYTES, size - start), _mincore()))
+            _resident_pages(handle.fileno(), start, min(_WINDOW_BYTES, size - start), _mincore()).count(1)
             for start in range(0, size, _WINDOW_BYTES)
         )
     return min(size, pages * mmap.PAGESIZE)
@@ -77,11 +78,11 @@ def _mincore() -> Callable[..., int]:
     return mincore
 
 
-def _resident_pages(handle: int, start: int, length: int, mincore: Callable[..., int]) -> list[bool]:
+def _resident_pages(handle: int, start: int, length: int, mincore: Callable[..., int]) -> bytes:
     # A private copy, of which nothing is made: only what may be written gives its address away.
     with mmap.mmap(handle, length, access=mmap.ACCESS_COPY, offset=start) as window:
         flags: Any = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
         address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(window)))
         if mincore(address, ctypes.c_size_t(length), flags):
             raise OSError(ctypes.get_errno(), "mincore failed")
-    return [bool(flag & 1) for flag in flags]  # the other bits mean nothing here
+    return bytes(flags).translate(_RESIDENT)

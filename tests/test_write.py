@@ -1125,6 +1125,14 @@ def test_peak_that_the_system_does_not_report_is_said_to_be_unknown(
     assert watch.peak_bytes == 950_000_000
 
 
+def test_peak_is_no_less_than_what_was_resident_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"VmHWM": 982_646_784, "VmRSS": 982_646_784}
+    monkeypatch.setattr(machine, "_kernel_counts", counts.get)
+    watch = machine.Watch()
+    counts["VmHWM"] -= 4096  # the kernel counts pages in batches
+    assert watch.peak_bytes == watch.before_bytes == 982_646_784
+
+
 def test_kernel_that_calls_all_pages_resident_is_not_believed(
     monkeypatch: pytest.MonkeyPatch, out: Path
 ) -> None:

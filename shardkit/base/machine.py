@@ -200,9 +200,10 @@ class Watch:
     def peak_bytes(self) -> int | None:
         """The peak, those of other processes added; None where the kernel does not say."""
         own = _kernel_counts("VmHWM")
-        # Where an earlier peak could not be forgotten, and was not exceeded, it hides this one.
-        is_known = own is not None and (self._was_reset or own != self._earlier)
-        peaks = [own if is_known else None, *self._helpers.values()]
+        if own == self._earlier and not self._was_reset:
+            own = None  # an earlier peak that could not be forgotten, and was not exceeded, hides this one
+        # The kernel counts in batches: its peak may fall short of what it said was resident at the start.
+        peaks = [own and max(own, self.before_bytes or 0), *self._helpers.values()]
         return sum(filter(None, peaks)) if None not in peaks else None
 
 

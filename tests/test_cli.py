@@ -241,6 +241,13 @@ def test_a_pipe_gets_every_file_of_a_plan_and_a_terminal_a_screen_of_them(demo):
     assert piped.endswith(f"\nnext: shardkit shard {demo} --max-shard-size 1MB --strategy balanced\n")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_that_nobody_opened_are_no_obstacle(demo, tmp_path, closed):
+    words = shlex.join([*COMMAND, "shard", str(demo), "--output", str(tmp_path / "made"), "--no-verify"])
+    assert subprocess.run(["sh", "-c", f"exec {words} {closed}"], check=False).returncode == 0
+    assert (tmp_path / "made/model.safetensors").is_file()
+
+
 def test_one_dtype_mistake_has_one_wording(demo):
     said = {run(command, demo, "--dtype", "fp61").stderr for command in ("inspect", "plan", "fit")}
     assert len({line.partition("; see")[0] for line in said}) == 1

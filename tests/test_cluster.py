@@ -403,6 +403,8 @@ def test_last_part_publishes_what_one_run_would_have_made(
     assert digests(out) == expected
     assert beside(out) == []
     assert report.destination == str(out)
+    assert set(report.files) - set(report.reused) == set(list(report.files)[1::3])  # what it made itself
+    assert "0 files" not in re.search("written .*", str(report))[0]
     assert report.verification.digests == verify_checkpoint(source, out).digests
     assert report.verification.model is not None
     with pytest.raises(DestinationError, match="already exists"):

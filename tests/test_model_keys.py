@@ -168,6 +168,34 @@ with asked():
 
 
 @pytest.mark.asks_a_process
+def test_process_that_has_a_job_ends_with_whoever_waits_for_the_answer(tmp_path: Path) -> None:
+    script, begun = tmp_path / "slow.py", tmp_path / "begun"
+    script.write_text(f"""
+import pathlib, time
+from shardkit.load import look
+def answer(job):
+    pathlib.Path({str(begun)!r}).touch()
+    time.sleep(60)
+look.answer = answer
+look.main()
+""")
+    words = f"""
+import os, pathlib, psutil, signal, time
+from shardkit.checkpoint import asking
+asking._SCRIPT = {str(script)!r}
+with asking.asked() as ask:
+    ask({{}})
+    print(psutil.Process().children()[0].pid, flush=True)
+    while not pathlib.Path({str(begun)!r}).exists():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=False)
+    assert begun.exists()
+    assert gone(int(killed.stdout), 3)
+
+
+@pytest.mark.asks_a_process
 def test_copy_that_is_stopped_leaves_no_process(source: Path, tmp_path: Path) -> None:
     before, during = psutil.Process().children(recursive=True), []
 

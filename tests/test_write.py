@@ -1125,6 +1125,17 @@ def test_peak_that_the_system_does_not_report_is_said_to_be_unknown(
     assert watch.peak_bytes == 950_000_000
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peaks_of_jobs_that_run_side_by_side_are_their_own() -> None:
+    first = machine.Watch()
+    with mmap.mmap(-1, 200_000_000) as held:
+        for page in range(0, len(held), 4096):
+            held[page] = 1
+    second = machine.Watch()
+    assert first.peak_bytes > first.before_bytes + 190_000_000
+    assert second.before_bytes <= second.peak_bytes < second.before_bytes + 50_000_000
+
+
 def test_peak_is_no_less_than_what_was_resident_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {"VmHWM": 982_646_784, "VmRSS": 982_646_784}
     monkeypatch.setattr(machine, "_kernel_counts", counts.get)

@@ -14,7 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import TypeVar
+from weakref import WeakSet
 
 TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
@@ -36,6 +38,9 @@ _COUNTED_BYTES = 2 << 20
 # NVIDIA's own answer takes up to seconds: it is asked for again after so many.
 _GPU_TOOL = ("nvidia-smi", "--query-gpu=name,memory.free,compute_cap", "--format=csv,noheader,nounits")
 _GPU_SECONDS = 10
+# Those that run side by side in this process share the kernel's one peak.
+_watches: WeakSet[Watch] = WeakSet()
+_WATCHING = Lock()
 # Where the pages of a file are memory that the kernel cannot drop.
 MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
 # Where a page of a file is asked of another machine or process; fuseblk and overlays have a disk below them.
@@ -179,12 +184,18 @@ class Watch:
     def __init__(self) -> None:
         self._start, self._here = time.perf_counter(), _who()
         self._helpers: dict[str, int | None] = {}
-        self._earlier = _kernel_counts("VmHWM")
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
-        self.before_bytes = _kernel_counts("VmRSS")
-        peak = _kernel_counts("VmHWM")
-        self._was_reset = bool(peak and self.before_bytes and peak - self.before_bytes < _COUNTED_BYTES)
+        with _WATCHING:
+            self._earlier = _kernel_counts("VmHWM")
+            for other in _watches:  # which the kernel is about to forget
+                other._least = other._own_peak() or other._least
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+            self.before_bytes = _kernel_counts("VmRSS")
+            peak = _kernel_counts("VmHWM")
+            self._was_reset = bool(peak and self.before_bytes and peak - self.before_bytes < _COUNTED_BYTES)
+            # The kernel counts in batches: its peak may fall short of what it said was resident at the start.
+            self._least: int = self.before_bytes or 0
+            _watches.add(self)
 
     @property
     def seconds(self) -> float:
@@ -199,12 +210,14 @@ class Watch:
     @property
     def peak_bytes(self) -> int | None:
         """The peak, those of other processes added; None where the kernel does not say."""
+        peaks = [self._own_peak(), *self._helpers.values()]
+        return sum(filter(None, peaks)) if None not in peaks else None
+
+    def _own_peak(self) -> int | None:
         own = _kernel_counts("VmHWM")
         if own == self._earlier and not self._was_reset:
-            own = None  # an earlier peak that could not be forgotten, and was not exceeded, hides this one
-        # The kernel counts in batches: its peak may fall short of what it said was resident at the start.
-        peaks = [own and max(own, self.before_bytes or 0), *self._helpers.values()]
-        return sum(filter(None, peaks)) if None not in peaks else None
+            return None  # an earlier peak that could not be forgotten, and was not exceeded, hides this one
+        return own and max(own, self._least)
 
 
 def seen(function: Callable[[TaskT], ResultT], task: TaskT) -> tuple[ResultT, str, int | None]:

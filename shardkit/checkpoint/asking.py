@@ -13,9 +13,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 _SCRIPT = Path(__file__).parents[1] / "load" / "look.py"
 _SECONDS = 120.0
@@ -47,11 +47,11 @@ def asked() -> Iterator[Callable[..., Callable[[], dict[str, Any]]]]:
 
     def ask(job: dict[str, Any], mapped_bytes: int = 0) -> Callable[[], dict[str, Any]]:
         limited = {**job, "memory_bytes": _MEMORY_BYTES + mapped_bytes}
-        future = thread.submit(process.communicate, json.dumps(limited).encode())
+        future = thread.submit(_hand_over, process, json.dumps(limited).encode())
 
         def answer() -> dict[str, Any]:
             try:
-                found: dict[str, Any] = json.loads(future.result(_SECONDS)[0])
+                found: dict[str, Any] = json.loads(future.result(_SECONDS))
             except TimeoutError:
                 return {"why": f"transformers gave no answer within {_SECONDS:.0f} s"}
             except ValueError:
@@ -66,6 +66,14 @@ def asked() -> Iterator[Callable[..., Callable[[], dict[str, Any]]]]:
         finally:
             if process.poll() is None:
                 process.kill()  # which ends the thread's waiting, too
+
+
+def _hand_over(process: subprocess.Popen[bytes], job: bytes) -> bytes:
+    """Return the answer to a job. The pipe stays open: its end tells the process that nobody waits for it."""
+    jobs, answers = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
+    with suppress(OSError), open(jobs.fileno(), "wb", closefd=False) as pipe:
+        pipe.write(job + b"\n")
+    return answers.read()
 
 
 def asked_here(job: dict[str, Any]) -> dict[str, Any]:

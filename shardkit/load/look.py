@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -246,11 +247,11 @@ def _limit_memory(nbytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (nbytes, nbytes))
 
 
-def _read_job(asked: list[str]) -> None:
-    """Read a job; whoever was to ask and was killed leaves an end without one, also during the import."""
-    asked.append(sys.stdin.read())
-    if not asked[0]:
-        os._exit(1)
+def _read_job(jobs: SimpleQueue[str]) -> None:
+    """Read a job, a line; then nothing comes until whoever asks is gone, which may be killed at any time."""
+    jobs.put(sys.stdin.readline())
+    sys.stdin.read()
+    os._exit(1)
 
 
 def main() -> None:
@@ -258,13 +259,11 @@ def main() -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no part of it
     gc.disable()  # which would take a fifth of the imports, and find nothing
-    asked: list[str] = []
-    reading = threading.Thread(target=_read_job, args=(asked,), daemon=True)
-    reading.start()
+    jobs: SimpleQueue[str] = SimpleQueue()
+    threading.Thread(target=_read_job, args=(jobs,), daemon=True).start()
     with suppress(ImportError):  # then the answer is that
         from transformers import PreTrainedModel  # noqa: F401  and torch with it, while bytes are compared
-    reading.join()
-    job = json.loads(asked[0])
+    job = json.loads(jobs.get())
     _limit_memory(job["memory_bytes"])
     found = answer(job)
     with os.fdopen(out, "w", encoding="utf-8") as pipe:

@@ -251,7 +251,11 @@ def _in_parts(job: Job, target: Path, part: Part, overwrite: bool, resume: bool,
         report = reshard(PartStore(job, target, part, overwrite, resume), watch)
     try:
         if not (missing := missing_parts(job, target)):
-            return reshard(JoinedStore(job, target, overwrite, resume), watch)
+            joined = reshard(JoinedStore(job, target, overwrite, resume), watch)
+            made = {*report.files}.difference(report.reused) if report else set()
+            others = tuple(file for file in joined.reused if file not in made)
+            own_seconds = report.copy_seconds if report else 0
+            return replace(joined, reused=others, copy_seconds=own_seconds + joined.copy_seconds)
         note = f"not finished: {plural(len(missing), 'part')} ({listed(map(str, missing))}); run them"
         if report is None:
             raise DestinationError(f"{target}: {note}")

@@ -182,7 +182,7 @@ class ShardReport(Record):
     lost
         Tensors of which the cast made some values infinite or zero, with counts.
     reused
-        Shards that an earlier run of the same job had finished.
+        Shards that other runs of the same job had finished: earlier ones, or those of other parts.
     side_files
         All other files that were copied, with sizes in bytes.
     left_out

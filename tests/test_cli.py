@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 import shardkit
 from shardkit import Checkpoint, Comparison, cli, plan_shards
+from shardkit.base.jobs import resumable
 from shardkit.base.sizes import format_size
 from shardkit.cli import arguments, commands
 from shardkit.compare import experiment
@@ -239,6 +240,19 @@ def test_a_pipe_gets_every_file_of_a_plan_and_a_terminal_a_screen_of_them(demo):
     assert len(re.findall(r"model-\d{5}-of", seen)) == 11
     assert f"... {files - 11} more" in seen
     assert piped.endswith(f"\nnext: shardkit shard {demo} --max-shard-size 1MB --strategy balanced\n")
+
+
+@resumable()
+def interrupted_twice():
+    try:
+        raise KeyboardInterrupt
+    finally:
+        raise KeyboardInterrupt
+
+
+def test_interrupt_while_one_is_dealt_with_does_not_claim_that_nothing_is_kept():
+    with pytest.raises(Interrupted, match="run again to resume, if anything was finished"):
+        interrupted_twice()
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shardkit import Checkpoint, load_model, make_demo_checkpoint, measure_load, plan_shards
-from shardkit.base import disk
+from shardkit.base import disk, extras
+from shardkit.base.extras import is_torch_for_cuda
 from shardkit.base.machine import Gpus, filesystem
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint import budget, estimate, fits
@@ -354,6 +356,17 @@ def test_weights_that_a_processor_has_to_unpack_count_as_unpacked(method, tmp_pa
     assert (sizes["Colab T4"] == packed) == (method == "mxfp4")
     assert sizes["Kaggle P100"] != packed
     assert found.sizes.loaded_bytes == pytest.approx(whole.mapped_bytes, rel=0.05)
+
+
+def test_a_torch_built_for_cuda_is_known_by_its_library(tmp_path, monkeypatch):
+    library, torch_here = tmp_path / "lib/libtorch_cuda.so", SimpleNamespace(origin=str(tmp_path / "a.py"))
+    monkeypatch.setattr(extras, "find_spec", lambda _: torch_here)
+    assert not is_torch_for_cuda()
+    library.parent.mkdir()
+    library.touch()
+    assert is_torch_for_cuda()
+    monkeypatch.setattr(extras, "find_spec", lambda _: None)
+    assert not is_torch_for_cuda()
 
 
 def test_stacked_experts_that_are_transposed_are_copied():

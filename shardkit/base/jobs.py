@@ -72,10 +72,15 @@ def _width(executor: Executor) -> int:
 
 @contextmanager
 def resumable(otherwise: str = "nothing was finished, so nothing is kept") -> Iterator[None]:
-    """Say of an interrupt what is kept, as its notes have it, or `otherwise`."""
+    """Say of an interrupt what is kept, as its notes have it, or `otherwise`.
+
+    One that interrupts how an earlier one is dealt with comes without notes: what is kept is not known then.
+    """
     try:
         yield
     except KeyboardInterrupt as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            otherwise = "run again to resume, if anything was finished"
         kept = "; ".join(getattr(error, "__notes__", ())) or otherwise
         raise Interrupted(f"stopped; {kept}") from error
 

@@ -12,6 +12,7 @@ from itertools import accumulate
 from operator import add
 from typing import Any
 
+from shardkit.base.extras import is_torch_for_cuda
 from shardkit.base.record import Record, Summary
 from shardkit.base.sizes import format_size
 from shardkit.checkpoint.bounded import BoundedEstimate, Decoder, why_unknown
@@ -23,9 +24,9 @@ from shardkit.checkpoint.quantized import HELD, Packing, method_of, packing_of, 
 from shardkit.checkpoint.scan import GGUF
 from shardkit.formats.tensor import TensorInfo
 
-# Anonymous memory of a process that has imported torch and transformers, loaded a small model in a dtype that
-# needs no cast, and given a token: measured with transformers 5.23 and the CPU build of torch 2.13 on Linux.
-RUNTIME_BYTES = 271_000_000
+# Anonymous memory of a process that has imported torch and transformers, loaded a small model without a cast,
+# and given a token: measured on Linux with transformers 5.23 and torch 2.13 for CPUs, 5.24 and 2.14 for CUDA.
+RUNTIME_BYTES = 415_000_000 if is_torch_for_cuda() else 271_000_000
 # Model types of which loads kept the ±5 %, first token included, as stored and cast to float16, with
 # transformers 5.23; from 0.2 to 2.6 GB the error did not grow with the weights. Others may keep buffers,
 # rewrite weights, or need more for the first token, so that nothing is promised of them.
@@ -44,8 +45,7 @@ _TOKENIZERS = {"tokenizer.json": 10, "tokenizer.model": 60, "vocab.json": 60, "v
 _TOKENIZER_MATTERS = 0.03
 # Of GGUF, as measured with transformers 5.23 and gguf 0.19: bytes beside each element of the tensor that is
 # being unpacked, by those of an element of the result; and bytes for each token of the vocabulary.
-_SCRATCH_BYTES = {2: 11, 4: 8}
-_TOKEN_BYTES = 2600
+_SCRATCH_BYTES, _TOKEN_BYTES = {2: 11, 4: 8}, 2600
 
 # Large buffers that no file holds, from the config's numbers, as transformers 5.23 makes them: of GPT-Neo a
 # mask for each layer, and as seen three to nine more while they are made; of GPTBigCode one, and one more.
@@ -66,7 +66,7 @@ class Estimate(Record):
     source, dtype
         What would be loaded, and the dtype it would end up in; None: each tensor stays as it is.
     runtime_bytes
-        Anonymous memory of Python, torch and transformers by themselves.
+        Anonymous memory of Python, transformers and the torch that is installed here, for CPUs or CUDA.
     copied_bytes
         Anonymous memory of weights that are converted while they are loaded.
     stacking_bytes

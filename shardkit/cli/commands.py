@@ -63,7 +63,7 @@ _ONLY_FOLDERS = "--overwrite, --no-resume, --stream, --download, --free-source, 
     JSON,
     examples="""inspect mistral-demo
         inspect mistralai/Mistral-7B-v0.1 --dtype fp16
-        inspect mistral-demo --max-memory 600MB --disk-rate measure""",
+        inspect mistral-demo --max-memory 700MB --disk-rate measure""",
 )
 def inspect(source: str, dtype: LoadDtype | None = None, as_json: bool = False, **asked: Any) -> None:
     """Show what a checkpoint contains and how much memory loading it takes, from its headers."""
@@ -285,7 +285,7 @@ def fit(source: str, as_json: bool = False, **asked: Any) -> None:
     argument("--max-new-tokens", "Tokens to add.", default=32, **NUMBER),
     LOAD_DTYPE,
     JSON,
-    examples="generate sharded --prompt 'The quick brown fox' --max-memory 600MB",
+    examples="generate sharded --prompt 'The quick brown fox' --max-memory 700MB",
 )
 def generate(source: str, as_json: bool = False, **asked: Any) -> None:
     """Continue a prompt, token by token, with a model that may be larger than its memory."""

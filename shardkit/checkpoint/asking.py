@@ -73,7 +73,9 @@ def _hand_over(process: subprocess.Popen[bytes], job: bytes) -> bytes:
     jobs, answers = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
     with suppress(OSError), open(jobs.fileno(), "wb", closefd=False) as pipe:
         pipe.write(job + b"\n")
-    return answers.read()
+    answer = answers.read()
+    process.wait()
+    return answer
 
 
 def asked_here(job: dict[str, Any]) -> dict[str, Any]:

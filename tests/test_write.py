@@ -1097,11 +1097,16 @@ def test_system_that_cannot_drop_or_show_pages_is_no_obstacle(
     assert ShardReport.from_dict(report.to_dict()) == report
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_report_has_the_peak_of_its_own_job_alone(source: Path, out: Path) -> None:
-    with mmap.mmap(-1, 400_000_000) as held:
+def touch_memory(nbytes: int) -> None:
+    """Have memory resident for a moment, so that it is in the kernel's peak of this process."""
+    with mmap.mmap(-1, nbytes) as held:
         for page in range(0, len(held), 4096):
             held[page] = 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_report_has_the_peak_of_its_own_job_alone(source: Path, out: Path) -> None:
+    touch_memory(400_000_000)
     report = shard(source, out)
     assert 0 < report.before_bytes <= report.peak_bytes < report.before_bytes + 50_000_000
     peak, before = map(format_size, (report.peak_bytes, report.before_bytes))
@@ -1128,9 +1133,7 @@ def test_peak_that_the_system_does_not_report_is_said_to_be_unknown(
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peaks_of_jobs_that_run_side_by_side_are_their_own() -> None:
     first = machine.Watch()
-    with mmap.mmap(-1, 200_000_000) as held:
-        for page in range(0, len(held), 4096):
-            held[page] = 1
+    touch_memory(200_000_000)
     second = machine.Watch()
     assert first.peak_bytes > first.before_bytes + 190_000_000
     assert second.before_bytes <= second.peak_bytes < second.before_bytes + 50_000_000
